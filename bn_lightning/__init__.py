@@ -1,0 +1,32 @@
+"""Batch Normalization for people who train with PyTorch Lightning.
+
+Names are imported when first used: `bn_lightning.kernels` needs torch alone (and Triton where there
+is a GPU), and a command's `--help` does not wait for Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bn_lightning.models.classifier import Classifier
+
+__version__ = "0.1.0"
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Classifier"]
+
+_HOME = {
+    "BatchNorm1d": "bn_lightning.batch_norm",
+    "BatchNorm2d": "bn_lightning.batch_norm",
+    "BatchNorm3d": "bn_lightning.batch_norm",
+    "Classifier": "bn_lightning.models.classifier",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

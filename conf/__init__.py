@@ -1,0 +1,1 @@
+"""The configurations, composed by Hydra from `pkg://bn_lightning.conf`."""
