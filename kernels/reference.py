@@ -1,0 +1,273 @@
+"""Batch Normalization in plain torch: what every other implementation here is measured against.
+
+    mean = 1/M sum x,  var = 1/M sum (x - mean)^2,  rstd = 1/sqrt(var + eps)
+    x_hat = (x - mean) * rstd,  y = weight * x_hat + bias
+
+Source: Ioffe & Szegedy 2015, arXiv 1502.03167: Algorithm 1 (forward), section 3 (gradients),
+Algorithm 2 (running statistics).
+
+Shapes: N batch, C channels, L all that follows, M = N * L values per channel. Tensors called x, dy
+and dx are (N, C) or (N, C, ...), per-channel ones (C,). Any float dtype: fp16 and bf16 are computed
+in fp32, everything else in its own dtype. Only composite, differentiable torch operations.
+"""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which a tensor of `dtype` is computed: fp32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the mean and the biased variance of each channel, in two passes.
+
+    Two passes, because E[x^2] - E[x]^2 loses every digit once the mean is large.
+
+    Args:
+        x: (N, C, ...), any float dtype.
+
+    Returns:
+        The mean and the biased variance, both (C,) in the compute dtype of `x`.
+
+    Source: Algorithm 1, lines 1 and 2.
+    """
+    x = x.to(compute_dtype(x.dtype))
+    mean_C = _channel_mean(x)
+    centred = x - _as_channels(mean_C, x)
+    return mean_C, _channel_mean(centred * centred)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalises each channel of `x`, and in training updates the running statistics in place.
+
+    In training `running = (1 - momentum) * running + momentum * batch`, with the biased variance
+    for normalising and the unbiased one, M / (M - 1) times larger, for `running_var`.
+
+    Args:
+        x: (N, C, ...), any float dtype.
+        weight: (C,), the paper's gamma; None stands for ones.
+        bias: (C,), the paper's beta; None stands for zeros.
+        running_mean: (C,); needed in evaluation, updated in place in training.
+        running_var: (C,), unbiased; needed in evaluation, updated in place in training.
+        training: normalise by the batch's statistics, else by the running ones.
+        momentum: weight of the batch in the running statistics, in [0, 1].
+        eps: added to the variance, > 0.
+
+    Returns:
+        y, with the shape and dtype of `x`.
+
+    Raises:
+        ValueError: fewer than two values per channel in training, or no running statistics in
+            evaluation.
+
+    Source: Algorithm 1; Algorithm 2, steps 8 to 11.
+    """
+    if training:
+        count = _values_per_channel(x)
+        if count < 2:
+            raise ValueError(
+                f"expected `x` to have more than 1 value per channel when training, got shape "
+                f"{tuple(x.shape)}"
+            )
+        mean_C, var_C = batch_statistics(x)
+        if running_mean is not None and running_var is not None:
+            unbiased_var_C = var_C * (count / (count - 1))
+            _update_running(running_mean, mean_C, momentum)
+            _update_running(running_var, unbiased_var_C, momentum)
+    else:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "expected `running_mean` and `running_var` in evaluation, got None for at least one"
+            )
+        dtype = compute_dtype(x.dtype)
+        mean_C, var_C = running_mean.to(dtype), running_var.to(dtype)
+    return normalize(x, mean_C, torch.rsqrt(var_C + eps), weight, bias)
+
+
+def normalize(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Computes (x - mean) * rstd * weight + bias in the dtype of `mean`, rounded to that of `x`.
+
+    Args:
+        x: (N, C, ...), any float dtype.
+        mean: (C,) in the compute dtype of `x`.
+        rstd: (C,), 1 / sqrt(var + eps), in the compute dtype of `x`.
+        weight: (C,) or None for ones.
+        bias: (C,) or None for zeros.
+
+    Returns:
+        y, with the shape and dtype of `x`.
+
+    Source: Algorithm 1, lines 3 and 4.
+    """
+    y = _normalized(x.to(mean.dtype), mean, rstd)
+    if weight is not None:
+        y = y * _as_channels(weight.to(mean.dtype), x)
+    if bias is not None:
+        y = y + _as_channels(bias.to(mean.dtype), x)
+    return y.to(x.dtype)
+
+
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, *, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of x, weight and bias from that of y.
+
+        dbias = sum dy,  dweight = sum dy * x_hat
+        training:    dx = weight * rstd * (dy - dbias / M - x_hat * dweight / M)
+        evaluation:  dx = weight * rstd * dy
+
+    The training form is the paper's three equations for dl/dvar, dl/dmean and dl/dx put into one;
+    in evaluation mean and rstd are constants, which leaves the first term.
+
+    Args:
+        dy: (N, C, ...), any float dtype, gradient of y.
+        x: (N, C, ...), input of the forward.
+        mean: (C,) in the compute dtype, as the forward used it.
+        rstd: (C,) in the compute dtype, as the forward used it.
+        weight: (C,) or None for ones.
+        training: whether mean and rstd were those of `x`.
+
+    Returns:
+        dx with the shape and dtype of `x`; dweight and dbias, (C,) in the compute dtype.
+
+    Source: section 3, the equations after Algorithm 1.
+    """
+    dy = dy.to(mean.dtype)
+    x_hat = _normalized(x.to(mean.dtype), mean, rstd)
+    dbias_C = _channel_sum(dy)
+    dweight_C = _channel_sum(dy * x_hat)
+    scale_C = _scale(rstd, weight)
+    dx = _project(dy, x_hat) if training else dy
+    return (dx * _as_channels(scale_C, x)).to(x.dtype), dweight_C, dbias_C
+
+
+def batch_norm_double_backward(
+    ddx: Tensor | None,
+    ddweight: Tensor | None,
+    ddbias: Tensor | None,
+    dy: Tensor,
+    x: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    *,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Computes the gradients of dy, x and weight through `batch_norm_backward`.
+
+    With v = ddx, P(g) = g - mean(g) - x_hat * mean(g * x_hat) and k = weight * rstd, the backward
+    is dx = k * P(dy), and its inner product with (v, ddweight, ddbias) has the gradients
+
+        dy:      k * P(v) + ddweight * x_hat + ddbias
+        weight:  rstd * sum v * P(dy)
+        x_hat:   h = ddweight * dy - k * (v * mean(dy * x_hat) + dy * mean(v * x_hat))
+        x:       rstd * P(h) - k * rstd * x_hat * mean(v * P(dy))
+
+    where the last term is the way through rstd, whose derivative is -rstd^2 * x_hat / M. In
+    evaluation P is the identity and mean and rstd are constants.
+
+    Args:
+        ddx: (N, C, ...) gradient of dx, or None for zeros.
+        ddweight: (C,) gradient of dweight, or None for zeros.
+        ddbias: (C,) gradient of dbias, or None for zeros.
+        dy: (N, C, ...) as in `batch_norm_backward`.
+        x: (N, C, ...) as in `batch_norm_backward`; may be None in evaluation without `ddweight`.
+        mean: (C,) in the compute dtype; in training computed anew from `x`, so that the result can
+            be differentiated once more.
+        rstd: (C,) in the compute dtype, likewise.
+        weight: (C,) or None for ones.
+        training: as in `batch_norm_backward`.
+        eps: as in the forward, > 0.
+
+    Returns:
+        The gradients of dy, x and weight, each in its tensor's shape and dtype; None for a tensor
+        that is None, and for x where it does not enter.
+    """
+    if training and x is not None:
+        mean, var_C = batch_statistics(x)
+        rstd = torch.rsqrt(var_C + eps)
+    dtype = mean.dtype
+    g = dy.to(dtype)
+    v = torch.zeros_like(g) if ddx is None else ddx.to(dtype)
+    scale = _as_channels(_scale(rstd, weight), g)
+
+    x_hat = None if x is None else _normalized(x.to(dtype), mean, rstd)
+    if training and x_hat is not None:
+        projected_g, projected_v = _project(g, x_hat), _project(v, x_hat)
+    else:
+        projected_g, projected_v = g, v
+
+    d_dy = scale * projected_v
+    if ddbias is not None:
+        d_dy = d_dy + _as_channels(ddbias.to(dtype), g)
+    v_dot_C = _channel_sum(v * projected_g)
+    d_weight = None if weight is None else (rstd * v_dot_C).to(weight.dtype)
+
+    if x is None or x_hat is None:
+        return d_dy.to(dy.dtype), None, d_weight
+
+    h = torch.zeros_like(g)
+    if ddweight is not None:
+        ddweight_broadcast = _as_channels(ddweight.to(dtype), g)
+        d_dy = d_dy + ddweight_broadcast * x_hat
+        h = h + ddweight_broadcast * g
+    if training:
+        mean_gx = _as_channels(_channel_mean(g * x_hat), g)
+        mean_vx = _as_channels(_channel_mean(v * x_hat), g)
+        h = _project(h - scale * (v * mean_gx + g * mean_vx), x_hat)
+        h = h - scale * x_hat * _as_channels(v_dot_C / _values_per_channel(g), g)
+    d_x = h * _as_channels(rstd, g)
+    return d_dy.to(dy.dtype), d_x.to(x.dtype), d_weight
+
+
+def _project(g: Tensor, x_hat: Tensor) -> Tensor:
+    """Takes from g what mean and variance absorb: g - mean(g) - x_hat * mean(g * x_hat)."""
+    mean_g = _as_channels(_channel_mean(g), g)
+    mean_gx = _as_channels(_channel_mean(g * x_hat), g)
+    return g - mean_g - x_hat * mean_gx
+
+
+def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (x - _as_channels(mean, x)) * _as_channels(rstd, x)
+
+
+def _scale(rstd: Tensor, weight: Tensor | None) -> Tensor:
+    return rstd if weight is None else rstd * weight.to(rstd.dtype)
+
+
+def _as_channels(value_C: Tensor, x: Tensor) -> Tensor:
+    """Shapes a (C,) tensor so that it broadcasts against `x`."""
+    return value_C.reshape(1, -1, *(1 for _ in range(x.dim() - 2)))
+
+
+def _channel_sum(x: Tensor) -> Tensor:
+    return x.sum(dim=[d for d in range(x.dim()) if d != 1])
+
+
+def _channel_mean(x: Tensor) -> Tensor:
+    return x.mean(dim=[d for d in range(x.dim()) if d != 1])
+
+
+def _values_per_channel(x: Tensor) -> int:
+    return x.shape[0] * x[0, 0].numel() if x.numel() else 0
+
+
+def _update_running(running_C: Tensor, batch_C: Tensor, momentum: float) -> None:
+    with torch.no_grad():
+        old = running_C.to(batch_C.dtype)
+        running_C.copy_((1 - momentum) * old + momentum * batch_C)
