@@ -1,0 +1,6 @@
+"""Data sets that live whole in one tensor and are batched by index: one data module a file."""
+
+from bn_lightning.data.digits import DigitsDataModule
+from bn_lightning.data.mnist import MNISTDataModule
+
+__all__ = ["DigitsDataModule", "MNISTDataModule"]

@@ -1,0 +1,67 @@
+"""The 1,797 handwritten digits that come with scikit-learn: small, offline, shaped as MNIST."""
+
+import hashlib
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits as sklearn_digits
+from torch.nn.functional import interpolate
+from typing_extensions import override
+
+from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
+
+IMAGE_SIZE = 28  # pixels, MNIST's
+_LARGEST = 16  # value of a full pixel: a count of set pixels in a 4x4 block
+_TEST = 360  # samples, a fifth
+
+
+class DigitsDataModule(TensorDataModule):
+    """scikit-learn's digits, 8x8 with values 0 to 16, as (N, 1, 28, 28) float32 in [0, 1].
+
+    Scaled by 1/16 and enlarged bilinearly. The test set is the last 360 samples of the file,
+    whatever the arguments: the file goes by writer, so these are mostly other hands than those
+    in training. Inputs and targets are as in `MNISTDataModule`.
+
+    Args:
+        batch_size: training samples in a batch of one rank, at least 1.
+        eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
+        validation_fraction: share of the 1,437 training samples cut off for validation, in (0, 1).
+        seed: of the order of the training batches, at least 0. It does not change the split.
+        test_curve: let `val_dataloader` return the test set too, second.
+
+    Raises:
+        TypeError: an integer was expected and something else came.
+        ValueError: a value is out of its range.
+
+    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
+    """
+
+    @override
+    def load(self) -> Arrays:
+        return load_digits()
+
+
+def load_digits() -> Arrays:
+    """Reads the digits from scikit-learn, scaled and enlarged.
+
+    Returns:
+        Images (N, 1, 28, 28) float32 in [0, 1], classes 0 to 9, and the SHA-256 of the original
+        8x8 images and of the targets, both as bytes.
+    """
+    digits = sklearn_digits()
+    images, targets = digits.images.astype(np.uint8), digits.target.astype(np.uint8)
+    small = torch.from_numpy(images)[:, None].float() / _LARGEST
+    inputs = interpolate(small, size=IMAGE_SIZE, mode="bilinear", align_corners=False).numpy()
+    return Arrays(
+        train_inputs=inputs[:-_TEST],
+        train_targets=targets[:-_TEST],
+        test_inputs=inputs[-_TEST:],
+        test_targets=targets[-_TEST:],
+        classes=10,
+        source="digits",
+        root="scikit-learn",
+        sha256={
+            "images": hashlib.sha256(images.tobytes()).hexdigest(),
+            "targets": hashlib.sha256(targets.tobytes()).hexdigest(),
+        },
+    )

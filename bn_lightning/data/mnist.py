@@ -1,0 +1,154 @@
+"""MNIST from IDX files: looked for, downloaded when absent, checked, never altered."""
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from bn_lightning.data.digits import load_digits
+from bn_lightning.data.download import download
+from bn_lightning.data.errors import DataError, DataFallbackWarning, DataUnavailableError
+from bn_lightning.data.idx import read_idx
+from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
+
+
+class MNISTDataModule(TensorDataModule):
+    """MNIST, 60,000 training and 10,000 test images, as (N, 1, 28, 28) float32 in [0, 1].
+
+    The four IDX files are looked for in `<root>/mnist/`, raw (`train-images-idx3-ubyte`) or in
+    gzip (`train-images-idx3-ubyte.gz`), and those that are absent are downloaded. Each must have
+    the published SHA-256, decompressed; one that has not is an error, whatever `fallback` says,
+    and is left as it is. Targets are int64 in [0, 10).
+
+    A data set of the same format needs only its own `source`, `mirrors` and `sha256`.
+
+    Args:
+        root: folder of all data sets.
+        batch_size: training samples in a batch of one rank, at least 1.
+        eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
+        validation_fraction: share of the training images cut off for validation, in (0, 1); 1/12
+            leaves the customary 55,000 and 5,000.
+        seed: of the order of the training batches, at least 0. It does not change the split.
+        fallback: "digits" takes scikit-learn's digits, with a `DataFallbackWarning`, where no file
+            is there and none can be downloaded; `None` makes this an error. Some files without the
+            others are always an error.
+        download: download what is absent; without, only look.
+        test_curve: let `val_dataloader` return the test set too, second.
+
+    Raises:
+        TypeError: an integer was expected and something else came.
+        ValueError: a value is out of its range.
+
+    Source: Y. LeCun, C. Cortes and C. J. C. Burges, "The MNIST database of handwritten digits".
+    """
+
+    source: ClassVar[str] = "mnist"
+    mirrors: ClassVar[tuple[str, ...]] = (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    )
+    sha256: ClassVar[dict[str, str]] = {
+        "train-images-idx3-ubyte": (
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
+        ),
+        "train-labels-idx1-ubyte": (
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
+        ),
+        "t10k-images-idx3-ubyte": (
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"
+        ),
+        "t10k-labels-idx1-ubyte": (
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
+        ),
+    }
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        batch_size: int,
+        eval_batch_size: int,
+        validation_fraction: float,
+        seed: int,
+        fallback: str | None,
+        download: bool = True,
+        test_curve: bool = False,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
+        if fallback not in (None, "digits"):
+            raise ValueError(f"Expected `fallback` to be 'digits' or None, but got {fallback!r}")
+        self.folder = Path(root).expanduser().absolute() / self.source
+        self.fallback = fallback
+        self.download = download
+        self._refusal: DataUnavailableError | None = None
+
+    @override
+    def prepare_data(self) -> None:
+        """Downloads the files that are absent; Lightning calls it in one process a machine."""
+        if not self.download:
+            return
+        try:
+            for name in self._absent():
+                download(self.folder / f"{name}.gz", self.mirrors, self.sha256[name])
+        except DataUnavailableError as error:
+            # `load` decides, because it runs on every rank: all fall back, or all end.
+            self._refusal = error
+
+    @override
+    def load(self) -> Arrays:
+        absent = self._absent()
+        if len(absent) == len(self.sha256) and self.fallback == "digits":
+            rank_zero_warn(
+                f"`data.fallback=digits`: {self._explain(absent)}. This run is on scikit-learn's"
+                " digits, rescaled to 28x28: its numbers are not those of"
+                f" {self.source}. `data.fallback=null` makes this an error.",
+                category=DataFallbackWarning,
+            )
+            return load_digits()
+        if absent:
+            remedy = ", or set `data.fallback=digits`" if len(absent) == len(self.sha256) else ""
+            raise DataUnavailableError(self._explain(absent) + remedy) from self._refusal
+        # In the order of the table: training images and labels, test images and labels.
+        train_images, train_labels, test_images, test_labels = (
+            read_idx(path, digest)
+            for path, digest in zip(self._found().values(), self.sha256.values(), strict=True)
+        )
+        return Arrays(
+            train_inputs=self._with_channel(train_images),
+            train_targets=train_labels,
+            test_inputs=self._with_channel(test_images),
+            test_targets=test_labels,
+            classes=10,
+            source=self.source,
+            root=str(self.folder.parent),
+            sha256=dict(self.sha256),
+        )
+
+    def _found(self) -> dict[str, Path]:
+        """Name -> path of the files that are there, raw before gzip, in the table's order."""
+        return {
+            name: path
+            for name in self.sha256
+            for path in (self.folder / f"{name}.gz", self.folder / name)
+            if path.exists()
+        }
+
+    def _absent(self) -> list[str]:
+        return [name for name in self.sha256 if name not in self._found()]
+
+    def _explain(self, absent: list[str]) -> str:
+        if self._refusal is not None:
+            return str(self._refusal)
+        return (
+            f"{self.folder} lacks {', '.join(absent)} (raw or .gz); place these files there"
+            " yourself, or allow `download`"
+        )
+
+    def _with_channel(self, images: np.ndarray) -> np.ndarray:
+        if images.shape[1:] != (28, 28):
+            raise DataError(
+                f"{self.folder}: expected images of shape (N, 28, 28), but got {images.shape}"
+            )
+        return images[:, None]
