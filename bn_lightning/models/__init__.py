@@ -1,0 +1,1 @@
+"""Networks, their initialisation, and the LightningModule that trains them."""

@@ -1,0 +1,149 @@
+"""The LightningModule: a network, an optimiser factory, cross-entropy and its metrics."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from jaxtyping import Float, Int
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+Batch = tuple[Float[Tensor, "N ..."], Int[Tensor, "N"]]
+
+
+class Classifier(LightningModule):
+    """Trains `network` to tell `num_classes` classes apart by cross-entropy.
+
+    Logs `train/loss` (nats) and `train/accuracy` (of the batch) every `log_every_n_steps` steps of
+    the Trainer. Each evaluation logs loss (nats), accuracy and top-5 accuracy over the whole set:
+    `val/loss`, `val/accuracy`, `val/accuracy_top5` for the first validation loader, `test/...` for
+    the second, so that test accuracy can be drawn against steps, and `test/...` for `test`. `step`,
+    the x axis of all of them, counts the optimiser's steps. Accuracies lie in [0, 1].
+
+    Args:
+        network: maps inputs (N, ...) to logits (N, num_classes).
+        optimizer: called with the parameters, returns the optimiser.
+        scheduler: called with the optimiser, returns a scheduler stepped after every batch.
+        num_classes: at least 2.
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        num_classes: int = 10,
+    ) -> None:
+        if num_classes < 2:
+            raise ValueError(f"`num_classes` expected at least 2, got {num_classes}")
+        super().__init__()
+        self.network = network
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = scheduler
+        self.num_classes = num_classes
+        self.evaluations = nn.ModuleDict({name: _metrics(num_classes) for name in ("val", "test")})
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning writes the running hook's name to its module some forty times a step, and
+        # nn.Module's own __setattr__ makes that 6% of a step of a small network.
+        if type(value) is str:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @override
+    def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N K"]:
+        return self.network(x)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, target = batch
+        logits = self.network(x)
+        loss = F.cross_entropy(logits, target)
+        # Through self.log on every step, Lightning would spend longer on the log than on the step.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if (self.global_step + 1) % every == 0:
+            accuracy = (logits.detach().argmax(1) == target).float().mean()
+            self.log_dict(
+                {
+                    "train/loss": loss.detach(),
+                    "train/accuracy": accuracy,
+                    "step": float(self.global_step + 1),
+                }
+            )
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(("val", "test")[dataloader_idx], batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, "N K"]:
+        return self.network(batch[0]).softmax(1)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluations()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluations()
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory(self.network.parameters())
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def chance_metrics(self) -> dict[str, float]:
+        """The test metrics of a guess, the score of a run that diverged: loss ln(num_classes)."""
+        return {
+            "test/loss": math.log(self.num_classes),
+            "test/accuracy": 1 / self.num_classes,
+            "test/accuracy_top5": min(5, self.num_classes) / self.num_classes,
+        }
+
+    def _evaluate(self, name: str, batch: Batch) -> None:
+        x, target = batch
+        logits = self.network(x)
+        metrics = cast(MetricCollection, self.evaluations[name])
+        metrics["loss"].update(F.cross_entropy(logits, target), weight=len(target))
+        metrics["accuracy"].update(logits, target)
+        metrics["accuracy_top5"].update(logits, target)
+
+    def _log_evaluations(self) -> None:
+        for name, module in self.evaluations.items():
+            metrics = cast(MetricCollection, module)
+            if metrics["loss"].update_called:
+                self.log_dict({f"{name}/{key}": value for key, value in metrics.compute().items()})
+                metrics.reset()
+        self.log("step", float(self.global_step))
+
+
+def _metrics(num_classes: int) -> MetricCollection:
+    return MetricCollection(
+        {
+            # A diverged network's loss is NaN, and is reported so.
+            "loss": MeanMetric(nan_strategy="disable"),
+            "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            "accuracy_top5": MulticlassAccuracy(
+                num_classes, top_k=min(5, num_classes), average="micro", validate_args=False
+            ),
+        },
+        compute_groups=False,
+    )
