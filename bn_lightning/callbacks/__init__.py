@@ -1,0 +1,13 @@
+"""Lightning callbacks, one a file; each works in any Trainer, without Hydra."""
+
+from bn_lightning.callbacks.activation_percentiles import ActivationPercentiles
+from bn_lightning.callbacks.divergence_guard import DivergenceGuard
+from bn_lightning.callbacks.run_checkpoints import RunCheckpoints
+from bn_lightning.callbacks.step_progress import StepProgress
+
+__all__ = [
+    "ActivationPercentiles",
+    "DivergenceGuard",
+    "RunCheckpoints",
+    "StepProgress",
+]

@@ -1,0 +1,102 @@
+"""Keeps `best.ckpt` and `last.ckpt`: from the latter a run goes on as if it had never stopped."""
+
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
+
+from bn_lightning.interruption import Interrupted, handled_by
+
+
+class RunCheckpoints(ModelCheckpoint):
+    """Writes `best.ckpt` by a validation metric, and `last.ckpt` for going on.
+
+    `last.ckpt` is written after every validation, at the last step, and when interrupted: during
+    fit, SIGINT and SIGTERM wait for the end of the step, and of the validation that follows it, so
+    that the checkpoint holds a moment from which the run continues bit for bit; then
+    `bn_lightning.interruption.Interrupted` is raised. A second signal raises it at once.
+
+    Args:
+        dirpath: the folder, made when the first checkpoint is written.
+        monitor: name of the logged metric that chooses the best.
+        mode: "max" if more of it is better, "min" if less is.
+    """
+
+    def __init__(self, dirpath: str | Path, monitor: str, mode: str) -> None:
+        super().__init__(
+            dirpath,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            enable_version_counter=False,
+            # Lightning counts an epoch twice that is resumed from its end.
+            save_on_train_epoch_end=False,
+        )
+        self.last_path = Path(dirpath) / "last.ckpt"
+        self._signum: int | None = None
+        self._handlers = ExitStack()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # ModelCheckpoint spells all its settings out, for each hook of each step.
+        return "RunCheckpoints"
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers.enter_context(handled_by(self._note))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._handlers.close()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        signum = self._agreed_signal(trainer)
+        wanted = signum is not None or trainer.global_step == trainer.max_steps
+        if wanted and not validation_follows(trainer):
+            self._save_last(trainer, signum)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_last(trainer, self._agreed_signal(trainer))
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is not None:
+            raise Interrupted(signum)
+        self._signum = signum
+
+    def _agreed_signal(self, trainer: Trainer) -> int | None:
+        """The signal, the same on every rank: writing a checkpoint is a collective act."""
+        if trainer.world_size == 1:
+            return self._signum
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return None
+        return trainer.strategy.broadcast(self._signum)
+
+    def _save_last(self, trainer: Trainer, signum: int | None) -> None:
+        trainer.save_checkpoint(self.last_path)
+        if signum is not None:
+            raise Interrupted(signum)
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the Trainer validates after the training batch that has just ended."""
+    if not trainer.enable_validation or trainer.val_check_batch is None:
+        return False
+    if trainer.should_stop:
+        return True
+    if trainer.check_val_every_n_epoch is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0
+    if (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch:
+        return False
+    if trainer.val_check_batch == float("inf"):
+        return trainer.is_last_batch
+    return (trainer.fit_loop.batch_idx + 1) % trainer.val_check_batch == 0

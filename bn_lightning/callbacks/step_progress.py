@@ -1,0 +1,72 @@
+"""A progress bar over the whole run: loss, accuracy and steps per second."""
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import override
+
+SHOWN = {"loss": "train/loss", "accuracy": "train/accuracy", "validation": "val/accuracy"}
+
+
+class StepProgress(ProgressBar):
+    """One Rich bar from the first step to the last; nothing where there is no terminal.
+
+    Shows `train/loss` (nats), `train/accuracy` and `val/accuracy` (in [0, 1]) as last logged, and
+    the mean number of steps per second since the start.
+
+    Args:
+        refresh_every_n_steps: steps between two updates of the bar.
+    """
+
+    def __init__(self, refresh_every_n_steps: int) -> None:
+        super().__init__()
+        self.refresh_every_n_steps = refresh_every_n_steps
+        self._enabled = True
+        self._progress: Progress | None = None
+
+    @override
+    def disable(self) -> None:
+        self._enabled = False
+
+    @override
+    def enable(self) -> None:
+        self._enabled = True
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        console = Console(stderr=True)
+        if not (self._enabled and console.is_terminal):
+            return
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        total = trainer.estimated_stepping_batches
+        self._task = self._progress.add_task("", total=total, numbers="")
+        self._first_step = trainer.global_step
+        self._progress.update(self._task, completed=self._first_step)
+        self._progress.start()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if self._progress is None or trainer.global_step % self.refresh_every_n_steps:
+            return
+        elapsed = self._progress.tasks[0].elapsed
+        numbers = []
+        for label, name in SHOWN.items():
+            if name in trainer.callback_metrics:
+                numbers.append(f"{label} {trainer.callback_metrics[name]:.4f}")
+        if elapsed:
+            numbers.append(f"{(trainer.global_step - self._first_step) / elapsed:.0f} steps/s")
+        self._progress.update(self._task, completed=trainer.global_step, numbers="  ".join(numbers))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
