@@ -1,0 +1,59 @@
+"""Reading checkpoints: never a pickle, and never into a network they do not fit."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from torch import nn
+
+CONFIG_KEY = "config"
+"""The hyperparameter under which `train.py` keeps the run's resolved configuration."""
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, or one that does not fit."""
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a Lightning checkpoint onto the CPU with `weights_only=True`.
+
+    Raises:
+        CheckpointError: there is no such file, or it is no Lightning checkpoint.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"`ckpt_path` expected a checkpoint file, got {path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, ValueError) as error:
+        raise CheckpointError(
+            f"`ckpt_path` expected a checkpoint of plain tensors, got {path}, which is none or is "
+            "damaged; give another"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"`ckpt_path` expected a Lightning checkpoint, got {path}, which has no state_dict"
+        )
+    return checkpoint
+
+
+def check_fits(checkpoint: dict[str, Any], module: nn.Module, path: str | Path) -> None:
+    """Compare names and shapes of the weights with the module's.
+
+    Raises:
+        CheckpointError: naming the first that differs.
+    """
+    found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise CheckpointError(
+                f"`ckpt_path` expected a checkpoint of this network, got one of another in {path}: "
+                f"{name} is {_shape(found, name)} there and {_shape(wanted, name)} here; use the "
+                "model and norm it was trained with"
+            )
+
+
+def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return str(shapes[name]) if name in shapes else "absent"

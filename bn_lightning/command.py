@@ -1,0 +1,148 @@
+"""What the commands share: composition by Hydra, errors in one line, exit codes."""
+
+import difflib
+import functools
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
+
+from bn_lightning.interruption import Interrupted, handled_by, raise_interrupted
+from bn_lightning.run_directory import hydra_directory, run_directory
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make a function of a composed configuration a command.
+
+    The command exits with 0, with 1 after an error, which is one line on stderr that says what to
+    do (the traceback behind `HYDRA_FULL_ERROR=1`), with 130 or 143 when SIGINT or SIGTERM ended it.
+    In a multirun, errors are left to the sweeper.
+
+    Args:
+        config_name: the primary configuration in `bn_lightning.conf`.
+    """
+    for resolver in (run_directory, hydra_directory):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=True)
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        full_error = os.environ.get(FULL_ERROR) == "1"
+
+        @functools.wraps(task)
+        def run(config: DictConfig) -> Any:
+            try:
+                return task(config)
+            except Exception as error:
+                if full_error or in_sweep():
+                    raise
+                # Raised from here, Hydra would print a line of its own above it.
+                sys.exit(report(error))
+
+        main = hydra.main("pkg://bn_lightning.conf", config_name, version_base="1.3")(run)
+
+        @functools.wraps(task)
+        def command() -> None:
+            # So that Hydra raises its errors instead of printing them over several lines.
+            os.environ[FULL_ERROR] = "1"
+            run_reported(main, full_error)
+
+        return command
+
+    return decorate
+
+
+def run_reported(command: Callable[[], Any], full_error: bool = False) -> None:
+    """Run a command's body; end the process with an exit code if it does not come to its end.
+
+    Args:
+        command: the body.
+        full_error: let errors through with their traceback.
+    """
+    try:
+        with handled_by(raise_interrupted):
+            command()
+    except Interrupted as interrupted:
+        sys.exit(interrupted.exit_code)
+    except Exception as error:
+        if full_error:
+            raise
+        sys.exit(report(error))
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says of devices and tips, and a warning that is not its user's.
+
+    The command's own summary says what matters. Warnings that a user can act on are left.
+    """
+    import lightning.pytorch  # noqa: F401  importing it sets the level of its log
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning 2.6 calls what torch 2.13 calls deprecated.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # A run's budget is in steps, across epochs, and so is its log.
+    warnings.filterwarnings("ignore", message="The number of training batches")
+    # A resumed run writes where it wrote before.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+
+def in_sweep() -> bool:
+    """Whether this is one job of a Hydra multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def report(error: Exception) -> int:
+    """Print the error as one line on stderr and return the exit code 1."""
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    return 1
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong and what to do, without line breaks.
+
+    Configuration errors name the key and the nearest one that exists; an error that Hydra or
+    OmegaConf met while building an object is that object's own error.
+    """
+    where = getattr(error, "full_key", None)
+    while isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__:
+        error = error.__cause__
+        where = getattr(error, "full_key", None) or where
+    text = str(error).partition("Config search path")[0]
+    text = re.sub(r"\s+", " ", text.replace(os.linesep, " ")).strip()
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return f"`{error.full_key}` is no key of the configuration{_nearest(error)}"
+    if isinstance(error, InterpolationResolutionError):
+        return text.partition("interpolation: ")[2].partition(" full_key:")[0]
+    if isinstance(error, OmegaConfBaseException):
+        return text
+    if isinstance(error, HydraException):
+        return text
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; choose another place, or mend this one"
+    if isinstance(error, ValueError):
+        return text + (f" (at {where})" if where else "")
+    return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
+
+
+def _nearest(error: OmegaConfBaseException) -> str:
+    names = [str(key) for key in error.parent_node or ()]
+    near = difflib.get_close_matches(str(error.key), names, n=1)
+    path = str(error.full_key).rpartition(".")[0]
+    if near:
+        return f"; did you mean `{path}.{near[0]}`?" if path else f"; did you mean `{near[0]}`?"
+    return f"; there are {', '.join(names)}"

@@ -1,0 +1,86 @@
+"""Test a checkpoint: `python -m bn_lightning.evaluate ckpt_path=PATH [data=OPTION]`."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bn_lightning.checkpoint import CONFIG_KEY, CheckpointError, check_fits, load_checkpoint
+from bn_lightning.command import hydra_command, one_line, quiet_lightning
+from bn_lightning.run_record import RunRecord, print_summary
+
+
+def evaluate(config: DictConfig) -> dict[str, float]:
+    """Print and write the test metrics of a checkpoint; return them.
+
+    Args:
+        config: composed from `conf/evaluate.yaml`. `run.json` is written to `paths.output_dir`.
+
+    Raises:
+        CheckpointError: the file is no checkpoint of `bn_lightning.train`, or its configuration
+            would build what `trusted` does not name.
+    """
+    directory = Path(config.paths.output_dir)
+    checkpoint = load_checkpoint(config.ckpt_path)
+    run_config = checkpoint.get("hyper_parameters", {}).get(CONFIG_KEY)
+    if run_config is None:
+        raise CheckpointError(
+            f"`ckpt_path` expected a checkpoint that bn_lightning.train wrote, got "
+            f"{config.ckpt_path}, which holds no configuration"
+        )
+    used = {key: run_config[key] for key in ("data", "model")}
+    check_trusted(used, tuple(config.trusted), config.ckpt_path)
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    resolved["data"] = resolved.get("data") or run_config["data"]
+    resolved["model"] = run_config["model"]
+    record = RunRecord(directory, resolved)
+    record.update()
+    try:
+        _test(resolved, checkpoint, record)
+    except Exception as error:
+        record.end("failed", error=one_line(error))
+        raise
+    print_summary(record.content, directory)
+    return record.content["metrics"]
+
+
+def check_trusted(config: Any, trusted: tuple[str, ...], path: str) -> None:
+    """Refuse a configuration that would build something whose name no entry of `trusted` begins.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if isinstance(config, dict):
+        target = config.get("_target_")
+        if target is not None and not str(target).startswith(trusted):
+            raise CheckpointError(
+                f"`trusted` expected the beginning of every name that {path} would build, got "
+                f"{', '.join(trusted)}, and {target} there; add it if you trust the file"
+            )
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            check_trusted(value, trusted, path)
+
+
+def _test(config: dict[str, Any], checkpoint: dict[str, Any], record: RunRecord) -> None:
+    from hydra.utils import instantiate
+
+    quiet_lightning()
+    datamodule = instantiate(config["data"])
+    model = instantiate(config["model"])
+    check_fits(checkpoint, model, config["ckpt_path"])
+    model.load_state_dict(checkpoint["state_dict"])
+    trainer = instantiate(
+        config["trainer"], logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    datamodule.setup("test")
+    trainer.test(model, datamodule=datamodule, verbose=False)
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k != "step"}
+    record.end("completed", data=datamodule.info, metrics=metrics, steps=checkpoint["global_step"])
+
+
+main = hydra_command("evaluate")(evaluate)
+
+if __name__ == "__main__":
+    main()

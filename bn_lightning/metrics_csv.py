@@ -1,0 +1,131 @@
+"""`metrics.csv` of a run: the Lightning logger that writes it, and its reader."""
+
+import csv
+import io
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from bn_lightning.run_record import write_atomically
+
+FILE_NAME = "metrics.csv"
+
+Row = dict[str, Any]
+
+
+class MetricsCSVLogger(Logger):
+    """Writes `save_dir/metrics.csv`: a column for each metric, a row for each time it is called.
+
+    Lightning's own CSVLogger deletes the file of the run that it resumes; this one goes on with it,
+    once `truncate_metrics` has taken out what came after the checkpoint. Whole lines are appended,
+    a new column rewrites the file through a temporary one: a killed run leaves every row whole.
+
+    Args:
+        save_dir: an existing folder.
+    """
+
+    def __init__(self, save_dir: str | Path) -> None:
+        super().__init__()
+        self.path = Path(save_dir) / FILE_NAME
+        self._pending: list[Row] = []
+        self._columns: list[str] | None = None
+
+    @property
+    @override
+    def name(self) -> str:
+        return ""
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Nothing: the configuration of a run stands in its run.json."""
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._pending.append({"step": step, **metrics})
+
+    @override
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what was logged since the last call; Lightning calls it after its own logs."""
+        rows, self._pending = self._pending, []
+        if not rows:
+            return
+        if self._columns is None:
+            self._columns = read_columns(self.path)
+        new = dict.fromkeys(name for row in rows for name in row if name not in self._columns)
+        self._columns += new
+        if new:
+            write_rows(self.path, self._columns, [*read_rows(self.path), *rows])
+        else:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                file.write(_lines(self._columns, rows))
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv as written, [] if there is none.
+
+    A last line without its end is of a run that was killed while writing: it is left out.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+
+def read_metrics(directory: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric name -> its (step, value) pairs in order of steps, from `directory/metrics.csv`."""
+    series: dict[str, dict[int, float]] = {}
+    for row in read_rows(Path(directory) / FILE_NAME):
+        for name, value in row.items():
+            if name != "step" and value != "":
+                series.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def truncate_metrics(directory: str | Path, last_step: int) -> None:
+    """Take out the rows after `last_step`: a run resumed from there writes them anew."""
+    path = Path(directory) / FILE_NAME
+    if path.exists():
+        rows = [row for row in read_rows(path) if int(row["step"]) <= last_step]
+        write_rows(path, read_columns(path), rows)
+
+
+def read_columns(path: Path) -> list[str]:
+    """The names in the first line; [] if there is no file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def write_rows(path: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Replace the file by one of these columns and rows, in one step."""
+    write_atomically(path, _lines(columns, [dict(zip(columns, columns, strict=True)), *rows]))
+
+
+def _lines(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
+    buffer = io.StringIO()
+    csv.DictWriter(buffer, columns, restval="", lineterminator="\n").writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,37 @@
+"""Where a run lies: a new directory, or that of the run which `ckpt_path` resumes."""
+
+from pathlib import Path
+
+LAST = Path("checkpoints", "last.ckpt")
+
+
+def run_directory(ckpt_path: str | None, runs: str, time: str) -> str:
+    """The directory of a run, for `hydra.run.dir`.
+
+    Args:
+        ckpt_path: None for a new run, "last" for the newest run in `runs` that has a last.ckpt, or
+            the path of a checkpoint, whose run goes on in its own directory; a checkpoint that lies
+            in no run's directory starts a new one.
+        runs: the folder of all runs of a task.
+        time: name of a new run's directory.
+
+    Raises:
+        ValueError: "last", and no run in `runs` has a last.ckpt.
+    """
+    if ckpt_path is None:
+        return str(Path(runs) / time)
+    if ckpt_path != "last":
+        run = Path(ckpt_path).absolute().parent.parent
+        return str(run if (run / "run.json").exists() else Path(runs) / time)
+    found = [(path.stat().st_mtime, path) for path in Path(runs).glob(f"*/{LAST}")]
+    if not found:
+        raise ValueError(
+            f"`ckpt_path=last` expected a run with a {LAST} in {Path(runs).absolute()}, got none; "
+            "leave ckpt_path out to start a run, or give a checkpoint's path"
+        )
+    return str(max(found)[1].parent.parent)
+
+
+def hydra_directory(ckpt_path: str | None) -> str:
+    """For `hydra.output_subdir`: a resumed run keeps the `.hydra` it began with."""
+    return ".hydra" if ckpt_path is None else ".hydra-resumed"

@@ -1,0 +1,218 @@
+"""What a run leaves on disk: `run.json`, written whole or not at all.
+
+A run's directory holds
+
+    .hydra/                   the configuration as Hydra composed it, and the overrides typed
+    run.json                  this module's record
+    metrics.csv               metrics against steps (metrics_csv.py)
+    checkpoints/best.ckpt     highest validation accuracy
+    checkpoints/last.ckpt     where the run goes on when resumed
+    figures/                  accuracy and activation percentiles against steps
+"""
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+FILE_NAME = "run.json"
+STATUSES = ("running", "completed", "diverged", "pruned", "failed", "interrupted")
+
+_PACKAGES = ("bn-lightning", "torch", "triton", "lightning", "torchmetrics", "hydra-core", "optuna")
+
+
+class RunRecord:
+    """The record of one run, on disk as `directory/run.json` from its first moment to its last.
+
+    Keys: `schema_version`, `status` (one of `STATUSES`), `command`, `config` (resolved), `seed`,
+    `data` (source, SHA-256 of its files, sizes), `versions`, `hardware`, `commit` (None outside a
+    git checkout), `started` and `ended` (UTC, ISO 8601), `steps`, `seconds` (of training),
+    `steps_per_second`, `peak_memory_mib`, `metrics`, `resumed_at` (steps at which it was resumed),
+    `diverged_at` (a step) and `error` where they apply.
+
+    Args:
+        directory: the run's; it exists.
+        config: the resolved configuration, plain dicts and lists.
+        write: False on all ranks but the first, which then keep the record in memory.
+    """
+
+    def __init__(self, directory: str | Path, config: dict[str, Any], write: bool = True) -> None:
+        self.path = Path(directory) / FILE_NAME
+        self.write = write
+        self.content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "command": sys.argv,
+            "config": config,
+            "seed": config.get("seed"),
+            "data": None,
+            "versions": package_versions(),
+            "hardware": hardware(),
+            "commit": git_commit(),
+            "started": _now(),
+            "ended": None,
+            "resumed_at": [],
+        }
+
+    def update(self, **content: Any) -> None:
+        """Set keys of the record and write it."""
+        self.content.update(content)
+        if self.write:
+            write_json(self.path, self.content)
+
+    def end(self, status: str, **content: Any) -> None:
+        """Write the final status and whatever else became known."""
+        if status not in STATUSES:
+            raise ValueError(f"`status` expected one of {', '.join(STATUSES)}, got {status!r}")
+        self.update(status=status, ended=_now(), peak_memory_mib=peak_memory_mib(), **content)
+
+
+def read_run(directory: str | Path) -> dict[str, Any]:
+    """The record in `directory/run.json`.
+
+    Raises:
+        ValueError: there is none, it is not JSON, or of a schema this version does not know.
+    """
+    path = Path(directory) / FILE_NAME
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory} expected a run's directory with a {FILE_NAME}, got {error}"
+        ) from error
+    found = record.get("schema_version") if isinstance(record, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} expected schema_version {SCHEMA_VERSION}, got {found}; read it with the "
+            "version of bn_lightning that wrote it"
+        )
+    return record
+
+
+def print_summary(record: dict[str, Any], directory: str | Path) -> None:
+    """Print a run's result and where its files are, as a short table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record['config']['task_name']}: {record['status']}", show_header=False)
+    data = record["data"]
+    rows = {
+        "data": f"{data['source']}, {data['train']:,} / {data['validation']:,} / {data['test']:,}"
+    }
+    if record.get("diverged_at"):
+        rows["diverged"] = (
+            f"the loss was not finite at step {record['diverged_at']:,}: scored as chance"
+        )
+    for name in ("val/accuracy", "test/accuracy", "test/accuracy_top5", "test/loss"):
+        if name in record["metrics"]:
+            rows[name] = f"{record['metrics'][name]:.4f}"
+    rows["steps"] = f"{record['steps']:,}"
+    if "seconds" in record:
+        rows["time"] = f"{record['seconds']:.1f} s, {record['steps_per_second']:.0f} steps/s"
+    rows["peak memory"] = f"{record['peak_memory_mib']:.0f} MiB"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    # Outside the table, which would break a long path over lines.
+    console.print(f"{directory}", soft_wrap=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one step; numbers that JSON lacks, NaN and infinities, become null."""
+    write_atomically(path, json.dumps(_finite(content), indent=2, default=str) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a file with this text: a reader sees the old one or the new one, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the user's eyes only; a run's are as readable as its directory's.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of Python and of the packages a result depends on; None if absent."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, threads of torch, and the accelerators that torch sees."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from, "-dirty" if files differ from it."""
+    directory = Path(__file__).parent
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def peak_memory_mib() -> float:
+    """The largest resident set of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content

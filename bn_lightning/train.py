@@ -1,0 +1,157 @@
+"""Train a network: `python -m bn_lightning.train +experiment=mnist_bn`.
+
+Composes the configuration, seeds, fits, tests, and leaves a run (see run_record.py).
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
+from bn_lightning.interruption import Interrupted
+from bn_lightning.run_directory import LAST
+from bn_lightning.run_record import RunRecord, print_summary, read_run
+
+# A run is one configuration: resuming may change how it is run and watched, not what is trained.
+_FREE_ON_RESUME = {"callbacks", "ckpt_path", "extras", "logger", "paths", "task_name", "trainer"}
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Train as configured and return the run's metrics, those of the test set among them.
+
+    Args:
+        config: composed from `conf/train.yaml`. Everything is written to `paths.output_dir`.
+
+    Raises:
+        Exception: a value, the data or a checkpoint cannot be used; run.json says `failed`.
+        Interrupted: SIGINT or SIGTERM; run.json says `interrupted`.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    directory = Path(config.paths.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # set on the function
+    record = RunRecord(directory, resolved, write=is_first_rank)
+    if config.ckpt_path is not None:
+        _go_on(record, directory)
+    record.update()
+    try:
+        _fit_and_test(config, record, directory)
+    except Interrupted as interrupted:
+        record.end("interrupted")
+        print(f"interrupted by {interrupted}: {directory}")
+        if (directory / LAST).exists():
+            print("the same command with ckpt_path=last goes on from its last checkpoint")
+        raise
+    except Exception as error:
+        record.end("failed", error=one_line(error))
+        raise
+    return record.content["metrics"]
+
+
+def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> None:
+    import torch
+    from hydra.utils import instantiate
+    from lightning import seed_everything
+    from lightning.pytorch.callbacks import ProgressBar
+
+    from bn_lightning.callbacks import DivergenceGuard
+    from bn_lightning.checkpoint import CONFIG_KEY, check_fits, load_checkpoint
+    from bn_lightning.config_check import check_config
+    from bn_lightning.metrics_csv import truncate_metrics
+    from bn_lightning.models.initialization import initialize
+
+    check_config(config)
+    quiet_lightning()
+    seed_everything(config.seed, workers=True, verbose=False)
+    if config.extras.num_threads is not None:
+        torch.set_num_threads(config.extras.num_threads)
+
+    datamodule = instantiate(config.data)
+    model = instantiate(config.model)
+    initialize(model.network, instantiate(config.init), config.seed)
+    # Lightning keeps hyperparameters in every checkpoint, and evaluate.py builds from them.
+    model.save_hyperparameters({CONFIG_KEY: record.content["config"]}, logger=False)
+    callbacks = [instantiate(node) for node in config.callbacks.values() if node is not None]
+    if in_sweep():
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=[instantiate(node) for node in config.logger.values() if node is not None],
+        # Without this, Lightning adds a bar of its own.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+    )
+
+    ckpt_path, first_step = None, 0
+    if config.ckpt_path is not None:
+        ckpt_path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
+        checkpoint = load_checkpoint(ckpt_path)
+        check_fits(checkpoint, model, ckpt_path)
+        first_step = checkpoint["global_step"]
+        truncate_metrics(directory, first_step)
+        record.content["resumed_at"].append(first_step)
+    datamodule.setup("fit")
+    record.update(data=datamodule.info)
+
+    started = time.perf_counter()
+    try:
+        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    finally:
+        seconds = time.perf_counter() - started
+        record.content.update(
+            steps=trainer.global_step,
+            seconds=round(seconds, 3),
+            steps_per_second=round((trainer.global_step - first_step) / seconds, 1),
+            metrics=_numbers(trainer.callback_metrics),
+        )
+
+    metrics = record.content["metrics"]
+    guards = [callback for callback in callbacks if isinstance(callback, DivergenceGuard)]
+    diverged_at = next((guard.diverged_at for guard in guards if guard.diverged_at), None)
+    if diverged_at is None:
+        trainer.test(model, datamodule=datamodule, verbose=False)
+        record.end("completed", metrics=metrics | _numbers(trainer.callback_metrics))
+    else:
+        record.end("diverged", metrics=metrics | model.chance_metrics(), diverged_at=diverged_at)
+    if trainer.is_global_zero:
+        if config.extras.figures:
+            from bn_lightning.sweeps.figures import draw_run
+
+            draw_run(directory)
+        print_summary(record.content, directory)
+
+
+def _go_on(record: RunRecord, directory: Path) -> None:
+    """Take over what the run's record already holds, if the configuration is still the same."""
+    if not (directory / "run.json").exists():
+        return  # The checkpoint lies outside a run: a new one starts from it.
+    before = read_run(directory)
+    old, new = (
+        {key: value for key, value in content["config"].items() if key not in _FREE_ON_RESUME}
+        for content in (before, record.content)
+    )
+    for config in (old, new):
+        # The same files may lie elsewhere by now; their hashes are in the record.
+        config["data"] = {k: v for k, v in config["data"].items() if k != "root"}
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if changed:
+        raise ValueError(
+            f"`ckpt_path` expected the configuration that the run in {directory} began with, got "
+            f"another {', '.join(changed)}; repeat its overrides, or leave ckpt_path out to start "
+            "a new run"
+        )
+    record.content.update(started=before["started"], resumed_at=before["resumed_at"])
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name != "step"}
+
+
+main = hydra_command("train")(train)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From runs to what one can read off them."""

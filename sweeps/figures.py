@@ -1,0 +1,120 @@
+"""The pictures of runs: the paper's Figure 1 from our own metrics.
+
+Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bn_lightning.metrics_csv import read_metrics
+
+Series = Sequence[tuple[int, float]]
+"""(step, value) pairs in order of steps."""
+
+# Okabe & Ito's colours, told apart by the colour-blind and by their lightness in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+
+
+def draw_run(directory: str | Path) -> None:
+    """Draw `figures/accuracy` and `figures/percentiles` of a run from its metrics.csv.
+
+    Each is written as PNG and SVG; one whose metrics the run did not log is left out.
+    """
+    metrics = read_metrics(directory)
+    folder = Path(directory) / "figures"
+    if "test/accuracy" in metrics:
+        save(accuracy_figure({"": metrics["test/accuracy"]}), folder / "accuracy")
+    if "activation/p50" in metrics:
+        save(percentiles_figure({"": metrics}), folder / "percentiles")
+
+
+def accuracy_figure(runs: Mapping[str, Series]) -> Figure:
+    """Test accuracy against training steps, a line for each run (Figure 1a).
+
+    Args:
+        runs: label -> accuracy in [0, 1]; an empty label gets no legend.
+    """
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    draw_accuracy(figure.subplots(), runs)
+    return figure
+
+
+def percentiles_figure(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
+    """Percentiles of the inputs of one activation, a panel for each run (Figure 1b, c).
+
+    Args:
+        runs: label -> metrics with `activation/p15`, `activation/p50` and `activation/p85`.
+    """
+    figure = Figure(figsize=(5 * len(runs), 3.5), layout="constrained")
+    _draw_panels(figure.subplots(1, len(runs), squeeze=False)[0], runs)
+    return figure
+
+
+def comparison_figure(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
+    """The whole of Figure 1: accuracy of all runs, then the percentiles of each.
+
+    Args:
+        runs: label -> metrics, as `read_metrics` returns them.
+    """
+    figure = Figure(figsize=(4 * (1 + len(runs)), 3.3), layout="constrained")
+    first, *panels = figure.subplots(1, 1 + len(runs))
+    draw_accuracy(first, {label: metrics["test/accuracy"] for label, metrics in runs.items()})
+    _draw_panels(panels, runs)
+    return figure
+
+
+def _draw_panels(panels: Sequence[Axes], runs: Mapping[str, Mapping[str, Series]]) -> None:
+    for panel, (label, metrics) in zip(panels, runs.items(), strict=True):
+        draw_percentiles(panel, metrics)
+        panel.set_title(label)
+        panel.sharey(panels[0])
+    panels[0].set_ylabel("input of one unit of the last\nactivation, percentiles 15, 50, 85")
+
+
+def draw_accuracy(axes: Axes, runs: Mapping[str, Series]) -> None:
+    """Draw test accuracy against steps, a line for each run."""
+    for i, (label, series) in enumerate(runs.items()):
+        steps, values = zip(*series, strict=True)
+        axes.plot(
+            steps,
+            values,
+            _STYLES[i % len(_STYLES)],
+            color=_COLOURS[i % len(_COLOURS)],
+            marker="." if len(steps) < 3 else "",
+            label=label,
+        )
+    if any(runs):
+        axes.legend(frameon=False)
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("test accuracy")
+    axes.set_ylim(top=1)
+    _tidy(axes)
+
+
+def draw_percentiles(axes: Axes, metrics: Mapping[str, Series]) -> None:
+    """Draw the 15th, 50th and 85th percentile of one unit's inputs against steps."""
+    (steps, low), (_, middle), (_, high) = (
+        zip(*metrics[f"activation/p{percentile}"], strict=True) for percentile in (15, 50, 85)
+    )
+    axes.fill_between(steps, low, high, color=_COLOURS[0], alpha=0.2, linewidth=0)
+    axes.plot(steps, low, steps, high, color=_COLOURS[0], linewidth=0.8)
+    axes.plot(steps, middle, color=_COLOURS[0], label="median")
+    axes.set_xlabel("training steps")
+    _tidy(axes)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `path`.png and `path`.svg; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def _tidy(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
