@@ -42,25 +42,35 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=True)
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        full_error = os.environ.get(FULL_ERROR) == "1"
+        failures: list[Exception] = []
 
         @functools.wraps(task)
         def run(config: DictConfig) -> Any:
             try:
                 return task(config)
             except Exception as error:
-                if full_error or in_sweep():
+                if in_sweep():
                     raise
-                # Raised from here, Hydra would print a line of its own above it.
-                sys.exit(report(error))
+                # Raised from here, Hydra would print a line of its own above the error's.
+                failures.append(error)
 
-        main = hydra.main("pkg://bn_lightning.conf", config_name, version_base="1.3")(run)
+        hydra_main = hydra.main("pkg://bn_lightning.conf", config_name, version_base="1.3")(run)
+
+        def main() -> None:
+            hydra_main()
+            if failures:
+                raise failures.pop()
 
         @functools.wraps(task)
         def command() -> None:
+            full_error = os.environ.get(FULL_ERROR)
             # So that Hydra raises its errors instead of printing them over several lines.
             os.environ[FULL_ERROR] = "1"
-            run_reported(main, full_error)
+            try:
+                run_reported(main, full_error == "1")
+            finally:
+                if full_error is None:
+                    del os.environ[FULL_ERROR]
 
         return command
 

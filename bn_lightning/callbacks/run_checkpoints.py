@@ -47,7 +47,9 @@ class RunCheckpoints(ModelCheckpoint):
         return "RunCheckpoints"
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Here and not earlier: just before, Lightning puts a handler of its own in front of others.
         if threading.current_thread() is threading.main_thread():
             self._handlers.enter_context(handled_by(self._note))
 

@@ -1,0 +1,81 @@
+"""`python -m bn_lightning.evaluate`: the metrics of a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bn_lightning import evaluate, train
+from bn_lightning.run_record import read_run
+
+# Lightning 2.6 calls what torch 2.13 calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+
+
+@pytest.fixture
+def trained(command) -> Path:
+    """The directory of a short run on the digits."""
+    return command(
+        train.main,
+        "+experiment=mnist_bn",
+        "data=digits",
+        "trainer.max_steps=40",
+        "trainer.val_check_interval=20",
+        "extras.figures=false",
+    ).directory
+
+
+def test_it_gives_what_the_run_gave_and_leaves_the_run_alone(command, trained):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    result = command(evaluate.main, f"ckpt_path={trained}/checkpoints/last.ckpt")
+    assert result.code == 0, result.err
+    assert result.directory.parent == Path("logs/evaluate/runs").absolute()
+    record, trained_record = read_run(result.directory), read_run(trained)
+    for name in ("test/accuracy", "test/accuracy_top5", "test/loss"):
+        assert record["metrics"][name] == trained_record["metrics"][name]
+    assert record["data"]["source"] == "digits"
+    assert "test/accuracy" in result.out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_another_data_set(command, trained, mnist_root):
+    result = command(
+        evaluate.main,
+        f"ckpt_path={trained}/checkpoints/last.ckpt",
+        "data=mnist",
+        f"data.root={mnist_root}",
+    )
+    assert result.code == 0, result.err
+    assert read_run(result.directory)["data"]["test"] == 10_000
+
+
+def test_errors(command, trained):
+    Path("text").write_text("no checkpoint")
+    torch.save({"weights": torch.zeros(3)}, "tensors")
+    checkpoint = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["config"]["model"]["_target_"] = "os.system"
+    torch.save(checkpoint, "hostile")
+    torch.save({k: v for k, v in checkpoint.items() if k != "hyper_parameters"}, "bare")
+    for arguments, words in (
+        (["ckpt_path=nowhere"], "no such file"),
+        (["ckpt_path=text"], "is none or is damaged"),
+        (["ckpt_path=tensors"], "no state_dict"),
+        (["ckpt_path=hostile"], "os.system there; add it if you trust the file"),
+        (["ckpt_path=bare"], "holds no configuration"),
+        ([], "ckpt_path"),
+    ):
+        result = command(evaluate.main, *arguments)
+        assert result.code == 1, arguments
+        lines = result.err.strip().splitlines()
+        assert len(lines) == 1, result.err
+        assert words in lines[0]
+
+
+def test_no_pickle_is_loaded(command, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"state_dict": {}, "trap": Hostile()}, "trap")
+    assert command(evaluate.main, "ckpt_path=trap").code == 1
+    assert not (tmp_path / "executed").exists()

@@ -1,0 +1,336 @@
+"""`python -m bn_lightning.train`: what it leaves, resumes, and says of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from bn_lightning.metrics_csv import read_metrics
+from bn_lightning.run_record import read_run
+from bn_lightning.train import main
+
+# Lightning 2.6 calls what torch 2.13 calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+
+# 21 batches an epoch, so that 50 steps cross epochs; evaluations are not at their ends.
+SHORT = (
+    "+experiment=mnist_bn",
+    "data=digits",
+    "trainer.max_steps=50",
+    "trainer.val_check_interval=15",
+    "trainer.log_every_n_steps=5",
+)
+BARE = ("~callbacks.activation_percentiles", "extras.figures=false")
+
+
+def test_a_run_leaves_what_the_design_says(command):
+    result = command(main, *SHORT)
+    assert result.code == 0, result.err
+    run = result.directory
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert files == {
+        ".hydra/config.yaml",
+        ".hydra/hydra.yaml",
+        ".hydra/overrides.yaml",
+        "run.json",
+        "metrics.csv",
+        "mnist_bn.log",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "figures/accuracy.png",
+        "figures/accuracy.svg",
+        "figures/percentiles.png",
+        "figures/percentiles.svg",
+    }
+    assert run.parent == Path("logs/mnist_bn/runs").absolute()
+    record = read_run(run)
+    assert record["status"] == "completed"
+    assert record["steps"] == 50
+    assert record["data"]["source"] == "digits"
+    assert record["config"]["optimizer"]["lr"] == 1.0
+    assert record["config"]["seed"] == record["seed"] == 1
+    assert record["versions"]["torch"] == version("torch")
+    assert 0 < record["seconds"] < 60
+    assert record["steps_per_second"] == pytest.approx(50 / record["seconds"], rel=0.01)
+    assert 100 < record["peak_memory_mib"] < 4000
+    metrics = read_metrics(run)
+    assert [step for step, _ in metrics["val/accuracy"]] == [15, 30, 45]
+    assert [step for step, _ in metrics["test/accuracy"]] == [15, 30, 45, 50]
+    assert [step for step, _ in metrics["train/loss"]] == list(range(5, 51, 5))
+    assert record["metrics"]["test/accuracy"] == pytest.approx(metrics["test/accuracy"][-1][1])
+    for line in ("completed", "test/accuracy", "steps", "digits"):
+        assert line in result.out
+
+
+def test_the_arms_start_from_the_same_weights_and_see_the_same_batches(command):
+    first_losses = {}
+    for norm in ("batch", "torch", "none"):
+        one_step = ("trainer.max_steps=1", "trainer.log_every_n_steps=1", f"norm={norm}", *BARE)
+        run = command(main, *SHORT, *one_step, "optimizer.lr=1.0e-30").directory
+        weights = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        first_losses[norm] = {k: v for k, v in weights.items() if k.endswith("linear.weight")}
+    assert first_losses["batch"].keys() == first_losses["none"].keys() != set()
+    for name, weight in first_losses["batch"].items():
+        assert torch.equal(weight, first_losses["none"][name])
+        assert torch.equal(weight, first_losses["torch"][name])
+
+
+def test_norm_batch_is_norm_torch_step_by_step(command, mnist_root):
+    """On the real MNIST, the losses of 200 steps agree to 1e-6."""
+    losses = {}
+    for norm in ("batch", "torch"):
+        result = command(
+            main,
+            "+experiment=mnist_bn",
+            f"data.root={mnist_root}",
+            f"norm={norm}",
+            "trainer.max_steps=200",
+            "trainer.log_every_n_steps=1",
+            *BARE,
+        )
+        losses[norm] = read_metrics(result.directory)["train/loss"]
+    assert len(losses["batch"]) == 200
+    for (step, ours), (_, torchs) in zip(losses["batch"], losses["torch"], strict=True):
+        assert abs(ours - torchs) <= 1e-6, f"step {step}: {ours} against {torchs}"
+
+
+@pytest.mark.parametrize(
+    ("norm", "low", "high"), [("batch", 0.86, 1.0), ("none", 0.0, 0.45)], ids=["with", "without"]
+)
+def test_500_steps_on_mnist(command, mnist_root, norm, low, high):
+    """Measured in plain PyTorch over four seeds: .901 ± .012 with, .272 ± .060 without."""
+    result = command(
+        main,
+        "+experiment=mnist_bn",
+        f"data.root={mnist_root}",
+        f"norm={norm}",
+        "trainer.max_steps=500",
+        *BARE,
+    )
+    assert low <= read_run(result.directory)["metrics"]["test/accuracy"] <= high
+
+
+def test_a_rerun_is_bitwise_equal(command):
+    runs = [command(main, *SHORT, *BARE).directory for _ in range(2)]
+    assert runs[0] != runs[1]
+    assert read_metrics(runs[0]) == read_metrics(runs[1])
+    other = command(main, *SHORT, *BARE, "seed=2").directory
+    assert read_metrics(other) != read_metrics(runs[0])
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(command):
+    whole = command(main, *SHORT, *BARE).directory
+    part = command(main, *SHORT, *BARE, "trainer.max_steps=37", "paths.log_dir=part").directory
+    resumed = command(main, *SHORT, *BARE, "paths.log_dir=part", "ckpt_path=last")
+    assert resumed.directory == part
+    # The shorter run was tested at its own end, too.
+    assert_same_end(whole, part, but_tests_at={37})
+    record = read_run(part)
+    assert record["resumed_at"] == [37]
+    assert record["steps"] == 50
+    assert (part / ".hydra/overrides.yaml").read_text().count("ckpt_path") == 0
+
+
+STOPPED = (
+    sys.executable,
+    *("-m", "bn_lightning.train", *SHORT[:2], *BARE),
+    *("trainer.max_steps=1500", "trainer.val_check_interval=110"),
+)
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory) -> Path:
+    """The directory of the run that the stopped ones are to end like."""
+    folder = tmp_path_factory.mktemp("unstopped")
+    done = subprocess.run(STOPPED, cwd=folder, capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "status"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, "running"),
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "interrupted"),
+    ],
+    ids=["SIGKILL", "SIGINT", "SIGTERM"],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, unstopped, command, signum, code, status):
+    process = subprocess.Popen(STOPPED, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    wait_for(tmp_path, "logs/*/runs/*/checkpoints/last.ckpt")
+    process.send_signal(signum)
+    assert process.wait(timeout=60) == code
+    (run,) = tmp_path.glob("logs/*/runs/*")
+    assert read_run(run)["status"] == status
+    last_step = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 0 < last_step < 1500
+    resumed = command(main, *STOPPED[3:], "ckpt_path=last")
+    assert resumed.directory == run
+    assert_same_end(unstopped, run)
+    assert read_run(run)["resumed_at"] == [last_step]
+
+
+def wait_for(folder: Path, pattern: str) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern} within a minute"
+        time.sleep(0.005)
+
+
+def assert_same_end(
+    whole: Path, resumed: Path, but_tests_at: frozenset | set = frozenset()
+) -> None:
+    states = [
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (whole, resumed)
+    ]
+    assert states[0]["global_step"] == states[1]["global_step"]
+    for name, weight in states[0]["state_dict"].items():
+        assert torch.equal(weight, states[1]["state_dict"][name]), name
+    metrics = read_metrics(resumed)
+    for name, points in metrics.items():
+        if name.startswith("test/"):
+            metrics[name] = [point for point in points if point[0] not in but_tests_at]
+    assert read_metrics(whole) == metrics
+    assert read_run(whole)["metrics"] == read_run(resumed)["metrics"]
+
+
+def test_a_diverged_run_is_a_result_scored_as_chance(command):
+    result = command(main, *SHORT, "optimizer.lr=1.0e38", "norm=none", "init.std=10")
+    assert result.code == 0, result.err
+    record = json.loads((result.directory / "run.json").read_text())
+    assert record["status"] == "diverged"
+    assert 0 < record["diverged_at"] <= 50
+    assert record["metrics"]["test/accuracy"] == 0.1
+    assert record["metrics"]["test/loss"] == pytest.approx(2.302585)
+    assert "diverged" in result.out
+
+
+def test_a_multirun_trains_each_arm_in_its_own_directory(command):
+    result = command(main, "-m", *SHORT, *BARE, "norm=none,batch")
+    assert result.code == 0, result.err
+    runs = sorted(Path("logs/mnist_bn/multiruns").glob("*/*/run.json"))
+    assert [run.parent.name for run in runs] == ["0", "1"]
+    norms = [read_run(run.parent)["config"]["norm"] for run in runs]
+    assert norms[0] is None
+    assert norms[1]["_target_"].endswith("batch_norm")
+
+
+def test_the_fallback_to_digits_is_said_everywhere(command, tmp_path):
+    arguments = [*SHORT, *BARE, "data=mnist", f"data.root={tmp_path}", "+data.download=false"]
+    with pytest.warns(UserWarning, match="digits"):
+        result = command(main, *arguments)
+    assert result.code == 0, result.err
+    assert read_run(result.directory)["data"]["source"] == "digits"
+    assert "digits" in result.out
+
+
+BAD = {
+    "unknown experiment": (["+experiment=nope"], "experiment/nope"),
+    "unknown option": (["norm=foo"], "batch none torch"),
+    "typo in an override": (["trainer.max_stps=5"], "did you mean `trainer.max_steps`?"),
+    "no network and no fallback": (
+        ["data=mnist", "data.root=empty", "+data.download=false", "data.fallback=null"],
+        "data.fallback=digits",
+    ),
+    "directory under a file": (["paths.log_dir=a_file/logs"], "a_file"),
+    "no such checkpoint": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "file that is no checkpoint": (["ckpt_path=a_file"], "a_file"),
+    "nothing to resume": (["ckpt_path=last"], "checkpoints/last.ckpt"),
+    "gpu without a gpu": (["trainer=gpu"], "use trainer=cpu"),
+    "batch of one": (["data.batch_size=1"], "Expected more than 1 value per channel"),
+    "batch of none": (["data.batch_size=0"], "`data.batch_size`"),
+    "negative width": (["model.network.widths=[-5]"], "positive integers"),
+    "width that is no number": (["model.network.widths=[wide]"], "positive integers"),
+    "negative rate": (["optimizer.lr=-1"], "`optimizer.lr` expected a positive number, got -1"),
+    "rate that is no number": (["optimizer.lr=fast"], "`optimizer.lr`"),
+    "rate that is nan": (["optimizer.lr=nan"], "`optimizer.lr`"),
+    "negative seed": (["seed=-1"], "`seed`"),
+    "triton without its interpreter": (["norm.backend=triton"], "TRITON_INTERPRET=1"),
+    "unknown backend": (["norm.backend=cuda"], "backend"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_that_says_what_to_do(
+    command, tmp_path, monkeypatch, arguments, words
+):
+    if "gpu" in arguments[0] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if "triton" in arguments[0]:
+        if torch.cuda.is_available():
+            pytest.skip("the kernels run on this machine")
+        # In this process the kernels may be interpreted ones already.
+        monkeypatch.setattr("bn_lightning.kernels.ops._check_device", refuse_cpu)
+    (tmp_path / "a_file").write_text("no checkpoint")
+    result = command(main, *SHORT, *BARE, *arguments)
+    assert result.code == 1
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    assert words in lines[0]
+    for run in tmp_path.rglob("run.json"):
+        record = read_run(run.parent)
+        assert record["status"] == "failed"
+        assert record["error"] in lines[0]
+        assert not list(run.parent.glob("checkpoints/*"))
+
+
+def refuse_cpu(x: torch.Tensor) -> None:
+    raise ValueError("on cpu; set TRITON_INTERPRET=1")
+
+
+def test_triton_on_cpu_tensors_is_refused_in_a_fresh_process(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run on this machine")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bn_lightning.train", *SHORT, "norm.backend=triton"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_a_checkpoint_of_another_network_is_refused(command):
+    run = command(main, *SHORT, *BARE, "model.network.widths=[20]").directory
+    elsewhere = Path("elsewhere.ckpt")
+    elsewhere.write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+    result = command(main, *SHORT, *BARE, f"ckpt_path={elsewhere}")
+    assert result.code == 1
+    assert "network.hidden.0.linear.weight is (20, 784) there and (100, 784) here" in result.err
+
+
+def test_a_run_is_not_resumed_as_another(command):
+    run = command(main, *SHORT, *BARE).directory
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    result = command(
+        main, *SHORT, *BARE, "optimizer.lr=0.5", f"ckpt_path={run}/checkpoints/last.ckpt"
+    )
+    assert result.code == 1
+    assert "optimizer" in result.err
+    after = {path: path.read_bytes() for path in before}
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed <= {"mnist_bn.log"}
+
+
+def test_inputs_that_are_not_numbers_are_an_error_of_the_data(command, monkeypatch):
+    from bn_lightning.data import digits
+
+    load = digits.DigitsDataModule.load
+
+    def spoiled(self):
+        arrays = load(self)
+        arrays.train_inputs[3, 0, 5, 5] = float("nan")
+        return arrays
+
+    monkeypatch.setattr(digits.DigitsDataModule, "load", spoiled)
+    result = command(main, *SHORT, *BARE)
+    assert result.code == 1
+    assert len(result.err.strip().splitlines()) == 1
+    assert "NaN" in result.err

@@ -1,0 +1,81 @@
+"""The order of the parts, read from the source: imports run one way."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A part may import parts of a lower number only, besides itself.
+ORDER = {
+    "kernels": 0,
+    "batch_norm": 1,
+    "interruption": 2,
+    "run_directory": 2,
+    "run_record": 2,
+    "checkpoint": 2,
+    "no_profiler": 2,
+    "metrics_csv": 3,
+    "callbacks": 4,
+    "models": 5,
+    "data": 5,
+    "config_check": 5,
+    "sweeps": 5,  # reads what runs leave, never what trains them
+    "command": 6,
+    "train": 7,
+    "evaluate": 7,
+    "report": 7,
+}
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    parts = relative.parts[1:] if relative.parts[0] == "bn_lightning" else relative.parts
+    return parts[0].removesuffix(".py")
+
+
+def sources() -> list[Path]:
+    folders = (ROOT / "bn_lightning", ROOT / "kernels", ROOT / "sweeps")
+    files = {path for folder in folders for path in folder.rglob("*.py")}
+    # bn_lightning/__init__.py names its exports as strings; conf holds no code.
+    skipped = {ROOT / "bn_lightning" / "__init__.py", ROOT / "bn_lightning" / "conf"}
+    return sorted(
+        path
+        for path in files
+        if not (skipped & {path, *path.parents}) and not path.parent.is_symlink()
+    )
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_part_has_its_place():
+    assert {part_of(path) for path in sources()} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    for name in imported_modules(path):
+        if name.startswith("bn_lightning."):
+            other = name.split(".")[1]
+            assert other == part or ORDER[other] < ORDER[part], f"{part} imports {name}"
+
+
+def test_kernels_need_torch_and_triton_alone():
+    allowed = {"torch", "triton", "bn_lightning"}
+    for path in sources():
+        if part_of(path) == "kernels":
+            roots = {name.split(".")[0] for name in imported_modules(path)}
+            foreign = {root for root in roots - allowed if root not in sys.stdlib_module_names}
+            assert not foreign, f"{path} imports {foreign}"
