@@ -1,5 +1,7 @@
 """The pictures of runs: the paper's Figure 1 from our own metrics.
 
+Steps are drawn on a logarithmic axis: most of what normalisation changes happens early.
+
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1.
 """
 
@@ -69,9 +71,10 @@ def comparison_figure(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
 
 def _draw_panels(panels: Sequence[Axes], runs: Mapping[str, Mapping[str, Series]]) -> None:
     for panel, (label, metrics) in zip(panels, runs.items(), strict=True):
+        if panel is not panels[0]:
+            panel.sharey(panels[0])
         draw_percentiles(panel, metrics)
         panel.set_title(label)
-        panel.sharey(panels[0])
     panels[0].set_ylabel("input of one unit of the last\nactivation, percentiles 15, 50, 85")
 
 
@@ -89,7 +92,7 @@ def draw_accuracy(axes: Axes, runs: Mapping[str, Series]) -> None:
         )
     if any(runs):
         axes.legend(frameon=False)
-    axes.set_xlabel("training steps")
+    axes.set_xscale("log")
     axes.set_ylabel("test accuracy")
     axes.set_ylim(top=1)
     _tidy(axes)
@@ -103,7 +106,9 @@ def draw_percentiles(axes: Axes, metrics: Mapping[str, Series]) -> None:
     axes.fill_between(steps, low, high, color=_COLOURS[0], alpha=0.2, linewidth=0)
     axes.plot(steps, low, steps, high, color=_COLOURS[0], linewidth=0.8)
     axes.plot(steps, middle, color=_COLOURS[0], label="median")
-    axes.set_xlabel("training steps")
+    # Logarithmic from step 1 on, with room for step 0.
+    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    axes.set_xlim(left=0)
     _tidy(axes)
 
 
@@ -115,6 +120,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _tidy(axes: Axes) -> None:
+    axes.set_xlabel("training steps")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
