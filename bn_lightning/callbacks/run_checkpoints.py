@@ -79,7 +79,8 @@ class RunCheckpoints(ModelCheckpoint):
         """The signal, the same on every rank: writing a checkpoint is a collective act."""
         if trainer.world_size == 1:
             return self._signum
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]  # 0 for no logs
+        if trainer.global_step % every:
             return None
         return trainer.strategy.broadcast(self._signum)
 

@@ -49,7 +49,9 @@ class Classifier(LightningModule):
         self.optimizer_factory = optimizer
         self.scheduler_factory = scheduler
         self.num_classes = num_classes
-        self.evaluations = nn.ModuleDict({name: _metrics(num_classes) for name in ("val", "test")})
+        self.evaluations = nn.ModuleDict(
+            {name: _metrics(f"{name}/", num_classes) for name in ("val", "test")}
+        )
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -71,7 +73,7 @@ class Classifier(LightningModule):
         loss = F.cross_entropy(logits, target)
         # Through self.log on every step, Lightning would spend longer on the log than on the step.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        if (self.global_step + 1) % every == 0:
+        if every and (self.global_step + 1) % every == 0:
             accuracy = (logits.detach().argmax(1) == target).float().mean()
             self.log_dict(
                 {
@@ -127,23 +129,27 @@ class Classifier(LightningModule):
         metrics["accuracy_top5"].update(logits, target)
 
     def _log_evaluations(self) -> None:
-        for name, module in self.evaluations.items():
+        values: dict[str, Any] = {"step": float(self.global_step)}
+        for module in self.evaluations.values():
             metrics = cast(MetricCollection, module)
             if metrics["loss"].update_called:
-                self.log_dict({f"{name}/{key}": value for key, value in metrics.compute().items()})
+                values |= metrics.compute()
                 metrics.reset()
-        self.log("step", float(self.global_step))
+        # Computed over all ranks already; without sync_dist Lightning would warn that it is not.
+        self.log_dict(values, sync_dist=True)
 
 
-def _metrics(num_classes: int) -> MetricCollection:
+def _metrics(prefix: str, num_classes: int) -> MetricCollection:
     return MetricCollection(
         {
-            # A diverged network's loss is NaN, and is reported so.
-            "loss": MeanMetric(nan_strategy="disable"),
+            # A diverged network's loss is NaN, and is reported so: NaN stays NaN. The strategy
+            # "disable" would leave it so too, but in torchmetrics 1.9 it drops the weights.
+            "loss": MeanMetric(nan_strategy=float("nan")),
             "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
             "accuracy_top5": MulticlassAccuracy(
                 num_classes, top_k=min(5, num_classes), average="micro", validate_args=False
             ),
         },
+        prefix=prefix,
         compute_groups=False,
     )
