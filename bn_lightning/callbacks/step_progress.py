@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
-SHOWN = {"loss": "train/loss", "accuracy": "train/accuracy", "validation": "val/accuracy"}
+SHOWN = {"loss": "train/loss", "accuracy": "train/accuracy", "val": "val/accuracy"}
 
 
 class StepProgress(ProgressBar):
@@ -39,8 +39,7 @@ class StepProgress(ProgressBar):
         if not (self._enabled and console.is_terminal):
             return
         self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=10),  # the whole line fits 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
@@ -60,10 +59,10 @@ class StepProgress(ProgressBar):
         numbers = []
         for label, name in SHOWN.items():
             if name in trainer.callback_metrics:
-                numbers.append(f"{label} {trainer.callback_metrics[name]:.4f}")
+                numbers.append(f"{label} {trainer.callback_metrics[name]:.3f}")
         if elapsed:
             numbers.append(f"{(trainer.global_step - self._first_step) / elapsed:.0f} steps/s")
-        self._progress.update(self._task, completed=trainer.global_step, numbers="  ".join(numbers))
+        self._progress.update(self._task, completed=trainer.global_step, numbers=" ".join(numbers))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
