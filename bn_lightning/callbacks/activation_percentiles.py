@@ -11,14 +11,16 @@ from typing_extensions import override
 
 PERCENTILES = (15, 50, 85)
 
+_MAX_ROWS = 2**24
+
 
 class ActivationPercentiles(Callback):
     """Logs the 15th, 50th and 85th percentile of what an activation of the network receives.
 
-    A fixed probe set, the first inputs of the validation set, goes through the network in training
-    mode, so BatchNorm normalises with the probe's own statistics: with running averages the early
-    part of the trace is wrong. Neither the running averages nor the random streams of the run are
-    touched.
+    A fixed probe set, the first inputs of the validation set, goes through the network in the mode
+    it trains in, so BatchNorm normalises with the probe's own statistics: with running averages the
+    early part of the trace is wrong. Neither the running averages nor the random streams of the run
+    are touched.
 
     Logs, in units of the activation's input, for every point of `probe_steps`:
         `activation/p15`, `activation/p50`, `activation/p85`: of one unit, as the paper draws them;
@@ -28,7 +30,8 @@ class ActivationPercentiles(Callback):
         probe_size: inputs in the probe set; fewer where the validation set is smaller.
         points: how often to look in the whole run; `probe_steps` spaces them.
         unit: index of the unit that is followed.
-        layer: name of the activation module inside the LightningModule; None for its last one.
+        layer: name of the activation module inside the LightningModule, whose last use in a forward
+            counts; None for its last one.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1 and Figure 1(b, c).
     """
@@ -48,24 +51,30 @@ class ActivationPercentiles(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run without max_steps is as long as its epochs.
-        self._steps = probe_steps(int(trainer.estimated_stepping_batches), self.points)
+        # A run without max_steps is as long as its epochs; one without end, a million steps.
+        self._steps = probe_steps(int(min(trainer.estimated_stepping_batches, 1e6)), self.points)
         self._name = self.layer or last_activation(pl_module)
-        self._probe = first_inputs(trainer.val_dataloaders, self.probe_size).to(pl_module.device)
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for each iteration
+            probe = first_inputs(trainer.val_dataloaders, self.probe_size)
+        self._probe = probe.to(pl_module.device)
         if trainer.global_step == 0:
             self._log(pl_module)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if trainer.global_step in self._steps:
+            self._steps.remove(trainer.global_step)  # a step may have several batches
             self._log(pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:
         percentiles_PC = unit_percentiles(activation_inputs(pl_module, self._name, self._probe))
+        units = percentiles_PC.shape[1]
+        if not 0 <= self.unit < units:
+            raise ValueError(f"`unit` expected to be in [0, {units}), got {self.unit}")
         metrics = {}
         for percentile, value_C in zip(PERCENTILES, percentiles_PC, strict=True):
             metrics[f"activation/p{percentile}"] = value_C[self.unit].item()
-            metrics[f"activation/p{percentile}_median"] = value_C.median().item()
+            metrics[f"activation/p{percentile}_median"] = value_C.quantile(0.5).item()
         for logger in pl_module.loggers:
             logger.log_metrics(metrics, step=pl_module.global_step)
             logger.save()
@@ -80,7 +89,7 @@ def probe_steps(max_steps: int, points: int) -> set[int]:
     half = max(points // 2, 1)
     even = torch.linspace(max_steps / half, max_steps, half, dtype=torch.float64)
     ratio = torch.logspace(0, 1, points - half, base=max(max_steps, 2), dtype=torch.float64)
-    return {min(int(step), max_steps) for step in torch.cat([even, ratio]).round().tolist()}
+    return {min(max(int(step), 1), max_steps) for step in torch.cat([even, ratio]).round().tolist()}
 
 
 def last_activation(network: nn.Module) -> str:
@@ -101,6 +110,8 @@ def first_inputs(loaders: Any, size: int) -> Float[Tensor, "N ..."]:
     Raises:
         ValueError: there is no validation loader.
     """
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
     loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
     if loader is None:
         raise ValueError(
@@ -118,7 +129,7 @@ def first_inputs(loaders: Any, size: int) -> Float[Tensor, "N ..."]:
 def activation_inputs(
     network: nn.Module, layer: str, x: Float[Tensor, "N ..."]
 ) -> Float[Tensor, "M C"]:
-    """What `layer` receives when the network, in training mode, is given `x`.
+    """What `layer` receives when the network, in the mode it is in, is given `x`.
 
     Channels in dimension 1 become the columns; batch and space become the rows.
     """
@@ -135,13 +146,14 @@ def activation_inputs(
             functional_call(network, buffers, (x,))
     finally:
         handle.remove()
-    return seen[0].movedim(1, -1).flatten(0, -2)
+    return seen[-1].movedim(1, -1).flatten(0, -2)
 
 
 def unit_percentiles(inputs: Float[Tensor, "M C"]) -> Float[Tensor, "P C"]:
     """The percentiles `PERCENTILES` of each column, in fp32, interpolated linearly.
 
-    A column with a NaN gives NaN.
+    A column with a NaN gives NaN. Of more rows than torch.quantile takes, evenly spaced ones count.
     """
+    inputs = inputs[:: -(-len(inputs) // _MAX_ROWS)]
     q = torch.tensor(PERCENTILES, device=inputs.device, dtype=torch.float32) / 100
     return torch.quantile(inputs.float(), q, dim=0)

@@ -1,6 +1,7 @@
 """Ends a run whose loss is no longer a number, and remembers at which step."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ class DivergenceGuard(Callback):
     """Stops training when the loss is NaN or infinite: the run has diverged, which is a result.
 
     `diverged_at` is the step at which it was seen, None while the loss is finite. On the CPU every
-    step is looked at; on an accelerator, where a look waits for the device, every `every_n_steps`.
+    step is looked at; on an accelerator or several ranks a look waits, so it is every
+    `every_n_steps`.
 
     Raises:
         ValueError: the batch itself holds NaN or infinity: the data are wrong, not the run.
@@ -38,16 +40,29 @@ class DivergenceGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"]
-        if not loss.is_cpu and trainer.global_step % self.every_n_steps:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is None:
+            return  # a step that was skipped, or one that optimises by hand
+        waits = trainer.world_size > 1 or not loss.is_cpu
+        if waits and trainer.global_step % self.every_n_steps:
             return
-        if math.isfinite(loss.item()):
-            return
-        for x in batch:
-            if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
-                raise ValueError(
-                    f"the training batch of step {trainer.global_step} expected finite inputs, got "
-                    f"{int((~torch.isfinite(x)).sum())} that are NaN or infinite; clean the data"
-                )
-        self.diverged_at = trainer.global_step
-        trainer.should_stop = True
+        diverged = not math.isfinite(loss.item())
+        if diverged:
+            _refuse_bad_inputs(batch, trainer.global_step)
+        if trainer.world_size > 1:
+            diverged = trainer.strategy.reduce_boolean_decision(diverged, all=False)
+        if diverged:
+            self.diverged_at = trainer.global_step
+            trainer.should_stop = True
+
+
+def _refuse_bad_inputs(batch: Any, step: int) -> None:
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    for x in (
+        values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]
+    ):
+        if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+            raise ValueError(
+                f"the training batch of step {step} expected finite inputs, got "
+                f"{int((~torch.isfinite(x)).sum())} that are NaN or infinite; clean the data"
+            )

@@ -15,10 +15,10 @@ from bn_lightning.interruption import Interrupted, handled_by
 class RunCheckpoints(ModelCheckpoint):
     """Writes `best.ckpt` by a validation metric, and `last.ckpt` for going on.
 
-    `last.ckpt` is written after every validation, at the last step, and when interrupted: during
-    fit, SIGINT and SIGTERM wait for the end of the step, and of the validation that follows it, so
-    that the checkpoint holds a moment from which the run continues bit for bit; then
-    `bn_lightning.interruption.Interrupted` is raised. A second signal raises it at once.
+    `last.ckpt` is written after every validation, when training ends, and when interrupted: while
+    training, SIGINT and SIGTERM wait for the end of the optimiser's step, and of the validation
+    that follows it, so that the checkpoint holds a moment from which the run continues bit for bit;
+    then `bn_lightning.interruption.Interrupted` is raised. A second signal raises it at once.
 
     Args:
         dirpath: the folder, made when the first checkpoint is written.
@@ -37,6 +37,7 @@ class RunCheckpoints(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
         self.last_path = Path(dirpath) / "last.ckpt"
+        self._last_step_saved = -1
         self._signum: int | None = None
         self._handlers = ExitStack()
 
@@ -49,19 +50,16 @@ class RunCheckpoints(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._signum = None
         # Here and not earlier: just before, Lightning puts a handler of its own in front of others.
         if threading.current_thread() is threading.main_thread():
             self._handlers.enter_context(handled_by(self._note))
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._handlers.close()
-
-    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         signum = self._agreed_signal(trainer)
         wanted = signum is not None or trainer.global_step == trainer.max_steps
-        if wanted and not validation_follows(trainer):
+        if wanted and step_is_over(trainer) and not validation_follows(trainer):
             self._save_last(trainer, signum)
 
     @override
@@ -69,6 +67,21 @@ class RunCheckpoints(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_last(trainer, self._agreed_signal(trainer))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._handlers.close()
+        signum = self._agreed_signal(trainer)
+        if signum is not None or self._last_step_saved != trainer.global_step:
+            self._save_last(trainer, signum)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._handlers.close()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
@@ -85,16 +98,27 @@ class RunCheckpoints(ModelCheckpoint):
         return trainer.strategy.broadcast(self._signum)
 
     def _save_last(self, trainer: Trainer, signum: int | None) -> None:
-        trainer.save_checkpoint(self.last_path)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            trainer.save_checkpoint(self.last_path)
+            self._last_step_saved = trainer.global_step
         if signum is not None:
             raise Interrupted(signum)
 
 
+def step_is_over(trainer: Trainer) -> bool:
+    """Whether the batch that has just ended was the last of its optimiser step."""
+    batches = trainer.fit_loop.batch_idx + 1
+    return batches % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether the Trainer validates after the training batch that has just ended."""
+    """Whether the Trainer validates after the training batch that has just ended.
+
+    Not known beforehand, and taken for no, where `val_check_interval` is a time.
+    """
     if not trainer.enable_validation or trainer.val_check_batch is None:
         return False
-    if trainer.should_stop:
+    if trainer.should_stop and may_stop_early(trainer):
         return True
     if trainer.check_val_every_n_epoch is None:
         return (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0
@@ -103,3 +127,9 @@ def validation_follows(trainer: Trainer) -> bool:
     if trainer.val_check_batch == float("inf"):
         return trainer.is_last_batch
     return (trainer.fit_loop.batch_idx + 1) % trainer.val_check_batch == 0
+
+
+def may_stop_early(trainer: Trainer) -> bool:
+    """Whether `min_epochs` and `min_steps` are reached, before which `should_stop` has to wait."""
+    enough_epochs = not trainer.min_epochs or trainer.current_epoch >= trainer.min_epochs
+    return enough_epochs and (not trainer.min_steps or trainer.global_step >= trainer.min_steps)

@@ -1,5 +1,7 @@
 """A progress bar over the whole run: loss, accuracy and steps per second."""
 
+import math
+
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
@@ -21,6 +23,10 @@ class StepProgress(ProgressBar):
 
     def __init__(self, refresh_every_n_steps: int) -> None:
         super().__init__()
+        if refresh_every_n_steps < 1:
+            raise ValueError(
+                f"`refresh_every_n_steps` expected a positive integer, got {refresh_every_n_steps}"
+            )
         self.refresh_every_n_steps = refresh_every_n_steps
         self._enabled = True
         self._progress: Progress | None = None
@@ -45,7 +51,8 @@ class StepProgress(ProgressBar):
             TimeRemainingColumn(),
             console=console,
         )
-        total = trainer.estimated_stepping_batches
+        steps = trainer.estimated_stepping_batches
+        total = None if math.isinf(steps) else steps
         self._task = self._progress.add_task("", total=total, numbers="")
         self._first_step = trainer.global_step
         self._progress.update(self._task, completed=self._first_step)
@@ -53,7 +60,25 @@ class StepProgress(ProgressBar):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        if self._progress is None or trainer.global_step % self.refresh_every_n_steps:
+        if trainer.global_step % self.refresh_every_n_steps == 0:
+            self._refresh(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._refresh(trainer)
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop()
+
+    def _refresh(self, trainer: Trainer) -> None:
+        if self._progress is None:
             return
         elapsed = self._progress.tasks[0].elapsed
         numbers = []
@@ -64,8 +89,7 @@ class StepProgress(ProgressBar):
             numbers.append(f"{(trainer.global_step - self._first_step) / elapsed:.0f} steps/s")
         self._progress.update(self._task, completed=trainer.global_step, numbers=" ".join(numbers))
 
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
