@@ -1,12 +1,10 @@
 """Reading checkpoints: never a pickle, and never into a network they do not fit."""
 
-import pickle
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CONFIG_KEY = "config"
 """The hyperparameter under which `train.py` keeps the run's resolved configuration."""
@@ -26,14 +24,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"`ckpt_path` expected a checkpoint file, got {path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, ValueError) as error:
+    except Exception as error:  # whatever the unpickler stumbles over in a file that is no pickle
         raise CheckpointError(
             f"`ckpt_path` expected a checkpoint of plain tensors, got {path}, which is none or is "
             "damaged; give another"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    missing = {"state_dict", "global_step"} - (
+        checkpoint.keys() if isinstance(checkpoint, dict) else set()
+    )
+    if missing:
         raise CheckpointError(
-            f"`ckpt_path` expected a Lightning checkpoint, got {path}, which has no state_dict"
+            f"`ckpt_path` expected a Lightning checkpoint, got {path}, which has no "
+            f"{' and no '.join(sorted(missing, reverse=True))}"
         )
     return checkpoint
 
@@ -44,8 +46,10 @@ def check_fits(checkpoint: dict[str, Any], module: nn.Module, path: str | Path) 
     Raises:
         CheckpointError: naming the first that differs.
     """
-    found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found, wanted = (
+        {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        for state in (checkpoint["state_dict"], module.state_dict())
+    )
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
             raise CheckpointError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -67,7 +67,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
             # So that Hydra raises its errors instead of printing them over several lines.
             os.environ[FULL_ERROR] = "1"
             try:
-                run_reported(main, full_error == "1")
+                run_reported(main, full_error=full_error == "1")
             finally:
                 if full_error is None:
                     del os.environ[FULL_ERROR]
@@ -128,24 +128,27 @@ def one_line(error: BaseException) -> str:
     Configuration errors name the key and the nearest one that exists; an error that Hydra or
     OmegaConf met while building an object is that object's own error.
     """
-    where = getattr(error, "full_key", None)
-    while isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__:
+    while error.__cause__ is not None and (
+        isinstance(error, InstantiationException)
+        or (
+            isinstance(error, HydraException)
+            and isinstance(error.__cause__, OmegaConfBaseException)
+        )
+    ):
         error = error.__cause__
-        where = getattr(error, "full_key", None) or where
-    text = str(error).partition("Config search path")[0]
-    text = re.sub(r"\s+", " ", text.replace(os.linesep, " ")).strip()
+    text = str(error).partition("Config search path")[0].partition("full_key:")[0]
+    text = re.sub(r"\s+", " ", text).strip()
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: {text}"
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return f"`{error.full_key}` is no key of the configuration{_nearest(error)}"
     if isinstance(error, InterpolationResolutionError):
-        return text.partition("interpolation: ")[2].partition(" full_key:")[0]
-    if isinstance(error, OmegaConfBaseException):
-        return text
-    if isinstance(error, HydraException):
-        return text
+        # What a resolver raised, without OmegaConf's words around it.
+        return text.partition("raised while resolving interpolation: ")[2] or text
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; choose another place, or mend this one"
-    if isinstance(error, ValueError):
-        return text + (f" (at {where})" if where else "")
+    if isinstance(error, ValueError | HydraException | OmegaConfBaseException) and text:
+        return text
     return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
 
 

@@ -7,7 +7,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.checkpoint import CONFIG_KEY, CheckpointError, check_fits, load_checkpoint
 from bn_lightning.command import hydra_command, one_line, quiet_lightning
-from bn_lightning.run_record import RunRecord, print_summary
+from bn_lightning.run_record import RunRecord, logged_numbers
+from bn_lightning.summary import print_summary
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -76,8 +77,12 @@ def _test(config: dict[str, Any], checkpoint: dict[str, Any], record: RunRecord)
     )
     datamodule.setup("test")
     trainer.test(model, datamodule=datamodule, verbose=False)
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k != "step"}
-    record.end("completed", data=datamodule.info, metrics=metrics, steps=checkpoint["global_step"])
+    record.end(
+        "completed",
+        data=datamodule.info,
+        metrics=logged_numbers(trainer.callback_metrics),
+        steps=checkpoint["global_step"],
+    )
 
 
 main = hydra_command("evaluate")(evaluate)

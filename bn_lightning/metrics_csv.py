@@ -33,6 +33,7 @@ class MetricsCSVLogger(Logger):
         super().__init__()
         self.path = Path(save_dir) / FILE_NAME
         self._pending: list[Row] = []
+        self._step = 0
         self._columns: list[str] | None = None
 
     @property
@@ -58,7 +59,8 @@ class MetricsCSVLogger(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._pending.append({"step": step, **metrics})
+        self._step = self._step if step is None else step
+        self._pending.append({"step": self._step, **metrics})
 
     @override
     @rank_zero_only
@@ -68,7 +70,10 @@ class MetricsCSVLogger(Logger):
         if not rows:
             return
         if self._columns is None:
+            # A run that was killed while writing may have left half a line.
             self._columns = read_columns(self.path)
+            if self._columns:
+                write_rows(self.path, self._columns, read_rows(self.path))
         new = dict.fromkeys(name for row in rows for name in row if name not in self._columns)
         self._columns += new
         if new:

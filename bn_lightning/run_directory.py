@@ -21,8 +21,7 @@ def run_directory(ckpt_path: str | None, runs: str, time: str) -> str:
     if ckpt_path is None:
         return str(Path(runs) / time)
     if ckpt_path != "last":
-        run = Path(ckpt_path).absolute().parent.parent
-        return str(run if (run / "run.json").exists() else Path(runs) / time)
+        return str(run_of(ckpt_path) or Path(runs) / time)
     found = [(path.stat().st_mtime, path) for path in Path(runs).glob(f"*/{LAST}")]
     if not found:
         raise ValueError(
@@ -34,4 +33,11 @@ def run_directory(ckpt_path: str | None, runs: str, time: str) -> str:
 
 def hydra_directory(ckpt_path: str | None) -> str:
     """For `hydra.output_subdir`: a resumed run keeps the `.hydra` it began with."""
-    return ".hydra" if ckpt_path is None else ".hydra-resumed"
+    is_resumed = ckpt_path is not None and (ckpt_path == "last" or run_of(ckpt_path) is not None)
+    return ".hydra-resumed" if is_resumed else ".hydra"
+
+
+def run_of(ckpt_path: str) -> Path | None:
+    """The directory of the run that a checkpoint's path lies in, None if in none."""
+    run = Path(ckpt_path).absolute().parent.parent
+    return run if (run / "run.json").exists() else None

@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,33 +99,9 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     return record
 
 
-def print_summary(record: dict[str, Any], directory: str | Path) -> None:
-    """Print a run's result and where its files are, as a short table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{record['config']['task_name']}: {record['status']}", show_header=False)
-    data = record["data"]
-    rows = {
-        "data": f"{data['source']}, {data['train']:,} / {data['validation']:,} / {data['test']:,}"
-    }
-    if record.get("diverged_at"):
-        rows["diverged"] = (
-            f"the loss was not finite at step {record['diverged_at']:,}: scored as chance"
-        )
-    for name in ("val/accuracy", "test/accuracy", "test/accuracy_top5", "test/loss"):
-        if name in record["metrics"]:
-            rows[name] = f"{record['metrics'][name]:.4f}"
-    rows["steps"] = f"{record['steps']:,}"
-    if "seconds" in record:
-        rows["time"] = f"{record['seconds']:.1f} s, {record['steps_per_second']:.0f} steps/s"
-    rows["peak memory"] = f"{record['peak_memory_mib']:.0f} MiB"
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console = Console()
-    console.print(table)
-    # Outside the table, which would break a long path over lines.
-    console.print(f"{directory}", soft_wrap=True)
+def logged_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """A Trainer's metrics as plain numbers, without `step`, which is their x axis."""
+    return {name: float(value) for name, value in metrics.items() if name != "step"}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -184,9 +161,14 @@ def git_commit() -> str | None:
 
 def peak_memory_mib() -> float:
     """The largest resident set of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    try:
+        # getrusage would count what the process that started this one held, too.
+        with open("/proc/self/status", encoding="ascii") as file:
+            kib = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        kib = peak // 2**10 if sys.platform == "darwin" else peak  # macOS counts in bytes
+    return round(kib / 2**10, 1)
 
 
 def _processor() -> str:

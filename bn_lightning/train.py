@@ -3,6 +3,7 @@
 Composes the configuration, seeds, fits, tests, and leaves a run (see run_record.py).
 """
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
 from bn_lightning.interruption import Interrupted
 from bn_lightning.run_directory import LAST
-from bn_lightning.run_record import RunRecord, print_summary, read_run
+from bn_lightning.run_record import RunRecord, logged_numbers, read_run
+from bn_lightning.summary import print_summary
 
 # A run is one configuration: resuming may change how it is run and watched, not what is trained.
 _FREE_ON_RESUME = {"callbacks", "ckpt_path", "extras", "logger", "paths", "task_name", "trainer"}
@@ -49,6 +51,11 @@ def train(config: DictConfig) -> dict[str, float]:
     except Exception as error:
         record.end("failed", error=one_line(error))
         raise
+    finally:
+        if in_sweep():
+            # Lightning's reference cycles keep the data alive until a full collection, and a sweep
+            # is many runs in one process.
+            gc.collect()
     return record.content["metrics"]
 
 
@@ -106,7 +113,7 @@ def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> Non
             steps=trainer.global_step,
             seconds=round(seconds, 3),
             steps_per_second=round((trainer.global_step - first_step) / seconds, 1),
-            metrics=_numbers(trainer.callback_metrics),
+            metrics=logged_numbers(trainer.callback_metrics),
         )
 
     metrics = record.content["metrics"]
@@ -114,7 +121,7 @@ def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> Non
     diverged_at = next((guard.diverged_at for guard in guards if guard.diverged_at), None)
     if diverged_at is None:
         trainer.test(model, datamodule=datamodule, verbose=False)
-        record.end("completed", metrics=metrics | _numbers(trainer.callback_metrics))
+        record.end("completed", metrics=metrics | logged_numbers(trainer.callback_metrics))
     else:
         record.end("diverged", metrics=metrics | model.chance_metrics(), diverged_at=diverged_at)
     if trainer.is_global_zero:
@@ -145,10 +152,6 @@ def _go_on(record: RunRecord, directory: Path) -> None:
             "a new run"
         )
     record.content.update(started=before["started"], resumed_at=before["resumed_at"])
-
-
-def _numbers(metrics: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if name != "step"}
 
 
 main = hydra_command("train")(train)

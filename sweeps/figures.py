@@ -8,6 +8,7 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -115,8 +116,9 @@ def draw_percentiles(axes: Axes, metrics: Mapping[str, Series]) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write `path`.png and `path`.svg; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
+    with rc_context({"svg.hashsalt": "bn_lightning"}):  # else names in the file are random
+        figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})
 
 
 def _tidy(axes: Axes) -> None:

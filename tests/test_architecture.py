@@ -16,6 +16,7 @@ ORDER = {
     "run_directory": 2,
     "run_record": 2,
     "checkpoint": 2,
+    "summary": 2,
     "no_profiler": 2,
     "metrics_csv": 3,
     "callbacks": 4,

@@ -86,6 +86,11 @@ class Classifier(LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if dataloader_idx > 1:
+            raise ValueError(
+                "Classifier expected at most two validation loaders, validation and test, got "
+                f"{dataloader_idx + 1} or more"
+            )
         self._evaluate(("val", "test")[dataloader_idx], batch)
 
     @override

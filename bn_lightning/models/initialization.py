@@ -23,7 +23,9 @@ _WEIGHTED = (
 
 
 def initialize(network: nn.Module, scheme: Scheme, seed: int) -> None:
-    """Fill the weights of all linear and convolution layers by `scheme`, and their biases with 0.
+    """Fill the weights of linear and convolution layers by `scheme`, and their biases with 0.
+
+    Other layers, transposed convolutions among them, keep what they have.
 
     Args:
         network: changed in place, whatever the device its parameters are on.
@@ -33,8 +35,9 @@ def initialize(network: nn.Module, scheme: Scheme, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, _WEIGHTED):
-            # Drawn on the CPU, so that a seed gives the same weights on every device.
-            weight = torch.empty_like(module.weight, device="cpu")
+            # Drawn on the CPU, so that a seed gives the same weights on every device,
+            # and contiguous, so in every memory format.
+            weight = torch.empty(module.weight.shape, dtype=module.weight.dtype)
             scheme(weight, generator)
             with torch.no_grad():
                 module.weight.copy_(weight)
@@ -62,6 +65,8 @@ def xavier(
 ) -> None:
     """Variance 2 / (fan_in + fan_out). Glorot & Bengio 2010, equation 16."""
     fill = {"normal": nn.init.xavier_normal_, "uniform": nn.init.xavier_uniform_}
+    if distribution not in fill:
+        raise ValueError(f"`distribution` expected normal or uniform, got {distribution!r}")
     fill[distribution](weight, generator=generator)
 
 

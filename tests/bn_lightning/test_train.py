@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 
@@ -220,6 +221,22 @@ def test_a_multirun_trains_each_arm_in_its_own_directory(command):
     norms = [read_run(run.parent)["config"]["norm"] for run in runs]
     assert norms[0] is None
     assert norms[1]["_target_"].endswith("batch_norm")
+
+
+def test_the_data_of_a_sweep_do_not_pile_up(command, monkeypatch):
+    from bn_lightning.data.tensor_data_module import TensorDataModule
+
+    modules = []
+    setup = TensorDataModule.setup
+
+    def remembered(self, stage):
+        modules.append(weakref.ref(self))
+        setup(self, stage)
+
+    monkeypatch.setattr(TensorDataModule, "setup", remembered)
+    assert command(main, "-m", *SHORT, *BARE, "seed=1,2,3").code == 0
+    assert len(modules) >= 3
+    assert not [module for module in modules if module() is not None]
 
 
 def test_the_fallback_to_digits_is_said_everywhere(command, tmp_path):

@@ -1,0 +1,188 @@
+"""The pictures of runs: what is drawn, what is written, the same bytes twice."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from bn_lightning.metrics_csv import MetricsCSVLogger
+from bn_lightning.sweeps.figures import (
+    accuracy_figure,
+    comparison_figure,
+    draw_run,
+    percentiles_figure,
+    save,
+)
+
+ACCURACY = [(1, 0.1), (1000, 0.5), (50_000, 0.98)]
+PERCENTILES = {
+    "activation/p15": [(0, -2.0), (10, -1.0)],
+    "activation/p50": [(0, 0.5), (10, 0.25)],
+    "activation/p85": [(0, 3.0), (10, 2.0)],
+}
+RUN = {"test/accuracy": ACCURACY, **PERCENTILES}
+
+
+def lines(axes: Axes) -> list[list[tuple[float, float]]]:
+    return [
+        [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
+        for line in axes.get_lines()
+    ]
+
+
+def legend(axes: Axes) -> list[str]:
+    found = axes.get_legend()
+    return [] if found is None else [text.get_text() for text in found.get_texts()]
+
+
+def filled(axes: Axes) -> tuple[np.ndarray, np.ndarray]:
+    """The lower left and the upper right corner of the band."""
+    (band,) = axes.collections
+    vertices = band.get_paths()[0].vertices
+    return vertices.min(0), vertices.max(0)
+
+
+class TestAccuracy:
+    def test_a_line_for_each_run(self) -> None:
+        other = [(1, 0.2), (50_000, 0.9)]
+        (axes,) = accuracy_figure({"with": ACCURACY, "without": other}).axes
+        assert lines(axes) == [ACCURACY, other]
+        assert legend(axes) == ["with", "without"]
+        styles = {(line.get_linestyle(), line.get_color()) for line in axes.get_lines()}
+        assert len(styles) == 2
+        assert axes.get_xlabel() == "training steps"
+        assert axes.get_ylabel() == "test accuracy"
+        assert axes.get_ylim()[1] == 1
+
+    def test_one_run_needs_no_legend(self) -> None:
+        (axes,) = accuracy_figure({"": ACCURACY}).axes
+        assert lines(axes) == [ACCURACY]
+        assert axes.get_legend() is None
+
+    def test_a_single_evaluation_is_seen(self) -> None:
+        """A line through one point has no ink."""
+        (axes,) = accuracy_figure({"": ACCURACY[:1]}).axes
+        (line,) = axes.get_lines()
+        assert line.get_marker() not in ("", "None", None)
+
+    def test_many_runs_are_told_apart(self) -> None:
+        (axes,) = accuracy_figure({str(i): ACCURACY for i in range(28)}).axes
+        styles = {(line.get_linestyle(), line.get_color()) for line in axes.get_lines()}
+        assert len(styles) == 28
+
+
+class TestPercentiles:
+    def test_three_lines_and_the_band_between(self) -> None:
+        (axes,) = percentiles_figure({"": PERCENTILES}).axes
+        assert sorted(lines(axes)) == sorted(PERCENTILES.values())
+        low, high = filled(axes)
+        assert low.tolist() == [0, -2]
+        assert high.tolist() == [10, 3]
+        assert axes.get_xlabel() == "training steps"
+        assert "15, 50, 85" in axes.get_ylabel()
+
+    def test_a_panel_for_each_run_on_one_scale(self) -> None:
+        wide = {name: [(s, 10 * v) for s, v in points] for name, points in PERCENTILES.items()}
+        first, second = percentiles_figure({"with": PERCENTILES, "without": wide}).axes
+        assert (first.get_title(), second.get_title()) == ("with", "without")
+        assert first.get_ylim() == second.get_ylim()
+        assert first.get_ylim()[1] >= 30
+        assert sorted(lines(second)) == sorted(wide.values())
+
+
+class TestSteps:
+    def test_equal_ratios_are_equally_far_apart(self) -> None:
+        """Most of what normalisation changes happens early."""
+        for figure in (accuracy_figure({"": ACCURACY}), percentiles_figure({"": PERCENTILES})):
+            (axes,) = figure.axes
+            places = axes.transData.transform([(step, 0.5) for step in (10, 100, 1000)])[:, 0]
+            assert places[1] - places[0] == pytest.approx(places[2] - places[1])
+
+    def test_step_0_has_its_place(self) -> None:
+        (axes,) = percentiles_figure({"": PERCENTILES}).axes
+        assert axes.get_xlim()[0] <= 0
+        zero, one = axes.transData.transform([(0, 0.5), (1, 0.5)])[:, 0]
+        assert np.isfinite(zero)
+        assert zero < one
+
+
+class TestComparison:
+    @pytest.mark.parametrize("labels", [["with"], ["with", "without"]], ids=["one", "two"])
+    def test_accuracy_of_all_then_percentiles_of_each(self, labels: list[str]) -> None:
+        accuracy, *panels = comparison_figure({label: RUN for label in labels}).axes
+        assert lines(accuracy) == [ACCURACY] * len(labels)
+        assert legend(accuracy) == labels
+        assert [panel.get_title() for panel in panels] == labels
+        for panel in panels:
+            assert sorted(lines(panel)) == sorted(PERCENTILES.values())
+
+
+class TestSave:
+    def test_png_and_svg(self, tmp_path: Path) -> None:
+        save(accuracy_figure({"": ACCURACY}), tmp_path / "new/folder/accuracy")
+        assert {path.name for path in (tmp_path / "new/folder").iterdir()} == {
+            "accuracy.png",
+            "accuracy.svg",
+        }
+        assert (tmp_path / "new/folder/accuracy.png").read_bytes().startswith(b"\x89PNG\r\n")
+        text = (tmp_path / "new/folder/accuracy.svg").read_text()
+        assert text.startswith("<?xml")
+        assert text.rstrip().endswith("</svg>")
+
+    def test_a_name_with_a_dot(self, tmp_path: Path) -> None:
+        save(accuracy_figure({"": ACCURACY}), tmp_path / "lr-0.5")
+        assert {path.name for path in tmp_path.iterdir()} == {"lr-0.5.png", "lr-0.5.svg"}
+
+    @pytest.mark.parametrize("suffix", ["png", "svg"])
+    @pytest.mark.parametrize("twice", ["figure", "drawing"])
+    def test_the_same_figure_gives_the_same_bytes(
+        self, tmp_path: Path, suffix: str, twice: str
+    ) -> None:
+        figure: Any = comparison_figure({"with": RUN, "without": RUN})
+        for name in ("first", "second"):
+            save(figure, tmp_path / name)
+            if twice == "drawing":
+                figure = comparison_figure({"with": RUN, "without": RUN})
+        first, second = (tmp_path / f"{name}.{suffix}" for name in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+class TestRun:
+    FILES = {
+        f"{name}.{suffix}" for name in ("accuracy", "percentiles") for suffix in ("png", "svg")
+    }
+
+    def run(self, directory: Path, metrics: dict[str, Any]) -> set[str]:
+        logger = MetricsCSVLogger(directory)
+        for name, points in metrics.items():
+            for step, value in points:
+                logger.log_metrics({name: value}, step)
+        logger.save()
+        draw_run(directory)
+        return {path.name for path in directory.glob("figures/*")}
+
+    def test_all_that_was_logged(self, tmp_path: Path) -> None:
+        assert self.run(tmp_path, RUN) == self.FILES
+
+    @pytest.mark.parametrize(
+        ("metrics", "names"),
+        [
+            ({"test/accuracy": ACCURACY}, {"accuracy"}),
+            (PERCENTILES, {"percentiles"}),
+            ({"train/loss": ACCURACY}, set()),
+            ({}, set()),
+        ],
+        ids=["accuracy", "percentiles", "neither", "nothing"],
+    )
+    def test_what_was_not_logged_is_left_out(
+        self, tmp_path: Path, metrics: dict[str, Any], names: set[str]
+    ) -> None:
+        expected = {file for file in self.FILES if file.partition(".")[0] in names}
+        assert self.run(tmp_path, metrics) == expected
+
+    def test_a_diverged_run_is_drawn_as_far_as_it_came(self, tmp_path: Path) -> None:
+        nan = float("nan")
+        metrics = {name: [(0, 1.0), (1, nan)] for name in PERCENTILES}
+        assert self.run(tmp_path, {**metrics, "test/accuracy": ACCURACY[:1]}) == self.FILES
