@@ -75,11 +75,10 @@ def _test(config: dict[str, Any], checkpoint: dict[str, Any], record: RunRecord)
     trainer = instantiate(
         config["trainer"], logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    datamodule.setup("test")
     trainer.test(model, datamodule=datamodule, verbose=False)
     record.end(
         "completed",
-        data=datamodule.info,
+        data=getattr(datamodule, "info", None),
         metrics=logged_numbers(trainer.callback_metrics),
         steps=checkpoint["global_step"],
     )

@@ -10,10 +10,10 @@ from rich.table import Table
 def print_summary(record: dict[str, Any], directory: str | Path) -> None:
     """Print a run's result and where its files are, as a short table."""
     table = Table(title=f"{record['config']['task_name']}: {record['status']}", show_header=False)
-    data = record["data"]
-    rows = {
-        "data": f"{data['source']}, {data['train']:,} / {data['validation']:,} / {data['test']:,}"
-    }
+    rows = {}
+    if data := record["data"]:
+        sizes = " / ".join(f"{data[split]:,}" for split in ("train", "validation", "test"))
+        rows["data"] = f"{data['source']}, {sizes}"
     if record.get("diverged_at"):
         rows["diverged"] = (
             f"the loss was not finite at step {record['diverged_at']:,}: scored as chance"

@@ -101,8 +101,11 @@ def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> Non
         first_step = checkpoint["global_step"]
         truncate_metrics(directory, first_step)
         record.content["resumed_at"].append(first_step)
-    datamodule.setup("fit")
-    record.update(data=datamodule.info)
+    if trainer.world_size == 1:
+        # Before the clock starts. On several ranks it is Lightning who says which one downloads.
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        record.update(data=getattr(datamodule, "info", None))
 
     started = time.perf_counter()
     try:
@@ -116,6 +119,7 @@ def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> Non
             metrics=logged_numbers(trainer.callback_metrics),
         )
 
+    record.content["data"] = getattr(datamodule, "info", None)
     metrics = record.content["metrics"]
     guards = [callback for callback in callbacks if isinstance(callback, DivergenceGuard)]
     diverged_at = next((guard.diverged_at for guard in guards if guard.diverged_at), None)

@@ -87,7 +87,7 @@ class MNISTDataModule(TensorDataModule):
     @override
     def prepare_data(self) -> None:
         """Downloads the files that are absent; Lightning calls it in one process a machine."""
-        if not self.download:
+        if not self.download or self.is_loaded or self._refusal is not None:
             return
         try:
             for name in self._absent():

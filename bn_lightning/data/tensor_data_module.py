@@ -105,7 +105,7 @@ class TensorDataModule(LightningDataModule, ABC):
         Raises:
             DataError: the data is absent or wrong, or too small for a validation sample.
         """
-        if self._splits:
+        if self.is_loaded:
             return
         arrays = self.load()
         check_arrays(arrays)
@@ -124,6 +124,11 @@ class TensorDataModule(LightningDataModule, ABC):
             "sha256": dict(arrays.sha256),
             **{name: len(targets) for name, (_, targets) in self._splits.items()},
         }
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `setup` has run in this process."""
+        return bool(self._splits)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -167,7 +172,7 @@ class TensorDataModule(LightningDataModule, ABC):
     def _batches(
         self, split: str, batch_size: int, *, shuffle: bool = False, drop_last: bool = False
     ) -> TensorBatches:
-        if not self._splits:
+        if not self.is_loaded:
             raise RuntimeError("Expected `setup` to have run before the data loaders are made")
         device, ranks = torch.device("cpu"), None
         if self.trainer is not None:

@@ -1,10 +1,10 @@
 """The LightningModule: a network, an optimiser factory, cross-entropy and its metrics."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +14,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-Batch = tuple[Float[Tensor, "N ..."], Int[Tensor, "N"]]
+Batch = Sequence[Tensor]
+"""Inputs (N, ...) and targets (N,) int64 in [0, num_classes)."""
 
 
 class Classifier(LightningModule):

@@ -4,13 +4,14 @@ A network calls `norm(num_features, spatial_dims)` wherever it normalises: `spat
 a linear layer and 1, 2 or 3 after a convolution of that many dimensions.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
+@runtime_checkable
 class NormFactory(Protocol):
     """Builds the normalisation layer of `num_features` channels for `spatial_dims` in 0..3."""
 

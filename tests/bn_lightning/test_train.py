@@ -1,12 +1,15 @@
 """`python -m bn_lightning.train`: what it leaves, resumes, and says of bad input."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -246,6 +249,24 @@ def test_the_fallback_to_digits_is_said_everywhere(command, tmp_path):
     assert result.code == 0, result.err
     assert read_run(result.directory)["data"]["source"] == "digits"
     assert "digits" in result.out
+
+
+def test_mnist_is_downloaded_before_it_is_read(command, mnist_root, tmp_path, monkeypatch):
+    handler = functools.partial(QuietHandler, directory=mnist_root / "mnist")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mirror = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr("bn_lightning.data.mnist.MNISTDataModule.mirrors", (mirror,))
+        result = command(main, *SHORT, *BARE, "data=mnist", f"data.root={tmp_path}/new")
+        server.shutdown()
+    assert result.code == 0, result.err
+    assert read_run(result.directory)["data"]["source"] == "mnist"
+    assert len(list((tmp_path / "new/mnist").iterdir())) == 4
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 BAD = {
