@@ -2,19 +2,34 @@
 
 Subclasses of `torch.nn.BatchNorm1d`, `2d` and `3d`: the same `state_dict`, so checkpoints load both
 ways, the same defaults, the same running statistics. The arithmetic is in kernels/ops.py.
+
+torch.jit takes none of them: it can neither compile the ops nor record the choice of a backend.
 """
+
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning.kernels.ops import BACKENDS, batch_norm
+from bn_lightning.kernels.activations import ACTIVATIONS
+from bn_lightning.kernels.checks import BACKENDS
+from bn_lightning.kernels.ops import batch_norm
+
+_NO_JIT = (
+    "expected no torch.jit around {0}, which it cannot compile; use torch.compile or torch.export, "
+    "or torch.nn.{0}, whose state_dict is the same"
+)
 
 
 class _BackendMixin(_BatchNorm):
-    """What the three modules share: the constructor's checks, and a forward with a backend."""
+    """What the three modules share: the constructor's checks, freezing, and the forward."""
 
-    backend: str
+    # On the class, so that modules pickled before they existed have them too.
+    activation = "identity"
+    negative_slope = 0.01
+    backend = "auto"
+    stats_frozen = False
 
     def __init__(
         self,
@@ -27,6 +42,8 @@ class _BackendMixin(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
         backend: str = "auto",
     ) -> None:
         if num_features < 1:
@@ -37,6 +54,10 @@ class _BackendMixin(_BatchNorm):
             raise ValueError(f"expected `momentum` to be None or in [0, 1], got {momentum}")
         if backend not in BACKENDS:
             raise ValueError(f"expected `backend` to be one of {BACKENDS}, got {backend!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"expected `activation` to be one of {tuple(ACTIVATIONS)}, got {activation!r}"
+            )
         # Passed on only when set: torch before 2.13 does not know it.
         without_bias = {} if bias else {"bias": False}
         super().__init__(
@@ -49,27 +70,54 @@ class _BackendMixin(_BatchNorm):
             dtype=dtype,
             **without_bias,
         )
+        self.activation = activation
+        self.negative_slope = negative_slope
         self.backend = backend
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises each channel of `input`.
+    def freeze_stats(self, frozen: bool = True) -> Self:
+        """Normalises by the running statistics, and leaves them alone, whatever `.train()` says.
+
+        Weight and bias train on. Not part of the state_dict.
+
+        Args:
+            frozen: False ends it.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: the module has no running statistics.
+        """
+        if frozen and self.running_mean is None:
+            raise ValueError(
+                "expected a module with running statistics to freeze, got one with "
+                "`track_running_stats`=False"
+            )
+        self.stats_frozen = frozen
+        return self
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalises each channel of `input`, adds `residual` and applies the activation.
 
         Args:
             input: as torch's module of the same name takes it.
+            residual: with the shape, dtype and device of `input`.
 
         Returns:
             y, with the shape, dtype and device of `input`.
 
         Raises:
             ValueError: another number of dimensions; one value per channel in training; a tensor
-                that `backend` cannot take. The state is then as it was.
+                that `backend` cannot take; a residual unlike `input`. The state is then as it was.
+            RuntimeError: under torch.jit.trace.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError(_NO_JIT.format(type(self).__name__))
         self._check_input_dim(input)
         # Module.__getattr__ makes each read of a parameter or buffer slow, so each is read once.
         running_mean, running_var = self.running_mean, self.running_var
-        momentum = self.momentum
         count = None
-        if self.training:
+        if self.training and not self.stats_frozen:
             training = True
             if self.track_running_stats:
                 count = self.num_batches_tracked
@@ -77,27 +125,36 @@ class _BackendMixin(_BatchNorm):
                 running_mean = running_var = None
         else:
             training = running_mean is None and running_var is None
-        if momentum is None:
-            # The average over all batches, this one included.
-            momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
-        y = batch_norm(
+        return batch_norm(
             input,
             self.weight,
             self.bias,
             running_mean,
             running_var,
             training=training,
-            momentum=momentum,
+            momentum=self.momentum,
             eps=self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+            num_batches_tracked=count,
             backend=self.backend,
         )
-        if count is not None:
-            count.add_(1)
-        return y
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses torch.jit.script, which asks for this before it compiles."""
+        raise RuntimeError(_NO_JIT.format(type(self).__name__))
 
     def extra_repr(self) -> str:
-        """Returns torch's description of the module, and the backend."""
-        return f"{super().extra_repr()}, backend={self.backend}"
+        """Returns torch's description of the module, what is fused into it, and the backend."""
+        parts = [super().extra_repr()]
+        if self.activation != "identity":
+            parts.append(f"activation={self.activation}")
+        if self.activation == "leaky_relu":
+            parts.append(f"negative_slope={self.negative_slope}")
+        if self.stats_frozen:
+            parts.append("stats_frozen=True")
+        return ", ".join([*parts, f"backend={self.backend}"])
 
 
 class BatchNorm1d(_BackendMixin, nn.BatchNorm1d):
@@ -107,7 +164,7 @@ class BatchNorm1d(_BackendMixin, nn.BatchNorm1d):
 class BatchNorm2d(_BackendMixin, nn.BatchNorm2d):
     """Batch Normalization of (N, C, H, W).
 
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+        y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     with the mean and the biased variance of the batch in training, the running ones in evaluation.
 
@@ -122,6 +179,8 @@ class BatchNorm2d(_BackendMixin, nn.BatchNorm2d):
         device: of parameters and buffers.
         dtype: of parameters and buffers, which may differ from the input's.
         bias: whether an affine module has a `bias`.
+        activation: its name, as in `bn_lightning.kernels.batch_norm`.
+        negative_slope: of "leaky_relu" below zero.
         backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
 
     Raises:

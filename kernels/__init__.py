@@ -2,14 +2,20 @@
 
 Reading order, each file resting on the ones before it:
 
-    reference.py   the definition in plain torch: forward, backward, double backward
-    schedule.py    shape and dtype -> layout, tiles, splits, warps: pure functions
-    statistics.py  per-channel mean and rstd from (n, mean, M2) partials, running statistics
-    normalize.py   y = (x - mean) * rstd * weight + bias
-    backward.py    dweight and dbias, then dx
-    ops.py         the ops, their fakes and gradients, and the choice of backend
+    reference.py    the definition in plain torch: forward, and a backward that is differentiable
+    activations.py  the table of activations, and what the gradient of each needs
+    schedule.py     shape, dtype, layout, device -> regime, tiles, splits: pure functions
+    calls.py        what one forward and one backward hand to the kernels
+    elements.py     one tile: where its elements lie, and the arithmetic of each
+    statistics.py   per-channel mean and rstd from (n, mean, M2) partials, running statistics
+    normalize.py    y = act((x - mean) * rstd * weight + bias + residual)
+    backward.py     dweight and dbias, then dx and dresidual
+    small.py        all of it in one launch, for small tensors
+    resident.py     all of it in one launch that reads each element from memory once
+    checks.py       what is wrong with the arguments
+    ops.py          the ops, their fakes, gradients and vmap, and the choice of backend
 
-Triton is imported by the three files with kernels only, and those only when a kernel runs.
+Triton is imported by the files with kernels only, and those only when a kernel runs.
 """
 
 from bn_lightning.kernels.ops import batch_norm

@@ -1,105 +1,190 @@
-"""Gradients of weight and bias, then that of x.
+"""Gradients of weight and bias, then those of x and of the residual.
 
-    dbias = sum dy,  dweight = sum dy * x_hat,  x_hat = (x - mean) * rstd
-    training:    dx = weight * rstd * (dy - (dbias + x_hat * dweight) / M)
-    evaluation:  dx = weight * rstd * dy
+    g = dy * act'(z),  x_hat = (x - mean) * rstd
+    dresidual = g,  dbias = sum g,  dweight = sum g * x_hat
+    training:    dx = weight * rstd * (g - (dbias + x_hat * dweight) / M)
+    evaluation:  dx = weight * rstd * g
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 3, the gradient equations after Algorithm 1,
 those for var and mean put into that for x.
 
-Shapes: N batch, C channels, L flattened space, M = N * L, S splits of a channel.
+Shapes: N batch, C channels, L flattened space, M = N * L, S splits of a channel; channels-last is
+(N * L, C, 1).
 
 Each program sums its tiles in order, a second kernel the S partials of a channel. Everything in
 fp32, every order fixed, no atomics: two runs give the same bits.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.schedule import Layout, Schedule
+from bn_lightning.kernels.calls import BackwardCall
+from bn_lightning.kernels.elements import (
+    as_tile,
+    channel_sum,
+    load_channels,
+    load_gradient,
+    tile_offsets,
+)
+from bn_lightning.kernels.normalize import flat_offsets
+from bn_lightning.kernels.schedule import Schedule
 
 
 @triton.jit
-def _bn_backward_partial_sums_ncl_kernel(
+def walk_sums(
     dy_ptr: tl.tensor,  # (N, C, L)
     x_ptr: tl.tensor,  # (N, C, L)
+    residual_ptr: tl.tensor,  # (N, C, L) or None
+    y_ptr: tl.tensor,  # (N, C, L) or None
+    bits_ptr: tl.tensor,  # uint8 or None
+    mean: tl.tensor,  # (BLOCK_C,), as the next three
+    rstd: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    offs_c: tl.tensor,
+    first_tile: tl.tensor,
+    end_tile: tl.tensor,
+    N: tl.tensor,
+    C: tl.tensor,
+    L: tl.tensor,
+    negative_slope: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Returns sum g * x_hat and sum g over some tiles, for BLOCK_C channels."""
+    dweight = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_L), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_L), dtype=tl.float32)
+    for tile in range(first_tile, end_tile):
+        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        g = load_gradient(
+            dy_ptr,
+            x,
+            as_tile(mean),
+            as_tile(scale),
+            as_tile(shift),
+            residual_ptr,
+            y_ptr,
+            bits_ptr,
+            offsets,
+            mask,
+            negative_slope,
+            ACTIVATION,
+            "",
+        )
+        # Outside the tensor x is 0 and x_hat is not: g is what takes the element out of both sums.
+        g = tl.where(mask, g, 0.0)
+        dweight += g * ((x - as_tile(mean)) * as_tile(rstd))
+        dbias += g
+    return channel_sum(dweight), channel_sum(dbias)
+
+
+@triton.jit
+def sum_partials(
+    dweight_ptr: tl.tensor,  # (S, C) fp32
+    dbias_ptr: tl.tensor,  # (S, C) fp32
+    offs_c: tl.tensor,
+    S: tl.tensor,
+    C: tl.tensor,
+    BLOCK_S: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Returns the sums over the splits, for some channels."""
+    offs_s = tl.arange(0, BLOCK_S)
+    mask = (offs_s < S)[:, None] & (offs_c < C)[None, :]
+    offsets = offs_s[:, None] * C + offs_c[None, :]
+    # Other programs may have written them in this launch: L1 is passed by.
+    dweight = tl.load(dweight_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+    dbias = tl.load(dbias_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(dweight, axis=0), tl.sum(dbias, axis=0)
+
+
+@triton.jit
+def store_gradients(
+    g: tl.tensor,  # fp32
+    x: tl.tensor,  # fp32, used in training only
+    mean: tl.tensor,  # these five broadcast against g
+    rstd: tl.tensor,
+    scale: tl.tensor,
+    dweight: tl.tensor,  # used in training only, as dbias
+    dbias: tl.tensor,
+    dx_ptr: tl.tensor,  # or None
+    dresidual_ptr: tl.tensor,  # or None
+    offsets: tl.tensor,
+    mask: tl.tensor,
+    inverse_count: tl.tensor,  # 1 / M
+    TRAINING: tl.constexpr,
+) -> None:
+    if dresidual_ptr is not None:
+        tl.store(dresidual_ptr + offsets, g, mask=mask)
+    if dx_ptr is not None:
+        dx = g
+        if TRAINING:
+            slope = dweight * inverse_count * rstd
+            dx = g - dbias * inverse_count - (x - mean) * slope
+        tl.store(dx_ptr + offsets, dx * scale, mask=mask)
+
+
+@triton.jit
+def _bn_backward_partial_sums_kernel(
+    dy_ptr: tl.tensor,  # (N, C, L)
+    x_ptr: tl.tensor,  # (N, C, L)
+    residual_ptr: tl.tensor,  # (N, C, L) or None
+    y_ptr: tl.tensor,  # (N, C, L) or None
+    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
     mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
+    weight_ptr: tl.tensor,  # (C,) or None
+    bias_ptr: tl.tensor,  # (C,) or None
     dweight_ptr: tl.tensor,  # (S, C) fp32
     dbias_ptr: tl.tensor,  # (S, C) fp32
     N: tl.tensor,
     C: tl.tensor,
     L: tl.tensor,
     tiles_per_split: tl.tensor,
+    negative_slope: tl.tensor,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-) -> None:
-    c = tl.program_id(0)
-    split = tl.program_id(1)
-    tiles_l = tl.cdiv(L, BLOCK_L)
-    first_tile = split * tiles_per_split
-    end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(N, BLOCK_N) * tiles_l)
-    mean = tl.load(mean_ptr + c)
-    rstd = tl.load(rstd_ptr + c)
-
-    dweight = tl.zeros((BLOCK_N, BLOCK_L), dtype=tl.float32)
-    dbias = tl.zeros((BLOCK_N, BLOCK_L), dtype=tl.float32)
-    for tile in range(first_tile, end_tile):
-        offs_n = tile // tiles_l * BLOCK_N + tl.arange(0, BLOCK_N)
-        offs_l = tile % tiles_l * BLOCK_L + tl.arange(0, BLOCK_L)
-        mask = (offs_n < N)[:, None] & (offs_l < L)[None, :]
-        rows = offs_n.to(tl.int64) * C + c
-        offsets = rows[:, None] * L + offs_l[None, :]
-        # A masked dy of 0 takes the element out of both sums.
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dweight += dy * ((x - mean) * rstd)
-        dbias += dy
-
-    offset = split * C + c
-    tl.store(dweight_ptr + offset, tl.sum(tl.sum(dweight, axis=1), axis=0))
-    tl.store(dbias_ptr + offset, tl.sum(tl.sum(dbias, axis=1), axis=0))
-
-
-@triton.jit
-def _bn_backward_partial_sums_mc_kernel(
-    dy_ptr: tl.tensor,  # (M, C)
-    x_ptr: tl.tensor,  # (M, C)
-    mean_ptr: tl.tensor,  # (C,) fp32
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    dweight_ptr: tl.tensor,  # (S, C) fp32
-    dbias_ptr: tl.tensor,  # (S, C) fp32
-    M: tl.tensor,
-    C: tl.tensor,
-    tiles_per_split: tl.tensor,
-    BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
-    split = tl.program_id(1)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    first_tile = split * tiles_per_split
-    end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(M, BLOCK_M))
-    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
-
-    dweight = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    dbias = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for tile in range(first_tile, end_tile):
-        offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask = (offs_m < M)[:, None] & mask_c[None, :]
-        rows = offs_m.to(tl.int64)
-        offsets = rows[:, None] * C + offs_c[None, :]
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dweight += dy * ((x - mean[None, :]) * rstd[None, :])
-        dbias += dy
-
-    offsets_c = split * C + offs_c
-    tl.store(dweight_ptr + offsets_c, tl.sum(dweight, axis=0), mask=mask_c)
-    tl.store(dbias_ptr + offsets_c, tl.sum(dbias, axis=0), mask=mask_c)
+    split = tl.program_id(1)
+    first = split * tiles_per_split
+    end = tl.minimum(first + tiles_per_split, tl.cdiv(N, BLOCK_N) * tl.cdiv(L, BLOCK_L))
+    mean, rstd, scale, shift = load_channels(
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offs_c, mask_c
+    )
+    dweight, dbias = walk_sums(
+        dy_ptr,
+        x_ptr,
+        residual_ptr,
+        y_ptr,
+        bits_ptr,
+        mean,
+        rstd,
+        scale,
+        shift,
+        offs_c,
+        first,
+        end,
+        N,
+        C,
+        L,
+        negative_slope,
+        ACTIVATION,
+        BLOCK_N,
+        BLOCK_C,
+        BLOCK_L,
+        WIDE,
+    )
+    tl.store(dweight_ptr + split * C + offs_c, dweight, mask=mask_c)
+    tl.store(dbias_ptr + split * C + offs_c, dbias, mask=mask_c)
 
 
 @triton.jit
@@ -113,161 +198,186 @@ def _bn_backward_finish_sums_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    offs_s = tl.arange(0, BLOCK_S)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    mask = (offs_s < S)[:, None] & mask_c[None, :]
-    offsets = offs_s[:, None] * C + offs_c[None, :]
-    dweight = tl.load(partial_dweight_ptr + offsets, mask=mask, other=0.0)
-    dbias = tl.load(partial_dbias_ptr + offsets, mask=mask, other=0.0)
-    tl.store(dweight_ptr + offs_c, tl.sum(dweight, axis=0), mask=mask_c)
-    tl.store(dbias_ptr + offs_c, tl.sum(dbias, axis=0), mask=mask_c)
+    dweight, dbias = sum_partials(partial_dweight_ptr, partial_dbias_ptr, offs_c, S, C, BLOCK_S)
+    tl.store(dweight_ptr + offs_c, dweight, mask=offs_c < C)
+    tl.store(dbias_ptr + offs_c, dbias, mask=offs_c < C)
 
 
 @triton.jit
-def _load_scale(
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    weight_ptr: tl.tensor,  # (C,) or None
-    offs_c: tl.tensor,
-    mask_c: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor]:
-    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
-    scale = rstd
-    if weight_ptr is not None:
-        scale = rstd * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    return rstd, scale
-
-
-@triton.jit
-def _bn_backward_dx_ncl_kernel(
+def _bn_backward_input_kernel(
     dy_ptr: tl.tensor,  # (N, C, L)
-    x_ptr: tl.tensor,  # (N, C, L), read in training only
-    mean_ptr: tl.tensor,  # (C,) fp32, read in training only
+    x_ptr: tl.tensor,  # (N, C, L), or None where neither dx nor z needs it
+    residual_ptr: tl.tensor,  # (N, C, L) or None
+    y_ptr: tl.tensor,  # (N, C, L) or None
+    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
     weight_ptr: tl.tensor,  # (C,) or None
+    bias_ptr: tl.tensor,  # (C,) or None
     dweight_ptr: tl.tensor,  # (C,) fp32, read in training only
     dbias_ptr: tl.tensor,  # (C,) fp32, read in training only
+    dx_ptr: tl.tensor,  # (N, C, L) or None
+    dresidual_ptr: tl.tensor,  # (N, C, L) or None
+    numel: tl.tensor,
+    C: tl.tensor,
+    L: tl.tensor,
+    inverse_count: tl.tensor,  # 1 / M
+    negative_slope: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    TRAINING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EIGHTS: tl.constexpr,
+) -> None:
+    start, offsets, mask, channels = flat_offsets(numel, C, L, BLOCK, EIGHTS)
+    mask_c = channels < C
+    mean, rstd, scale, shift = load_channels(
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channels, mask_c
+    )
+    x = mean
+    if x_ptr is not None:
+        x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = x.to(tl.float32)
+    g = load_gradient(
+        dy_ptr + start,
+        x,
+        mean,
+        scale,
+        shift,
+        residual_ptr if residual_ptr is None else residual_ptr + start,
+        y_ptr if y_ptr is None else y_ptr + start,
+        bits_ptr if bits_ptr is None else bits_ptr + start // 8,
+        offsets,
+        mask,
+        negative_slope,
+        ACTIVATION,
+        "evict_first",
+    )
+    dweight = rstd
+    dbias = rstd
+    if TRAINING:
+        dweight = tl.load(dweight_ptr + channels, mask=mask_c, other=0.0)
+        dbias = tl.load(dbias_ptr + channels, mask=mask_c, other=0.0)
+    store_gradients(
+        g,
+        x,
+        mean,
+        rstd,
+        scale,
+        dweight,
+        dbias,
+        dx_ptr if dx_ptr is None else dx_ptr + start,
+        dresidual_ptr if dresidual_ptr is None else dresidual_ptr + start,
+        offsets,
+        mask,
+        inverse_count,
+        TRAINING,
+    )
+
+
+@triton.jit
+def walk_gradients(
+    dy_ptr: tl.tensor,  # (N, C, L)
+    x_ptr: tl.tensor,  # (N, C, L)
+    residual_ptr: tl.tensor,  # (N, C, L) or None
+    y_ptr: tl.tensor,  # (N, C, L) or None
+    bits_ptr: tl.tensor,  # uint8 or None
+    mean: tl.tensor,  # (BLOCK_C,), as the next five
+    rstd: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    dweight: tl.tensor,
+    dbias: tl.tensor,
     dx_ptr: tl.tensor,  # (N, C, L)
+    dresidual_ptr: tl.tensor,  # (N, C, L) or None
+    offs_c: tl.tensor,
+    first_tile: tl.tensor,
+    end_tile: tl.tensor,
     N: tl.tensor,
     C: tl.tensor,
     L: tl.tensor,
     inverse_count: tl.tensor,  # 1 / M
+    negative_slope: tl.tensor,
+    ACTIVATION: tl.constexpr,
     TRAINING: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
-    tiles_l = tl.cdiv(L, BLOCK_L)
-    pid = tl.program_id(0)
-    # Only the first row needs 64 bits: BLOCK_ROWS * L is at most L or about a tile.
-    start_row = (pid // tiles_l).to(tl.int64) * BLOCK_ROWS
-    offs_row = tl.arange(0, BLOCK_ROWS)
-    offs_l = pid % tiles_l * BLOCK_L + tl.arange(0, BLOCK_L)
-    offs_c = ((start_row % C).to(tl.int32) + offs_row) % C
-    mask_row = offs_row < tl.minimum(tl.cast(N, tl.int64) * C - start_row, BLOCK_ROWS).to(tl.int32)
-    mask = mask_row[:, None] & (offs_l < L)[None, :]
-    rstd, scale = _load_scale(rstd_ptr, weight_ptr, offs_c, mask_row)
-    start = start_row * L
-    offsets = offs_row[:, None] * L + offs_l[None, :]
-    dx = tl.load(dy_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    if TRAINING:
-        mean = tl.load(mean_ptr + offs_c, mask=mask_row, other=0.0)
-        mean_dy = tl.load(dbias_ptr + offs_c, mask=mask_row, other=0.0) * inverse_count
-        slope = tl.load(dweight_ptr + offs_c, mask=mask_row, other=0.0) * inverse_count * rstd
-        x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        dx = dx - mean_dy[:, None] - (x - mean[:, None]) * slope[:, None]
-    tl.store(dx_ptr + start + offsets, dx * scale[:, None], mask=mask)
+    """Does some tiles of some channels, the last one first, for the regimes of one launch."""
+    for step in range(first_tile, end_tile):
+        tile = end_tile - 1 - (step - first_tile)
+        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = x.to(tl.float32)
+        g = load_gradient(
+            dy_ptr,
+            x,
+            as_tile(mean),
+            as_tile(scale),
+            as_tile(shift),
+            residual_ptr,
+            y_ptr,
+            bits_ptr,
+            offsets,
+            mask,
+            negative_slope,
+            ACTIVATION,
+            "evict_first",
+        )
+        store_gradients(
+            g,
+            x,
+            as_tile(mean),
+            as_tile(rstd),
+            as_tile(scale),
+            as_tile(dweight),
+            as_tile(dbias),
+            dx_ptr,
+            dresidual_ptr,
+            offsets,
+            mask,
+            inverse_count,
+            TRAINING,
+        )
 
 
-@triton.jit
-def _bn_backward_dx_mc_kernel(
-    dy_ptr: tl.tensor,  # (M, C)
-    x_ptr: tl.tensor,  # (M, C), read in training only
-    mean_ptr: tl.tensor,  # (C,) fp32, read in training only
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    weight_ptr: tl.tensor,  # (C,) or None
-    dweight_ptr: tl.tensor,  # (C,) fp32, read in training only
-    dbias_ptr: tl.tensor,  # (C,) fp32, read in training only
-    dx_ptr: tl.tensor,  # (M, C)
-    M: tl.tensor,
-    C: tl.tensor,
-    inverse_count: tl.tensor,  # 1 / M
-    TRAINING: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-) -> None:
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    rows = (pid // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    mask = (rows < M)[:, None] & mask_c[None, :]
-    rstd, scale = _load_scale(rstd_ptr, weight_ptr, offs_c, mask_c)
-    offsets = rows[:, None] * C + offs_c[None, :]
-    dx = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if TRAINING:
-        mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-        mean_dy = tl.load(dbias_ptr + offs_c, mask=mask_c, other=0.0) * inverse_count
-        slope = tl.load(dweight_ptr + offs_c, mask=mask_c, other=0.0) * inverse_count * rstd
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dx = dx - mean_dy[None, :] - (x - mean[None, :]) * slope[None, :]
-    tl.store(dx_ptr + offsets, dx * scale[None, :], mask=mask)
-
-
-def affine_gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, schedule: Schedule
-) -> tuple[Tensor, Tensor]:
-    """Computes dweight = sum dy * x_hat and dbias = sum dy.
+def affine_gradients(call: BackwardCall, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Computes dweight = sum g * x_hat and dbias = sum g.
 
     Args:
-        dy: (N, C, ...), contiguous, fp32, fp16 or bf16.
-        x: (N, C, ...), contiguous.
-        mean: (C,) fp32.
-        rstd: (C,) fp32.
-        schedule: of the shape of `x`.
+        call: of the backward; x is not None.
+        schedule: of the shape and layout of x.
 
     Returns:
         dweight and dbias, each (C,) fp32.
     """
-    dweight_SC, dbias_SC = (
-        torch.empty((schedule.splits, schedule.C), dtype=torch.float32, device=x.device)
-        for _ in range(2)
+    dweight_SC, dbias_SC = call.mean.new_empty((2, schedule.splits, schedule.C)).unbind()
+    _bn_backward_partial_sums_kernel[(schedule.channel_blocks, schedule.splits)](
+        dy_ptr=call.dy,
+        x_ptr=call.x,
+        residual_ptr=call.residual,
+        y_ptr=call.y,
+        bits_ptr=call.bits,
+        mean_ptr=call.mean,
+        rstd_ptr=call.rstd,
+        weight_ptr=call.weight,
+        bias_ptr=call.bias,
+        dweight_ptr=dweight_SC,
+        dbias_ptr=dbias_SC,
+        N=schedule.N,
+        C=schedule.C,
+        L=schedule.L,
+        tiles_per_split=schedule.tiles_per_split,
+        negative_slope=call.negative_slope,
+        ACTIVATION=call.activation,
+        BLOCK_N=schedule.block_n,
+        BLOCK_C=schedule.block_c,
+        BLOCK_L=schedule.block_l,
+        WIDE=schedule.wide,
+        num_warps=schedule.num_warps,
     )
-    tile = schedule.reduction
-    if schedule.layout is Layout.NCL:
-        _bn_backward_partial_sums_ncl_kernel[schedule.reduction_grid](
-            dy_ptr=dy,
-            x_ptr=x,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            dweight_ptr=dweight_SC,
-            dbias_ptr=dbias_SC,
-            N=schedule.N,
-            C=schedule.C,
-            L=schedule.L,
-            tiles_per_split=schedule.tiles_per_split,
-            BLOCK_N=tile.rows,
-            BLOCK_L=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    else:
-        _bn_backward_partial_sums_mc_kernel[schedule.reduction_grid](
-            dy_ptr=dy,
-            x_ptr=x,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            dweight_ptr=dweight_SC,
-            dbias_ptr=dbias_SC,
-            M=schedule.N,
-            C=schedule.C,
-            tiles_per_split=schedule.tiles_per_split,
-            BLOCK_M=tile.rows,
-            BLOCK_C=tile.columns,
-            num_warps=tile.num_warps,
-        )
-
-    dweight_C, dbias_C = (
-        torch.empty(schedule.C, dtype=torch.float32, device=x.device) for _ in range(2)
-    )
+    dweight_C, dbias_C = call.new_sums()
     block_s, block_c = schedule.finish_tile
     _bn_backward_finish_sums_kernel[(triton.cdiv(schedule.C, block_c),)](
         partial_dweight_ptr=dweight_SC,
@@ -282,99 +392,44 @@ def affine_gradients(
     return dweight_C, dbias_C
 
 
-def training_input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dweight: Tensor,
-    dbias: Tensor,
-    schedule: Schedule,
-) -> Tensor:
-    """Computes dx = weight * rstd * (dy - (dbias + x_hat * dweight) / M).
+def input_gradients(
+    call: BackwardCall, dweight: Tensor | None, dbias: Tensor | None, schedule: Schedule
+) -> tuple[Tensor | None, Tensor | None]:
+    """Computes dx and dresidual.
 
     Args:
-        dy: (N, C, ...), contiguous, fp32, fp16 or bf16.
-        x: (N, C, ...), contiguous.
-        mean: (C,) fp32, of `x`.
-        rstd: (C,) fp32, of `x`.
-        weight: (C,), any float dtype, or None for ones.
-        dweight: (C,) fp32, from `affine_gradients`.
+        call: of the backward.
+        dweight: (C,) fp32, from `affine_gradients`; may be None in evaluation, as the next.
         dbias: (C,) fp32, from `affine_gradients`.
-        schedule: of the shape of `x`.
+        schedule: of the shape and layout of dy.
 
     Returns:
-        dx, with the shape and dtype of `dy`, contiguous.
+        dx and dresidual, each None where the call does not need it.
     """
-    return _launch_dx(dy, x, mean, rstd, weight, dweight, dbias, schedule)
-
-
-def evaluation_input_gradient(
-    dy: Tensor, rstd: Tensor, weight: Tensor | None, schedule: Schedule
-) -> Tensor:
-    """Computes dx = weight * rstd * dy, the statistics being constants.
-
-    Args:
-        dy: (N, C, ...), contiguous, fp32, fp16 or bf16.
-        rstd: (C,) fp32.
-        weight: (C,), any float dtype, or None for ones.
-        schedule: of the shape of `dy`.
-
-    Returns:
-        dx, with the shape and dtype of `dy`, contiguous.
-    """
-    return _launch_dx(dy, None, None, rstd, weight, None, None, schedule)
-
-
-def _launch_dx(
-    dy: Tensor,
-    x: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    schedule: Schedule,
-) -> Tensor:
-    dx = torch.empty_like(dy)
-    tile = schedule.elementwise
-    inverse_count = 1.0 / schedule.values_per_channel
-    if schedule.layout is Layout.NCL:
-        _bn_backward_dx_ncl_kernel[schedule.elementwise_grid](
-            dy_ptr=dy,
-            x_ptr=x,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            weight_ptr=weight,
-            dweight_ptr=dweight,
-            dbias_ptr=dbias,
-            dx_ptr=dx,
-            N=schedule.N,
-            C=schedule.C,
-            L=schedule.L,
-            inverse_count=inverse_count,
-            TRAINING=x is not None,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_L=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    else:
-        _bn_backward_dx_mc_kernel[schedule.elementwise_grid](
-            dy_ptr=dy,
-            x_ptr=x,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            weight_ptr=weight,
-            dweight_ptr=dweight,
-            dbias_ptr=dbias,
-            dx_ptr=dx,
-            M=schedule.N,
-            C=schedule.C,
-            inverse_count=inverse_count,
-            TRAINING=x is not None,
-            BLOCK_M=tile.rows,
-            BLOCK_C=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    return dx
+    dx, dresidual = call.new_gradients()
+    _bn_backward_input_kernel[schedule.flat_grid](
+        dy_ptr=call.dy,
+        x_ptr=call.x,
+        residual_ptr=call.residual,
+        y_ptr=call.y,
+        bits_ptr=call.bits,
+        mean_ptr=call.mean,
+        rstd_ptr=call.rstd,
+        weight_ptr=call.weight,
+        bias_ptr=call.bias,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        dx_ptr=dx,
+        dresidual_ptr=dresidual,
+        numel=call.dy.numel(),
+        C=schedule.C,
+        L=schedule.L,
+        inverse_count=1.0 / schedule.values_per_channel,
+        negative_slope=call.negative_slope,
+        ACTIVATION=call.activation,
+        TRAINING=call.training,
+        BLOCK=schedule.flat_elements,
+        EIGHTS=schedule.eights,
+        num_warps=schedule.flat_warps,
+    )
+    return dx, dresidual

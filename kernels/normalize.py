@@ -1,150 +1,161 @@
-"""Normalise, scale and shift, each element read and written once.
+"""Normalise, scale, shift, add a residual, activate: each element read and written once.
 
-    y = (x - mean) * rstd * weight + bias
+    y = act((x - mean) * rstd * weight + bias + residual)
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1, lines 3 and 4.
 
-Shapes: N batch, C channels, L flattened space, M = N * L. In the NCL layout the N * C runs of L
-values are rows of a matrix, whose channel is the row modulo C. Computed in fp32, rounded at the
-store.
+Shapes: N batch, C channels, L flattened space; channels-last is (N * L, C, 1). The kernel walks
+memory flat, in groups of eight neighbours, which is what one thread moves in 16 bytes of a 16-bit
+dtype and what one byte of bits describes. It walks backwards: the statistics were read forwards,
+so the end of x is what the cache still holds.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.schedule import Layout, Schedule
+from bn_lightning.kernels.calls import ForwardCall
+from bn_lightning.kernels.elements import as_tile, load_channels, tile_offsets, write_output
+from bn_lightning.kernels.schedule import Schedule
 
 
 @triton.jit
-def _load_scale_shift(
-    mean_ptr: tl.tensor,  # (C,) fp32
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    weight_ptr: tl.tensor,  # (C,) or None
-    bias_ptr: tl.tensor,  # (C,) or None
-    offs_c: tl.tensor,
-    mask_c: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-    scale = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
-    shift = tl.zeros_like(scale)
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        shift = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    return mean, scale, shift
+def flat_offsets(
+    numel: tl.tensor,
+    C: tl.tensor,
+    L: tl.tensor,
+    BLOCK: tl.constexpr,
+    EIGHTS: tl.constexpr,  # channels of eight neighbours: "one", "consecutive" or "any"
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Returns the block's start, and offsets, mask and channels of (BLOCK / 8, 8) elements."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    # One 64-bit division a program; those of the elements are in 32 bits.
+    start = block.to(tl.int64) * BLOCK
+    inside = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    group = tl.arange(0, BLOCK // 8)[:, None] * 8
+    offsets = group + tl.arange(0, 8)[None, :]
+    start_c = (start // L % C).to(tl.int32)
+    start_l = (start % L).to(tl.int32)
+    # One division for eight elements, where they allow it.
+    if EIGHTS == "one":
+        channels = (start_c + (start_l + group) // L) % C
+    elif EIGHTS == "consecutive":
+        channels = (start_c + group) % C + tl.arange(0, 8)[None, :]
+    else:
+        channels = (start_c + (start_l + offsets) // L) % C
+    return start, offsets, offsets < inside, channels
 
 
 @triton.jit
-def _bn_forward_normalize_ncl_kernel(
+def _bn_forward_normalize_kernel(
     x_ptr: tl.tensor,  # (N, C, L)
+    residual_ptr: tl.tensor,  # (N, C, L) or None
     mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
     weight_ptr: tl.tensor,  # (C,) or None
     bias_ptr: tl.tensor,  # (C,) or None
     y_ptr: tl.tensor,  # (N, C, L)
-    N: tl.tensor,
+    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    numel: tl.tensor,
     C: tl.tensor,
     L: tl.tensor,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    negative_slope: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ) -> None:
-    tiles_l = tl.cdiv(L, BLOCK_L)
-    pid = tl.program_id(0)
-    # Only the first row needs 64 bits: BLOCK_ROWS * L is at most L or about a tile.
-    start_row = (pid // tiles_l).to(tl.int64) * BLOCK_ROWS
-    offs_row = tl.arange(0, BLOCK_ROWS)
-    offs_l = pid % tiles_l * BLOCK_L + tl.arange(0, BLOCK_L)
-    offs_c = ((start_row % C).to(tl.int32) + offs_row) % C
-    mask_row = offs_row < tl.minimum(tl.cast(N, tl.int64) * C - start_row, BLOCK_ROWS).to(tl.int32)
-    mask = mask_row[:, None] & (offs_l < L)[None, :]
-    mean, scale, shift = _load_scale_shift(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offs_c, mask_row
+    start, offsets, mask, channels = flat_offsets(numel, C, L, BLOCK, EIGHTS)
+    mean, _, scale, shift = load_channels(
+        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channels, channels < C
     )
-    start = start_row * L
-    offsets = offs_row[:, None] * L + offs_l[None, :]
-    x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = (x - mean[:, None]) * scale[:, None] + shift[:, None]
-    tl.store(y_ptr + start + offsets, y, mask=mask)
+    x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+    write_output(
+        x.to(tl.float32),
+        mean,
+        scale,
+        shift,
+        residual_ptr if residual_ptr is None else residual_ptr + start,
+        y_ptr + start,
+        bits_ptr if bits_ptr is None else bits_ptr + start // 8,
+        offsets,
+        mask,
+        negative_slope,
+        ACTIVATION,
+    )
 
 
 @triton.jit
-def _bn_forward_normalize_mc_kernel(
-    x_ptr: tl.tensor,  # (M, C)
-    mean_ptr: tl.tensor,  # (C,) fp32
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    weight_ptr: tl.tensor,  # (C,) or None
-    bias_ptr: tl.tensor,  # (C,) or None
-    y_ptr: tl.tensor,  # (M, C)
-    M: tl.tensor,
+def walk_normalize(
+    x_ptr: tl.tensor,  # (N, C, L)
+    residual_ptr: tl.tensor,  # (N, C, L) or None
+    y_ptr: tl.tensor,  # (N, C, L)
+    bits_ptr: tl.tensor,  # uint8 or None
+    mean: tl.tensor,  # (BLOCK_C,), as the next two
+    scale: tl.tensor,
+    shift: tl.tensor,
+    offs_c: tl.tensor,
+    first_tile: tl.tensor,
+    end_tile: tl.tensor,
+    N: tl.tensor,
     C: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    L: tl.tensor,
+    negative_slope: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    rows = (pid // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    mask = (rows < M)[:, None] & mask_c[None, :]
-    mean, scale, shift = _load_scale_shift(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offs_c, mask_c)
-    offsets = rows[:, None] * C + offs_c[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
-    tl.store(y_ptr + offsets, y, mask=mask)
+    """Does some tiles of some channels, the last one first, for the regimes of one launch."""
+    for step in range(first_tile, end_tile):
+        tile = end_tile - 1 - (step - first_tile)
+        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        write_output(
+            x.to(tl.float32),
+            as_tile(mean),
+            as_tile(scale),
+            as_tile(shift),
+            residual_ptr,
+            y_ptr,
+            bits_ptr,
+            offsets,
+            mask,
+            negative_slope,
+            ACTIVATION,
+        )
 
 
 def normalize(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    schedule: Schedule,
-) -> Tensor:
-    """Computes y = (x - mean) * rstd * weight + bias.
+    call: ForwardCall, mean: Tensor, rstd: Tensor, schedule: Schedule
+) -> tuple[Tensor, Tensor | None]:
+    """Computes y = act((x - mean) * rstd * weight + bias + residual).
 
     Args:
-        x: (N, C, ...), contiguous, fp32, fp16 or bf16.
+        call: the tensors and the activation; its statistics are not touched.
         mean: (C,) fp32.
         rstd: (C,) fp32, 1 / sqrt(var + eps).
-        weight: (C,), any float dtype, or None for ones.
-        bias: (C,), any float dtype, or None for zeros.
-        schedule: of the shape of `x`.
+        schedule: of the shape and layout of x.
 
     Returns:
-        y, with the shape and dtype of `x`, contiguous.
+        y, and the bits of the derivative or None.
     """
-    y = torch.empty_like(x)
-    tile = schedule.elementwise
-    if schedule.layout is Layout.NCL:
-        _bn_forward_normalize_ncl_kernel[schedule.elementwise_grid](
-            x_ptr=x,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            y_ptr=y,
-            N=schedule.N,
-            C=schedule.C,
-            L=schedule.L,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_L=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    else:
-        _bn_forward_normalize_mc_kernel[schedule.elementwise_grid](
-            x_ptr=x,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            y_ptr=y,
-            M=schedule.N,
-            C=schedule.C,
-            BLOCK_M=tile.rows,
-            BLOCK_C=tile.columns,
-            num_warps=tile.num_warps,
-        )
-    return y
+    y, bits = call.new_outputs()
+    _bn_forward_normalize_kernel[schedule.flat_grid](
+        x_ptr=call.x,
+        residual_ptr=call.residual,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        weight_ptr=call.weight,
+        bias_ptr=call.bias,
+        y_ptr=y,
+        bits_ptr=bits,
+        numel=call.x.numel(),
+        C=schedule.C,
+        L=schedule.L,
+        negative_slope=call.negative_slope,
+        ACTIVATION=call.activation,
+        BLOCK=schedule.flat_elements,
+        EIGHTS=schedule.eights,
+        num_warps=schedule.flat_warps,
+    )
+    return y, bits

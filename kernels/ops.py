@@ -2,14 +2,16 @@
 
 Three ops in the namespace `bn_lightning`, each with its fake beside it:
 
-    batch_norm_statistics  x -> mean, rstd; updates the running statistics; no gradient
-    batch_norm_normalize   x, mean, rstd, weight, bias -> y
-    batch_norm_backward    dy, x, mean, rstd, weight -> dx, dweight, dbias
+    batch_norm           what the public function calls; knows its gradient and vmap
+    batch_norm_forward   x, parameters, statistics -> y, mean, rstd, bits; updates the statistics
+    batch_norm_backward  dy and what was saved -> dx, dweight, dbias, dresidual
 
-The forward is two ops because PyTorch gives no gradient to an op that writes into its arguments.
-The gradient of `batch_norm_normalize` in training takes mean and rstd as functions of x, so it is
-the whole gradient of the BatchNorm; that of `batch_norm_backward` is the composite formula of
-reference.py.
+PyTorch registers no gradient for an op that writes into its arguments, so `batch_norm` brings its
+own kernel for the Autograd key: an autograd function around `batch_norm_forward`, which has none.
+A compiler sees one op, AOTAutograd goes through it, and a statistic is written where it was read.
+
+What is saved for the backward: x, fp32 mean and rstd, weight and bias, and what activations.py says
+for a residual. In evaluation and frozen, x only where the activation or dweight needs it.
 
 Triton is imported only inside the ops and the checks that lead to them.
 """
@@ -20,14 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.module_tracker import ModuleTracker
 
 from bn_lightning.kernels import reference
-from bn_lightning.kernels.schedule import make_schedule
+from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
+from bn_lightning.kernels.calls import BackwardCall, ForwardCall
+from bn_lightning.kernels.checks import BACKENDS, check_batch, check_choices, check_like_aten
+from bn_lightning.kernels.schedule import INTERPRETER, Device, Regime, Schedule, make_schedule
 
-BACKENDS = ("auto", "native", "triton")
+__all__ = ["BACKENDS", "batch_norm"]
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# Tells a backward pass from a forward one; its hooks are never entered.
+_tracker = ModuleTracker()
 
 
 def batch_norm(
@@ -38,21 +46,27 @@ def batch_norm(
     running_var: Tensor | None = None,
     *,
     training: bool,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Normalises each channel of `x`, as `torch.nn.functional.batch_norm` does.
+    """Normalises each channel of `x`, adds a residual and applies an activation.
 
-        y = (x - mean) / sqrt(var + eps) * weight + bias
+        y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     with the mean and the biased variance of the batch in training, the running ones in evaluation.
     In training `running = (1 - momentum) * running + momentum * batch`, in place, with the unbiased
-    variance of the batch.
+    variance of the batch. A training forward inside a backward pass is the recomputation of a
+    checkpoint: it leaves the statistics alone.
 
-    The Triton kernels read contiguous memory: an `x` of other strides, channels-last among them, is
-    copied once, and y is then contiguous. They compute in fp32 and give the same bits for the same
-    inputs. An empty `x` always goes to ATen.
+    The Triton kernels read contiguous and channels-last memory, and y has the layout of `x`; an `x`
+    of other strides is copied once, and y is then contiguous. A residual or an upstream gradient
+    in another layout than `x` is copied once. They compute in fp32 and give the same bits for the
+    same inputs. An empty `x` always goes to ATen.
 
     Args:
         x: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
@@ -61,8 +75,14 @@ def batch_norm(
         running_mean: (C,) on the device of `x`; needed in evaluation.
         running_var: (C,), unbiased, on the device of `x`; needed in evaluation.
         training: normalise by the batch's statistics, and update the running ones if given.
-        momentum: weight of the batch in the running statistics, in [0, 1].
+        momentum: weight of the batch in the running statistics, in [0, 1]; None for the average
+            over all batches, which `num_batches_tracked` counts.
         eps: added to the variance, > 0.
+        activation: "identity", "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh",
+            "hardswish", "mish", "sigmoid" or "tanh".
+        negative_slope: of "leaky_relu" below zero; the others do not read it.
+        residual: with the shape, dtype and device of `x`, added before the activation.
+        num_batches_tracked: int64 scalar on the device of `x`, to which training adds one.
         backend: "native" for ATen; "triton" for the kernels: `x` in fp32, fp16 or bf16, parameters
             and statistics each in any float dtype; "auto" for the kernels where `x` is a CUDA or
             ROCm tensor of such a dtype and Triton is installed, else ATen.
@@ -71,257 +91,509 @@ def batch_norm(
         y, with the shape, dtype and device of `x`.
 
     Raises:
-        ValueError: an unknown backend; "triton" for a tensor it cannot take; one value per channel
-            in training; one running statistic without the other; `eps` not positive in training.
+        ValueError: an unknown backend or activation; "triton" for a tensor it cannot take; a
+            residual of another shape or dtype; one value per channel in training; one running
+            statistic without the other; `eps` not positive in training; `momentum` None without
+            `num_batches_tracked`.
         RuntimeError: running statistics missing in evaluation; a per-channel tensor of another
-            length than C or on another device.
+            length than C; a tensor on another device.
+        NotImplementedError: an `x` of integers.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2.
     """
     if backend == "auto":
         triton = x.is_cuda and _TRITON_INSTALLED and x.dtype in _TRITON_DTYPES
-    elif backend == "native":
-        triton = False
-    elif backend == "triton":
+    else:
+        triton = backend == "triton"
+    check_choices(x, residual, activation, backend)
+    if triton:
         _check_triton_takes(x)
-        triton = True
-    else:
-        raise ValueError(f"expected `backend` to be one of {BACKENDS}, got {backend!r}")
-    if not triton or x.numel() == 0:
-        try:
-            return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        except ValueError:
-            _check_batch(x, training)
-            raise
-
-    _check_arguments(x, weight, bias, running_mean, running_var, training, eps)
     if training:
-        x = x.contiguous()
-        mean, rstd = batch_norm_statistics(x.detach(), running_mean, running_var, momentum, eps)
+        if momentum is None and running_mean is not None and num_batches_tracked is None:
+            raise ValueError(
+                "expected `num_batches_tracked` with `momentum`=None, which averages over the "
+                "batches it counts, got None"
+            )
+        if not torch.compiler.is_compiling() and _tracker.is_bw:
+            running_mean = running_var = num_batches_tracked = None
     else:
-        mean, rstd = _evaluation_statistics(running_mean, running_var, eps)
-    return batch_norm_normalize(x.contiguous(), mean, rstd, weight, bias, training, eps)
+        num_batches_tracked = None
+    if not triton or x.numel() == 0:
+        y = _native(
+            x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+        )
+        if residual is not None:
+            y = y + residual
+        return y if activation == "identity" else activate(y, activation, negative_slope)
+
+    check_like_aten(x, weight, bias, running_mean, running_var, training, eps)
+    return torch.ops.bn_lightning.batch_norm(
+        x,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        0.0 if momentum is None and running_mean is None else momentum,
+        eps,
+        activation,
+        negative_slope,
+    )
 
 
-@torch.library.custom_op(
-    "bn_lightning::batch_norm_statistics", mutates_args=("running_mean", "running_var")
-)
-def batch_norm_statistics(
+def _native(
     x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Computes mean and rstd of each channel, (C,) fp32, and updates the running statistics."""
-    from bn_lightning.kernels import statistics
+) -> Tensor:
+    """Runs ATen's BatchNorm; a cumulative average without asking the device for its count."""
+    batch_mean, batch_var = running_mean, running_var
+    cumulative = training and momentum is None and running_mean is not None
+    if cumulative and running_mean is not None and running_var is not None:
+        batch_mean, batch_var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    factor = 1.0 if momentum is None else momentum
+    try:
+        y = F.batch_norm(x, batch_mean, batch_var, weight, bias, training, factor, eps)
+    except ValueError:
+        check_batch(x, training)
+        raise
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if cumulative and x.numel() > 0 and num_batches_tracked is not None:
+        for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
+            if running is not None and batch is not None:
+                running.lerp_(batch, (1.0 / num_batches_tracked).to(running.dtype))
+    return y
+
+
+_LIBRARY = torch.library.Library("bn_lightning", "DEF")
+_STATE = (
+    "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, "
+    "float eps, str activation, float negative_slope"
+)
+_LIBRARY.define(f"batch_norm({_STATE}) -> Tensor")
+_LIBRARY.define(
+    f"batch_norm_forward({_STATE}, bool writes_bits) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "batch_norm_backward(Tensor dy, Tensor? x, Tensor? residual, Tensor? y, Tensor? bits, "
+    "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool channels_last, bool training, "
+    "float eps, str activation, float negative_slope, bool needs_dx, bool needs_affine, "
+    "bool needs_dresidual) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    writes_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from bn_lightning.kernels import normalize, resident, small, statistics
 
     _check_device(x)
-    schedule = make_schedule(x.shape, x.element_size())
+    channels_last = is_channels_last(x)
+    x = _as_layout(x, channels_last)
+    new_mean, new_var = _contiguous(running_mean), _contiguous(running_var)
+    call = ForwardCall(
+        x,
+        None if residual is None else _as_layout(residual, channels_last),
+        _contiguous(weight),
+        _contiguous(bias),
+        new_mean,
+        new_var,
+        num_batches_tracked,
+        momentum,
+        eps,
+        activation,
+        negative_slope,
+        writes_bits,
+    )
+    schedule = _schedule(x, channels_last, writes_bits, training and momentum is None)
+    bits: Tensor | None
     with torch.cuda.device_of(x):
-        partials = statistics.partial_statistics(x.contiguous(), schedule)
-        if running_mean is None or running_var is None:
-            return statistics.finish_statistics(*partials, None, None, momentum, eps, schedule)
-        new_mean, new_var = running_mean.contiguous(), running_var.contiguous()
-        result = statistics.finish_statistics(*partials, new_mean, new_var, momentum, eps, schedule)
-        if new_mean is not running_mean:
-            running_mean.copy_(new_mean)
-        if new_var is not running_var:
-            running_var.copy_(new_var)
-    return result
+        if not training:
+            if new_mean is None or new_var is None:
+                raise RuntimeError("expected `running_mean` and `running_var` in evaluation")
+            mean, rstd = statistics.evaluation_statistics(new_mean, new_var, eps)
+            y, bits = normalize.normalize(call, mean, rstd, schedule)
+        elif schedule.regime is Regime.SMALL:
+            y, bits, mean, rstd = small.forward(call, schedule)
+        elif schedule.regime is Regime.RESIDENT:
+            y, bits, mean, rstd = resident.forward(call, schedule)
+        else:
+            partials = statistics.partial_statistics(x, schedule)
+            mean, rstd = statistics.finish_statistics(partials, call, schedule)
+            y, bits = normalize.normalize(call, mean, rstd, schedule)
+    if training:
+        for old, new in ((running_mean, new_mean), (running_var, new_var)):
+            if old is not None and new is not None:
+                if new is not old:
+                    old.copy_(new)
+                torch.autograd.graph.increment_version(old)
+        if num_batches_tracked is not None:
+            torch.autograd.graph.increment_version(num_batches_tracked)
+    return y, mean, rstd, _nothing(x) if bits is None else bits
 
 
-@batch_norm_statistics.register_fake
-def _(
+def _fake_forward(
     x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    C = x.shape[1]
-    return x.new_empty(C, dtype=torch.float32), x.new_empty(C, dtype=torch.float32)
+    activation: str,
+    negative_slope: float,
+    writes_bits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(_as_layout(x, is_channels_last(x)))
+    mean, rstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if writes_bits else _nothing(x)
+    return y, mean, rstd, bits
 
 
-@torch.library.custom_op("bn_lightning::batch_norm_normalize", mutates_args=())
-def batch_norm_normalize(
-    x: Tensor,
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    bits: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    channels_last: bool,
     training: bool,
     eps: float,
-) -> Tensor:
-    """Computes y; `training` and `eps` say how mean and rstd depend on x, for the gradient."""
-    from bn_lightning.kernels import normalize
+    activation: str,
+    negative_slope: float,
+    needs_dx: bool,
+    needs_affine: bool,
+    needs_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes dx, dweight, dbias, dresidual; what is not needed comes back with shape (0,)."""
+    from bn_lightning.kernels import backward, resident, small
 
-    _check_device(x)
-    schedule = make_schedule(x.shape, x.element_size())
-    with torch.cuda.device_of(x):
-        return normalize.normalize(
-            x.contiguous(), mean, rstd, _contiguous(weight), _contiguous(bias), schedule
+    dy = _as_layout(dy, channels_last)
+    call = BackwardCall(
+        dy,
+        None if x is None else _as_layout(x, channels_last),
+        None if residual is None else _as_layout(residual, channels_last),
+        y,
+        bits,
+        mean,
+        rstd,
+        _contiguous(weight),
+        _contiguous(bias),
+        activation,
+        negative_slope,
+        training,
+        needs_dx,
+        needs_affine,
+        needs_dresidual,
+    )
+    schedule = _schedule(dy, channels_last, False, False)
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+    with torch.cuda.device_of(dy):
+        sums = needs_affine or (training and needs_dx)
+        if not sums:
+            dx, dresidual = backward.input_gradients(call, None, None, schedule)
+        elif schedule.regime is Regime.SMALL:
+            dx, dresidual, dweight, dbias = small.backward(call, schedule)
+        elif schedule.regime is Regime.RESIDENT:
+            dx, dresidual, dweight, dbias = resident.backward(call, schedule)
+        else:
+            dweight, dbias = backward.affine_gradients(call, schedule)
+            dx, dresidual = backward.input_gradients(call, dweight, dbias, schedule)
+    if not needs_affine:
+        dweight = dbias = None
+    return (
+        _nothing(dy) if dx is None else dx,
+        _nothing(mean) if dweight is None else dweight,
+        _nothing(mean) if dbias is None else dbias,
+        _nothing(dy) if dresidual is None else dresidual,
+    )
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    bits: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channels_last: bool,
+    training: bool,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    needs_dx: bool,
+    needs_affine: bool,
+    needs_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy = _as_layout(dy, channels_last)
+    dx = torch.empty_like(dy) if needs_dx else _nothing(dy)
+    dresidual = torch.empty_like(dy) if needs_dresidual else _nothing(dy)
+    if needs_affine:
+        return dx, torch.empty_like(mean), torch.empty_like(mean), dresidual
+    return dx, _nothing(mean), _nothing(mean), dresidual
+
+
+class _BatchNorm(torch.autograd.Function):
+    """`batch_norm_forward` with its gradient."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.bn_lightning.batch_norm_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        y, mean, rstd, bits = output
+        x, residual, weight, bias, _, _, _, training, _, eps, activation, slope, writes_bits = (
+            inputs
+        )
+        ctx.mark_non_differentiable(mean, rstd, bits)
+        ctx.set_materialize_grads(False)
+        needs_dx, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
+        needs_affine = needs_dweight or needs_dbias
+        saves = ACTIVATIONS[activation].saves
+        from_z = activation != "identity" and (residual is None or saves is Saves.RESIDUAL)
+        needs_x = from_z or needs_affine or (training and needs_dx)
+        ctx.save_for_backward(
+            x if needs_x else None,
+            residual if from_z else None,
+            y if residual is not None and saves is Saves.OUTPUT else None,
+            bits if writes_bits else None,
+            mean,
+            rstd,
+            weight,
+            bias if from_z else None,
+        )
+        ctx.options = (is_channels_last(x), training, eps, activation, slope)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 13
+        if dy is None:
+            return nothing
+        needs_dx, needs_dresidual, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
+        needs_affine = needs_dweight or needs_dbias
+        # Without an activation the residual's gradient is dy itself.
+        identity = ctx.options[3] == "identity"
+        writes_dresidual = needs_dresidual and not identity
+        dx = dweight = dbias = None
+        dresidual: Tensor | None = dy
+        if needs_dx or needs_affine or writes_dresidual:
+            *tensors, weight, bias = ctx.saved_tensors
+            flags = (needs_dx, needs_affine, writes_dresidual)
+            arguments = (dy, *tensors, weight, bias, *ctx.options, *flags)
+            if torch.is_grad_enabled():
+                results = _BatchNormBackward.apply(*arguments)
+            else:
+                results = torch.ops.bn_lightning.batch_norm_backward(*arguments)
+            dx, dweight, dbias, written = results
+            dresidual = dy if identity else written
+            if needs_dweight:
+                dweight = dweight.to(weight.dtype)
+            if needs_dbias:
+                dbias = dbias.to(ctx.bias_dtype)
+        return (
+            dx if needs_dx else None,
+            dresidual if needs_dresidual else None,
+            dweight if needs_dweight else None,
+            dbias if needs_dbias else None,
+            *nothing[4:],
         )
 
 
-@batch_norm_normalize.register_fake
-def _(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    eps: float,
-) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+class _BatchNormBackward(torch.autograd.Function):
+    """`batch_norm_backward` with its gradient, which is that of the composite in reference.py."""
 
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.bn_lightning.batch_norm_backward(*args)
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mean, rstd, weight, bias, ctx.training, ctx.eps = inputs
-    _, _, _, needs_dweight, needs_dbias, _, _ = ctx.needs_input_grad[:7]
-    # Frozen without affine gradients, dx needs no x: it need not stay in memory.
-    needs_x = ctx.training or needs_dweight or needs_dbias
-    ctx.save_for_backward(x if needs_x else None, mean, rstd, weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:9])
+        ctx.options = inputs[9:]
 
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, weight = ctx.saved_tensors
-    needs_dx, _, _, needs_dweight, needs_dbias, _, _ = ctx.needs_input_grad
-    dx, dweight, dbias = batch_norm_backward(
-        dy,
-        x,
-        mean,
-        rstd,
-        weight,
-        ctx.training,
-        ctx.eps,
-        needs_dx,
-        needs_dweight or needs_dbias,
-    )
-    return (
-        dx if needs_dx else None,
-        None,
-        None,
-        dweight.to(weight.dtype) if needs_dweight else None,
-        dbias.to(ctx.bias_dtype) if needs_dbias else None,
-        None,
-        None,
-    )
-
-
-batch_norm_normalize.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@torch.library.custom_op("bn_lightning::batch_norm_backward", mutates_args=())
-def batch_norm_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    training: bool,
-    eps: float,
-    needs_dx: bool,
-    needs_affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes dx in the dtype of dy, and dweight and dbias, (C,) fp32.
-
-    What is not needed comes back with shape (0,). `x` may be None in evaluation without affine
-    gradients; `eps` serves the double backward.
-    """
-    from bn_lightning.kernels import backward
-
-    schedule = make_schedule(dy.shape, dy.element_size())
-    dy = dy.contiguous()
-    weight = _contiguous(weight)
-    with torch.cuda.device_of(dy):
-        if x is not None and (training or needs_affine):
-            x = x.contiguous()
-            dweight, dbias = backward.affine_gradients(dy, x, mean, rstd, schedule)
-        else:
-            dweight, dbias = _nothing(mean), _nothing(mean)
-        if not needs_dx:
-            dx = _nothing(dy)
-        elif training and x is not None:
-            dx = backward.training_input_gradient(
-                dy, x, mean, rstd, weight, dweight, dbias, schedule
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        channels_last, training, eps, activation, slope, *needed = ctx.options
+        needs_dx, needs_affine, needs_dresidual = needed
+        with torch.enable_grad():
+            # Views, so that the way from the saved tensors to here is open to a third derivative.
+            tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            results = reference.fused_backward(
+                *tensors,
+                channels_last=channels_last,
+                training=training,
+                eps=eps,
+                activation=activation,
+                negative_slope=slope,
             )
-        else:
-            dx = backward.evaluation_input_gradient(dy, rstd, weight, schedule)
-    if not needs_affine:
-        dweight, dbias = _nothing(mean), _nothing(mean)
-    return dx, dweight, dbias
+            used = (needs_dx, needs_affine, needs_affine, needs_dresidual)
+            pairs = [
+                (r, u)
+                for r, u, use in zip(results, upstream, used, strict=True)
+                if use and u is not None and r is not None and r.requires_grad
+            ]
+            wanted = [t for t in tensors if t is not None and t.requires_grad]
+            gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
+            if pairs and wanted:
+                gradients = torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    wanted,
+                    [u for _, u in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+        found = iter(gradients)
+        by_tensor = [next(found) if t is not None and t.requires_grad else None for t in tensors]
+        return (*by_tensor, *(None for _ in ctx.options))
 
 
-@batch_norm_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    training: bool,
-    eps: float,
-    needs_dx: bool,
-    needs_affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    dx = torch.empty_like(dy, memory_format=contiguous) if needs_dx else _nothing(dy)
-    if needs_affine:
-        return dx, torch.empty_like(mean), torch.empty_like(mean)
-    return dx, _nothing(mean), _nothing(mean)
-
-
-def _save_for_double_backward(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    *tensors, ctx.training, ctx.eps, ctx.needs_dx, ctx.needs_affine = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _double_backward(
-    ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    dy, x, mean, rstd, weight = ctx.saved_tensors
-    d_dy, d_x, d_weight = reference.batch_norm_double_backward(
-        ddx if ctx.needs_dx else None,
-        ddweight if ctx.needs_affine else None,
-        ddbias if ctx.needs_affine else None,
-        dy,
-        x,
-        mean,
-        rstd,
-        weight,
-        training=ctx.training,
-        eps=ctx.eps,
+def _with_gradient(*args: Any) -> Tensor:
+    """The Autograd kernel of `batch_norm`."""
+    x, residual, weight, bias = args[:4]
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias)
     )
-    return d_dy, d_x, None, None, d_weight, None, None, None, None
+    if not needs_grad:
+        return _without_gradient(*args)
+    activation = args[10]
+    writes_bits = residual is not None and ACTIVATIONS[activation].saves is Saves.BITS
+    return _BatchNorm.apply(*args, writes_bits)[0]
 
 
-batch_norm_backward.register_autograd(_double_backward, setup_context=_save_for_double_backward)
+def _without_gradient(*args: Any) -> Tensor:
+    return torch.ops.bn_lightning.batch_norm_forward(*args, False)[0]
 
 
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_empty(0)
+def _fake(*args: Any) -> Tensor:
+    return _fake_forward(*args)[0]
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    """Folds the mapped dimension into C: B BatchNorms of C channels are one of B * C."""
+    B = info.batch_size
+    tensors: list[Any] = [
+        None if value is None else _mapped_first(value, dim, B)
+        for value, dim in zip(args[:6], in_dims[:6], strict=True)
+    ]
+    x, residual, *per_channel = tensors
+    C = x.shape[2]
+    running, tracked, training, momentum = args[4:6], args[6], args[7], args[8]
+    updates = training and running[0] is not None
+    if updates and (in_dims[4] is None or in_dims[5] is None):
+        raise RuntimeError(
+            "expected `running_mean` and `running_var` to be mapped by vmap as `x` is, for they "
+            "are updated in place; pass in_dims for them, or None for both"
+        )
+    if updates and momentum is None:
+        raise RuntimeError("expected `momentum` to be a number under vmap, got None")
+    folded: list[Any] = [None if v is None else v.reshape(B * C) for v in per_channel]
+    y = torch.ops.bn_lightning.batch_norm(
+        _fold(x), None if residual is None else _fold(residual), *folded, None, *args[7:]
+    )
+    if updates:
+        for value, dim, new in zip(running, in_dims[4:6], folded[2:], strict=True):
+            value.movedim(dim, 0).copy_(new.reshape(B, C))
+    if training and tracked is not None:
+        tracked.add_(1)
+    return y.unflatten(1, (B, C)), 1
+
+
+def _mapped_first(value: Tensor, dim: int | None, B: int) -> Tensor:
+    return value.expand(B, *value.shape) if dim is None else value.movedim(dim, 0)
+
+
+def _fold(value_BNC: Tensor) -> Tensor:
+    return value_BNC.movedim(0, 1).flatten(1, 2)
+
+
+_LIBRARY.impl("batch_norm", _with_gradient, "Autograd")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("batch_norm", _without_gradient, _key)
+    _LIBRARY.impl("batch_norm_forward", _forward, _key)
+    _LIBRARY.impl("batch_norm_backward", _backward, _key)
+torch.library.register_fake("bn_lightning::batch_norm", _fake, lib=_LIBRARY)
+torch.library.register_fake("bn_lightning::batch_norm_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("bn_lightning::batch_norm_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_vmap("bn_lightning::batch_norm", _vmap, lib=_LIBRARY)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Says whether the channels lie side by side in memory; a contiguous `x` is not meant."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _as_layout(value: Tensor, channels_last: bool) -> Tensor:
+    """Returns `value`, copied once if it does not lie in memory as wanted."""
+    if not channels_last:
+        return value.contiguous()
+    return value.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def _evaluation_statistics(
-    running_mean: Tensor | None, running_var: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    if running_mean is None or running_var is None:
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise RuntimeError(
-            f"{missing} must be defined in evaluation mode; pass it, or training=True"
-        )
-    # A copy: a training step between this forward and its backward changes the original.
-    mean = running_mean.detach().to(torch.float32, copy=True)
-    return mean, torch.rsqrt(running_var.detach().to(torch.float32) + eps)
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _schedule(x: Tensor, channels_last: bool, writes_bits: bool, cumulative: bool) -> Schedule:
+    return make_schedule(
+        x.shape,
+        x.element_size(),
+        channels_last,
+        _device(x.device),
+        writes_bits=writes_bits,
+        cumulative=cumulative,
+    )
+
+
+_devices: dict[torch.device, Device] = {}
+
+
+def _device(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return INTERPRETER
+    if device not in _devices:
+        found = torch.cuda.get_device_properties(device)
+        _devices[device] = Device(found.multi_processor_count, found.L2_cache_size, found.warp_size)
+    return _devices[device]
 
 
 def _check_triton_takes(x: Tensor) -> None:
@@ -357,61 +629,3 @@ def _check_device(x: Tensor) -> None:
         f'use backend="auto" or backend="native", or, to run the kernels on CPU tensors under '
         f"Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
     )
-
-
-def _check_batch(x: Tensor, training: bool) -> None:
-    """Raises torch's error, and what to do, where a channel has one value in training."""
-    if training and x.dim() > 1 and x.numel() == x.shape[1]:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.size()}; "
-            f"use a batch of at least 2 samples, or model.eval()"
-        )
-
-
-def _check_arguments(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-) -> None:
-    """Checks what ATen would check, in its words, before anything is allocated or written."""
-    if x.dim() < 2:
-        raise ValueError(f"expected `x` to be (N, C) or (N, C, ...), got shape {tuple(x.shape)}")
-    _check_batch(x, training)
-    if eps < 0 or (training and eps == 0):
-        raise ValueError(
-            f"batch_norm eps must be positive during training, but got {eps}"
-            if training
-            else f"batch_norm eps must be non-negative, but got {eps}"
-        )
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running is not None and running.requires_grad:
-            raise RuntimeError(
-                f"batch_norm is not differentiable with respect to argument '{name}'; "
-                f"pass {name}.detach()"
-            )
-    if training and (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    C = x.shape[1]
-    per_channel = (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    )
-    for name, value in per_channel:
-        if value is None:
-            continue
-        if value.numel() != C:
-            raise RuntimeError(
-                f"{name} should contain {C} elements not {value.numel()}; `x` has shape "
-                f"{tuple(x.shape)}, and its second dimension is the channels"
-            )
-        if value.device != x.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but `x` is on {x.device} and "
-                f"`{name}` on {value.device}; move one of them"
-            )

@@ -14,6 +14,8 @@ in fp32, everything else in its own dtype. Only composite, differentiable torch 
 import torch
 from torch import Tensor
 
+from bn_lightning.kernels.activations import ACTIVATIONS, derivative, lower_derivative
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype in which a tensor of `dtype` is computed: fp32 or wider."""
@@ -155,84 +157,80 @@ def batch_norm_backward(
     return (dx * _as_channels(scale_C, x)).to(x.dtype), dweight_C, dbias_C
 
 
-def batch_norm_double_backward(
-    ddx: Tensor | None,
-    ddweight: Tensor | None,
-    ddbias: Tensor | None,
+def fused_backward(
     dy: Tensor,
     x: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    bits: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     *,
+    channels_last: bool,
     training: bool,
     eps: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Computes the gradients of dy, x and weight through `batch_norm_backward`.
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Computes the gradients of y = act(bn(x) + residual), differentiable in what they come from.
 
-    With v = ddx, P(g) = g - mean(g) - x_hat * mean(g * x_hat) and k = weight * rstd, the backward
-    is dx = k * P(dy), and its inner product with (v, ddweight, ddbias) has the gradients
+        g = dy * act'(z), and then as `batch_norm_backward`
 
-        dy:      k * P(v) + ddweight * x_hat + ddbias
-        weight:  rstd * sum v * P(dy)
-        x_hat:   h = ddweight * dy - k * (v * mean(dy * x_hat) + dy * mean(v * x_hat))
-        x:       rstd * P(h) - k * rstd * x_hat * mean(v * P(dy))
-
-    where the last term is the way through rstd, whose derivative is -rstd^2 * x_hat / M. In
-    evaluation P is the identity and mean and rstd are constants.
+    with act' from `bits`, from `y` or from z, whichever is there first. In training mean and rstd
+    are computed anew from `x`, so that the way through them is seen.
 
     Args:
-        ddx: (N, C, ...) gradient of dx, or None for zeros.
-        ddweight: (C,) gradient of dweight, or None for zeros.
-        ddbias: (C,) gradient of dbias, or None for zeros.
-        dy: (N, C, ...) as in `batch_norm_backward`.
-        x: (N, C, ...) as in `batch_norm_backward`; may be None in evaluation without `ddweight`.
-        mean: (C,) in the compute dtype; in training computed anew from `x`, so that the result can
-            be differentiated once more.
-        rstd: (C,) in the compute dtype, likewise.
+        dy: (N, C, ...), any float dtype.
+        x: (N, C, ...); None in evaluation, where neither z nor dweight needs it.
+        residual: (N, C, ...) or None.
+        y: (N, C, ...), the forward's, for an activation with `derivative_of_output`, or None.
+        bits: (ceil(N * C * L / 8),) uint8, the forward's, in the order of memory, or None.
+        mean: (C,) in the compute dtype, used in evaluation.
+        rstd: (C,) in the compute dtype, used in evaluation.
         weight: (C,) or None for ones.
-        training: as in `batch_norm_backward`.
+        bias: (C,) or None for zeros.
+        channels_last: whether the bits are in the order of channels-last memory.
+        training: whether mean and rstd were those of `x`.
         eps: as in the forward, > 0.
+        activation: a key of `ACTIVATIONS`.
+        negative_slope: of leaky_relu.
 
     Returns:
-        The gradients of dy, x and weight, each in its tensor's shape and dtype; None for a tensor
-        that is None, and for x where it does not enter.
+        dx, dweight, dbias and dresidual; dweight is None without `x`.
     """
     if training and x is not None:
         mean, var_C = batch_statistics(x)
         rstd = torch.rsqrt(var_C + eps)
-    dtype = mean.dtype
-    g = dy.to(dtype)
-    v = torch.zeros_like(g) if ddx is None else ddx.to(dtype)
-    scale = _as_channels(_scale(rstd, weight), g)
+    g = dy.to(mean.dtype)
+    if activation != "identity":
+        if bits is not None:
+            lower = lower_derivative(activation, negative_slope)
+            g = torch.where(_unpack(bits, dy.shape, channels_last), g, g * lower)
+        elif y is not None:
+            of_output = ACTIVATIONS[activation].derivative_of_output
+            if of_output is None:
+                raise ValueError(f"expected no `y` for {activation}, whose derivative it has not")
+            g = g * of_output(y.to(mean.dtype))
+        elif x is not None:
+            z = normalize(x.to(mean.dtype), mean, rstd, weight, bias)
+            z = z if residual is None else z + residual.to(mean.dtype)
+            g = g * derivative(z, activation, negative_slope)
+    dresidual = g.to(dy.dtype)
+    if x is None:
+        dx = (g * _as_channels(_scale(rstd, weight), g)).to(dy.dtype)
+        return dx, None, _channel_sum(g), dresidual
+    return (*batch_norm_backward(g, x, mean, rstd, weight, training=training), dresidual)
 
-    x_hat = None if x is None else _normalized(x.to(dtype), mean, rstd)
-    if training and x_hat is not None:
-        projected_g, projected_v = _project(g, x_hat), _project(v, x_hat)
-    else:
-        projected_g, projected_v = g, v
 
-    d_dy = scale * projected_v
-    if ddbias is not None:
-        d_dy = d_dy + _as_channels(ddbias.to(dtype), g)
-    v_dot_C = _channel_sum(v * projected_g)
-    d_weight = None if weight is None else (rstd * v_dot_C).to(weight.dtype)
-
-    if x is None or x_hat is None:
-        return d_dy.to(dy.dtype), None, d_weight
-
-    h = torch.zeros_like(g)
-    if ddweight is not None:
-        ddweight_broadcast = _as_channels(ddweight.to(dtype), g)
-        d_dy = d_dy + ddweight_broadcast * x_hat
-        h = h + ddweight_broadcast * g
-    if training:
-        mean_gx = _as_channels(_channel_mean(g * x_hat), g)
-        mean_vx = _as_channels(_channel_mean(v * x_hat), g)
-        h = _project(h - scale * (v * mean_gx + g * mean_vx), x_hat)
-        h = h - scale * x_hat * _as_channels(v_dot_C / _values_per_channel(g), g)
-    d_x = h * _as_channels(rstd, g)
-    return d_dy.to(dy.dtype), d_x.to(x.dtype), d_weight
+def _unpack(bits: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    """Returns one bool for each element, from eight in a byte in the order of memory."""
+    each = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    flat = each.flatten()[: shape.numel()] != 0
+    if not channels_last:
+        return flat.reshape(shape)
+    return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def _project(g: Tensor, x_hat: Tensor) -> Tensor:

@@ -1,53 +1,81 @@
-"""From a tensor's shape and element size to layout, tiles, splits and warps: pure functions.
+"""From shape, dtype, layout and device to regime, tiles, splits and warps: pure functions.
 
-Shapes: N batch, C channels, L flattened space, M = N * L values per channel.
+Shapes: N batch, C channels, L flattened space, M = N * L values per channel. A channels-last tensor
+is (N * L, C, 1): its channels lie side by side, as those of a plain (N, C) do.
 
-Two layouts of memory. NCL: the L values of one sample and channel lie side by side, channels are
-L apart. MC: channels lie side by side, as in a plain (N, C).
+Three regimes:
 
-Two kinds of kernel. A reduction walks the values of a channel: its tile is samples x positions of
-one channel (NCL) or values x channels (MC), and a split is the run of tiles one program walks. An
-elementwise kernel has one tile a program: (sample, channel) rows x positions (NCL) or values x
-channels (MC).
+    small     one launch forward, one backward; a program does all there is to do for its channels.
+              For tensors of which whole channels fit the L2 cache while programs work on them.
+    split     two passes over the tensor and a small kernel between; the second pass goes backwards,
+              so that it begins with what the first left in the cache.
+    resident  one launch of programs that stay; each element is read from memory once (resident.py).
+
+A reduction walks tiles of N x C x L, and a split is the run of tiles one program walks. The
+elementwise pass of `split` walks memory flat.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-# The sizes below follow from the hardware; none has been tuned by measurement yet.
+# The sizes below follow from the hardware; none has been tuned by measurement yet: not measured on
+# a GPU.
 
-# A reduction holds 16 values of each tensor a thread: enough loads in flight, and no spill with the
-# two tensors and two accumulators of the backward. An elementwise kernel has no loop to feed, and
-# half of that leaves registers for twice the warps (72 instead of 149 for dx, bf16, sm_90).
-REDUCTION_TILE_ELEMENTS = 4096
-ELEMENTWISE_TILE_ELEMENTS = 2048
-MAX_WARPS = 8
+# 16 values of each tensor a thread: enough loads in flight, and no spill with the two tensors and
+# two accumulators of the backward.
+TILE_ELEMENTS = 4096
+# The elementwise pass has no loop to feed: half of that leaves registers for twice the warps.
+FLAT_ELEMENTS = 2048
+MAX_THREADS = 256
 # One cache line: narrower rows waste bandwidth, wider ones leave fewer programs across C.
 ROW_BYTES = 128
-# Some eight programs for each of an H200's 132 multiprocessors.
-TARGET_PROGRAMS = 1024
-# The finishing kernels hold all splits of a channel at once, so that their order is fixed.
+# The share of a row of L that may be padding before a narrower tile is taken.
+MAX_PADDING = 1 / 8
+# Programs for each multiprocessor: of a reduction, and of those that stay (`resident`) or are at
+# work at once (`small`).
+PROGRAMS_PER_PROCESSOR = 8
+PROGRAMS_AT_WORK = 2
+# The finishing kernels hold all splits of some channels at once, so that their order is fixed.
 MAX_SPLITS = 256
-FINISH_TILE_ELEMENTS = 2048
+FINISH_ELEMENTS = 2048
+# Below this a launch costs more than the bytes: 1 MB takes 0.5 us at an H200's 4.3 TB/s, a launch
+# some 3 us.
+SMALL_BYTES = 1 << 20
+# The part of L2 that may hold what will be read again; the rest is for what passes through.
+CACHE_SHARE = 0.5
+# What one item of `resident` reads: long beside the cost of its ticket, short beside L2.
+RESIDENT_ITEM_BYTES = 1 << 15
 
 
-class Layout(Enum):
-    """Which dimension of memory is contiguous: space (NCL) or channels (MC)."""
+class Regime(Enum):
+    """How a BatchNorm is cut into launches."""
 
-    NCL = "NCL"
-    MC = "MC"
+    SMALL = "small"
+    SPLIT = "split"
+    RESIDENT = "resident"
 
 
 @dataclass(frozen=True)
-class Tile:
-    """What one program holds at a time: rows x columns, both powers of two, and its warps."""
+class Device:
+    """What the schedule knows of a device.
 
-    rows: int
-    columns: int
-    num_warps: int
+    Attributes:
+        processors: multiprocessors, or compute units.
+        cache_bytes: of the L2 cache.
+        warp_size: threads in a warp: 32, or 64 in AMD's wavefronts.
+    """
+
+    processors: int
+    cache_bytes: int
+    warp_size: int = 32
+
+
+# What the interpreter runs on: few programs, so that it ends, and an H200's cache.
+INTERPRETER = Device(processors=2, cache_bytes=50 << 20)
 
 
 @dataclass(frozen=True)
@@ -55,24 +83,36 @@ class Schedule:
     """How the kernels cut a tensor.
 
     Attributes:
-        layout: which dimension is contiguous.
-        N: samples.
+        regime: which kernels run.
+        N: samples; N * L of the tensor where it is channels-last.
         C: channels.
-        L: positions in space; 1 where `layout` is MC.
-        reduction: tile of the kernels that sum over a channel.
-        elementwise: tile of the kernels that write a tensor.
-        splits: programs that share a channel, in [1, MAX_SPLITS].
+        L: positions in space; 1 where the tensor is channels-last.
+        block_n: samples in a tile, a power of two like the other two.
+        block_c: channels in a tile.
+        block_l: positions in a tile.
+        num_warps: of a program that walks tiles.
+        splits: programs or items that share a block of channels, in [1, MAX_SPLITS].
         tiles_per_split: consecutive tiles one of them walks.
+        lag: `resident`: blocks of channels by which the second reading follows the first.
+        programs: `resident`: programs that stay.
+        wide: whether an offset may pass 2^31.
+        max_warps: of any program; a thread then has 16 bytes of a 16-bit dtype, or more.
     """
 
-    layout: Layout
+    regime: Regime
     N: int
     C: int
     L: int
-    reduction: Tile
-    elementwise: Tile
+    block_n: int
+    block_c: int
+    block_l: int
+    num_warps: int
     splits: int
     tiles_per_split: int
+    lag: int
+    programs: int
+    wide: bool
+    max_warps: int
 
     @property
     def values_per_channel(self) -> int:
@@ -80,39 +120,41 @@ class Schedule:
         return self.N * self.L
 
     @property
-    def reduction_grid(self) -> tuple[int, int]:
-        """Programs of a reduction: (channels or blocks of them, splits)."""
-        if self.layout is Layout.NCL:
-            return self.C, self.splits
-        return _cdiv(self.C, self.reduction.columns), self.splits
+    def eights(self) -> str:
+        """Channels of eight neighbours from a multiple of 8 on: "one", "consecutive" or "any"."""
+        if (self.C if self.L == 1 else self.L) % 8:
+            return "any"
+        return "consecutive" if self.L == 1 else "one"
 
     @property
-    def elementwise_grid(self) -> tuple[int]:
-        """Programs of an elementwise kernel, in one dimension: the others end at 65535."""
-        if self.layout is Layout.NCL:
-            rows, columns = self.N * self.C, self.L
-        else:
-            rows, columns = self.N, self.C
-        tile = self.elementwise
-        return (_cdiv(rows, tile.rows) * _cdiv(columns, tile.columns),)
+    def channel_blocks(self) -> int:
+        """Blocks of `block_c` channels."""
+        return _cdiv(self.C, self.block_c)
 
     @property
     def finish_tile(self) -> tuple[int, int]:
         """Tile of the kernels that combine the splits: all splits x some channels."""
         block_s = _next_power_of_2(self.splits)
-        return block_s, min(FINISH_TILE_ELEMENTS // block_s, _next_power_of_2(self.C))
+        return block_s, min(FINISH_ELEMENTS // block_s, _next_power_of_2(self.C))
+
+    @property
+    def flat_elements(self) -> int:
+        """Elements one program of the elementwise pass does."""
+        return min(FLAT_ELEMENTS, max(8, _next_power_of_2(self.N * self.C * self.L)))
+
+    @property
+    def flat_grid(self) -> tuple[int]:
+        """Programs of the elementwise pass."""
+        return (_cdiv(self.N * self.C * self.L, self.flat_elements),)
+
+    @property
+    def flat_warps(self) -> int:
+        """Warps of a program of the elementwise pass."""
+        return max(1, self.flat_elements * self.max_warps // FLAT_ELEMENTS)
 
 
-@functools.lru_cache(maxsize=1024)
-def make_schedule(shape: Sequence[int], itemsize: int) -> Schedule:
-    """Chooses layout, tiles and splits for a contiguous tensor that is not empty.
-
-    Args:
-        shape: (N, C) or (N, C, ...), hashable.
-        itemsize: bytes of one element.
-
-    Returns:
-        The schedule; L is the product of what follows (N, C), and L = 1 makes the layout MC.
+def flatten(shape: Sequence[int], channels_last: bool) -> tuple[int, int, int]:
+    """Returns (N, C, L) of memory; a channels-last tensor is (N * L, C, 1).
 
     Raises:
         ValueError: fewer than two dimensions, or a dimension below 1.
@@ -122,41 +164,156 @@ def make_schedule(shape: Sequence[int], itemsize: int) -> Schedule:
             f"expected `shape` to be (N, C) or (N, C, ...) and not empty, got {tuple(shape)}"
         )
     N, C, L = shape[0], shape[1], math.prod(shape[2:])
-    if L == 1:
-        columns = min(_next_power_of_2(C), ROW_BYTES // itemsize)
-        reduction = _make_tile(N, columns, REDUCTION_TILE_ELEMENTS)
-        elementwise = _make_tile(N, columns, ELEMENTWISE_TILE_ELEMENTS)
-        tiles = _cdiv(N, reduction.rows)
-        programs_across_C = _cdiv(C, columns)
-        layout = Layout.MC
-    else:
-        columns = _next_power_of_2(L)
-        reduction = _make_tile(N, columns, REDUCTION_TILE_ELEMENTS)
-        elementwise = _make_tile(N * C, columns, ELEMENTWISE_TILE_ELEMENTS)
-        tiles = _cdiv(N, reduction.rows) * _cdiv(L, reduction.columns)
-        programs_across_C = C
-        layout = Layout.NCL
-    splits = max(1, min(tiles, MAX_SPLITS, _cdiv(TARGET_PROGRAMS, programs_across_C)))
-    tiles_per_split = _cdiv(tiles, splits)
-    return Schedule(
-        layout=layout,
-        N=N,
-        C=C,
-        L=L,
-        reduction=reduction,
-        elementwise=elementwise,
-        # Counted anew, so that no split is empty.
-        splits=_cdiv(tiles, tiles_per_split),
-        tiles_per_split=tiles_per_split,
+    return (N * L, C, 1) if channels_last else (N, C, L)
+
+
+_forced: Regime | None = None
+
+
+@contextlib.contextmanager
+def forced_regime(regime: Regime) -> Iterator[None]:
+    """Makes every BatchNorm inside run in `regime`, in all threads: for tests and benchmarks.
+
+    Two things `small` and `resident` cannot do still run as `split`: bits of a mask where eight
+    neighbours in memory may belong to different rows, and `small` with a cumulative average.
+    """
+    global _forced
+    before, _forced = _forced, regime
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def make_schedule(
+    shape: Sequence[int],
+    itemsize: int,
+    channels_last: bool,
+    device: Device,
+    *,
+    writes_bits: bool = False,
+    cumulative: bool = False,
+) -> Schedule:
+    """Chooses regime, tiles and splits for a dense tensor that is not empty.
+
+    `resident` is never chosen by itself: it is right by its argument and under the interpreter, and
+    not measured on a GPU. `forced_regime` runs it.
+
+    Args:
+        shape: (N, C) or (N, C, ...), hashable.
+        itemsize: bytes of one element.
+        channels_last: whether the channels lie side by side in memory.
+        device: where it runs.
+        writes_bits: whether the forward writes one bit an element.
+        cumulative: whether `momentum` is None in training.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: fewer than two dimensions, or a dimension below 1.
+    """
+    return _make_schedule(
+        tuple(shape), itemsize, channels_last, device, writes_bits, cumulative, _forced
     )
 
 
-def _make_tile(rows: int, columns: int, elements: int) -> Tile:
-    """Makes a tile of at most `elements`, as wide as it may be; warps in proportion to its size."""
-    columns = min(columns, elements)
-    rows = min(_next_power_of_2(rows), elements // columns)
-    num_warps = max(1, rows * columns * MAX_WARPS // elements)
-    return Tile(rows=rows, columns=columns, num_warps=num_warps)
+@functools.lru_cache(maxsize=4096)
+def _make_schedule(
+    shape: tuple[int, ...],
+    itemsize: int,
+    channels_last: bool,
+    device: Device,
+    writes_bits: bool,
+    cumulative: bool,
+    forced: Regime | None,
+) -> Schedule:
+    N, C, L = flatten(shape, channels_last)
+    regime = forced or choose_regime(N, C, L, itemsize, device)
+    if writes_bits and (C if L == 1 else L) % 8:
+        # Eight neighbours must lie in one row, or two programs would write one byte.
+        regime = Regime.SPLIT
+    if cumulative and regime is Regime.SMALL:
+        # Its programs would read the count of batches while one of them writes it.
+        regime = Regime.SPLIT
+
+    # One launch holds the registers of both its passes.
+    tile_elements = TILE_ELEMENTS if regime is Regime.SPLIT else TILE_ELEMENTS // 2
+    block_l = min(_columns(L), tile_elements)
+    row = max(1, ROW_BYTES // itemsize // block_l)
+    block_c = min(_next_power_of_2(C), row)
+    if regime is Regime.SMALL and N * L * block_c < tile_elements:
+        # Several channels a program, as many as a tile holds, where enough programs are left.
+        room = tile_elements // (_next_power_of_2(N) * block_l)
+        share = 1 << max(0, (C // device.processors).bit_length() - 1)
+        block_c = max(block_c, min(room, share, _next_power_of_2(C)))
+    block_n = min(_next_power_of_2(N), max(1, tile_elements // (block_c * block_l)))
+    elements = block_n * block_c * block_l
+    max_warps = MAX_THREADS // device.warp_size
+    tiles = _cdiv(N, block_n) * _cdiv(L, block_l)
+
+    blocks = _cdiv(C, block_c)
+    if regime is Regime.SMALL:
+        splits = 1
+    elif regime is Regime.RESIDENT:
+        # One item of a group combines all splits of its channels.
+        splits = min(tiles * elements * itemsize // RESIDENT_ITEM_BYTES, FINISH_ELEMENTS // block_c)
+    else:
+        splits = _cdiv(PROGRAMS_PER_PROCESSOR * device.processors, blocks)
+    tiles_per_split = _cdiv(tiles, max(1, min(splits, tiles, MAX_SPLITS)))
+    # Counted anew, so that no split is empty.
+    splits = _cdiv(tiles, tiles_per_split)
+    programs = min(PROGRAMS_AT_WORK * device.processors, blocks * splits)
+    return Schedule(
+        regime=regime,
+        N=N,
+        C=C,
+        L=L,
+        block_n=block_n,
+        block_c=block_c,
+        block_l=block_l,
+        num_warps=max(1, elements * max_warps // tile_elements),
+        splits=splits,
+        tiles_per_split=tiles_per_split,
+        # Far enough that the items waited for have ended when an item of the second reading begins.
+        lag=_cdiv(programs, splits) + 1,
+        programs=programs,
+        wide=N * C * L >= 1 << 31,
+        max_warps=max_warps,
+    )
+
+
+def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regime:
+    """Chooses `small` for tensors one launch is enough for, else `split`.
+
+    That is: tensors below `SMALL_BYTES`, and those with a channel for each program at work and
+    channels so short that what those programs read twice fits their share of the L2 cache.
+    """
+    if N * C * L * itemsize <= SMALL_BYTES:
+        return Regime.SMALL
+    channels = max(1, ROW_BYTES // itemsize) if L == 1 else 1
+    at_work = PROGRAMS_AT_WORK * device.processors
+    in_flight = at_work * channels * N * L * itemsize
+    if _cdiv(C, channels) >= at_work and in_flight <= CACHE_SHARE * device.cache_bytes:
+        return Regime.SMALL
+    return Regime.SPLIT
+
+
+def resident_cache_bytes(schedule: Schedule, itemsize: int) -> int:
+    """Returns what `resident` needs to stay in L2: the blocks between first and second reading."""
+    block = schedule.block_c * schedule.values_per_channel * itemsize
+    return (schedule.lag + 1) * block
+
+
+def _columns(L: int) -> int:
+    """Chooses the positions in a tile: as many as may be without much padding."""
+    widest = min(_next_power_of_2(L), TILE_ELEMENTS)
+    columns = widest
+    while columns > 64:
+        if _cdiv(L, columns) * columns - L <= MAX_PADDING * L:
+            return columns
+        columns //= 2
+    return columns if _cdiv(L, columns) * columns - L <= MAX_PADDING * L else min(widest, 256)
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -234,7 +234,7 @@ def test_saved_for_backward(device: str) -> None:
             batch_norm(**c, training=training, backend="triton")
         return [(v.shape, v.dtype) for v in packed]
 
-    per_channel = [(torch.Size([3]), torch.float32)] * 3
+    per_channel = [(torch.Size([3]), torch.float32)] * 3  # mean, rstd and weight
     assert saved(True, "x", "weight", "bias") == [(t["x"].shape, torch.float32), *per_channel]
     assert saved(False, "x") == per_channel
 
@@ -322,22 +322,33 @@ def test_evaluation_backward_after_a_training_step(device: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5)], ids=["mc", "ncl"])
-def test_opcheck(shape: tuple[int, ...], device: str) -> None:
-    t = _tensors(shape, device)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu", "tanh"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_opcheck(activation: str, training: bool, device: str) -> None:
+    t = _tensors((4, 3, 8), device)
     x, weight, bias = (t[k].requires_grad_() for k in ("x", "weight", "bias"))
-    running = t["running_mean"], t["running_var"]
-    mean, rstd = torch.randn(3, device=device), torch.rand(3, device=device) + 0.5
-    dy = torch.randn_like(x, requires_grad=True)
+    residual = torch.randn_like(x, requires_grad=True)
+    state = t["running_mean"], t["running_var"], torch.tensor(3, device=device)
+    options = (training, 0.1, EPS, activation, 0.01)
     check = torch.library.opcheck
-    check(ops.batch_norm_statistics, (x.detach(), *running, 0.1, EPS))
-    check(ops.batch_norm_statistics, (x.detach(), None, None, 0.1, EPS))
-    check(ops.batch_norm_normalize, (x, mean, rstd, weight, bias, True, EPS))
-    check(ops.batch_norm_normalize, (x, mean, rstd, None, None, False, EPS))
-    check(ops.batch_norm_backward, (dy, x, mean, rstd, weight, True, EPS, True, True))
-    check(ops.batch_norm_backward, (dy, x, mean, rstd, None, True, EPS, True, False))
-    check(ops.batch_norm_backward, (dy, x, mean, rstd, weight, False, EPS, False, True))
-    check(ops.batch_norm_backward, (dy, None, mean, rstd, weight, False, EPS, True, False))
+    op = torch.ops.bn_lightning
+    check(op.batch_norm.default, (x, residual, weight, bias, *state, *options))
+    if training:
+        check(op.batch_norm.default, (x, None, None, None, None, None, None, *options))
+    plain = [v.detach() for v in (x, residual, weight, bias)]
+    check(op.batch_norm_forward.default, (*plain, *state, *options, activation == "relu"))
+    mean, rstd = torch.randn(3, device=device), torch.rand(3, device=device) + 0.5
+    y, bits = torch.randn_like(plain[0]), torch.zeros(12, dtype=torch.uint8, device=device)
+    saved = (
+        plain[1] if activation == "silu" else None,
+        y if activation == "tanh" else None,
+        bits if activation == "relu" else None,
+    )
+    rest = (False, training, EPS, activation, 0.01)
+    backward = op.batch_norm_backward.default
+    for needed in ((True, True, True), (True, False, False), (False, True, False)):
+        check(backward, (y, plain[0], *saved, mean, rstd, *plain[2:], *rest, *needed))
 
 
 @modes
@@ -357,7 +368,7 @@ def test_auto_is_native_on_the_cpu_and_for_fp64(device: str, monkeypatch: Any) -
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("expected no Triton op")
 
-    monkeypatch.setattr(ops, "batch_norm_statistics", refuse)
+    monkeypatch.setattr(ops, "check_like_aten", refuse)
     batch_norm(torch.randn(4, 3), training=True)
     batch_norm(torch.randn(4, 3, device=device).double(), training=True)
 
@@ -472,11 +483,19 @@ def test_unknown_backend_raises() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=["fp64", "int64"])
-def test_dtypes_without_kernels_raise(dtype: torch.dtype, device: str) -> None:
-    x = torch.ones(4, 3, dtype=dtype, device=device)
-    with pytest.raises(ValueError, match=r"fp32, fp16 or bf16 .* got torch\.(float|int)64; use"):
+def test_fp64_without_kernels_raises(device: str) -> None:
+    x = torch.ones(4, 3, dtype=torch.float64, device=device)
+    with pytest.raises(ValueError, match=r"fp32, fp16 or bf16 .* got torch\.float64; use"):
         batch_norm(x, training=True, backend="triton")
+
+
+@backends
+def test_integers_raise_torchs_type(backend: str, device: str) -> None:
+    x = torch.ones(4, 3, dtype=torch.int64, device=device)
+    with pytest.raises(RuntimeError) as torchs:
+        F.batch_norm(x, None, None, training=True)
+    with pytest.raises(type(torchs.value), match=r"`x` to be a tensor of floats, got torch.int64"):
+        batch_norm(x, training=True, backend=backend)
 
 
 def test_triton_where_it_is_not_installed_raises(monkeypatch: Any) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bn_lightning.kernels import reference
+from bn_lightning.kernels import activations, reference
 
 # fp64 against fp64: two orders of the same few sums, values up to about 10.
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
@@ -87,67 +87,76 @@ def test_forward_is_twice_differentiable(training: bool, affine: bool) -> None:
     assert torch.autograd.gradgradcheck(forward, inputs)
 
 
-@modes
-@shapes
-def test_double_backward_is_autograds(shape: tuple[int, ...], training: bool) -> None:
-    t = _tensors(shape)
-    x, weight, dy = (t[k].requires_grad_() for k in ("x", "weight", "dy"))
-    mean, rstd = _statistics(t, training)
-    outputs = reference.batch_norm_backward(dy, x, mean, rstd, weight, training=training)
-    cotangents = [torch.randn_like(o) for o in outputs]
-    expected = torch.autograd.grad(outputs, (dy, x, weight), cotangents)
-    ours = reference.batch_norm_double_backward(
-        *cotangents, dy, x, mean.detach(), rstd.detach(), weight, training=training, eps=EPS
-    )
-    torch.testing.assert_close(ours, expected, **TOLERANCE)
+ACTIVATION_CASES = {
+    "identity": ("identity", False),
+    "relu": ("relu", False),
+    "relu6_residual": ("relu6", True),
+    "silu_residual": ("silu", True),
+    "tanh_residual": ("tanh", True),
+}
 
 
 @modes
-def test_double_backward_is_differentiable_once_more(training: bool) -> None:
+@pytest.mark.parametrize(
+    ("activation", "has_residual"), ACTIVATION_CASES.values(), ids=ACTIVATION_CASES.keys()
+)
+def test_fused_backward_is_autograds(activation: str, has_residual: bool, training: bool) -> None:
     t = _tensors((4, 2, 3))
-    mean, rstd = (s.detach() for s in _statistics(t, training))
-    cotangents = (torch.randn_like(t["x"]), torch.randn_like(mean), torch.randn_like(mean))
-    inputs = tuple(v.requires_grad_() for v in (*cotangents, t["dy"], t["x"], t["weight"]))
-
-    def double_backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-        *first, weight = tensors
-        return reference.batch_norm_double_backward(
-            *first, mean, rstd, weight, training=training, eps=EPS
-        )
-
-    assert torch.autograd.gradcheck(double_backward, inputs)
-
-
-@modes
-@pytest.mark.parametrize("given", range(3), ids=["ddx", "ddweight", "ddbias"])
-def test_double_backward_takes_none_for_zeros(training: bool, given: int) -> None:
-    t = _tensors((4, 2, 3))
+    inputs = [t[k].requires_grad_() for k in ("x", "weight", "bias")]
+    residual = torch.randn_like(t["x"]).requires_grad_() if has_residual else None
+    running = t["running_mean"].clone(), t["running_var"].clone()
+    z = reference.batch_norm(*inputs, *running, training=training, eps=EPS)
+    z = z if residual is None else z + residual
+    y = activations.activate(z, activation, 0.01)
+    wanted = inputs if residual is None else [*inputs, residual]
+    expected = torch.autograd.grad(y, wanted, t["dy"])
+    saves = activations.ACTIVATIONS[activation].saves
     mean, rstd = _statistics(t, training)
-    zeros = [torch.zeros_like(t["x"]), torch.zeros_like(mean), torch.zeros_like(mean)]
-    some: list[Tensor | None] = [None, None, None]
-    zeros[given] = some[given] = torch.randn_like(zeros[given])
-    rest = (t["dy"], t["x"], mean, rstd, t["weight"])
-    kwargs = {"training": training, "eps": EPS}
-    torch.testing.assert_close(
-        reference.batch_norm_double_backward(*some, *rest, **kwargs),
-        reference.batch_norm_double_backward(*zeros, *rest, **kwargs),
-        **TOLERANCE,
+    ours = reference.fused_backward(
+        t["dy"],
+        t["x"],
+        residual,
+        y if saves is activations.Saves.OUTPUT and has_residual else None,
+        _pack(activations.upper_branch(z, activation)) if "relu6" in activation else None,
+        mean,
+        rstd,
+        t["weight"],
+        t["bias"],
+        channels_last=False,
+        training=training,
+        eps=EPS,
+        activation=activation,
+        negative_slope=0.01,
     )
+    torch.testing.assert_close(ours[: len(wanted)], expected, **TOLERANCE)
 
 
-def test_frozen_double_backward_needs_no_x() -> None:
+def _pack(upper: Tensor) -> Tensor:
+    flat = torch.nn.functional.pad(upper.flatten().to(torch.uint8), (0, -upper.numel() % 8))
+    return (flat.reshape(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def test_frozen_backward_needs_no_x() -> None:
     t = _tensors((4, 2, 3))
     mean, rstd = _statistics(t, training=False)
-    ddx = torch.randn_like(t["x"])
-    kwargs = {"training": False, "eps": EPS}
     with_x, without_x = (
-        reference.batch_norm_double_backward(
-            ddx, None, None, t["dy"], x, mean, rstd, t["weight"], **kwargs
+        reference.fused_backward(
+            t["dy"],
+            x,
+            *(None, None, None),
+            mean,
+            rstd,
+            t["weight"],
+            None,
+            channels_last=False,
+            training=False,
+            eps=EPS,
+            activation="identity",
+            negative_slope=0.01,
         )
         for x in (t["x"], None)
     )
     torch.testing.assert_close(without_x[0], with_x[0], **TOLERANCE)
-    torch.testing.assert_close(without_x[2], with_x[2], **TOLERANCE)
     assert without_x[1] is None
 
 

@@ -1,20 +1,25 @@
 """The schedule's tiles cover the tensor once, within the hardware's limits."""
 
+import dataclasses
 import math
 
 import pytest
 
 from bn_lightning.kernels.schedule import (
-    FINISH_TILE_ELEMENTS,
+    CACHE_SHARE,
+    FINISH_ELEMENTS,
     MAX_SPLITS,
-    MAX_WARPS,
-    REDUCTION_TILE_ELEMENTS,
-    Layout,
+    MAX_THREADS,
+    TILE_ELEMENTS,
+    Device,
+    Regime,
     Schedule,
-    Tile,
+    forced_regime,
     make_schedule,
+    resident_cache_bytes,
 )
 
+H200 = Device(processors=132, cache_bytes=50 << 20)
 SHAPES = {
     "one_value": (1, 1),
     "mnist_mlp": (60, 100),
@@ -25,105 +30,150 @@ SHAPES = {
     "one_sample": (1, 3, 50_001),
     "small_maps": (256, 2048, 7, 7),
     "large_maps": (256, 64, 56, 56),
+    "short_rows": (64, 512, 2, 2),
     "volumes": (2, 65, 9, 10, 11),
     "over_2_to_the_31": (4096, 256, 64, 64),
     "many_channels": (2, 1_000_000),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 itemsizes = pytest.mark.parametrize("itemsize", [2, 4], ids=["16_bits", "32_bits"])
+layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["ncl", "channels_last"])
+
+
+def _schedules(shape: tuple[int, ...], itemsize: int, channels_last: bool) -> list[Schedule]:
+    """Makes the schedule of each regime."""
+    schedules = []
+    for regime in Regime:
+        with forced_regime(regime):
+            schedules.append(make_schedule(shape, itemsize, channels_last, H200))
+    return schedules
 
 
 def _is_power_of_2(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def _reduction_tiles(s: Schedule) -> int:
-    tiles = math.ceil(s.N / s.reduction.rows)
-    return tiles * math.ceil(s.L / s.reduction.columns) if s.layout is Layout.NCL else tiles
+@itemsizes
+@layouts
+@shapes
+def test_splits_cover_every_tile_and_none_is_empty(
+    shape: tuple[int, ...], channels_last: bool, itemsize: int
+) -> None:
+    for s in _schedules(shape, itemsize, channels_last):
+        tiles = math.ceil(s.N / s.block_n) * math.ceil(s.L / s.block_l)
+        assert (s.splits - 1) * s.tiles_per_split < tiles <= s.splits * s.tiles_per_split
+        assert 1 <= s.splits <= MAX_SPLITS
+        assert s.regime is not Regime.SMALL or s.splits == 1
+
+
+@itemsizes
+@layouts
+@shapes
+def test_tiles_fit_the_hardware(shape: tuple[int, ...], channels_last: bool, itemsize: int) -> None:
+    for s in _schedules(shape, itemsize, channels_last):
+        assert all(_is_power_of_2(b) for b in (s.block_n, s.block_c, s.block_l))
+        assert s.block_n * s.block_c * s.block_l <= TILE_ELEMENTS
+        for warps in (s.num_warps, s.flat_warps):
+            assert _is_power_of_2(warps) and warps * 32 <= MAX_THREADS
+        # The limits of a launch: 2^31 - 1 programs in the first dimension, 65535 in the second.
+        assert s.channel_blocks < 2**31 and s.splits <= 65535 and s.flat_grid[0] < 2**31
+        # A tile's offsets are 32 bits wide unless the schedule says otherwise.
+        assert s.wide == (math.prod(shape) >= 2**31)
 
 
 @itemsizes
 @shapes
-def test_splits_cover_every_tile_and_none_is_empty(shape: tuple[int, ...], itemsize: int) -> None:
-    s = make_schedule(shape, itemsize)
-    tiles = _reduction_tiles(s)
-    assert (s.splits - 1) * s.tiles_per_split < tiles <= s.splits * s.tiles_per_split
-    assert 1 <= s.splits <= MAX_SPLITS
+def test_the_elementwise_grid_covers_the_tensor(shape: tuple[int, ...], itemsize: int) -> None:
+    s = make_schedule(shape, itemsize, False, H200)
+    assert s.flat_elements % 8 == 0 and _is_power_of_2(s.flat_elements)
+    assert s.flat_grid == (math.ceil(math.prod(shape) / s.flat_elements),)
 
 
 @itemsizes
+@layouts
 @shapes
-def test_tiles_fit_the_hardware(shape: tuple[int, ...], itemsize: int) -> None:
-    s = make_schedule(shape, itemsize)
-    for tile in (s.reduction, s.elementwise):
-        assert _is_power_of_2(tile.rows) and _is_power_of_2(tile.columns)
-        assert tile.rows * tile.columns <= REDUCTION_TILE_ELEMENTS
-        assert _is_power_of_2(tile.num_warps) and tile.num_warps <= MAX_WARPS
-    # The limits of a launch: 2^31 - 1 programs in the first dimension, 65535 in the second.
-    assert s.reduction_grid[0] < 2**31 and s.reduction_grid[1] <= 65535
-    assert s.elementwise_grid[0] < 2**31
+def test_finishing_holds_all_splits_at_once(
+    shape: tuple[int, ...], channels_last: bool, itemsize: int
+) -> None:
+    for s in _schedules(shape, itemsize, channels_last):
+        block_s, block_c = s.finish_tile
+        assert block_s >= s.splits
+        assert _is_power_of_2(block_s) and _is_power_of_2(block_c)
+        assert block_s * block_c <= FINISH_ELEMENTS
+        if s.regime is Regime.RESIDENT:
+            assert s.splits * s.block_c <= FINISH_ELEMENTS
 
 
-@itemsizes
-@shapes
-def test_elementwise_grid_covers_the_tensor(shape: tuple[int, ...], itemsize: int) -> None:
-    s = make_schedule(shape, itemsize)
-    rows, columns = (s.N, s.C) if s.layout is Layout.MC else (s.N * s.C, s.L)
-    tile = s.elementwise
-    assert s.elementwise_grid == (math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns),)
-
-
-@itemsizes
-@shapes
-def test_a_tile_of_rows_is_addressed_in_32_bits(shape: tuple[int, ...], itemsize: int) -> None:
-    # The NCL elementwise kernels add 32-bit offsets to a 64-bit start.
-    s = make_schedule(shape, itemsize)
-    assert s.elementwise.rows * s.L < 2**31
-
-
-@itemsizes
-@shapes
-def test_finishing_holds_all_splits_at_once(shape: tuple[int, ...], itemsize: int) -> None:
-    s = make_schedule(shape, itemsize)
-    block_s, block_c = s.finish_tile
-    assert block_s >= s.splits
-    assert _is_power_of_2(block_s) and _is_power_of_2(block_c)
-    assert block_s * block_c <= FINISH_TILE_ELEMENTS
-
-
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [
-        ((5, 3), Layout.MC),
-        ((5, 3, 1), Layout.MC),
-        ((5, 3, 1, 1), Layout.MC),
-        ((5, 3, 2), Layout.NCL),
-        ((5, 3, 1, 2), Layout.NCL),
-    ],
-    ids=["rows", "l_is_1", "one_pixel", "sequence", "image"],
-)
-def test_channels_are_contiguous_where_l_is_1(shape: tuple[int, ...], layout: Layout) -> None:
-    assert make_schedule(shape, 4).layout is layout
-
-
-def test_a_tile_across_channels_is_a_cache_line() -> None:
-    assert make_schedule((1000, 1000), 4).reduction.columns == 32
-    assert make_schedule((1000, 1000), 2).reduction.columns == 64
-
-
-def test_few_channels_are_split_and_many_are_not() -> None:
-    assert make_schedule((256, 3, 224, 224), 4).splits == MAX_SPLITS
-    assert make_schedule((256, 2048, 7, 7), 4).splits == 1
-
-
-def test_space_is_flattened() -> None:
-    s = make_schedule((2, 3, 4, 5, 6), 4)
+def test_channels_last_is_rows() -> None:
+    assert make_schedule((8, 64, 4, 4), 4, True, H200) == make_schedule((128, 64), 4, False, H200)
+    s = make_schedule((2, 3, 4, 5, 6), 4, False, H200)
     assert (s.N, s.C, s.L, s.values_per_channel) == (2, 3, 120, 240)
 
 
+@layouts
+def test_a_row_of_a_tile_is_a_cache_line(channels_last: bool) -> None:
+    for itemsize in (2, 4):
+        s = make_schedule((256, 64, 2, 2), itemsize, channels_last, H200)
+        assert s.block_c * s.block_l * itemsize >= 128
+
+
+def test_padding_is_small_where_it_can_be() -> None:
+    # 56 * 56 = 12.25 * 256 and 28 * 28 = 12.25 * 64: a tile of 4096 or 1024 would be a fifth empty.
+    assert make_schedule((256, 64, 56, 56), 2, False, H200).block_l == 256
+    assert make_schedule((256, 64, 28, 28), 2, False, H200).block_l == 64
+
+
+REGIMES = {
+    "mnist_mlp": ((60, 100), False, Regime.SMALL),
+    "small_maps": ((256, 2048, 7, 7), False, Regime.SMALL),
+    "large_maps": ((256, 64, 56, 56), False, Regime.SPLIT),
+    "long_channels": ((256, 512, 56, 56), False, Regime.SPLIT),
+    "channels_last": ((256, 2048, 7, 7), True, Regime.SPLIT),
+    "rows": ((65536, 4096), False, Regime.SPLIT),
+}
+
+
+@pytest.mark.parametrize(("shape", "channels_last", "regime"), REGIMES.values(), ids=REGIMES.keys())
+def test_regime(shape: tuple[int, ...], channels_last: bool, regime: Regime) -> None:
+    s = make_schedule(shape, 2, channels_last, H200)
+    assert s.regime is regime
+    if regime is Regime.SMALL and math.prod(shape) > 1 << 19:
+        in_flight = 2 * H200.processors * s.values_per_channel * s.block_c * 2
+        assert in_flight <= CACHE_SHARE * H200.cache_bytes
+
+
+def test_what_a_regime_cannot_do_is_split() -> None:
+    for regime in Regime:
+        with forced_regime(regime):
+            assert make_schedule((4, 8, 7), 4, False, H200, writes_bits=True).regime is Regime.SPLIT
+            assert make_schedule((4, 8, 8), 4, False, H200, writes_bits=True).regime is regime
+            cumulative = make_schedule((4, 8, 8), 4, False, H200, cumulative=True).regime
+            assert cumulative is (Regime.SPLIT if regime is Regime.SMALL else regime)
+    assert make_schedule((4, 8, 8), 4, False, H200).regime is Regime.SMALL
+
+
+def test_few_channels_are_split_and_many_are_not() -> None:
+    assert make_schedule((256, 3, 224, 224), 4, False, H200).splits > MAX_SPLITS // 2
+    with forced_regime(Regime.SPLIT):
+        assert make_schedule((256, 2048, 7, 7), 4, False, H200).splits == 1
+
+
+def test_resident_keeps_its_blocks_in_the_cache() -> None:
+    with forced_regime(Regime.RESIDENT):
+        s = make_schedule((256, 64, 56, 56), 2, False, H200)
+    assert s.programs == 2 * H200.processors
+    # All programs may be at items of one reading while the other's are waited for.
+    assert s.lag * s.splits >= s.programs
+    assert resident_cache_bytes(s, 2) <= CACHE_SHARE * H200.cache_bytes
+
+
+def test_amds_warps_are_wider() -> None:
+    s = make_schedule((256, 64, 56, 56), 2, False, dataclasses.replace(H200, warp_size=64))
+    assert s.num_warps == s.flat_warps == 4
+
+
 def test_schedule_is_frozen() -> None:
-    s = make_schedule((4, 3), 4)
-    assert s.reduction == Tile(rows=4, columns=4, num_warps=1)
+    s = make_schedule((4, 3), 4, False, H200)
     with pytest.raises(AttributeError):
         s.splits = 2  # type: ignore[misc]
 
@@ -133,4 +183,4 @@ def test_schedule_is_frozen() -> None:
 )
 def test_shapes_without_values_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="`shape`"):
-        make_schedule(shape, 4)
+        make_schedule(shape, 4, False, H200)

@@ -1,7 +1,10 @@
-"""Every kernel compiles for the GPUs people have, without one, and spills no register.
+"""Every kernel variant compiles for the GPUs people have, without one, spills no register, and
+moves 16 bytes at a time where a tensor is aligned.
 
-Run as a script, in a process without TRITON_INTERPRET, this file compiles the kernels for one
-target and prints what it found as JSON; the tests below start it and judge.
+Run as a script, in a process without TRITON_INTERPRET, this file records the launches that calls
+make, on tensors without memory, compiles each for one target and prints what it found as JSON; the
+tests below start it and judge. `python tests/kernels/test_static.py cuda 90 32 --all` goes through
+every activation in every layout, dtype and regime, which takes minutes.
 """
 
 import json
@@ -10,28 +13,39 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-# Shapes from whose schedules the tiles are taken: channels contiguous, small and large maps.
-SHAPES = ((60, 100), (256, 256, 7, 7), (256, 64, 56, 56))
-TENSORS = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
-OPTIONAL = ("weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr")
-FLOATS = ("momentum", "eps", "inverse_count")
 KERNELS = {
-    "_bn_partial_statistics_ncl_kernel",
-    "_bn_partial_statistics_mc_kernel",
+    "_bn_partial_statistics_kernel",
     "_bn_finish_statistics_kernel",
-    "_bn_forward_normalize_ncl_kernel",
-    "_bn_forward_normalize_mc_kernel",
-    "_bn_backward_partial_sums_ncl_kernel",
-    "_bn_backward_partial_sums_mc_kernel",
+    "_bn_evaluation_statistics_kernel",
+    "_bn_forward_normalize_kernel",
+    "_bn_forward_small_kernel",
+    "_bn_forward_resident_kernel",
+    "_bn_backward_partial_sums_kernel",
     "_bn_backward_finish_sums_kernel",
-    "_bn_backward_dx_ncl_kernel",
-    "_bn_backward_dx_mc_kernel",
+    "_bn_backward_input_kernel",
+    "_bn_backward_small_kernel",
+    "_bn_backward_resident_kernel",
+}
+# Those that walk tensors; the others read and write a few numbers a channel.
+WALKS = {k for k in KERNELS if "finish" not in k and "evaluation" not in k}
+WRITES = {k for k in WALKS if "partial" not in k}
+
+# Name -> shape, channels-last, whether rows begin at multiples of 16 bytes.
+LAYOUTS: dict[str, tuple[tuple[int, ...], bool, bool]] = {
+    "ncl": ((256, 64, 56, 56), False, True),
+    "channels_last": ((64, 64, 28, 28), True, True),
+    "small_maps": ((256, 256, 7, 7), False, False),
+    "rows": ((60, 100), False, False),
+    "one_channel": ((16, 1, 64), False, True),
+    "wide": ((4096, 64, 128, 128), False, True),
 }
 
 
@@ -40,7 +54,7 @@ KERNELS = {
     [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)],
     ids=["sm_80", "sm_90", "gfx942"],
 )
-def test_kernels_compile_and_do_not_spill(
+def test_kernels_compile_without_spills_and_with_wide_accesses(
     backend: str, arch: int | str, warp_size: int, tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
@@ -51,7 +65,7 @@ def test_kernels_compile_and_do_not_spill(
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout.splitlines()[-1])
@@ -59,99 +73,207 @@ def test_kernels_compile_and_do_not_spill(
     for row in rows:
         assert row["binary_bytes"] > 0, row
         assert row["spills"] == 0, row
+        if row["aligned"] and row["kernel"] in WALKS:
+            assert row["loads_of_16_bytes"] > 0 and row["loads_of_2_bytes"] == 0, row
+        if row["aligned"] and row["kernel"] in WRITES:
+            assert row["stores_of_16_bytes"] > 0 and row["stores_of_2_bytes"] == 0, row
+    aligned = {row["kernel"] for row in rows if row["aligned"]}
+    assert aligned >= WALKS
 
 
-def _kernels() -> list[Any]:
-    from bn_lightning.kernels import backward, normalize, statistics
+class _Recorder:
+    """Stands in a kernel's place and keeps what it would have been launched with."""
 
-    modules: tuple[ModuleType, ...] = (statistics, normalize, backward)
-    names = ((m, n) for m in modules for n in vars(m) if re.fullmatch(r"_bn_\w+_kernel", n))
-    return [getattr(m, n) for m, n in names]
+    def __init__(self, kernel: Any, launches: list[tuple[Any, dict[str, Any]]]) -> None:
+        self.kernel = kernel
+        self.launches = launches
 
-
-def _variants(name: str) -> list[tuple[str, dict[str, Any], int]]:
-    """Lists (dtype, constants, warps) for a kernel; Triton makes constants of 1 and None too."""
-    from bn_lightning.kernels.schedule import Layout, make_schedule
-
-    variants: list[tuple[str, dict[str, Any], int]] = []
-    for shape in SHAPES:
-        for dtype, itemsize in (("fp32", 4), ("bf16", 2)):
-            s = make_schedule(shape, itemsize)
-            if "finish" in name:
-                block_s, block_c = s.finish_tile
-                variants.append((dtype, {"BLOCK_S": block_s, "BLOCK_C": block_c}, 4))
-                continue
-            if (s.layout is Layout.NCL) != ("_ncl_" in name):
-                continue
-            reduces = "statistics" in name or "sums" in name
-            tile = s.reduction if reduces else s.elementwise
-            rows = "BLOCK_M" if "_mc_" in name else "BLOCK_N" if reduces else "BLOCK_ROWS"
-            columns = "BLOCK_C" if "_mc_" in name else "BLOCK_L"
-            constants = {rows: tile.rows, columns: tile.columns, "TRAINING": True}
-            variants.append((dtype, constants, tile.num_warps))
-    # One sample, channel or split, no parameters, frozen: the other side of every branch.
-    dtype, constants, num_warps = variants[0]
-    least = {"N": 1, "C": 1, "S": 1, "TRAINING": False} | dict.fromkeys(OPTIONAL)
-    frozen = (
-        dict.fromkeys(("x_ptr", "mean_ptr", "dweight_ptr", "dbias_ptr")) if "dx" in name else {}
-    )
-    variants.append((dtype, constants | least | frozen, num_warps))
-    return variants
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **arguments: self.launches.append((self.kernel, arguments))
 
 
-def _compile(kernel: Any, dtype: str, given: dict[str, Any], num_warps: int, target: Any) -> Any:
-    import triton
+@dataclass(frozen=True)
+class _Call:
+    """One BatchNorm of a layout, in the regimes named."""
+
+    layout: str
+    dtype: torch.dtype
+    activation: str
+    has_residual: bool
+    training: bool
+    regimes: tuple[str, ...] = ("small", "split", "resident")
+
+
+FEW = (
+    _Call("ncl", torch.bfloat16, "relu", True, True),
+    _Call("channels_last", torch.bfloat16, "gelu_tanh", True, True),
+    _Call("ncl", torch.float32, "identity", False, True, ("split",)),
+    _Call("wide", torch.bfloat16, "tanh", True, True, ("resident",)),
+    _Call("small_maps", torch.bfloat16, "leaky_relu", True, True, ("split",)),
+    _Call("rows", torch.float32, "sigmoid", False, True, ("small",)),
+    _Call("one_channel", torch.float16, "identity", True, False, ("split",)),
+)
+
+
+def _calls(everything: bool) -> Iterator[_Call]:
+    """Lists what the tests compile, which has each branch once, or each activation everywhere."""
+    yield from FEW
+    if not everything:
+        return
+    from bn_lightning.kernels.activations import ACTIVATIONS
+
+    for layout in LAYOUTS:
+        for activation in ACTIVATIONS:
+            for dtype in (torch.bfloat16, torch.float32, torch.float16):
+                for has_residual in (True, False):
+                    yield _Call(layout, dtype, activation, has_residual, dtype != torch.float16)
+
+
+def _record(warp_size: int, everything: bool) -> list[tuple[str, bool, Any, dict[str, Any]]]:
+    """Makes the calls and returns (layout, aligned, kernel, arguments) of each launch."""
+    from bn_lightning.kernels import backward, normalize, resident, small, statistics
+    from bn_lightning.kernels.activations import ACTIVATIONS, Saves
+    from bn_lightning.kernels.calls import BackwardCall, ForwardCall
+    from bn_lightning.kernels.schedule import Device, Regime, forced_regime, make_schedule
+
+    launches: list[tuple[Any, dict[str, Any]]] = []
+    for module in (statistics, normalize, backward, small, resident):
+        for name in [n for n in vars(module) if re.fullmatch(r"_bn_\w+_kernel", n)]:
+            setattr(module, name, _Recorder(getattr(module, name), launches))
+    device = Device(processors=132, cache_bytes=50 << 20, warp_size=warp_size)
+    found = []
+    for wanted in _calls(everything):
+        layout, dtype, activation = wanted.layout, wanted.dtype, wanted.activation
+        has_residual, training = wanted.has_residual, wanted.training
+        shape, channels_last, aligned = LAYOUTS[layout]
+        C = shape[1]
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        residual = x if has_residual else None
+        per_channel = torch.empty(C, device="meta")
+        affine = None if layout == "one_channel" else per_channel
+        saves = ACTIVATIONS[activation].saves
+        bits = has_residual and saves is Saves.BITS
+        forward = ForwardCall(
+            x, residual, affine, affine, affine, affine,
+            torch.empty((), dtype=torch.int64, device="meta"),
+            None if dtype is torch.float16 else 0.1, 1e-5, activation, 0.01, bits,
+        )  # fmt: skip
+        back = BackwardCall(
+            x,
+            x,
+            residual if saves is Saves.RESIDUAL else None,
+            x if has_residual and saves is Saves.OUTPUT else None,
+            torch.empty(1, dtype=torch.uint8, device="meta") if bits else None,
+            per_channel, per_channel, affine, affine, activation, 0.01, training,
+            True, True, has_residual and activation != "identity",
+        )  # fmt: skip
+        begin = len(launches)
+        for regime in wanted.regimes:
+            with forced_regime(Regime(regime)):
+                schedule = make_schedule(
+                    shape, x.element_size(), channels_last, device,
+                    writes_bits=bits, cumulative=forward.momentum is None,
+                )  # fmt: skip
+            if schedule.regime is Regime.SPLIT:
+                partials = statistics.partial_statistics(x, schedule)
+                statistics.finish_statistics(partials, forward, schedule)
+                normalize.normalize(forward, per_channel, per_channel, schedule)
+                backward.affine_gradients(back, schedule)
+                backward.input_gradients(back, per_channel, per_channel, schedule)
+            elif schedule.regime is Regime.SMALL:
+                small.forward(forward, schedule)
+                small.backward(back, schedule)
+            else:
+                resident.forward(forward, schedule)
+                resident.backward(back, schedule)
+        statistics.evaluation_statistics(per_channel, per_channel, 1e-5)
+        found += [(layout, aligned and dtype is torch.bfloat16, *v) for v in launches[begin:]]
+    return found
+
+
+def _source(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, int], str]:
+    """Specialises a launch as Triton does: constants, multiples of 16, types."""
     from triton.compiler import ASTSource
 
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    names |= {torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32"}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in given:
-            signature[name] = "constexpr"
-            constants[(i,)] = given[name]
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{dtype}" if name in TENSORS else "*fp32"
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        value = arguments[parameter.name]
+        if value is None or parameter.is_constexpr or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{names[value.dtype]}"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": arguments.get("num_warps", 4)}
+    key = repr((kernel.__name__, signature, constants, sorted(attributes), options))
+    return ASTSource(kernel, signature, constants, attributes), options, key
 
 
 def _resources(compiled: Any) -> dict[str, int]:
-    """Returns the size of the binary and the bytes or registers it spills."""
+    """Returns the size of the binary, the bytes or registers it spills, and its accesses."""
     if "cubin" not in compiled.asm:
-        counts = re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-        return {"binary_bytes": len(compiled.asm["hsaco"]), "spills": sum(map(int, counts))}
+        text = compiled.asm["amdgcn"]
+        counts = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)
+        return {
+            "binary_bytes": len(compiled.asm["hsaco"]),
+            "spills": sum(map(int, counts)),
+            "loads_of_16_bytes": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text)),
+            "loads_of_2_bytes": len(re.findall(r"\b(?:global|buffer)_load_(?:u|s)?short", text)),
+            "stores_of_16_bytes": len(re.findall(r"\b(?:global|buffer)_store_dwordx4", text)),
+            "stores_of_2_bytes": len(re.findall(r"\b(?:global|buffer)_store_short", text)),
+        }
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        usage, sass = (
+            subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, option, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
     # STACK and LOCAL are where a kernel that calls nothing keeps what does not fit its registers.
-    spilled = re.findall(r"\b(?:STACK|LOCAL):(\d+)", text)
+    spilled = re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)
     if not spilled:
-        raise RuntimeError(f"expected cuobjdump to list STACK and LOCAL, got {text!r}")
-    return {"binary_bytes": len(compiled.asm["cubin"]), "spills": sum(map(int, spilled))}
+        raise RuntimeError(f"expected cuobjdump to list STACK and LOCAL, got {usage!r}")
+    return {
+        "binary_bytes": len(compiled.asm["cubin"]),
+        "spills": sum(map(int, spilled)),
+        "loads_of_16_bytes": len(re.findall(r"\bLDG\.E\S*\.128", sass)),
+        "loads_of_2_bytes": len(re.findall(r"\bLDG\.E\S*\.U16", sass)),
+        "stores_of_16_bytes": len(re.findall(r"\bSTG\.E\S*\.128", sass)),
+        "stores_of_2_bytes": len(re.findall(r"\bSTG\.E\S*\.U16", sass)),
+        "registers": max(map(int, re.findall(r"\bREG:(\d+)", usage))),
+    }
 
 
-def _main(backend: str, arch: str, warp_size: str) -> None:
+def _main(backend: str, arch: str, warp_size: str, everything: str = "") -> None:
+    import triton
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp_size))
-    rows = []
-    for kernel in _kernels():
-        for dtype, constants, num_warps in _variants(kernel.__name__):
-            compiled = _compile(kernel, dtype, constants, num_warps, target)
-            row = {"kernel": kernel.__name__, "dtype": dtype, "constants": constants}
-            rows.append(row | _resources(compiled))
-    print(json.dumps(rows))
+    rows = {}
+    for layout, aligned, kernel, arguments in _record(int(warp_size), everything == "--all"):
+        source, options, key = _source(kernel, arguments)
+        if key in rows:
+            continue
+        compiled = triton.compile(source, target=target, options=options)
+        constants = {k: v for k, v in arguments.items() if isinstance(v, int | str | bool)}
+        row = {"kernel": kernel.__name__, "layout": layout, "aligned": aligned}
+        rows[key] = row | {"arguments": constants} | _resources(compiled)
+    print(json.dumps(list(rows.values())))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from bn_lightning.kernels import reference, statistics
-from bn_lightning.kernels.schedule import Layout, Schedule, Tile, make_schedule
+from bn_lightning.kernels.calls import ForwardCall
+from bn_lightning.kernels.schedule import (
+    INTERPRETER,
+    Regime,
+    Schedule,
+    forced_regime,
+    make_schedule,
+)
 
 # Relative to the largest value, whatever the dtype of x: the statistics are fp32. 16 units of
 # 2^-24, for where torch's own error happens to be zero.
@@ -46,20 +53,36 @@ def _input(shape: tuple[int, ...], device: str, mean: float = 3.0) -> Tensor:
     return (torch.randn(shape, generator=g) * 2 + mean).to(device)
 
 
+def _schedule(shape: tuple[int, ...], itemsize: int = 4) -> Schedule:
+    with forced_regime(Regime.SPLIT):
+        return make_schedule(shape, itemsize, False, INTERPRETER)
+
+
 def _statistics(
-    x: Tensor, schedule: Schedule, running_mean: Tensor | None, running_var: Tensor | None
+    x: Tensor,
+    schedule: Schedule,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None = 1.0,
+    tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    running = (running_mean, running_var, tracked, momentum)
+    call = ForwardCall(x, None, None, None, *running, EPS, "identity", 0.0, False)
     partials = statistics.partial_statistics(x, schedule)
-    return statistics.finish_statistics(*partials, running_mean, running_var, 1.0, EPS, schedule)
+    return statistics.finish_statistics(partials, call, schedule)
 
 
 def _many_tiles(shape: tuple[int, ...], tiles_per_split: int) -> Schedule:
-    """Returns a schedule with tiles of 2 x 4, so that a small tensor has many."""
-    s = make_schedule(shape, 4)
-    tiles = -(-s.N // 2) * (-(-s.L // 4) if s.layout is Layout.NCL else 1)
+    """Returns a schedule with tiles of 2 x 2 x 4, so that a small tensor has many."""
+    s = _schedule(shape)
+    block_l = 4 if s.L > 1 else 1
+    tiles = -(-s.N // 2) * -(-s.L // block_l)
     return dataclasses.replace(
         s,
-        reduction=Tile(rows=2, columns=4, num_warps=1),
+        block_n=2,
+        block_c=2,
+        block_l=block_l,
+        num_warps=1,
         splits=-(-tiles // tiles_per_split),
         tiles_per_split=tiles_per_split,
     )
@@ -90,7 +113,7 @@ def _assert_near(ours: Tensor, torchs: Tensor, true: Tensor) -> None:
 @shapes
 def test_statistics(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     x = _input(shape, device).to(dtype)
-    _assert_three_way(x, make_schedule(x.shape, x.element_size()))
+    _assert_three_way(x, _schedule(x.shape, x.element_size()))
 
 
 @pytest.mark.parametrize("tiles_per_split", [1, 2, 100])
@@ -113,7 +136,7 @@ def test_variance_survives_a_large_mean(shape: tuple[int, ...], device: str) -> 
 @pytest.mark.parametrize("shape", [(11, 5), (5, 3, 9)], ids=["mc", "ncl"])
 def test_partials_are_those_of_their_tiles(shape: tuple[int, ...], device: str) -> None:
     x = _input(shape, device)
-    count, mean, m2 = statistics.partial_statistics(x, _many_tiles(shape, 1))
+    count, mean, root = statistics.partial_statistics(x, _many_tiles(shape, 1))
     M = x.numel() // x.shape[1]
     torch.testing.assert_close(count.sum(0), torch.full_like(count[0], M))
     # The first tile: two samples, and four positions where there are any.
@@ -121,7 +144,8 @@ def test_partials_are_those_of_their_tiles(shape: tuple[int, ...], device: str) 
     true_mean, true_var = reference.batch_statistics(first)
     torch.testing.assert_close(mean[0].double(), true_mean, rtol=1e-5, atol=1e-5)
     values = first.numel() // first.shape[1]
-    torch.testing.assert_close(m2[0].double(), true_var * values, rtol=1e-5, atol=1e-5)
+    m2 = root[0].double() ** 2
+    torch.testing.assert_close(m2, true_var * values, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -129,9 +153,8 @@ def test_running_statistics_keep_their_dtype(dtype: torch.dtype, device: str) ->
     x = _input((6, 3, 5), device)
     running_mean = torch.full((3,), 0.5, dtype=dtype, device=device)
     running_var = torch.full((3,), 2.0, dtype=dtype, device=device)
-    schedule = make_schedule(x.shape, x.element_size())
-    partials = statistics.partial_statistics(x, schedule)
-    statistics.finish_statistics(*partials, running_mean, running_var, 0.25, EPS, schedule)
+    schedule = _schedule(x.shape, x.element_size())
+    _statistics(x, schedule, running_mean, running_var, momentum=0.25)
     mean, var = reference.batch_statistics(x)
     torch.testing.assert_close(running_mean, (0.375 + 0.25 * mean).to(dtype))
     torch.testing.assert_close(running_var, (1.5 + 0.25 * var * 30 / 29).to(dtype))
@@ -142,3 +165,49 @@ def test_two_runs_give_the_same_bits(shape: tuple[int, ...], device: str) -> Non
     x = _input(shape, device)
     first, second = (_statistics(x, _many_tiles(shape, 2), None, None) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_cumulative_average_counts_batches(device: str) -> None:
+    # Three programs of one channel each finish; only one may count the batch.
+    schedule = _many_tiles((6, 5, 5), 2)
+    running_mean, running_var = torch.zeros(5, device=device), torch.ones(5, device=device)
+    tracked = torch.tensor(0, device=device)
+    means = []
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(6, 5, 5, generator=g).to(device)
+        means.append(_statistics(x, schedule, running_mean, running_var, None, tracked)[0])
+        assert tracked.item() == seed + 1
+        torch.testing.assert_close(running_mean, torch.stack(means).mean(0))
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("shape", [(64, 4), (8, 4, 9)], ids=["mc", "ncl"])
+def test_huge_values_beside_small_ones(shape: tuple[int, ...], device: str) -> None:
+    # M2 of the first channel is about 1e62, no fp32 number; those of the others must not suffer.
+    x = _input(shape, device, mean=0.0)
+    x[:, 0] *= 1e30
+    x[:, 1] *= 1e-3
+    _, rstd = _statistics(x, _many_tiles(shape, 2), None, None)
+    _, var = reference.batch_statistics(x.double())
+    torch.testing.assert_close(rstd.double(), torch.rsqrt(var + EPS), rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_nan_and_infinity_stay_in_their_channel(value: float, device: str) -> None:
+    x = _input((8, 4, 9), device)
+    expected = _statistics(x, _many_tiles(x.shape, 2), None, None)
+    x[3, 1, 4] = value
+    mean, rstd = _statistics(x, _many_tiles(x.shape, 2), None, None)
+    assert rstd[1].isnan() and not mean[1].isfinite()
+    others = [0, 2, 3]
+    assert torch.equal(mean[others], expected[0][others])
+    assert torch.equal(rstd[others], expected[1][others])
+
+
+def test_a_constant_has_no_variance(device: str) -> None:
+    x = torch.full((8, 4, 9), 3.7, device=device)
+    mean, rstd = _statistics(x, _many_tiles(x.shape, 2), None, None)
+    torch.testing.assert_close(mean, x[0, :, 0], rtol=0, atol=0)
+    torch.testing.assert_close(rstd, torch.full_like(rstd, EPS**-0.5))
