@@ -427,7 +427,8 @@ def input_gradients(
         inverse_count=1.0 / schedule.values_per_channel,
         negative_slope=call.negative_slope,
         ACTIVATION=call.activation,
-        TRAINING=call.training,
+        # Alone, the residual's gradient needs no sums.
+        TRAINING=call.training and call.needs_dx,
         BLOCK=schedule.flat_elements,
         EIGHTS=schedule.eights,
         num_warps=schedule.flat_warps,

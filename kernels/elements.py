@@ -190,7 +190,10 @@ def tanh_softplus(z: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def gelu_tanh_argument(z: tl.tensor) -> tl.tensor:
-    return 0.7978845608028654 * (z + 0.044715 * z * z * z)  # sqrt(2 / pi)
+    """Twice the argument u of the tanh: (1 + tanh u) / 2 is sigmoid(2 u), without a difference."""
+    u = 1.5957691216057308 * (z + 0.044715 * z * z * z)  # 2 sqrt(2 / pi)
+    # Cut where the sigmoid is 0 or 1 in fp32 and e^u is finite.
+    return tl.where(u > 80.0, 80.0, tl.where(u < -80.0, -80.0, u))
 
 
 @triton.jit
@@ -213,7 +216,7 @@ def activate(
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # 1 / sqrt(2)
     elif ACTIVATION == "gelu_tanh":
-        return 0.5 * z * (1.0 + tanh(gelu_tanh_argument(z)))
+        return z * tl.sigmoid(gelu_tanh_argument(z))
     elif ACTIVATION == "hardswish":
         three = z + 3.0
         return z * tl.where(three < 0.0, 0.0, tl.where(three > 6.0, 6.0, three)) / 6.0
@@ -247,9 +250,9 @@ def multiply_derivative(
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)  # 1 / sqrt(2 pi)
         return dy * (0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density)
     elif ACTIVATION == "gelu_tanh":
-        t = tanh(gelu_tanh_argument(z))
-        slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * z * z)
-        return dy * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * slope)
+        u = gelu_tanh_argument(z)
+        slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * z * z)
+        return dy * (tl.sigmoid(u) * (1.0 + z * slope * tl.sigmoid(-u)))
     elif ACTIVATION == "hardswish":
         inner = tl.where(z < 3.0, dy * (z / 3.0 + 0.5), dy)
         return tl.where(z <= -3.0, 0.0, inner)

@@ -115,7 +115,10 @@ def batch_norm(
                 "batches it counts, got None"
             )
         if not torch.compiler.is_compiling() and _tracker.is_bw:
-            running_mean = running_var = num_batches_tracked = None
+            # Copies: what is saved must be as many tensors as the first time.
+            momentum, num_batches_tracked = 0.0, None
+            running_mean = None if running_mean is None else running_mean.clone()
+            running_var = None if running_var is None else running_var.clone()
     else:
         num_batches_tracked = None
     if not triton or x.numel() == 0:

@@ -49,7 +49,7 @@ def _inverse_root(v: tl.tensor) -> tl.tensor:
     """1 / sqrt(v) to an ulp: the approximation and a Newton step, for a call of the correctly
     rounded one costs registers."""
     r = tl.rsqrt(v)
-    return r * (1.5 - 0.5 * v * r * r)
+    return r + r * (0.5 * (1.0 - v * r * r))
 
 
 @triton.jit
