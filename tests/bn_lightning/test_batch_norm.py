@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bn_lightning import batch_norm
 from bn_lightning.kernels import ops
+from bn_lightning.kernels.activations import activate
 
 needs_triton = pytest.mark.skipif(not ops._TRITON_INSTALLED, reason="Triton is not installed")
 backends = pytest.mark.parametrize(
@@ -29,9 +30,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "large_momentum": {"momentum": 0.9, "eps": 1e-2},
     "plain": {"affine": False},
     "no_running_statistics": {"track_running_stats": False},
+    "add_relu": {"activation": "relu"},
+    "leaky_relu": {"activation": "leaky_relu", "negative_slope": 0.3},
     "neither": {"affine": False, "track_running_stats": False},
 }
 options = pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS.keys())
+
+FUSED = {"activation": "identity", "negative_slope": 0.01}
 
 # Four steps of fp32 on values of about 3, each with a rounding of 2^-24 a term.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -43,7 +48,9 @@ def _pair(
     """Makes both modules with the same random state."""
     backend = kwargs.pop("backend", "auto")
     a = ours(3, **kwargs, device=device, backend=backend)
+    fused = {k: kwargs.pop(k, v) for k, v in FUSED.items()}
     b = torchs(3, **kwargs, device=device)
+    b.register_forward_hook(lambda module, inputs, y: activate(y, **fused))
     g = torch.Generator().manual_seed(8)
     for value in b.state_dict().values():
         if value.is_floating_point():
@@ -190,8 +197,17 @@ def test_wrong_dimensions_raise_as_torch_does(
         ({"momentum": 1.5}, "momentum"),
         ({"momentum": -0.1}, "momentum"),
         ({"backend": "cudnn"}, "backend"),
+        ({"activation": "swish"}, "activation"),
     ],
-    ids=["num_features", "eps", "nan_eps", "large_momentum", "negative_momentum", "backend"],
+    ids=[
+        "num_features",
+        "eps",
+        "nan_eps",
+        "large_momentum",
+        "negative_momentum",
+        "backend",
+        "activation",
+    ],
 )
 def test_constructor_checks_its_arguments(kwargs: dict[str, Any], argument: str) -> None:
     with pytest.raises(ValueError, match=f"expected `{argument}` to be .*, got "):
@@ -210,3 +226,79 @@ def test_compiles_without_a_graph_break(training: bool, backend: str, device: st
     x = _input((4, 3, 5), device, seed=0)
     assert torch.equal(compiled(x), b(x))
     torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+
+
+@backends
+def test_residual(backend: str, device: str) -> None:
+    a, b = _pair(batch_norm.BatchNorm2d, nn.BatchNorm2d, device, backend=backend)
+    a.activation = "silu"
+    x, residual = (_input((3, 3, 2, 4), device, seed) for seed in (0, 1))
+    torch.testing.assert_close(a(x, residual), nn.functional.silu(b(x) + residual), **TOLERANCE)
+
+
+RESIDUALS: dict[str, tuple[Any, type[Exception], str]] = {
+    "shape": (lambda x: x[:1], ValueError, "`residual` to have the shape of `x`"),
+    "dtype": (lambda x: x.half(), ValueError, "`residual` to have the dtype of `x`"),
+    "device": (lambda x: x.to("meta"), RuntimeError, "`residual` on meta"),
+}
+
+
+@backends
+@pytest.mark.parametrize(("change", "error", "words"), RESIDUALS.values(), ids=RESIDUALS.keys())
+def test_wrong_residuals_raise_and_change_nothing(
+    change: Any, error: type[Exception], words: str, backend: str, device: str
+) -> None:
+    module = batch_norm.BatchNorm1d(3, activation="relu", backend=backend, device=device)
+    before = copy.deepcopy(module.state_dict())
+    x = _input((4, 3), device, seed=0)
+    with pytest.raises(error, match=words):
+        module(x, change(x))
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+@backends
+def test_frozen_statistics_survive_train(backend: str, device: str) -> None:
+    a, b = _pair(batch_norm.BatchNorm1d, nn.BatchNorm1d, device, backend=backend)
+    before = copy.deepcopy(a.state_dict())
+    x = _input((4, 3), device, seed=0)
+    assert a.freeze_stats() is a
+    a.train()
+    b.eval()
+    torch.testing.assert_close(a(x), b(x), **TOLERANCE)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(a)))
+    torch.testing.assert_close(again(x), b(x), **TOLERANCE)
+    torch.testing.assert_close(a.state_dict(), before, rtol=0, atol=0)
+    assert "stats_frozen=True" in repr(a)
+    # One value a channel is enough, and weight and bias train on.
+    a(x[:1]).sum().backward()
+    assert a.weight.grad is not None and a.bias.grad is not None
+    torch.testing.assert_close(a.freeze_stats(False)(x), b.train()(x), **TOLERANCE)
+    assert a.num_batches_tracked == before["num_batches_tracked"] + 1
+
+
+def test_freezing_without_statistics_raises() -> None:
+    with pytest.raises(ValueError, match="`track_running_stats`=False"):
+        batch_norm.BatchNorm1d(3, track_running_stats=False).freeze_stats()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_jit_is_refused() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), batch_norm.BatchNorm1d(3))
+    words = "expected no torch.jit around BatchNorm1d.*torch.nn.BatchNorm1d"
+    with pytest.raises(RuntimeError, match=words):
+        torch.jit.script(network)
+    with pytest.raises(RuntimeError, match=words):
+        torch.jit.trace(network, torch.randn(4, 3))
+
+
+@backends
+def test_a_cumulative_average_compiles(backend: str, device: str) -> None:
+    # A count read on the host would break the graph.
+    a, b = _pair(batch_norm.BatchNorm1d, nn.BatchNorm1d, device, momentum=None, backend=backend)
+    torch.compiler.reset()
+    compiled = torch.compile(a, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        x = _input((4, 3, 5), device, seed)
+        torch.testing.assert_close(compiled(x), b(x), **TOLERANCE)
+        torch.testing.assert_close(a.state_dict(), b.state_dict(), **TOLERANCE)
