@@ -1,0 +1,387 @@
+"""BatchNorm: ours against eager torch, torch.compile and a copy of the same bytes, in one run.
+
+    python benchmarks/batch_norm.py [--quick] [--picture] [--output results/batch_norm.csv]
+
+On a GPU: for each shape, dtype, layout and fusion (BN, +ReLU, +add+ReLU) the device time of the
+forward, the backward, both, and inference, by events around replays of a CUDA graph, with the L2
+cache overwritten before each; the host time of an eager call; saved and peak memory. On a CPU: the
+native path against `nn.BatchNorm2d`, interleaved, which is all there is to compare.
+
+Bytes counted, in tensors T of the activation's size (ours, whatever the others move): BN and
+BN+ReLU forward 2T where each element is read once and 3T in two passes, backward 3T and 5T;
++add+ReLU one T and a bit mask more forward, backward one T (dresidual) and the mask twice (two
+passes) more; inference 2T, with a residual 3T. `copy_ms` is a copy_ of the same bytes. Needs torch,
+and Triton on a GPU; matplotlib for --picture.
+"""
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_lightning.kernels.schedule import Regime, forced_regime
+
+RESULTS = Path(__file__).parent / "results" / "batch_norm.csv"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FUSIONS = ("bn", "bn_relu", "bn_add_relu")
+# Bytes written between two timings, more than any L2 cache.
+FLUSH_BYTES = 256 << 20
+CPU_SHAPE = (32, 64, 56, 56)
+
+
+def resnet50(N: int) -> list[tuple[int, ...]]:
+    """The inputs of ResNet-50's BatchNorms, each once."""
+    sides = {
+        112: (64,),
+        56: (64, 256, 128),
+        28: (128, 512, 256),
+        14: (256, 1024, 512),
+        7: (512, 2048),
+    }
+    return [(N, C, side, side) for side, channels in sides.items() for C in channels]
+
+
+MOBILENETV2 = [(64, 32, 112, 112), (64, 96, 112, 112), (64, 144, 56, 56), (64, 576, 14, 14),
+               (64, 960, 7, 7), (64, 1280, 7, 7)]  # fmt: skip
+UNET3D = [(2, 32, 128, 128, 128), (2, 64, 64, 64, 64), (2, 128, 32, 32, 32), (2, 256, 16, 16, 16)]
+ROWS = [(60, 100), (1024, 1024), (8192, 4096), (65536, 4096)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One BatchNorm to time."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    channels_last: bool
+    fusion: str
+
+    def inputs(self, device: str) -> list[Tensor]:
+        """Makes x and, where it is added, a residual."""
+        count = 2 if self.fusion == "bn_add_relu" else 1
+        tensors = []
+        for _ in range(count):
+            value = torch.randn(self.shape, device=device).to(DTYPES[self.dtype])
+            if self.channels_last:
+                value = value.movedim(1, -1).contiguous().movedim(-1, 1)
+            tensors.append(value.requires_grad_())
+        return tensors
+
+    def bytes(self, direction: str, read_once: bool) -> float:
+        """Counts what ours moves; the module's docstring says how."""
+        numel = torch.Size(self.shape).numel()
+        T = numel * DTYPES[self.dtype].itemsize
+        mask = numel / 8
+        added = self.fusion == "bn_add_relu"
+        forward = (2 if read_once else 3) * T + (T + mask if added else 0)
+        backward = (3 if read_once else 5) * T
+        backward += T + (1 if read_once else 2) * mask if added else 0
+        counts = {"forward": forward, "backward": backward, "both": forward + backward}
+        return counts.get(direction, (3 if added else 2) * T)
+
+
+def make_modules(case: Case, device: str) -> dict[str, Callable[..., Tensor]]:
+    """Makes ours, eager torch's and, on a GPU, the compiled one, each with its own state."""
+    dimensions = max(1, len(case.shape) - 2)
+    ours = (BatchNorm1d, BatchNorm2d, BatchNorm3d)[dimensions - 1]
+    theirs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
+    activation = "identity" if case.fusion == "bn" else "relu"
+    eager = _Eager(theirs(case.shape[1]), activation).to(device)
+    modules: dict[str, Callable[..., Tensor]] = {
+        "ours": ours(case.shape[1], activation=activation).to(device),
+        "eager": eager,
+    }
+    if device == "cuda":
+        compiled = _Eager(theirs(case.shape[1]), activation).to(device)
+        modules["compile"] = torch.compile(compiled, fullgraph=True)
+    return modules
+
+
+class _Eager(nn.Module):
+    """The same in torch: a BatchNorm, an addition, a ReLU."""
+
+    def __init__(self, norm: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.relu = activation == "relu"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        z = self.norm(x)
+        z = z if residual is None else z + residual
+        return F.relu(z) if self.relu else z
+
+
+def steps(module: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Callable[[], Any]]:
+    """Makes what is timed; `backward` keeps one graph and goes back through it again and again."""
+    wanted = [*inputs, *module.parameters()]
+    y = module(*inputs)
+
+    def both() -> Any:
+        return torch.autograd.grad(module(*inputs), wanted, dy)
+
+    def inference() -> Tensor:
+        module.eval()
+        with torch.no_grad():
+            result = module(*inputs)
+        module.train()
+        return result
+
+    return {
+        "forward": lambda: module(*inputs),
+        "backward": lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True),
+        "both": both,
+        "inference": inference,
+    }
+
+
+def device_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
+    """Times replays of a CUDA graph of `step`, the L2 cache overwritten before each."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        graph.replay()
+        end.record()
+        times.append((begin, end))
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in times]
+
+
+def host_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
+    """Times the calls themselves; on a GPU they return before the device is done."""
+    cuda = torch.cuda.is_available()
+    times = []
+    for _ in range(repeats + 3):
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return times[3:]
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    """Returns the 20th, 50th and 80th percentile."""
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return cuts[1], statistics.median(times), cuts[7]
+
+
+def saved_bytes(module: Any, inputs: list[Tensor]) -> int:
+    """Counts what a forward keeps for its backward, each storage once, parameters too."""
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+        module(*inputs)
+    return sum(kept.values())
+
+
+def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -> dict[str, Any]:
+    """Makes one line of the table."""
+    low, median, high = percentiles(times)
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "shape": "x".join(map(str, case.shape)),
+        "dtype": case.dtype,
+        "layout": "channels_last" if case.channels_last else "contiguous",
+        "fusion": case.fusion,
+        "direction": direction,
+        "who": who,
+        "ms_20": f"{low:.5f}",
+        "ms_50": f"{median:.5f}",
+        "ms_80": f"{high:.5f}",
+        "bytes": more.get("bytes", ""),
+        "gb_per_s": f"{more['bytes'] / median / 1e6:.1f}" if "bytes" in more else "",
+        "host_ms": more.get("host_ms", ""),
+        "saved_bytes": more.get("saved_bytes", ""),
+        "peak_bytes": more.get("peak_bytes", ""),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+    }
+
+
+def time_on_gpu(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """Times one case; `ours_resident` is ours with that regime forced, which auto never takes."""
+    torch.compiler.reset()
+    inputs = case.inputs("cuda")
+    dy = torch.randn_like(inputs[0])
+    rows = []
+    modules = make_modules(case, "cuda")
+    regimes = {"ours_resident": Regime.RESIDENT}
+    for who in (*modules, *regimes):
+        module: Any = modules[who.removesuffix("_resident")]
+        if who in regimes:
+            with forced_regime(regimes[who]):
+                rows += _time_steps(case, who, module, inputs, dy, repeats)
+        else:
+            rows += _time_steps(case, who, module, inputs, dy, repeats)
+    for direction in ("forward", "backward", "both", "inference"):
+        # A copy reads half of the bytes and writes half.
+        source = torch.randn(int(case.bytes(direction, False)) // 8, device="cuda")
+        target = torch.empty_like(source)
+        times = device_milliseconds(lambda s=source, t=target: t.copy_(s), repeats)  # type: ignore[misc]
+        rows.append(row(case, direction, "copy", times, bytes=2 * source.nbytes))
+    return rows
+
+
+def _time_steps(
+    case: Case, who: str, module: Any, inputs: list[Tensor], dy: Tensor, repeats: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for direction, step in steps(module, inputs, dy).items():
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated()
+        host = percentiles(host_milliseconds(step, repeats))[1]
+        times = device_milliseconds(step, repeats)
+        counted = case.bytes(direction, read_once=who == "ours_resident")
+        rows.append(
+            row(
+                case,
+                direction,
+                who,
+                times,
+                bytes=int(counted),
+                host_ms=f"{host:.5f}",
+                saved_bytes=saved_bytes(module, inputs),
+                peak_bytes=peak,
+            )
+        )
+    return rows
+
+
+def time_on_cpu(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """Times ours and eager in turn: where others run too, only ratios in a round mean much."""
+    inputs = case.inputs("cpu")
+    dy = torch.randn_like(inputs[0])
+    by_who = {who: steps(m, inputs, dy) for who, m in make_modules(case, "cpu").items()}
+    rows = []
+    for direction in ("forward", "backward", "both", "inference"):
+        times: dict[str, list[float]] = {who: [] for who in by_who}
+        for number in range(rounds + 2):
+            # Each goes first in half of the rounds.
+            for who in sorted(by_who, reverse=number % 2 == 1):
+                begin = time.perf_counter()
+                by_who[who][direction]()
+                times[who].append(1e3 * (time.perf_counter() - begin))
+        times = {who: values[2:] for who, values in times.items()}
+        ratio = statistics.median(a / b for a, b in zip(times["ours"], times["eager"], strict=True))
+        print(f"{case.fusion:12} {direction:10} ours / eager = {ratio:.3f} (median of {rounds})")
+        rows += [row(case, direction, who, values) for who, values in times.items()]
+    return rows
+
+
+def cases(quick: bool) -> list[Case]:
+    """Lists what runs on a GPU; --quick is a tenth of it, for five minutes."""
+    shapes = [*resnet50(64), *resnet50(256), *MOBILENETV2, *UNET3D, *ROWS]
+    dtypes = list(DTYPES)
+    if quick:
+        shapes = [(256, 64, 56, 56), (256, 256, 56, 56), (64, 512, 7, 7), (60, 100), (8192, 4096)]
+        dtypes = ["bf16"]
+    found = []
+    for shape in shapes:
+        for dtype in dtypes:
+            for channels_last in (False, True) if len(shape) > 2 else (False,):
+                found += [Case(shape, dtype, channels_last, fusion) for fusion in FUSIONS]
+    return found
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Appends rows to a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the medians of forward + backward, a bar for each contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [r for r in rows if r["direction"] == "both"]
+    names = list(dict.fromkeys(f"{r['shape']} {r['dtype']} {r['fusion']}" for r in chosen))
+    contenders = list(dict.fromkeys(r["who"] for r in chosen))
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.4 * len(names)))
+    for i, who in enumerate(contenders):
+        by_name = {
+            f"{r['shape']} {r['dtype']} {r['fusion']}": float(r["ms_50"])
+            for r in chosen
+            if r["who"] == who
+        }
+        places = [n + 0.8 * i / len(contenders) for n in range(len(names))]
+        axes.barh(places, [by_name.get(n, 0.0) for n in names], 0.8 / len(contenders), label=who)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("forward + backward, ms (median)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Runs the cases, prints the medians and appends the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--picture", action="store_true", help="also draw OUTPUT.png (matplotlib)")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--repeats", type=int, default=0, help="timings of each; 0 for the default")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    if torch.cuda.is_available():
+        for case in cases(arguments.quick):
+            new = time_on_gpu(case, arguments.repeats or (20 if arguments.quick else 100))
+            write(new, arguments.output)
+            rows += new
+            for r in new:
+                print(*(r[k] for k in ("shape", "dtype", "layout", "fusion", "direction", "who")),
+                      r["ms_50"], "ms", r["gb_per_s"], "GB/s", flush=True)  # fmt: skip
+    else:
+        print("No GPU: the native path against torch's; the kernels are not measured on a GPU.")
+        for fusion in FUSIONS:
+            rounds = arguments.repeats or (20 if arguments.quick else 60)
+            rows += time_on_cpu(Case(CPU_SHAPE, "fp32", False, fusion), rounds)
+        write(rows, arguments.output)
+    if arguments.picture:
+        draw(rows, arguments.output.with_suffix(".png"))
+    print(f"{len(rows)} rows appended to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
