@@ -106,9 +106,9 @@ class _Call:
 
 FEW = (
     _Call("ncl", torch.bfloat16, "relu", True, True),
-    _Call("channels_last", torch.bfloat16, "gelu_tanh", True, True),
+    _Call("channels_last", torch.bfloat16, "silu", True, True),
     _Call("ncl", torch.float32, "identity", False, True, ("split",)),
-    _Call("wide", torch.bfloat16, "tanh", True, True, ("resident",)),
+    _Call("wide", torch.bfloat16, "tanh", True, True, ("small",)),
     _Call("small_maps", torch.bfloat16, "leaky_relu", True, True, ("split",)),
     _Call("rows", torch.float32, "sigmoid", False, True, ("small",)),
     _Call("one_channel", torch.float16, "identity", True, False, ("split",)),
