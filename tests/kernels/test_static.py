@@ -235,15 +235,13 @@ def _resources(compiled: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run(
-                [triton.knobs.nvidia.cuobjdump.path, option, file.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    ptx = compiled.asm["ptx"]
     # STACK and LOCAL are where a kernel that calls nothing keeps what does not fit its registers.
     spilled = re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)
     if not spilled:
@@ -251,10 +249,10 @@ def _resources(compiled: Any) -> dict[str, int]:
     return {
         "binary_bytes": len(compiled.asm["cubin"]),
         "spills": sum(map(int, spilled)),
-        "loads_of_16_bytes": len(re.findall(r"\bLDG\.E\S*\.128", sass)),
-        "loads_of_2_bytes": len(re.findall(r"\bLDG\.E\S*\.U16", sass)),
-        "stores_of_16_bytes": len(re.findall(r"\bSTG\.E\S*\.128", sass)),
-        "stores_of_2_bytes": len(re.findall(r"\bSTG\.E\S*\.U16", sass)),
+        "loads_of_16_bytes": len(re.findall(r"\bld\.global\S*\.v4\.\w32\b", ptx)),
+        "loads_of_2_bytes": len(re.findall(r"\bld\.global\S*\.\w16\b", ptx)),
+        "stores_of_16_bytes": len(re.findall(r"\bst\.global\S*\.v4\.\w32\b", ptx)),
+        "stores_of_2_bytes": len(re.findall(r"\bst\.global\S*\.\w16\b", ptx)),
         "registers": max(map(int, re.findall(r"\bREG:(\d+)", usage))),
     }
 
