@@ -1,5 +1,6 @@
 """One file from the first of several mirrors that has it right, put in place in one step."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ def download(target: Path, mirrors: Sequence[str], sha256: str, timeout: float =
     if target.exists():
         idx_payload(target, sha256)
         return
+    new_folders = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent)
@@ -58,6 +60,9 @@ def download(target: Path, mirrors: Sequence[str], sha256: str, timeout: float =
             # requests' errors are OSErrors; a wrong payload is a DataError. Both: the next mirror.
             except (OSError, DataError) as error:
                 failures.append(f"{url} ({_cause(error)})")
+    for path in new_folders:
+        with contextlib.suppress(OSError):  # not empty: another process has put something there
+            path.rmdir()
     raise DataUnavailableError(
         f"{target} is absent and no mirror gave it: {'; '.join(failures)}."
         f" Connect to the network and run again, or place the file into {target.parent} yourself"

@@ -52,10 +52,10 @@ LINES = {
     "data": (DataError, ("no MNIST here; download it",), ["no MNIST here; download it"]),
     "file": (
         opened,
-        ("/nowhere/a.ckpt",),
-        ["/nowhere/a.ckpt", "No such file or directory", "choose another place, or mend"],
+        ("/proc/nowhere/a.ckpt",),
+        ["/proc/nowhere/a.ckpt", "No such file or directory", "choose another place, or mend"],
     ),
-    "folder": (os.listdir, ("/nowhere",), ["/nowhere", "No such file or directory"]),
+    "folder": (os.listdir, ("/proc/nowhere",), ["/proc/nowhere", "No such file or directory"]),
     "no_file_name": (OSError, ("no space",), ["OSError", "no space", "HYDRA_FULL_ERROR=1"]),
     "other": (
         RuntimeError,
@@ -132,16 +132,16 @@ class TestExitCodes:
 
     def test_an_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as end:
-            run_reported(lambda: opened("/nowhere/a"))
+            run_reported(lambda: opened("/proc/nowhere/a"))
         assert end.value.code == 1
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith("error: /nowhere/a")
+        assert err.startswith("error: /proc/nowhere/a")
         assert err.count("\n") == 1
 
     def test_with_full_error_it_comes_through(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(FileNotFoundError):
-            run_reported(lambda: opened("/nowhere/a"), full_error=True)
+            run_reported(lambda: opened("/proc/nowhere/a"), full_error=True)
         assert capsys.readouterr().err == ""
 
     @pytest.mark.parametrize("full_error", [False, True])
