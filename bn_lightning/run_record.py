@@ -36,8 +36,8 @@ class RunRecord:
 
     Keys: `schema_version`, `status` (one of `STATUSES`), `command`, `config` (resolved), `seed`,
     `data` (source, SHA-256 of its files, sizes), `versions`, `hardware`, `commit` (None outside a
-    git checkout), `started` and `ended` (UTC, ISO 8601), `steps`, `seconds` (of training),
-    `steps_per_second`, `peak_memory_mib`, `metrics`, `resumed_at` (steps at which it was resumed),
+    git checkout), `started` and `ended` (UTC, ISO 8601), `steps`, `seconds` (of training, since it
+    was last resumed), `steps_per_second`, `peak_memory_mib`, `metrics`, `resumed_at` (the steps),
     `diverged_at` (a step) and `error` where they apply.
 
     Args:

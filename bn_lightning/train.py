@@ -19,6 +19,8 @@ from bn_lightning.summary import print_summary
 # A run is one configuration: resuming may change how it is run and watched, not what is trained.
 _FREE_ON_RESUME = {"callbacks", "ckpt_path", "extras", "logger", "paths", "task_name", "trainer"}
 
+_KEPT_ON_RESUME = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
+
 
 def train(config: DictConfig) -> dict[str, float]:
     """Train as configured and return the run's metrics, those of the test set among them.
@@ -30,18 +32,23 @@ def train(config: DictConfig) -> dict[str, float]:
         Exception: a value, the data or a checkpoint cannot be used; run.json says `failed`.
         Interrupted: SIGINT or SIGTERM; run.json says `interrupted`.
     """
+    import torch
     from lightning.pytorch.utilities import rank_zero_only
 
+    if config.extras.num_threads is not None:
+        torch.set_num_threads(config.extras.num_threads)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     directory = Path(config.paths.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # set on the function
     record = RunRecord(directory, resolved, write=is_first_rank)
+    ckpt_path = None
     if config.ckpt_path is not None:
-        _go_on(record, directory)
+        ckpt_path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
+        _go_on(record, directory, ckpt_path, config.trainer.max_steps)
     record.update()
     try:
-        _fit_and_test(config, record, directory)
+        _fit_and_test(config, record, directory, ckpt_path)
     except Interrupted as interrupted:
         record.end("interrupted")
         print(f"interrupted by {interrupted}: {directory}")
@@ -59,8 +66,9 @@ def train(config: DictConfig) -> dict[str, float]:
     return record.content["metrics"]
 
 
-def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> None:
-    import torch
+def _fit_and_test(
+    config: DictConfig, record: RunRecord, directory: Path, ckpt_path: Path | None
+) -> None:
     from hydra.utils import instantiate
     from lightning import seed_everything
     from lightning.pytorch.callbacks import ProgressBar
@@ -74,9 +82,6 @@ def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> Non
     check_config(config)
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
-    if config.extras.num_threads is not None:
-        torch.set_num_threads(config.extras.num_threads)
-
     datamodule = instantiate(config.data)
     model = instantiate(config.model)
     initialize(model.network, instantiate(config.init), config.seed)
@@ -93,12 +98,12 @@ def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> Non
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
 
-    ckpt_path, first_step = None, 0
-    if config.ckpt_path is not None:
-        ckpt_path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
+    first_step = 0
+    if ckpt_path is not None:
         checkpoint = load_checkpoint(ckpt_path)
         check_fits(checkpoint, model, ckpt_path)
         first_step = checkpoint["global_step"]
+        print(f"going on from step {first_step:,}: {directory}")
         truncate_metrics(directory, first_step)
         record.content["resumed_at"].append(first_step)
     if trainer.world_size == 1:
@@ -136,8 +141,21 @@ def _fit_and_test(config: DictConfig, record: RunRecord, directory: Path) -> Non
         print_summary(record.content, directory)
 
 
-def _go_on(record: RunRecord, directory: Path) -> None:
-    """Take over what the run's record already holds, if the configuration is still the same."""
+def _go_on(record: RunRecord, directory: Path, ckpt_path: Path, max_steps: int) -> None:
+    """Take over what the run's record already holds, if there is something to go on with.
+
+    Raises:
+        ValueError: the checkpoint has all the steps already, or the configuration is another one.
+    """
+    from bn_lightning.checkpoint import load_checkpoint
+
+    steps = load_checkpoint(ckpt_path)["global_step"]
+    if steps >= max_steps:
+        raise ValueError(
+            f"`ckpt_path` expected a checkpoint with less than trainer.max_steps={max_steps} "
+            f"steps, got {steps} in {ckpt_path}; raise trainer.max_steps, or leave ckpt_path out "
+            "to start a new run"
+        )
     if not (directory / "run.json").exists():
         return  # The checkpoint lies outside a run: a new one starts from it.
     before = read_run(directory)
@@ -155,7 +173,7 @@ def _go_on(record: RunRecord, directory: Path) -> None:
             f"another {', '.join(changed)}; repeat its overrides, or leave ckpt_path out to start "
             "a new run"
         )
-    record.content.update(started=before["started"], resumed_at=before["resumed_at"])
+    record.content.update({key: before[key] for key in _KEPT_ON_RESUME if key in before})
 
 
 main = hydra_command("train")(train)

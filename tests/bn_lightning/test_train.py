@@ -59,6 +59,7 @@ def test_a_run_leaves_what_the_design_says(command):
     assert record["steps"] == 50
     assert record["data"]["source"] == "digits"
     assert record["config"]["optimizer"]["lr"] == 1.0
+    assert record["hardware"]["torch_threads"] == record["config"]["extras"]["num_threads"] == 1
     assert record["config"]["seed"] == record["seed"] == 1
     assert record["versions"]["torch"] == version("torch")
     assert 0 < record["seconds"] < 60
@@ -339,17 +340,31 @@ def test_a_checkpoint_of_another_network_is_refused(command):
     run = command(main, *SHORT, *BARE, "model.network.widths=[20]").directory
     elsewhere = Path("elsewhere.ckpt")
     elsewhere.write_bytes((run / "checkpoints/last.ckpt").read_bytes())
-    result = command(main, *SHORT, *BARE, f"ckpt_path={elsewhere}")
+    result = command(main, *SHORT, *BARE, "trainer.max_steps=60", f"ckpt_path={elsewhere}")
     assert result.code == 1
     assert "network.hidden.0.linear.weight is (20, 784) there and (100, 784) here" in result.err
+
+
+def test_a_finished_run_is_left_as_it_is(command):
+    run = command(main, *SHORT, *BARE).directory
+    before = {path: path.read_bytes() for path in (run / "run.json", run / "metrics.csv")}
+    result = command(main, *SHORT, *BARE, "ckpt_path=last")
+    assert result.code == 1
+    assert "raise trainer.max_steps" in result.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_debug_ends_after_twenty_steps_whatever_the_experiment(command):
+    result = command(main, "+experiment=mnist_bn", "data=digits", "trainer=debug")
+    assert result.code == 0, result.err
+    assert read_run(result.directory)["steps"] == 20
 
 
 def test_a_run_is_not_resumed_as_another(command):
     run = command(main, *SHORT, *BARE).directory
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    result = command(
-        main, *SHORT, *BARE, "optimizer.lr=0.5", f"ckpt_path={run}/checkpoints/last.ckpt"
-    )
+    more = ("trainer.max_steps=60", "optimizer.lr=0.5", f"ckpt_path={run}/checkpoints/last.ckpt")
+    result = command(main, *SHORT, *BARE, *more)
     assert result.code == 1
     assert "optimizer" in result.err
     after = {path: path.read_bytes() for path in before}
