@@ -96,12 +96,20 @@ class _BackendMixin(_BatchNorm):
         self.stats_frozen = frozen
         return self
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        negative_slope: float | None = None,
+    ) -> Tensor:
         """Normalises each channel of `input`, adds `residual` and applies the activation.
 
         Args:
             input: as torch's module of the same name takes it.
             residual: with the shape, dtype and device of `input`.
+            activation: for this call, instead of the module's own.
+            negative_slope: for this call, instead of the module's own.
 
         Returns:
             y, with the shape, dtype and device of `input`.
@@ -134,8 +142,8 @@ class _BackendMixin(_BatchNorm):
             training=training,
             momentum=self.momentum,
             eps=self.eps,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
+            activation=self.activation if activation is None else activation,
+            negative_slope=self.negative_slope if negative_slope is None else negative_slope,
             residual=residual,
             num_batches_tracked=count,
             backend=self.backend,

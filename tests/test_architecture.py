@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "kernels": 0,
     "batch_norm": 1,
+    "class_swap": 1,
     "interruption": 2,
     "run_directory": 2,
     "run_record": 2,

@@ -302,3 +302,16 @@ def test_a_cumulative_average_compiles(backend: str, device: str) -> None:
         x = _input((4, 3, 5), device, seed)
         torch.testing.assert_close(compiled(x), b(x), **TOLERANCE)
         torch.testing.assert_close(a.state_dict(), b.state_dict(), **TOLERANCE)
+
+
+def test_an_activation_of_one_call_leaves_the_modules_own():
+    x, residual = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    module = batch_norm.BatchNorm1d(3, activation="tanh").eval()
+    plain = nn.BatchNorm1d(3).eval()
+    z = plain(x) + residual
+    torch.testing.assert_close(module(x, residual, activation="relu"), z.relu())
+    torch.testing.assert_close(
+        module(x, residual, activation="leaky_relu", negative_slope=0.3),
+        torch.nn.functional.leaky_relu(z, 0.3),
+    )
+    torch.testing.assert_close(module(x, residual), z.tanh())
