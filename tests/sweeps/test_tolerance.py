@@ -1,0 +1,228 @@
+"""Tolerance beside tables computed by hand, and what must hold of any grid."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from bn_lightning.sweeps.tolerance import (
+    Estimate,
+    Grid,
+    Outcome,
+    Trial,
+    estimate,
+    importances,
+    inits_that_train,
+    largest_rate,
+    mean_width,
+    paired_difference,
+    rate_sensitivity,
+    ratio,
+    share_at_chance,
+    share_trained,
+    unpaired_difference,
+    widths,
+)
+
+NAN = math.nan
+RATES = (0.01, 0.1, 1.0, 10.0)
+# Two initialisations, four rates, two seeds.
+ACCURACY = np.array(
+    [
+        [[0.95, 0.90], [0.97, 0.50], [0.10, 0.19], [0.10, 0.10]],
+        [[0.10, 0.89], [0.91, 0.92], [0.93, NAN], [0.96, 0.95]],
+    ]
+)
+
+accuracies = npst.arrays(
+    float, npst.array_shapes(min_dims=3, max_dims=3, max_side=4), elements=st.floats(0, 1)
+)
+
+
+def rates_of(accuracy: np.ndarray) -> list[float]:
+    return [10.0**i for i in range(accuracy.shape[1])]
+
+
+class TestByHand:
+    def test_share_trained(self):
+        # Seed 1: .95 .97 .91 .93 .96 of 8; seed 2: .90 .92 .95 of 7.
+        np.testing.assert_allclose(share_trained(ACCURACY), [5 / 8, 3 / 7])
+
+    def test_share_at_chance(self):
+        np.testing.assert_allclose(share_at_chance(ACCURACY), [3 / 8, 2 / 7])
+
+    def test_widths(self):
+        width, censored = widths(ACCURACY, RATES)
+        np.testing.assert_allclose(width, [[2, 1], [3, 2]])
+        assert censored.tolist() == [[True, True], [True, True]]
+        inner = np.where(np.arange(4)[None, :, None] % 3 == 0, 0.1, ACCURACY)
+        width, censored = widths(inner, RATES)
+        np.testing.assert_allclose(width, [[1, 0], [2, 1]])
+        assert not censored.any()
+
+    def test_widths_of_uneven_rates(self):
+        # At 0, 1 and 3 decades: they stand for 1, (3 - 0) / 2 and 2 decades.
+        width, _ = widths(np.ones((1, 3, 1)), (1, 10, 1000))
+        np.testing.assert_allclose(width, [[4.5]])
+        width, _ = widths(np.array([[[0.0], [1.0], [0.0]]]), (1, 10, 1000))
+        np.testing.assert_allclose(width, [[1.5]])
+
+    def test_mean_width(self):
+        np.testing.assert_allclose(mean_width(ACCURACY, RATES), [2.5, 1.5])
+
+    def test_inits_that_train(self):
+        np.testing.assert_allclose(inits_that_train(ACCURACY), [2, 2])
+        np.testing.assert_allclose(inits_that_train(ACCURACY - 0.03), [2, 1])
+
+    def test_largest_rate(self):
+        np.testing.assert_allclose(largest_rate(ACCURACY, RATES), [[0.1, 0.01], [10, 10]])
+        np.testing.assert_array_equal(largest_rate(np.zeros((1, 4, 1)), RATES), [[NAN]])
+
+    def test_rate_sensitivity(self):
+        loss = np.array([[[0.3], [0.1], [2.0], [50.0]], [[NAN], [0.5], [0.5], [0.5]]])
+        # (.3 + .1 + 2 + 2.3) / 4 - .1, and no loss of not knowing.
+        np.testing.assert_allclose(rate_sensitivity(loss, 2.3), [[4.7 / 4 - 0.1], [0]])
+
+    def test_outcomes(self):
+        trials = [
+            Trial("with", 0.1, 1.0, 1, 0.95, 0.1),
+            Trial("with", 0.1, 10.0, 1, 0.5, 1.2),
+            Trial("with", 1.0, 1.0, 1, 0.11, 2.3),
+            Trial("with", 1.0, 10.0, 1, 0.1, 2.3, diverged=True),
+            Trial("without", 0.1, 1.0, 1, 0.9, 0.3),
+        ]
+        grid = Grid.of(reversed(trials))
+        assert grid.inits == (0.1, 1.0) and grid.rates == (1.0, 10.0) and grid.seeds == (1,)
+        assert grid.arms["with"].outcomes()[:, :, 0].tolist() == [
+            [Outcome.TRAINED, Outcome.SLOW],
+            [Outcome.CHANCE, Outcome.DIVERGED],
+        ]
+        assert grid.arms["with"].missing == 0 and grid.arms["without"].missing == 3
+        assert grid.arms["without"].outcomes()[1, 1, 0] == Outcome.MISSING
+
+    def test_named_initialisations_come_after_numbers(self):
+        trials = [Trial("a", init, 1.0, 1, 0.5, 1.0) for init in ("zeros", 10.0, "he", 0.1)]
+        assert Grid.of(trials).inits == (0.1, 10.0, "he", "zeros")
+
+    def test_estimate_of_three_seeds(self):
+        # 27 resamples: the smallest and largest mean come up once each, 1/27 > 2.5%.
+        assert estimate(np.array([1.0, 2.0, 6.0])) == Estimate(3.0, 1.0, 6.0, 3)
+
+    def test_estimate_of_two_seeds_one_missing(self):
+        single = estimate(np.array([0.5, NAN]))
+        assert single.value == 0.5 and single.seeds == 1 and math.isnan(single.low)
+
+    def test_paired_difference(self):
+        # Seeds differ by 10, the arms by 1, 2 and 3: paired, only the latter is seen.
+        first, second = np.array([11.0, 22.0, 33.0]), np.array([10.0, 20.0, 30.0])
+        assert paired_difference(first, second) == Estimate(2.0, 1.0, 3.0, 3)
+        unpaired = unpaired_difference(first, second)
+        assert unpaired.value == pytest.approx(2) and unpaired.low < -5 and unpaired.high > 9
+
+    def test_ratio(self):
+        assert ratio(np.array([2.0, 4.0]), np.array([1.0, 1.0])) == Estimate(3.0, 2.0, 4.0, 2)
+        assert ratio(np.array([0.5, 0.5]), np.array([0.0, 0.0])).value == math.inf
+
+    def test_importances(self):
+        trials = [
+            Trial("with", init, lr, seed, float(lr == 1.0), 1.0)
+            for init in (0.01, 0.1, 1.0)
+            for lr in (0.01, 0.1, 1.0, 10.0)
+            for seed in (1, 2)
+        ]
+        found = importances(trials)
+        assert found["lr"] > 0.95 and sum(found.values()) == pytest.approx(1)
+        schemes = [Trial("with", f"scheme{t.init}", t.lr, 1, t.init, 1.0) for t in trials[::2]]
+        assert importances(schemes)["init"] > 0.95
+
+
+class TestAnyGrid:
+    @given(accuracies, st.floats(0, 0.89))
+    def test_a_worse_rate_raises_no_share_and_no_number(self, accuracy, worse):
+        more = np.concatenate([accuracy, np.full_like(accuracy[:, :1], worse)], axis=1)
+        assert (share_trained(more) <= share_trained(accuracy)).all()
+        assert (inits_that_train(more) == inits_that_train(accuracy)).all()
+
+    @given(accuracies, st.data())
+    def test_one_cell_getting_worse_raises_nothing(self, accuracy, data):
+        place = tuple(data.draw(st.integers(0, n - 1)) for n in accuracy.shape)
+        worse = accuracy.copy()
+        worse[place] *= data.draw(st.floats(0, 1))
+        assert (share_trained(worse) <= share_trained(accuracy)).all()
+        assert (share_at_chance(worse) >= share_at_chance(accuracy)).all()
+        assert (inits_that_train(worse) <= inits_that_train(accuracy)).all()
+        if accuracy.shape[1] > 1:
+            rates = rates_of(accuracy)
+            assert (mean_width(worse, rates) <= mean_width(accuracy, rates)).all()
+
+    @given(accuracies, st.randoms(use_true_random=False))
+    def test_the_order_of_seeds_does_not_matter(self, accuracy, order):
+        seeds = list(range(accuracy.shape[2]))
+        order.shuffle(seeds)
+        permuted = accuracy[:, :, seeds]
+        for statistic in (share_trained, share_at_chance, inits_that_train):
+            one, other = estimate(statistic(accuracy)), estimate(statistic(permuted))
+            assert _close(one, other)
+        difference = paired_difference(share_trained(accuracy), share_at_chance(accuracy))
+        assert _close(
+            difference, paired_difference(share_trained(permuted), share_at_chance(permuted))
+        )
+
+    @given(npst.array_shapes(min_dims=3, max_dims=3, min_side=2, max_side=4))
+    def test_an_arm_that_diverged_throughout_is_zero(self, shape):
+        accuracy, loss = np.full(shape, 0.1), np.full(shape, math.log(10))
+        rates = rates_of(accuracy)
+        assert estimate(share_trained(accuracy)) == Estimate(0, 0, 0, shape[2])
+        assert (share_at_chance(accuracy) == 1).all()
+        assert not widths(accuracy, rates)[0].any() and not widths(accuracy, rates)[1].any()
+        assert np.isnan(largest_rate(accuracy, rates)).all()
+        assert (rate_sensitivity(loss, math.log(10)) == 0).all()
+        assert not inits_that_train(accuracy).any()
+
+    @given(accuracies)
+    def test_a_share_lies_in_0_1_and_its_interval_around_it(self, accuracy):
+        found = estimate(share_trained(accuracy))
+        assert 0 <= found.value <= 1
+        if found.seeds > 1:
+            assert found.low <= found.value + 1e-12 and found.value <= found.high + 1e-12
+
+    @given(npst.arrays(float, st.integers(2, 30), elements=st.floats(-10, 10)))
+    def test_an_estimate_is_the_same_in_every_call(self, values):
+        assert estimate(values) == estimate(values.copy())
+
+
+def _close(one: Estimate, other: Estimate) -> bool:
+    pairs = ((one.value, other.value), (one.low, other.low), (one.high, other.high))
+    return all(a == pytest.approx(b, abs=1e-12, nan_ok=True) for a, b in pairs)
+
+
+class TestBadInput:
+    def test_no_trial(self):
+        with pytest.raises(ValueError, match="at least one finished trial"):
+            Grid.of([])
+
+    def test_two_trials_of_one_place(self):
+        trial = Trial("with", 0.1, 1.0, 1, 0.5, 1.0)
+        with pytest.raises(ValueError, match="expected one trial for each place"):
+            Grid.of([trial, trial])
+
+    @pytest.mark.parametrize("rates", [(1.0,), (1.0, 1.0), (10.0, 1.0)], ids=str)
+    def test_rates_out_of_order(self, rates):
+        with pytest.raises(ValueError, match="at least two `rates` in ascending order"):
+            widths(np.ones((1, len(rates), 1)), rates)
+
+    def test_arms_of_unequal_seeds_are_not_paired(self):
+        with pytest.raises(ValueError, match="3 of 3 and 2 of 3; use unpaired_difference"):
+            paired_difference(np.ones(3), np.array([1.0, NAN, 1.0]))
+        assert unpaired_difference(np.ones(3), np.array([1.0, NAN, 1.0])).seeds == 2
+
+    def test_importances_of_two_arms(self):
+        trials = [Trial(arm, 0.1, 1.0, 1, 0.5, 1.0) for arm in ("with", "without")]
+        with pytest.raises(ValueError, match="trials of one arm, got with, without"):
+            importances(trials)
+
+    def test_importances_without_variance(self):
+        assert importances([Trial("with", 0.1, lr, 1, 0.1, 2.3) for lr in RATES]) == {}
