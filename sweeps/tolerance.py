@@ -349,7 +349,10 @@ def importances(trials: Iterable[Trial]) -> dict[str, float]:
         raise ValueError(f"expected trials of one arm, got {', '.join(sorted(arms))}")
     if len({trial.accuracy for trial in trials}) < 2:
         return {}
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it says that it made a study
     study = optuna.create_study()
+    optuna.logging.set_verbosity(level)
     values: dict[str, list[Any]] = {
         "lr": [trial.lr for trial in trials],
         "init": [trial.init for trial in trials],
