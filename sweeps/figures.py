@@ -8,7 +8,7 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,9 +21,19 @@ Series = Sequence[tuple[int, float]]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 
+# The numbers of callbacks/batch_norm_monitor.py -> how a panel calls them.
+_MONITORED = {
+    "scale": "mean |scale|",
+    "shift": "mean |shift|",
+    "mean_distance": "batch mean from running mean\n(running deviations)",
+    "log_std_distance": "ln(batch / running deviation)\n(root mean square)",
+    "dead": "share of dead channels",
+}
+_MOST_IN_LEGEND = 12
+
 
 def draw_run(directory: str | Path) -> None:
-    """Draw `figures/accuracy` and `figures/percentiles` of a run from its metrics.csv.
+    """Draw `figures/accuracy`, `percentiles` and `batch_norm` of a run from its metrics.csv.
 
     Each is written as PNG and SVG; one whose metrics the run did not log is left out.
     """
@@ -33,6 +43,8 @@ def draw_run(directory: str | Path) -> None:
         save(accuracy_figure({"": metrics["test/accuracy"]}), folder / "accuracy")
     if "activation/p50" in metrics:
         save(percentiles_figure({"": metrics}), folder / "percentiles")
+    if any(name.startswith("batch_norm/") for name in metrics):
+        save(batch_norm_figure(metrics), folder / "batch_norm")
 
 
 def accuracy_figure(runs: Mapping[str, Series]) -> Figure:
@@ -67,6 +79,41 @@ def comparison_figure(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
     first, *panels = figure.subplots(1, 1 + len(runs))
     draw_accuracy(first, {label: metrics["test/accuracy"] for label, metrics in runs.items()})
     _draw_panels(panels, runs)
+    return figure
+
+
+def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
+    """What each BatchNorm layer has learnt and how far its batches stray, against steps.
+
+    Args:
+        metrics: with the `batch_norm/LAYER/NUMBER` of callbacks/batch_norm_monitor.py; a panel for
+            each number, a line for each layer, the darkest nearest to the input.
+    """
+    monitored = {
+        tuple(name.removeprefix("batch_norm/").rsplit("/", 1)): series
+        for name, series in metrics.items()
+        if name.startswith("batch_norm/")
+    }
+    layers = list(dict.fromkeys(layer for layer, _ in monitored))
+    figure = Figure(figsize=(3.2 * len(_MONITORED), 3.3), layout="constrained")
+    for axes, (number, label) in zip(
+        figure.subplots(1, len(_MONITORED)), _MONITORED.items(), strict=True
+    ):
+        for i, layer in enumerate(layers):
+            if (layer, number) in monitored:
+                steps, values = zip(*monitored[layer, number], strict=True)
+                # viridis grows lighter all the way, and ends before it is too light to see.
+                colour = colormaps["viridis"](0.9 * i / max(len(layers) - 1, 1))
+                axes.plot(steps, values, color=colour, label=layer, marker="." * (len(steps) < 3))
+        axes.set_xscale("log")
+        axes.set_title(label, fontsize="medium")
+        if number == "dead":
+            axes.set_ylim(-0.02, 1.02)
+        _tidy(axes)
+    if len(layers) <= _MOST_IN_LEGEND:
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+        )
     return figure
 
 

@@ -1,13 +1,17 @@
 """Lightning callbacks, one a file; each works in any Trainer, without Hydra."""
 
 from bn_lightning.callbacks.activation_percentiles import ActivationPercentiles
+from bn_lightning.callbacks.batch_norm_monitor import BatchNormMonitor
 from bn_lightning.callbacks.divergence_guard import DivergenceGuard
+from bn_lightning.callbacks.precise_batch_norm import PreciseBatchNorm
 from bn_lightning.callbacks.run_checkpoints import RunCheckpoints
 from bn_lightning.callbacks.step_progress import StepProgress
 
 __all__ = [
     "ActivationPercentiles",
+    "BatchNormMonitor",
     "DivergenceGuard",
+    "PreciseBatchNorm",
     "RunCheckpoints",
     "StepProgress",
 ]

@@ -1,4 +1,4 @@
-"""Ends a run whose loss is no longer a number, and remembers at which step."""
+"""Ends a run whose loss is no longer a number, or far above a guess's, and remembers the step."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -11,30 +11,47 @@ from typing_extensions import override
 
 
 class DivergenceGuard(Callback):
-    """Stops training when the loss is NaN or infinite: the run has diverged, which is a result.
+    """Stops training when the loss is no number or stays too high: a divergence, which is a result.
 
-    `diverged_at` is the step at which it was seen, None while the loss is finite. On the CPU every
-    step is looked at; on an accelerator or several ranks a look waits, so it is every
-    `every_n_steps`.
+    It has diverged when the loss is NaN or infinite, or, where `max_loss` is given, above it at
+    every look over `patience` steps. `diverged_at` is the step at which that was seen, None before.
+    On the CPU every step is looked at; on an accelerator or several ranks a look waits, so it is
+    every `every_n_steps`. One rank that has diverged ends the run on all of them.
+
+    Args:
+        every_n_steps: optimiser steps from one look to the next, where a look waits.
+        max_loss: in the unit of the loss; for a classifier a multiple of ln(number of classes), the
+            loss of a guess in nats. None for no such limit.
+        patience: optimiser steps for which the loss may stay above `max_loss`, at least 1.
 
     Raises:
-        ValueError: the batch itself holds NaN or infinity: the data are wrong, not the run.
+        ValueError: an argument out of range; in training, a batch that itself holds NaN or
+            infinity: the data are wrong, not the run.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(
+        self, every_n_steps: int, max_loss: float | None = None, patience: int = 100
+    ) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` expected a positive integer, got {every_n_steps}")
+        for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
+            if value < 1:
+                raise ValueError(f"`{name}` expected a positive integer, got {value}")
+        if max_loss is not None and not math.isfinite(max_loss):
+            raise ValueError(f"`max_loss` expected a finite number or None, got {max_loss}")
         self.every_n_steps = every_n_steps
+        self.max_loss = math.inf if max_loss is None else max_loss
+        self.patience = patience
         self.diverged_at: int | None = None
+        self._above_since: int | None = None  # the step before the first with so high a loss
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"diverged_at": self.diverged_at}
+        return {"diverged_at": self.diverged_at, "above_since": self._above_since}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.diverged_at = state_dict["diverged_at"]
+        self._above_since = state_dict.get("above_since")
 
     @override
     def on_train_batch_end(
@@ -46,9 +63,16 @@ class DivergenceGuard(Callback):
         waits = trainer.world_size > 1 or not loss.is_cpu
         if waits and trainer.global_step % self.every_n_steps:
             return
-        diverged = not math.isfinite(loss.item())
+        value = loss.item()
+        diverged = not math.isfinite(value)
         if diverged:
             _refuse_bad_inputs(batch, trainer.global_step)
+        elif value <= self.max_loss:
+            self._above_since = None
+        else:
+            if self._above_since is None:
+                self._above_since = trainer.global_step - 1
+            diverged = trainer.global_step - self._above_since >= self.patience
         if trainer.world_size > 1:
             diverged = trainer.strategy.reduce_boolean_decision(diverged, all=False)
         if diverged:
