@@ -33,8 +33,8 @@ class BatchNormMonitor(Callback):
     fp32 and on this rank's part of the batch; parameters are those after the optimiser's step.
 
     Between looks the layers are untouched. For a look they carry forward hooks, so that a layer
-    which is fused with what follows it runs unfused. A network compiled by torch.compile does not
-    call hooks that come after its compilation, and logs scale and shift alone.
+    which is fused with what follows it runs unfused. A network compiled by torch.compile logs scale
+    and shift alone: it does not call hooks that come after its compilation.
 
     Args:
         every_n_steps: optimiser steps from one look to the next; the first step is looked at too.
@@ -49,7 +49,7 @@ class BatchNormMonitor(Callback):
             raise ValueError(f"`every_n_steps` expected a positive integer, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._hooks: list[RemovableHandle] = []
-        self._seen: dict[str, Tensor] = {}
+        self._seen: dict[str, Tensor] | None = None  # of a look that has begun
         self._next = 1  # the optimiser step that is looked at next
 
     @override
@@ -59,6 +59,7 @@ class BatchNormMonitor(Callback):
                 "BatchNormMonitor expected a module with a BatchNorm layer, got "
                 f"{type(pl_module).__name__} without one; leave the callback out"
             )
+        self._seen = None
         self._next = 1 if trainer.global_step == 0 else self._multiple_after(trainer.global_step)
 
     @override
@@ -66,19 +67,20 @@ class BatchNormMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # A step that accumulates gradients has several batches, of which the first is watched.
-        if trainer.global_step + 1 >= self._next and not self._hooks:
+        if trainer.global_step + 1 >= self._next and self._seen is None:
             self._seen = {}
             for name, layer in _layers(pl_module).items():
-                self._watch(name, layer)
+                self._watch(name, layer, self._seen)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step >= self._next:
-            self._remove_hooks()
+        self._remove_hooks()
+        if self._seen is not None and trainer.global_step >= self._next:
+            self._log(pl_module, self._seen)
+            self._seen = None
             self._next = self._multiple_after(trainer.global_step)
-            self._log(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,19 +95,23 @@ class BatchNormMonitor(Callback):
     def _multiple_after(self, step: int) -> int:
         return (step // self.every_n_steps + 1) * self.every_n_steps
 
-    def _watch(self, name: str, layer: _BatchNorm) -> None:
+    def _watch(self, name: str, layer: _BatchNorm, seen: dict[str, Tensor]) -> None:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             mean, var = layer.running_mean, layer.running_var
-            if f"{name}/dead" in self._seen or mean is None or var is None or x.numel() == 0:
+            if is_done() or mean is None or var is None or x.numel() == 0:
                 return
-            self._seen[f"{name}/mean_distance"], self._seen[f"{name}/log_std_distance"] = distances(
+            seen[f"{name}/mean_distance"], seen[f"{name}/log_std_distance"] = distances(
                 x.detach(), mean, var, layer.eps
             )
 
         def after(_: nn.Module, __: tuple[Tensor, ...], y: Tensor) -> None:
-            if f"{name}/dead" not in self._seen and y.numel():
-                self._seen[f"{name}/dead"] = dead_share(y.detach())
+            if not is_done() and y.numel():
+                seen[f"{name}/dead"] = dead_share(y.detach())
+
+        def is_done() -> bool:
+            # What is compiled with a hook keeps it, so that it does nothing there.
+            return torch.compiler.is_compiling() or f"{name}/dead" in seen
 
         self._hooks += [
             layer.register_forward_pre_hook(before, with_kwargs=True),
@@ -116,18 +122,19 @@ class BatchNormMonitor(Callback):
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _log(self, pl_module: LightningModule) -> None:
+    def _log(self, pl_module: LightningModule, seen: dict[str, Tensor]) -> None:
         values = {}
+        one = torch.ones(1, device=pl_module.device)
         for name, layer in _layers(pl_module).items():
-            weight, bias = layer.weight, layer.bias
-            one = torch.ones((), device=pl_module.device)
-            values[f"{name}/scale"] = one if weight is None else weight.detach().abs().mean()
-            values[f"{name}/shift"] = 0 * one if bias is None else bias.detach().abs().mean()
+            weight = one if layer.weight is None else layer.weight.detach()
+            bias = 0 * one if layer.bias is None else layer.bias.detach()
+            values[f"{name}/scale"] = weight.float().abs().mean()
+            values[f"{name}/shift"] = bias.float().abs().mean()
             for number in _OF_THE_BATCH:
-                if f"{name}/{number}" in self._seen:
-                    values[f"{name}/{number}"] = self._seen[f"{name}/{number}"]
+                if f"{name}/{number}" in seen:
+                    values[f"{name}/{number}"] = seen[f"{name}/{number}"]
         # One wait for the device, however many layers there are.
-        numbers = torch.stack([value.float() for value in values.values()]).tolist()
+        numbers = torch.stack(list(values.values())).tolist()
         metrics = {f"batch_norm/{name}": x for name, x in zip(values, numbers, strict=True)}
         for logger in pl_module.loggers:
             logger.log_metrics(metrics, step=pl_module.global_step)
