@@ -9,6 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from bn_lightning.callbacks.run_checkpoints import step_is_over
+
 
 class DivergenceGuard(Callback):
     """Stops training when the loss is no number or stays too high: a divergence, which is a result.
@@ -16,7 +18,8 @@ class DivergenceGuard(Callback):
     It has diverged when the loss is NaN or infinite, or, where `max_loss` is given, above it at
     every look over `patience` steps. `diverged_at` is the step at which that was seen, None before.
     On the CPU every step is looked at; on an accelerator or several ranks a look waits, so it is
-    every `every_n_steps`. One rank that has diverged ends the run on all of them.
+    every `every_n_steps`. One rank that has diverged ends the run on all of them. Where gradients
+    accumulate, each batch of a step that is looked at counts.
 
     Args:
         every_n_steps: optimiser steps from one look to the next, where a look waits.
@@ -61,22 +64,25 @@ class DivergenceGuard(Callback):
         if loss is None:
             return  # a step that was skipped, or one that optimises by hand
         waits = trainer.world_size > 1 or not loss.is_cpu
-        if waits and trainer.global_step % self.every_n_steps:
+        # The step that the batch belongs to, which may have more batches to come.
+        step = trainer.global_step + (not step_is_over(trainer))
+        if waits and step % self.every_n_steps:
             return
-        value = loss.item()
+        # Lightning has divided the loss by the batches of a step.
+        value = loss.item() * trainer.accumulate_grad_batches
         diverged = not math.isfinite(value)
         if diverged:
-            _refuse_bad_inputs(batch, trainer.global_step)
+            _refuse_bad_inputs(batch, step)
         elif value <= self.max_loss:
             self._above_since = None
         else:
             if self._above_since is None:
-                self._above_since = trainer.global_step - 1
+                self._above_since = step - 1
             diverged = trainer.global_step - self._above_since >= self.patience
         if trainer.world_size > 1:
             diverged = trainer.strategy.reduce_boolean_decision(diverged, all=False)
         if diverged:
-            self.diverged_at = trainer.global_step
+            self.diverged_at = step
             trainer.should_stop = True
 
 

@@ -1,4 +1,4 @@
-"""A loss that is no number ends the run and says at which step; data that are none are an error."""
+"""A loss that is no number, or stays high, ends the run at a known step; bad data are an error."""
 
 import math
 from pathlib import Path
@@ -49,6 +49,9 @@ def fit(
     guard: DivergenceGuard,
     module: LightningModule,
     data: DataLoader | None = None,
+    *,
+    ckpt_path: Path | None = None,
+    save_to: Path | None = None,
     **options: Any,
 ) -> Trainer:
     trainer = Trainer(
@@ -61,7 +64,10 @@ def fit(
         enable_model_summary=False,
         **{"max_steps": 10, **options},
     )
-    trainer.fit(module, loader() if data is None else data, weights_only=True)
+    data = loader() if data is None else data
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    if save_to is not None:
+        trainer.save_checkpoint(save_to)
     return trainer
 
 
@@ -119,6 +125,81 @@ class TestDivergence:
         assert guard.diverged_at is None
 
 
+class TestMaxLoss:
+    @pytest.mark.parametrize(
+        ("losses", "patience", "diverged_at"),
+        [
+            ([5.0] * 10, 3, 3),
+            ([5.0], 1, 1),
+            ([1.0, 1.0, 5.0, 5.0, 5.0], 3, 5),
+            ([5.0, 5.0, 1.0, 5.0, 5.0, 5.0], 3, 6),
+            ([5.0, 5.0, 1.0] * 3, 3, None),
+            ([2.0] * 10, 1, None),
+            ([2.001], 1, 1),
+            ([5.0, math.nan], 3, 2),
+            ([5.0, -5.0, 5.0, 5.0], 2, 4),
+        ],
+        ids=[
+            "from_the_first_step",
+            "without_patience",
+            "later",
+            "anew_after_a_lower_one",
+            "never_for_long",
+            "equal_is_not_above",
+            "just_above",
+            "nan_waits_for_nothing",
+            "negative_is_below",
+        ],
+    )
+    def test_it_ends_the_run_when_above_for_long(
+        self, tmp_path: Path, losses: list[float], patience: int, diverged_at: int | None
+    ) -> None:
+        guard = DivergenceGuard(every_n_steps=50, max_loss=2.0, patience=patience)
+        trainer = fit(tmp_path, guard, Losses(*losses))
+        assert guard.diverged_at == diverged_at
+        assert trainer.global_step == (diverged_at or 10)
+
+    def test_the_default_patience(self, tmp_path: Path) -> None:
+        guard = DivergenceGuard(every_n_steps=50, max_loss=2.0)
+        fit(tmp_path, guard, Losses(*[5.0] * 200), max_steps=150)
+        assert guard.diverged_at == 100
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+    def test_it_is_finite(self, value: float) -> None:
+        with pytest.raises(ValueError, match="`max_loss` expected a finite number or None, got"):
+            DivergenceGuard(every_n_steps=1, max_loss=value)
+
+    @pytest.mark.parametrize("value", [0, -5])
+    def test_patience_is_positive(self, value: int) -> None:
+        with pytest.raises(
+            ValueError, match=f"`patience` expected a positive integer, got {value}"
+        ):
+            DivergenceGuard(every_n_steps=1, max_loss=1.0, patience=value)
+
+
+class TestAccumulatedGradients:
+    def test_the_loss_is_that_of_the_module(self, tmp_path: Path) -> None:
+        """Lightning divides the loss by the batches of a step."""
+        guard = DivergenceGuard(every_n_steps=50, max_loss=2.0, patience=1)
+        fit(tmp_path, guard, Losses(*[1.9] * 10, *[2.1] * 5), accumulate_grad_batches=5)
+        assert guard.diverged_at == 3
+
+    def test_patience_counts_steps(self, tmp_path: Path) -> None:
+        guard = DivergenceGuard(every_n_steps=50, max_loss=2.0, patience=3)
+        module = Losses(*[5.0] * 20)
+        trainer = fit(tmp_path, guard, module, accumulate_grad_batches=2)
+        assert guard.diverged_at == trainer.global_step == 3
+        assert module.taken == 6
+
+    @pytest.mark.parametrize(("batch", "step"), [(1, 1), (2, 1), (3, 2)], ids=str)
+    def test_the_step_is_that_of_the_batch(self, tmp_path: Path, batch: int, step: int) -> None:
+        guard = DivergenceGuard(every_n_steps=50)
+        module = Losses(*[1.0] * (batch - 1), math.nan)
+        fit(tmp_path, guard, module, accumulate_grad_batches=2)
+        assert guard.diverged_at == step
+        assert module.taken == batch
+
+
 class TestData:
     @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
     def test_inputs_that_are_no_numbers_are_an_error(self, tmp_path: Path, value: float) -> None:
@@ -145,28 +226,81 @@ class TestData:
 
 
 class TestAccelerator:
-    def test_it_looks_every_n_steps(self) -> None:
-        """A look waits for the device: a loss that is not the CPU's is read at those steps only."""
+    """A look waits for the device: a loss that is not the CPU's is read at some steps only."""
 
+    def looks(self, guard: DivergenceGuard, losses: list[float]) -> list[int]:
         class OnDevice:
             is_cpu = False
 
-            def __init__(self, looked: list[int], step: int) -> None:
-                self.looked, self.step = looked, step
+            def __init__(self, step: int) -> None:
+                self.step = step
 
             def item(self) -> float:
-                self.looked.append(self.step)
-                return math.nan if self.step > 7 else 1.0
+                looked.append(self.step)
+                return losses[self.step - 1]
 
-        guard, looked = DivergenceGuard(every_n_steps=5), []
-        trainer: Any = SimpleNamespace(global_step=0, should_stop=False, world_size=1)
+        looked: list[int] = []
+        trainer: Any = SimpleNamespace(
+            global_step=0,
+            should_stop=False,
+            world_size=1,
+            accumulate_grad_batches=1,
+            fit_loop=SimpleNamespace(batch_idx=0),
+        )
         module: Any = None
-        for step in range(1, 11):
-            trainer.global_step = step
-            guard.on_train_batch_end(trainer, module, {"loss": OnDevice(looked, step)}, [], 0)
-        assert looked == [5, 10]
+        while not trainer.should_stop and trainer.global_step < len(losses):
+            trainer.global_step += 1
+            loss = OnDevice(trainer.global_step)
+            guard.on_train_batch_end(trainer, module, {"loss": loss}, [], 0)
+        return looked
+
+    def test_it_looks_every_n_steps(self) -> None:
+        guard = DivergenceGuard(every_n_steps=5)
+        assert self.looks(guard, [1.0] * 7 + [math.nan] * 13) == [5, 10]
         assert guard.diverged_at == 10
-        assert trainer.should_stop
+
+    @pytest.mark.parametrize(
+        ("losses", "patience", "diverged_at"),
+        [
+            ([5.0] * 20, 5, 10),
+            ([5.0] * 20, 7, 15),
+            ([1.0] * 5 + [5.0] * 15, 5, 15),
+            (([1.0] * 4 + [5.0]) * 4, 5, 10),
+            (([5.0] * 4 + [1.0]) * 4, 5, None),
+            ([5.0] * 20, 1, 5),
+        ],
+        ids=["patience_5", "patience_7", "later", "at_looks", "between_looks", "at_once"],
+    )
+    def test_patience_counts_steps_from_look_to_look(
+        self, losses: list[float], patience: int, diverged_at: int | None
+    ) -> None:
+        guard = DivergenceGuard(every_n_steps=5, max_loss=2.0, patience=patience)
+        self.looks(guard, losses)
+        assert guard.diverged_at == diverged_at
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA forbids the fork that makes it cheap")
+@pytest.mark.parametrize(
+    ("losses", "diverged_at"),
+    [([1.0, math.nan], 2), ([5.0] * 10, 4)],
+    ids=["no_number", "high"],
+)
+def test_one_of_two_ranks_ends_both(tmp_path: Path, losses: list[float], diverged_at: int) -> None:
+    class Reporting(DivergenceGuard):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            report = self.diverged_at, trainer.global_step
+            torch.save(report, tmp_path / f"{trainer.global_rank}.pt")
+
+    class SecondRank(Losses):
+        def setup(self, stage: str) -> None:
+            if self.global_rank == 0:
+                self.losses = ()
+
+    guard = Reporting(every_n_steps=2, max_loss=2.0, patience=3)
+    data = DataLoader(torch.ones(20, 2))
+    fit(tmp_path, guard, SecondRank(*losses), data, strategy="ddp_fork", devices=2)
+    reports = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert reports == [(diverged_at, diverged_at)] * 2
 
 
 class TestState:
@@ -178,6 +312,23 @@ class TestState:
         other = DivergenceGuard(every_n_steps=1)
         other.load_state_dict(state["callbacks"][other.state_key])
         assert other.diverged_at == 2
+
+    def test_resuming_goes_on_counting(self, tmp_path: Path) -> None:
+        def run(losses: list[float], steps: int, **options: Any) -> DivergenceGuard:
+            guard = DivergenceGuard(every_n_steps=50, max_loss=2.0, patience=4)
+            data = loader(torch.ones(2), torch.ones(2))  # epochs of two steps
+            fit(tmp_path, guard, Losses(*losses), data, max_steps=steps, **options)
+            return guard
+
+        path = tmp_path / "a.ckpt"
+        assert run([1.0, 5.0], 2, save_to=path).diverged_at is None
+        assert run([5.0] * 10, 10, ckpt_path=path).diverged_at == 5
+        assert run([1.0] + [5.0] * 10, 10, ckpt_path=path).diverged_at == 7
+
+    def test_checkpoints_from_before_there_was_a_limit(self) -> None:
+        guard = DivergenceGuard(every_n_steps=1, max_loss=2.0)
+        guard.load_state_dict({"diverged_at": None})
+        assert guard.state_dict() == DivergenceGuard(every_n_steps=1).state_dict()
 
     def test_validation_still_follows(self, tmp_path: Path) -> None:
         """So that the last thing in the log of the run is how bad it was."""
