@@ -96,9 +96,8 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
     }
     layers = list(dict.fromkeys(layer for layer, _ in monitored))
     figure = Figure(figsize=(3.2 * len(_MONITORED), 3.3), layout="constrained")
-    for axes, (number, label) in zip(
-        figure.subplots(1, len(_MONITORED)), _MONITORED.items(), strict=True
-    ):
+    panels = figure.subplots(1, len(_MONITORED))
+    for axes, (number, label) in zip(panels, _MONITORED.items(), strict=True):
         for i, layer in enumerate(layers):
             if (layer, number) in monitored:
                 steps, values = zip(*monitored[layer, number], strict=True)
@@ -112,7 +111,10 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
         _tidy(axes)
     if len(layers) <= _MOST_IN_LEGEND:
         figure.legend(
-            *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
         )
     return figure
 

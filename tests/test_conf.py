@@ -52,6 +52,47 @@ def test_options(tmp_path, option):
     instantiate(config.model)
 
 
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("callbacks=[default]", set()),
+        ("callbacks=[default,batch_norm_monitor]", {"batch_norm_monitor"}),
+        ("+callbacks=batch_norm_monitor", {"batch_norm_monitor"}),
+        (
+            "+callbacks=[batch_norm_monitor,precise_batch_norm]",
+            {"batch_norm_monitor", "precise_batch_norm"},
+        ),
+    ],
+    ids=["default", "list", "added", "two_added"],
+)
+def test_callbacks_are_a_list(tmp_path, override, names):
+    default, _ = composed(tmp_path)
+    config, _ = composed(tmp_path, override)
+    assert set(config.callbacks) == set(default.callbacks) | names
+    for node in config.callbacks.values():
+        instantiate(node)
+
+
+@pytest.mark.parametrize("override", ["callbacks=none", "callbacks=[none]", "callbacks=[]"])
+def test_no_callbacks(tmp_path, override):
+    config, _ = composed(tmp_path, override)
+    assert len(config.callbacks) == 0
+
+
+def test_a_callback_is_set_by_its_name(tmp_path):
+    config, _ = composed(
+        tmp_path,
+        "+callbacks=[batch_norm_monitor,precise_batch_norm]",
+        "callbacks.batch_norm_monitor.every_n_steps=7",
+        "callbacks.precise_batch_norm.when=end",
+        "callbacks.divergence_guard.max_loss=4.5",
+    )
+    callbacks = {name: instantiate(node) for name, node in config.callbacks.items()}
+    assert callbacks["batch_norm_monitor"].every_n_steps == 7
+    assert callbacks["precise_batch_norm"].when == "end"
+    assert callbacks["divergence_guard"].max_loss == 4.5
+
+
 def test_the_paper_experiment_is_the_paper(tmp_path):
     config, _ = composed(tmp_path, "+experiment=mnist_bn")
     assert config.model.network.widths == [100, 100, 100]

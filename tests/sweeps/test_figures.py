@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 from bn_lightning.metrics_csv import MetricsCSVLogger
 from bn_lightning.sweeps.figures import (
     accuracy_figure,
+    batch_norm_figure,
     comparison_figure,
     draw_run,
     percentiles_figure,
@@ -23,6 +25,20 @@ PERCENTILES = {
     "activation/p85": [(0, 3.0), (10, 2.0)],
 }
 RUN = {"test/accuracy": ACCURACY, **PERCENTILES}
+NUMBERS = ("scale", "shift", "mean_distance", "log_std_distance", "dead")
+
+
+def monitored(
+    layers: int = 2, numbers: tuple[str, ...] = NUMBERS, steps: tuple[int, ...] = (1, 100, 200)
+) -> dict[str, list[tuple[int, float]]]:
+    """Metrics as BatchNormMonitor logs them, each line with values of its own."""
+    return {
+        f"batch_norm/network.{layer}/{number}": [
+            (step, layer + i / 10 + step / 1000) for step in steps
+        ]
+        for layer in range(layers)
+        for i, number in enumerate(numbers)
+    }
 
 
 def lines(axes: Axes) -> list[list[tuple[float, float]]]:
@@ -119,6 +135,73 @@ class TestComparison:
             assert sorted(lines(panel)) == sorted(PERCENTILES.values())
 
 
+class TestBatchNorm:
+    def test_a_panel_for_each_number_a_line_for_each_layer(self) -> None:
+        metrics = monitored()
+        panels = batch_norm_figure({"train/loss": ACCURACY, **metrics}).axes
+        assert len(panels) == len(NUMBERS)
+        for panel, number in zip(panels, NUMBERS, strict=True):
+            expected = [metrics[f"batch_norm/network.{layer}/{number}"] for layer in range(2)]
+            assert lines(panel) == expected
+            assert panel.get_xlabel() == "training steps"
+            assert panel.get_xscale() == "log"
+        titles = [panel.get_title() for panel in panels]
+        assert len(set(titles)) == len(NUMBERS)
+        for title, word in zip(
+            titles, ("scale", "shift", "mean", "deviation", "dead"), strict=True
+        ):
+            assert word in title
+        low, high = panels[-1].get_ylim()
+        assert low <= 0 < 1 <= high
+
+    @pytest.mark.parametrize("layers", [1, 2, 12])
+    def test_layers_are_named_in_their_order(self, layers: int) -> None:
+        (found,) = batch_norm_figure(monitored(layers)).legends
+        names = [text.get_text() for text in found.get_texts()]
+        assert names == [f"network.{layer}" for layer in range(layers)]
+
+    def test_too_many_layers_are_not_named(self) -> None:
+        figure = batch_norm_figure(monitored(13))
+        assert not figure.legends
+        assert [len(panel.get_lines()) for panel in figure.axes] == [13] * len(NUMBERS)
+
+    @pytest.mark.parametrize("layers", [2, 30])
+    def test_the_darkest_is_nearest_to_the_input(self, layers: int) -> None:
+        for panel in batch_norm_figure(monitored(layers)).axes:
+            colours = [to_rgb(line.get_color()) for line in panel.get_lines()]
+            brightness = [0.3 * red + 0.6 * green + 0.1 * blue for red, green, blue in colours]
+            assert brightness == sorted(set(brightness))
+
+    def test_layers_keep_their_colour_in_each_panel(self) -> None:
+        """Also where one of them has no running statistics."""
+        metrics = monitored(3)
+        for number in ("mean_distance", "log_std_distance"):
+            del metrics[f"batch_norm/network.0/{number}"]
+        scale, _, mean, *_ = batch_norm_figure(metrics).axes
+        colours = {line.get_label(): line.get_color() for line in scale.get_lines()}
+        assert len(mean.get_lines()) == 2
+        for line in mean.get_lines():
+            assert line.get_color() == colours[line.get_label()]
+
+    def test_a_compiled_network_logs_two_numbers(self) -> None:
+        figure = batch_norm_figure(monitored(2, ("scale", "shift")))
+        assert [len(panel.get_lines()) for panel in figure.axes] == [2, 2, 0, 0, 0]
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+            "network.0",
+            "network.1",
+        ]
+
+    def test_a_single_look_is_seen(self) -> None:
+        for panel in batch_norm_figure(monitored(steps=(1,))).axes:
+            assert all(line.get_marker() == "." for line in panel.get_lines())
+
+    def test_a_layer_with_slashes_in_its_name(self) -> None:
+        series = [(1, 0.5), (2, 0.25)]
+        figure = batch_norm_figure({"batch_norm/a/b/scale": series})
+        assert lines(figure.axes[0]) == [series]
+        assert figure.legends[0].get_texts()[0].get_text() == "a/b"
+
+
 class TestSave:
     def test_png_and_svg(self, tmp_path: Path) -> None:
         save(accuracy_figure({"": ACCURACY}), tmp_path / "new/folder/accuracy")
@@ -150,8 +233,11 @@ class TestSave:
 
 
 class TestRun:
+    ALL = {**RUN, **monitored()}
     FILES = {
-        f"{name}.{suffix}" for name in ("accuracy", "percentiles") for suffix in ("png", "svg")
+        f"{name}.{suffix}"
+        for name in ("accuracy", "percentiles", "batch_norm")
+        for suffix in ("png", "svg")
     }
 
     def run(self, directory: Path, metrics: dict[str, Any]) -> set[str]:
@@ -164,7 +250,7 @@ class TestRun:
         return {path.name for path in directory.glob("figures/*")}
 
     def test_all_that_was_logged(self, tmp_path: Path) -> None:
-        assert self.run(tmp_path, RUN) == self.FILES
+        assert self.run(tmp_path, self.ALL) == self.FILES
 
     @pytest.mark.parametrize(
         ("metrics", "names"),
@@ -174,7 +260,7 @@ class TestRun:
             ({"train/loss": ACCURACY}, set()),
             ({}, set()),
         ],
-        ids=["accuracy", "percentiles", "neither", "nothing"],
+        ids=["accuracy", "percentiles", "none_of_them", "nothing"],
     )
     def test_what_was_not_logged_is_left_out(
         self, tmp_path: Path, metrics: dict[str, Any], names: set[str]
@@ -184,5 +270,5 @@ class TestRun:
 
     def test_a_diverged_run_is_drawn_as_far_as_it_came(self, tmp_path: Path) -> None:
         nan = float("nan")
-        metrics = {name: [(0, 1.0), (1, nan)] for name in PERCENTILES}
+        metrics = {name: [(1, 1.0), (2, nan)] for name in (*PERCENTILES, *monitored())}
         assert self.run(tmp_path, {**metrics, "test/accuracy": ACCURACY[:1]}) == self.FILES
