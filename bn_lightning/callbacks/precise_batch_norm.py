@@ -114,7 +114,7 @@ class PreciseBatchNorm(Callback):
     def _read(self, loader: Iterable[Any], trainer: Trainer, pl_module: LightningModule) -> None:
         seen = 0
         for batch in loader:
-            # What the training loop does to a batch, in its order.
+            # What the training loop does to a batch, in its order; no public name calls the hook.
             batch = trainer.precision_plugin.convert_input(batch)
             batch = pl_module._on_before_batch_transfer(batch)
             batch = trainer.strategy.batch_to_device(batch)

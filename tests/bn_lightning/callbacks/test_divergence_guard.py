@@ -279,13 +279,14 @@ class TestAccelerator:
         assert guard.diverged_at == diverged_at
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA forbids the fork that makes it cheap")
 @pytest.mark.parametrize(
     ("losses", "diverged_at"),
     [([1.0, math.nan], 2), ([5.0] * 10, 4)],
     ids=["no_number", "high"],
 )
-def test_one_of_two_ranks_ends_both(tmp_path: Path, losses: list[float], diverged_at: int) -> None:
+def test_one_of_two_ranks_ends_both(
+    tmp_path: Path, two_ranks: dict[str, Any], losses: list[float], diverged_at: int
+) -> None:
     class Reporting(DivergenceGuard):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             report = self.diverged_at, trainer.global_step
@@ -298,7 +299,7 @@ def test_one_of_two_ranks_ends_both(tmp_path: Path, losses: list[float], diverge
 
     guard = Reporting(every_n_steps=2, max_loss=2.0, patience=3)
     data = DataLoader(torch.ones(20, 2))
-    fit(tmp_path, guard, SecondRank(*losses), data, strategy="ddp_fork", devices=2)
+    fit(tmp_path, guard, SecondRank(*losses), data, **two_ranks)
     reports = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert reports == [(diverged_at, diverged_at)] * 2
 

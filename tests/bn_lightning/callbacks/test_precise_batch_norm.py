@@ -788,8 +788,7 @@ class TestRefused:
             fit(tmp_path, Module(mlp()), PreciseBatchNorm(6, dataloader=iter(batches(6))))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA forbids the fork that makes it cheap")
-def test_two_ranks_average(tmp_path: Path) -> None:
+def test_two_ranks_average(tmp_path: Path, two_ranks: dict[str, Any]) -> None:
     """Each rank averages its own part of the examples, then all have the mean over the ranks."""
 
     class Report(Callback):
@@ -810,8 +809,7 @@ def test_two_ranks_average(tmp_path: Path) -> None:
         Report(),
         train=loader(),
         validation=loader(batch_size=12),
-        strategy="ddp_fork",
-        devices=2,
+        **two_ranks,
     )
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert not torch.equal(first["x"], second["x"])
