@@ -9,16 +9,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bn_lightning.layer_sync import FusedSyncBatchNorm
     from bn_lightning.models.classifier import Classifier
+    from bn_lightning.sync import (
+        SyncBatchNorm,
+        SyncBatchNorm1d,
+        SyncBatchNorm2d,
+        SyncBatchNorm3d,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Classifier"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Classifier",
+    "FusedSyncBatchNorm",
+    "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
+]
 
 _HOME = {
     "BatchNorm1d": "bn_lightning.batch_norm",
     "BatchNorm2d": "bn_lightning.batch_norm",
     "BatchNorm3d": "bn_lightning.batch_norm",
     "Classifier": "bn_lightning.models.classifier",
+    "FusedSyncBatchNorm": "bn_lightning.layer_sync",
+    "SyncBatchNorm": "bn_lightning.sync",
+    "SyncBatchNorm1d": "bn_lightning.sync",
+    "SyncBatchNorm2d": "bn_lightning.sync",
+    "SyncBatchNorm3d": "bn_lightning.sync",
 }
 
 

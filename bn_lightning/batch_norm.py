@@ -6,7 +6,7 @@ ways, the same defaults, the same running statistics. The arithmetic is in kerne
 torch.jit takes none of them: it can neither compile the ops nor record the choice of a backend.
 """
 
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class _BackendMixin(_BatchNorm):
                 running_mean = running_var = None
         else:
             training = running_mean is None and running_var is None
-        return batch_norm(
+        return self._batch_norm(
             input,
             self.weight,
             self.bias,
@@ -148,6 +148,10 @@ class _BackendMixin(_BatchNorm):
             num_batches_tracked=count,
             backend=self.backend,
         )
+
+    def _batch_norm(self, input: Tensor, *state: Tensor | None, **options: Any) -> Tensor:
+        """The arithmetic of `forward`; the synchronised modules have another."""
+        return batch_norm(input, *state, **options)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses torch.jit.script, which asks for this before it compiles."""

@@ -14,6 +14,7 @@ Reading order, each file resting on the ones before it:
     resident.py     all of it in one launch that reads each element from memory once
     checks.py       what is wrong with the arguments
     ops.py          the ops, their fakes, gradients and vmap, and the choice of backend
+    stages.py       the stages one by one, for a batch that lies on several ranks
 
 Triton is imported by the files with kernels only, and those only when a kernel runs.
 """

@@ -54,8 +54,11 @@ def check_like_aten(
     running_var: Tensor | None,
     training: bool,
     eps: float,
+    is_whole_batch: bool = True,
 ) -> None:
     """Checks what ATen would check, with its exceptions and in its words.
+
+    Without `is_whole_batch`, `x` is one rank's part, which may have one value per channel.
 
     Raises:
         ValueError: fewer than two dimensions; one value per channel in training; `eps` not
@@ -65,7 +68,8 @@ def check_like_aten(
     """
     if x.dim() < 2:
         raise ValueError(f"expected `x` to be (N, C) or (N, C, ...), got shape {tuple(x.shape)}")
-    check_batch(x, training)
+    if is_whole_batch:
+        check_batch(x, training)
     if eps < 0 or (training and eps == 0):
         raise ValueError(
             f"batch_norm eps must be positive during training, but got {eps}"

@@ -37,7 +37,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.to(compute_dtype(x.dtype))
     mean_C = _channel_mean(x)
-    centred = x - _as_channels(mean_C, x)
+    centred = x - as_channels(mean_C, x)
     return mean_C, _channel_mean(centred * centred)
 
 
@@ -117,9 +117,9 @@ def normalize(
     """
     y = _normalized(x.to(mean.dtype), mean, rstd)
     if weight is not None:
-        y = y * _as_channels(weight.to(mean.dtype), x)
+        y = y * as_channels(weight.to(mean.dtype), x)
     if bias is not None:
-        y = y + _as_channels(bias.to(mean.dtype), x)
+        y = y + as_channels(bias.to(mean.dtype), x)
     return y.to(x.dtype)
 
 
@@ -150,11 +150,11 @@ def batch_norm_backward(
     """
     dy = dy.to(mean.dtype)
     x_hat = _normalized(x.to(mean.dtype), mean, rstd)
-    dbias_C = _channel_sum(dy)
-    dweight_C = _channel_sum(dy * x_hat)
+    dbias_C = channel_sum(dy)
+    dweight_C = channel_sum(dy * x_hat)
     scale_C = _scale(rstd, weight)
     dx = _project(dy, x_hat) if training else dy
-    return (dx * _as_channels(scale_C, x)).to(x.dtype), dweight_C, dbias_C
+    return (dx * as_channels(scale_C, x)).to(x.dtype), dweight_C, dbias_C
 
 
 def fused_backward(
@@ -203,25 +203,74 @@ def fused_backward(
     if training and x is not None:
         mean, var_C = batch_statistics(x)
         rstd = torch.rsqrt(var_C + eps)
-    g = dy.to(mean.dtype)
-    if activation != "identity":
-        if bits is not None:
-            lower = lower_derivative(activation, negative_slope)
-            g = torch.where(_unpack(bits, dy.shape, channels_last), g, g * lower)
-        elif y is not None:
-            of_output = ACTIVATIONS[activation].derivative_of_output
-            if of_output is None:
-                raise ValueError(f"expected no `y` for {activation}, whose derivative it has not")
-            g = g * of_output(y.to(mean.dtype))
-        elif x is not None:
-            z = normalize(x.to(mean.dtype), mean, rstd, weight, bias)
-            z = z if residual is None else z + residual.to(mean.dtype)
-            g = g * derivative(z, activation, negative_slope)
+    g = gradient_of_z(
+        dy,
+        x,
+        residual,
+        y,
+        bits,
+        mean,
+        rstd,
+        weight,
+        bias,
+        channels_last,
+        activation,
+        negative_slope,
+    )
     dresidual = g.to(dy.dtype)
     if x is None:
-        dx = (g * _as_channels(_scale(rstd, weight), g)).to(dy.dtype)
-        return dx, None, _channel_sum(g), dresidual
+        dx = (g * as_channels(_scale(rstd, weight), g)).to(dy.dtype)
+        return dx, None, channel_sum(g), dresidual
     return (*batch_norm_backward(g, x, mean, rstd, weight, training=training), dresidual)
+
+
+def gradient_of_z(
+    dy: Tensor,
+    x: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    bits: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channels_last: bool,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """Computes g = dy * act'(z), in the dtype of `mean`; the arguments are `fused_backward`'s."""
+    g = dy.to(mean.dtype)
+    if activation == "identity":
+        return g
+    if bits is not None:
+        lower = lower_derivative(activation, negative_slope)
+        return torch.where(_unpack(bits, dy.shape, channels_last), g, g * lower)
+    if y is not None:
+        of_output = ACTIVATIONS[activation].derivative_of_output
+        if of_output is None:
+            raise ValueError(f"expected no `y` for {activation}, whose derivative it has not")
+        return g * of_output(y.to(mean.dtype))
+    if x is None:
+        return g
+    z = normalize(x.to(mean.dtype), mean, rstd, weight, bias)
+    z = z if residual is None else z + residual.to(mean.dtype)
+    return g * derivative(z, activation, negative_slope)
+
+
+def pack_bits(each: Tensor, channels_last: bool) -> Tensor:
+    """Returns eight bools in a byte, in the order of memory.
+
+    Args:
+        each: (N, C, ...) bool.
+        channels_last: whether memory is in the order of channels-last.
+
+    Returns:
+        (ceil(N * C * L / 8),) uint8.
+    """
+    flat = (each.movedim(1, -1) if channels_last else each).flatten().to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (flat.view(-1, 8) << shifts).sum(dim=1, dtype=torch.uint8)
 
 
 def _unpack(bits: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
@@ -235,25 +284,25 @@ def _unpack(bits: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
 
 def _project(g: Tensor, x_hat: Tensor) -> Tensor:
     """Takes from g what mean and variance absorb: g - mean(g) - x_hat * mean(g * x_hat)."""
-    mean_g = _as_channels(_channel_mean(g), g)
-    mean_gx = _as_channels(_channel_mean(g * x_hat), g)
+    mean_g = as_channels(_channel_mean(g), g)
+    mean_gx = as_channels(_channel_mean(g * x_hat), g)
     return g - mean_g - x_hat * mean_gx
 
 
 def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return (x - _as_channels(mean, x)) * _as_channels(rstd, x)
+    return (x - as_channels(mean, x)) * as_channels(rstd, x)
 
 
 def _scale(rstd: Tensor, weight: Tensor | None) -> Tensor:
     return rstd if weight is None else rstd * weight.to(rstd.dtype)
 
 
-def _as_channels(value_C: Tensor, x: Tensor) -> Tensor:
+def as_channels(value_C: Tensor, x: Tensor) -> Tensor:
     """Shapes a (C,) tensor so that it broadcasts against `x`."""
     return value_C.reshape(1, -1, *(1 for _ in range(x.dim() - 2)))
 
 
-def _channel_sum(x: Tensor) -> Tensor:
+def channel_sum(x: Tensor) -> Tensor:
     return x.sum(dim=[d for d in range(x.dim()) if d != 1])
 
 

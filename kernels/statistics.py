@@ -290,6 +290,27 @@ def _bn_finish_statistics_kernel(
 
 
 @triton.jit
+def _bn_finish_partial_kernel(
+    partial_count_ptr: tl.tensor,  # (S, C) fp32
+    partial_mean_ptr: tl.tensor,  # (S, C) fp32
+    partial_root_ptr: tl.tensor,  # (S, C) fp32
+    mean_ptr: tl.tensor,  # (C,) fp32
+    root_ptr: tl.tensor,  # (C,) fp32
+    S: tl.tensor,
+    C: tl.tensor,
+    total: tl.tensor,  # M
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, m2, unit = combine_partials(
+        partial_count_ptr, partial_mean_ptr, partial_root_ptr, offs_c, S, C, total, BLOCK_S
+    )
+    tl.store(mean_ptr + offs_c, mean, mask=offs_c < C)
+    tl.store(root_ptr + offs_c, _root(m2) * unit, mask=offs_c < C)
+
+
+@triton.jit
 def _bn_evaluation_statistics_kernel(
     running_mean_ptr: tl.tensor,  # (C,)
     running_var_ptr: tl.tensor,  # (C,)
@@ -374,6 +395,33 @@ def finish_statistics(
         BLOCK_C=block_c,
     )
     return mean_C, rstd_C
+
+
+def finish_partial(
+    partials: tuple[Tensor, Tensor, Tensor], mean: Tensor, root: Tensor, schedule: Schedule
+) -> None:
+    """Combines the partials to one, that of the whole tensor.
+
+    Args:
+        partials: count, mean and sqrt(M2), each (S, C) fp32.
+        mean: (C,) fp32, written.
+        root: (C,) fp32, sqrt(M2), written.
+        schedule: of the tensor the partials come from.
+    """
+    count_SC, mean_SC, root_SC = partials
+    block_s, block_c = schedule.finish_tile
+    _bn_finish_partial_kernel[(triton.cdiv(schedule.C, block_c),)](
+        partial_count_ptr=count_SC,
+        partial_mean_ptr=mean_SC,
+        partial_root_ptr=root_SC,
+        mean_ptr=mean,
+        root_ptr=root,
+        S=schedule.splits,
+        C=schedule.C,
+        total=float(schedule.values_per_channel),
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+    )
 
 
 def evaluation_statistics(

@@ -13,6 +13,8 @@ ORDER = {
     "kernels": 0,
     "batch_norm": 1,
     "class_swap": 1,
+    "sync": 2,
+    "layer_sync": 3,
     "interruption": 2,
     "run_directory": 2,
     "run_record": 2,

@@ -34,3 +34,14 @@ def batch_norm(
 ) -> nn.Module:
     """This project's BatchNorm (`norm=batch`). Arguments as for `bn_lightning.BatchNorm1d`."""
     return _OURS[spatial_dims](num_features, eps=eps, momentum=momentum, backend=backend)
+
+
+def sync_batch_norm(
+    num_features: int, spatial_dims: int = 0, *, eps: float, momentum: float | None, backend: str
+) -> nn.Module:
+    """BatchNorm over all ranks (`norm=sync`). Arguments as for `bn_lightning.SyncBatchNorm1d`."""
+    # Not every build of torch has torch.distributed.
+    from bn_lightning.sync import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+
+    modules = (SyncBatchNorm1d, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
+    return modules[spatial_dims](num_features, eps=eps, momentum=momentum, backend=backend)

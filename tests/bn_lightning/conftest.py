@@ -1,10 +1,13 @@
-"""Fixtures of the tests that run the commands."""
+"""Fixtures of the tests that run the commands, and of those that run on several ranks."""
 
 import os
+import pickle
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +64,90 @@ def mnist_root() -> Path:
     if not (root / "mnist").is_dir():
         pytest.skip(f"needs the real MNIST in {root}/mnist; set BN_LIGHTNING_DATA to its folder")
     return root
+
+
+class Ranks:
+    """Processes of one gloo process group, which run functions of test modules.
+
+    Args:
+        world_size: how many.
+        timeout: of a collective, in seconds.
+        folder: an empty one, where they find one another.
+    """
+
+    def __init__(self, world_size: int, timeout: float, folder: Path) -> None:
+        self.world_size, self.timeout, self.folder = world_size, timeout, folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Runs `function(*arguments)` on all ranks and returns what each returned.
+
+        Raises:
+            RuntimeError: with the tracebacks, if any of them raised or died.
+        """
+        if not self.processes:
+            self._start()
+        request = pickle.dumps((function.__code__.co_filename, function.__name__, arguments))
+        for process in self.processes:
+            process.stdin.write(request)
+            process.stdin.flush()
+        answers = [self._answer(process) for process in self.processes]
+        if all(ok for ok, _ in answers):
+            return [answer for _, answer in answers]
+        # They may have stopped in different places: the next function gets new ones.
+        self.end()
+        raise RuntimeError(
+            "\n".join(f"rank {r}: {answer}" for r, (_, answer) in enumerate(answers))
+        )
+
+    def end(self) -> None:
+        """Ends the processes and waits for them."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.communicate()
+        self.processes = []
+
+    def _start(self) -> None:
+        script = Path(__file__).with_name("rank_process.py")
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        store = self.folder / f"store_{len(list(self.folder.iterdir()))}"
+        for rank in range(self.world_size):
+            command = [script, rank, self.world_size, store, self.timeout]
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, command)],
+                    env=env,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
+
+    @staticmethod
+    def _answer(process: "subprocess.Popen[bytes]") -> tuple[bool, Any]:
+        try:
+            return pickle.load(process.stdout)
+        except EOFError:
+            return False, f"died with {process.wait()}"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two ranks: `ranks(function, *arguments)`, for a function at the top of a test module."""
+    both = Ranks(2, 30.0, tmp_path_factory.mktemp("ranks"))
+    yield both
+    both.end()
+
+
+@pytest.fixture
+def new_ranks(tmp_path: Path) -> Iterator[Callable[[int, float], Ranks]]:
+    """Makes ranks of a test's own: `new_ranks(world_size, timeout in seconds)`."""
+    made: list[Ranks] = []
+
+    def make(world_size: int, timeout: float) -> Ranks:
+        made.append(Ranks(world_size, timeout, tmp_path))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
