@@ -212,8 +212,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         total, x, *saved = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(x)
+        dy = torch.zeros_like(x) if dy is None else ops._as_layout(dy, ctx.options[0])
         needs_dx, needs_dresidual, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
         # Without an activation the residual's gradient is dy itself.
         writes_dresidual = needs_dresidual and ctx.activation != "identity"
@@ -353,9 +352,9 @@ _LIBRARY.define(
 )
 _LIBRARY.define("check_total(Tensor parts) -> Tensor")
 _LIBRARY.impl("sync_normalize", _with_gradient, "Autograd")
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("sync_normalize", _without_gradient, _key)
-    _LIBRARY.impl("check_total", _check_total, _key)
+# On every device: both are written in torch.
+_LIBRARY.impl("sync_normalize", _without_gradient, "CompositeExplicitAutograd")
+_LIBRARY.impl("check_total", _check_total, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "bn_lightning::sync_normalize", lambda x, *_: torch.empty_like(x), lib=_LIBRARY
 )

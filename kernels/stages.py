@@ -164,7 +164,7 @@ class Backward:
     """What the stages of a backward read.
 
     Attributes:
-        dy: (N, C, ...), the gradient of y.
+        dy: (N, C, ...), the gradient of y, in memory as `x` is.
         x: as the forward read it.
         residual: the forward's, where z is computed again and there was one.
         y: the forward's, where act' is a function of it.

@@ -387,3 +387,27 @@ def test_inputs_that_are_not_numbers_are_an_error_of_the_data(command, monkeypat
     assert result.code == 1
     assert len(result.err.strip().splitlines()) == 1
     assert "NaN" in result.err
+
+
+def test_two_ranks_on_a_cpu_train_as_one_with_the_double_batch(tmp_path):
+    # The ranks run the command again, so that it is one of its own.
+    losses = []
+    for choices in (
+        ("trainer=ddp_sim", "norm=sync", "data.batch_size=30"),
+        ("trainer=cpu", "norm=batch", "data.batch_size=60"),
+    ):
+        command = [sys.executable, "-m", "bn_lightning.train", "+experiment=mnist_bn", *BARE]
+        result = subprocess.run(
+            [*command, "data=digits", "trainer.max_steps=20", *choices],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert result.returncode == 0, result.stderr
+        record = read_run(Path(result.stdout.strip().splitlines()[-1]))
+        assert record["status"] == "completed" and record["steps"] == 20
+        losses.append(record["metrics"]["test/loss"])
+    # 20 steps at learning rate 1 in fp32, summed in another order.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

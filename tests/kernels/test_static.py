@@ -24,6 +24,7 @@ import torch
 KERNELS = {
     "_bn_partial_statistics_kernel",
     "_bn_finish_statistics_kernel",
+    "_bn_finish_partial_kernel",
     "_bn_evaluation_statistics_kernel",
     "_bn_forward_normalize_kernel",
     "_bn_forward_small_kernel",
@@ -177,6 +178,7 @@ def _record(warp_size: int, everything: bool) -> list[tuple[str, bool, Any, dict
             if schedule.regime is Regime.SPLIT:
                 partials = statistics.partial_statistics(x, schedule)
                 statistics.finish_statistics(partials, forward, schedule)
+                statistics.finish_partial(partials, per_channel, per_channel, schedule)
                 normalize.normalize(forward, per_channel, per_channel, schedule)
                 backward.affine_gradients(back, schedule)
                 backward.input_gradients(back, per_channel, per_channel, schedule)
