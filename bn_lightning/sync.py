@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A private name, and PyTorch's documented way to collectives that torch.compile takes and that hand
-# back a new tensor; the public ones write into their arguments.
+# Private, for torch 2.13 has no public name for collectives that a compiler can take and that hand
+# back a new tensor; PyTorch's own DTensor is written with them.
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -450,13 +450,16 @@ class SyncBatchNorm(_SyncMixin, _BatchNorm):
     """Batch Normalization of (N, C) or (N, C, ...) by the batches of all ranks.
 
     What `torch.nn.SyncBatchNorm` is, on CPU (gloo) as well as GPU (NCCL), with empty batches, an
-    activation, a residual, torch.compile and a second derivative. It is no subclass of it, which
-    DistributedDataParallel and Lightning would not let on a CPU.
+    activation, a residual, torch.compile and a second derivative. It is no subclass of it, for
+    DistributedDataParallel refuses those on a CPU.
 
     In training it exchanges one tensor forward and one backward (see `sync_batch_norm`), and one
-    more at its first forward, in which the ranks compare their channels; a compiled forward leaves
-    that out. In evaluation, frozen, with a group of one rank, or without an initialised process
-    group, it is a plain BatchNorm; in the last case it warns, once in a process.
+    more at its first forward, in which the ranks compare their channels. In evaluation, frozen,
+    with a group of one rank, or without an initialised process group, it is a plain BatchNorm; in
+    the last case it warns, once in a process.
+
+    A compiled forward leaves the comparison out, and keeps to the process group it was compiled
+    for: initialise that before the first one.
 
     Args:
         process_group: over which to synchronise, by keyword; None for all ranks. Pickled or copied

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -298,6 +299,30 @@ def test_double_backward(ranks, activation, add):
     ranks(rank_double_backward, activation, add)
 
 
+def rank_saved() -> None:
+    def saved(dtype: torch.dtype, activation: str, add: bool, backend: str) -> int:
+        """Bytes saved beside x and a few numbers a channel; y and the residual exist anyway."""
+        module = SyncBatchNorm2d(C, activation=activation, backend=backend)
+        x, residual = (torch.randn(4, C, 16, 16, dtype=dtype, requires_grad=True) for _ in "xr")
+        packed: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: packed.append(v) or v, lambda v: v):
+            y = module(x, residual if add else None)
+        there = {v.data_ptr() for v in (x, y, residual)}
+        return sum(v.nbytes for v in packed if v.data_ptr() not in there and v.numel() > C)
+
+    for backend in ("native", *(["triton"] if ops._TRITON_INSTALLED else [])):
+        for activation, add in FUSED.values():
+            bits = add and activation in ("relu", "leaky_relu")
+            expected = 4 * C * 16 * 16 // 8 if bits else 0
+            assert saved(torch.bfloat16, activation, add, backend) == expected
+
+
+def test_saved_for_backward(ranks):
+    if torch.cuda.is_available():
+        pytest.skip("Triton runs on CPU tensors only where there is no GPU")
+    ranks(rank_saved)
+
+
 def rank_checkpoint() -> None:
     t, part = _tensors(torch.float64), _part(7)
     plain, again, other = (_module(SyncBatchNorm2d, t) for _ in range(3))
@@ -376,6 +401,22 @@ def rank_compiled_collectives() -> None:
 
 def test_one_collective_each_way_when_compiled(ranks):
     ranks(rank_compiled_collectives)
+
+
+def rank_opcheck() -> None:
+    warnings.simplefilter("ignore", DeprecationWarning)
+    torch._dynamo.reset()
+    t = _tensors(torch.float32)
+    zeros, ones, total = torch.zeros(C), torch.ones(C), torch.tensor(400.0, dtype=torch.float64)
+    tensors = [t[k].requires_grad_() for k in ("x", "residual", "weight", "bias")]
+    for activation in ("identity", "relu", "silu"):
+        options = (1e-5, activation, 0.01, False, dist.group.WORLD.group_name)
+        opcheck(torch.ops.bn_lightning.sync_normalize, (*tensors, zeros, ones, total, *options))
+    opcheck(torch.ops.bn_lightning.check_total, (torch.ones(2, 2 * C + 2),))
+
+
+def test_opcheck(ranks):
+    ranks(rank_opcheck)
 
 
 def rank_call_arguments() -> None:

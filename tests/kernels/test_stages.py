@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from bn_lightning.kernels import ops, reference, stages
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
+from bn_lightning.kernels.schedule import Regime, forced_regime
 
 needs_triton = pytest.mark.skipif(not ops._TRITON_INSTALLED, reason="Triton is not installed")
 paths = pytest.mark.parametrize(
@@ -162,6 +163,19 @@ def test_the_stages_are_a_batch_norm(add, activation, layout, triton, device):
     for value, expected in zip(found, _true(t, activation, add), strict=True):
         _assert_close(value, expected)
     assert all(v.is_contiguous(memory_format=layout) for v in found[:3])
+
+
+@needs_triton
+@pytest.mark.parametrize("regime", Regime, ids=lambda regime: regime.value)
+def test_several_splits_of_a_channel(regime, device):
+    t = _tensors(device, torch.float32)
+    t |= {k: t[k].repeat(29, 1, 5, 7) for k in ("x", "residual", "dy")}
+    with forced_regime(regime):
+        schedule = ops._schedule(t["x"], False, False, False)
+        found = _run(t, "relu", True, triton=True)
+    assert (schedule.splits > 1) == (regime is not Regime.SMALL)
+    for value, expected in zip(found, _true(t, "relu", True), strict=True):
+        _assert_close(value, expected)
 
 
 @paths
