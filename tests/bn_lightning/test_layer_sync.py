@@ -5,11 +5,10 @@ Functions whose names begin with `rank_` run on the ranks (see the fixture `rank
 
 import copy
 import itertools
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -225,42 +224,21 @@ def test_ten_steps_of_ddp_equal_one_process_with_the_double_batch(ranks, tmp_pat
     ranks(rank_ten_steps, str(tmp_path))
 
 
-OTHER_PACKAGE = """
-import sys
-import types
-
-sys.modules["pytorch_lightning"] = types.ModuleType("pytorch_lightning")
-from bn_lightning import FusedSyncBatchNorm
-
-print(f"Found invalid type for plugin {FusedSyncBatchNorm()}.")
-"""
-
-
-def test_the_other_package_is_told_which_import_to_use():
-    code = OTHER_PACKAGE
-    try:
-        import pytorch_lightning  # noqa: F401
-    except ImportError:
-        # The words of its error, with what it shows of a plugin it does not know.
-        pass
-    else:
-        code = (
-            "from pytorch_lightning import Trainer\n"
-            "from bn_lightning import FusedSyncBatchNorm\n"
-            "try:\n    Trainer(plugins=[FusedSyncBatchNorm()])\n"
-            "except Exception as error:\n    print(error)\n"
-        )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Found invalid type for plugin FusedSyncBatchNorm(" in result.stdout
-    assert "write `from lightning.pytorch import Trainer, LightningModule`" in result.stdout
-
-
-def test_it_is_lightnings_own_kind():
+def test_it_is_lightnings_own_kind(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
     assert isinstance(FusedSyncBatchNorm(), TorchSyncBatchNorm)
-    assert "lightning" not in repr(FusedSyncBatchNorm()) or "pytorch_lightning" in sys.modules
+    assert repr(FusedSyncBatchNorm()) == "FusedSyncBatchNorm(process_group=None, backend=None)"
+
+
+def test_beside_the_other_package_it_says_which_import_to_use(monkeypatch):
+    # Its Trainer's error for a plugin of another package's shows the plugin and no more.
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", ModuleType("pytorch_lightning"))
+    error = f"Found invalid type for plugin {FusedSyncBatchNorm()}."
+    assert "write `from lightning.pytorch import Trainer, LightningModule` instead of" in error
+
+
+@pytest.mark.parametrize("sync_batchnorm", [False, True])
+def test_the_other_packages_trainer_refuses_it_with_those_words(sync_batchnorm):
+    other = pytest.importorskip("pytorch_lightning")
+    with pytest.raises(Exception, match="instead of `from pytorch_lightning import"):
+        other.Trainer(plugins=[FusedSyncBatchNorm()], sync_batchnorm=sync_batchnorm)
