@@ -71,12 +71,11 @@ class Ranks:
 
     Args:
         world_size: how many.
-        timeout: of a collective, in seconds.
         folder: an empty one, where they find one another.
     """
 
-    def __init__(self, world_size: int, timeout: float, folder: Path) -> None:
-        self.world_size, self.timeout, self.folder = world_size, timeout, folder
+    def __init__(self, world_size: int, folder: Path) -> None:
+        self.world_size, self.folder = world_size, folder
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -113,7 +112,7 @@ class Ranks:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         store = self.folder / f"store_{len(list(self.folder.iterdir()))}"
         for rank in range(self.world_size):
-            command = [script, rank, self.world_size, store, self.timeout]
+            command = [script, rank, self.world_size, store]
             self.processes.append(
                 subprocess.Popen(
                     [sys.executable, *map(str, command)],
@@ -134,20 +133,14 @@ class Ranks:
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two ranks: `ranks(function, *arguments)`, for a function at the top of a test module."""
-    both = Ranks(2, 30.0, tmp_path_factory.mktemp("ranks"))
+    both = Ranks(2, tmp_path_factory.mktemp("ranks"))
     yield both
     both.end()
 
 
 @pytest.fixture
-def new_ranks(tmp_path: Path) -> Iterator[Callable[[int, float], Ranks]]:
-    """Makes ranks of a test's own: `new_ranks(world_size, timeout in seconds)`."""
-    made: list[Ranks] = []
-
-    def make(world_size: int, timeout: float) -> Ranks:
-        made.append(Ranks(world_size, timeout, tmp_path))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.end()
+def three_ranks(tmp_path: Path) -> Iterator[Ranks]:
+    """Three ranks, as `ranks`."""
+    three = Ranks(3, tmp_path)
+    yield three
+    three.end()

@@ -10,6 +10,7 @@ import pickle
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -509,12 +510,13 @@ def rank_three() -> None:
     _assert_equal(found, whole, parts[rank], 1e-12)
 
 
-def test_three_ranks(new_ranks):
-    new_ranks(3, 60.0)(rank_three)
+def test_three_ranks(three_ranks):
+    three_ranks(rank_three)
 
 
 def rank_dies(how: str) -> str:
-    module = SyncBatchNorm1d(C)
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=3))
+    module = SyncBatchNorm1d(C, process_group=group)
     x = torch.randn(4, C, requires_grad=True)
     y = module(x)
     if dist.get_rank() == 1:
@@ -526,15 +528,15 @@ def rank_dies(how: str) -> str:
     return str(error.value)
 
 
-def test_a_rank_that_leaves_a_step_ends_the_others(new_ranks):
+def test_a_rank_that_leaves_a_step_ends_the_others(ranks):
     # As long as the process lives, nothing tells the others but the timeout.
-    message, _ = new_ranks(2, 3.0)(rank_dies, "goes_on")
+    message, _ = ranks(rank_dies, "goes_on")
     assert "3000ms" in message
 
 
-def test_a_rank_that_dies_in_a_step_ends_the_others(new_ranks):
+def test_a_rank_that_dies_in_a_step_ends_the_others(ranks):
     with pytest.raises(RuntimeError) as error:
-        new_ranks(2, 10.0)(rank_dies, "is_killed")
+        ranks(rank_dies, "is_killed")
     first, second = str(error.value).split("\n")
     assert "onnection" in first and second == "rank 1: died with 9"
 
