@@ -173,7 +173,8 @@ def _native(
     if cumulative and x.numel() > 0 and num_batches_tracked is not None:
         for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
             if running is not None and batch is not None:
-                running.lerp_(batch, (1.0 / num_batches_tracked).to(running.dtype))
+                precise = torch.promote_types(running.dtype, torch.float32)
+                running.lerp_(batch, num_batches_tracked.to(precise).reciprocal().to(running.dtype))
     return y
 
 
