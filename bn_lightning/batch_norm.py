@@ -3,13 +3,14 @@
 Subclasses of `torch.nn.BatchNorm1d`, `2d` and `3d`: the same `state_dict`, so checkpoints load both
 ways, the same defaults, the same running statistics. The arithmetic is in kernels/ops.py.
 
-torch.jit takes none of them: it can neither compile the ops nor record the choice of a backend.
+torch.jit takes none of them: it can neither compile the ops nor record the choice of a backend. To
+torch.fx each is one node, as torch's are.
 """
 
 from typing import Any, NoReturn, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.kernels.activations import ACTIVATIONS
@@ -119,6 +120,17 @@ class _BackendMixin(_BatchNorm):
                 that `backend` cannot take; a residual unlike `input`. The state is then as it was.
             RuntimeError: under torch.jit.trace.
         """
+        if isinstance(input, fx.Proxy):
+            tracer: Any = input.tracer
+            given = {
+                "residual": residual,
+                "activation": activation,
+                "negative_slope": negative_slope,
+            }
+            options = {name: value for name, value in given.items() if value is not None}
+            return tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (input,), options
+            )
         if torch.jit.is_tracing():
             raise RuntimeError(_NO_JIT.format(type(self).__name__))
         self._check_input_dim(input)

@@ -315,3 +315,19 @@ def test_an_activation_of_one_call_leaves_the_modules_own():
         torch.nn.functional.leaky_relu(z, 0.3),
     )
     torch.testing.assert_close(module(x, residual), z.tanh())
+
+
+def test_fx_takes_a_call_for_one_node():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = batch_norm.BatchNorm1d(3)
+
+        def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+            return self.bn(x, residual, activation="relu") + self.bn(x)
+
+    block = Block().eval()
+    traced = torch.fx.symbolic_trace(block)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+    x, residual = torch.randn(4, 3), torch.randn(4, 3)
+    assert torch.equal(traced(x, residual), block(x, residual))
