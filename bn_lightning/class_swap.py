@@ -29,6 +29,19 @@ def exchange_class(module: nn.Module, new_class: type[nn.Module], key: str) -> N
     module.__class__ = new_class
 
 
+def replace_class(
+    module: nn.Module, old_class: type[nn.Module], new_class: type[nn.Module]
+) -> None:
+    """Puts `new_class` where `old_class` is: the module's class, or one to be given back."""
+    if type(module) is old_class:
+        module.__class__ = new_class
+    stack = module.__dict__.get(_STACK)
+    if stack:
+        module.__dict__[_STACK] = [
+            (key, new_class if before is old_class else before) for key, before in stack
+        ]
+
+
 def is_exchanged(module: nn.Module, key: str) -> bool:
     """Returns whether the class of `module` is exchanged under `key`."""
     return any(key == other for other, _ in module.__dict__.get(_STACK, ()))

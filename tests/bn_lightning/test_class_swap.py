@@ -8,7 +8,12 @@ import pytest
 from torch import nn
 
 from bn_lightning import BatchNorm2d
-from bn_lightning.class_swap import exchange_class, is_exchanged, restore_class
+from bn_lightning.class_swap import (
+    exchange_class,
+    is_exchanged,
+    replace_class,
+    restore_class,
+)
 
 
 class Third(BatchNorm2d):
@@ -60,6 +65,18 @@ def test_an_exchange_under_the_same_key_twice_is_refused(module):
     with pytest.raises(ValueError, match="not yet exchanged under 'a'"):
         exchange_class(module, Third, "a")
     assert type(module) is BatchNorm2d
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_class_is_replaced_wherever_it_lies(module, depth):
+    for key in "ab"[:depth]:
+        exchange_class(module, {"a": BatchNorm2d, "b": Third}[key], key)
+    replace_class(module, nn.BatchNorm2d, nn.BatchNorm3d)
+    if depth:
+        assert type(module) is (BatchNorm2d, Third)[depth - 1]
+    for key in "ab"[:depth]:
+        restore_class(module, key)
+    assert type(module) is nn.BatchNorm3d
 
 
 @pytest.mark.parametrize(
