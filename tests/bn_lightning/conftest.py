@@ -37,6 +37,22 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def fused_calls(monkeypatch) -> list[bool]:
+    """For each call of one of our BatchNorms, whether something was fused into it."""
+    from bn_lightning import batch_norm as module
+
+    seen: list[bool] = []
+    whole = module.batch_norm
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(kwargs["residual"] is not None or kwargs["activation"] != "identity")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(module, "batch_norm", watched)
+    return seen
+
+
+@pytest.fixture
 def command(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
     """Runs a command in this process, in an empty folder: `command(main, "data=digits")`."""
     from hydra.core.global_hydra import GlobalHydra
