@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bn_lightning.callbacks.fused_batch_norm import FusedBatchNorm
+    from bn_lightning.convert import convert_batchnorm, revert_batchnorm
+    from bn_lightning.fold import fold_batchnorm
     from bn_lightning.layer_sync import FusedSyncBatchNorm
     from bn_lightning.models.classifier import Classifier
     from bn_lightning.sync import (
@@ -29,6 +32,10 @@ __all__ = [
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
+    "FusedBatchNorm",
+    "convert_batchnorm",
+    "fold_batchnorm",
+    "revert_batchnorm",
 ]
 
 _HOME = {
@@ -41,6 +48,10 @@ _HOME = {
     "SyncBatchNorm1d": "bn_lightning.sync",
     "SyncBatchNorm2d": "bn_lightning.sync",
     "SyncBatchNorm3d": "bn_lightning.sync",
+    "FusedBatchNorm": "bn_lightning.callbacks.fused_batch_norm",
+    "convert_batchnorm": "bn_lightning.convert",
+    "fold_batchnorm": "bn_lightning.fold",
+    "revert_batchnorm": "bn_lightning.convert",
 }
 
 

@@ -3,6 +3,7 @@
 from bn_lightning.callbacks.activation_percentiles import ActivationPercentiles
 from bn_lightning.callbacks.batch_norm_monitor import BatchNormMonitor
 from bn_lightning.callbacks.divergence_guard import DivergenceGuard
+from bn_lightning.callbacks.fused_batch_norm import FusedBatchNorm
 from bn_lightning.callbacks.precise_batch_norm import PreciseBatchNorm
 from bn_lightning.callbacks.run_checkpoints import RunCheckpoints
 from bn_lightning.callbacks.step_progress import StepProgress
@@ -12,6 +13,7 @@ __all__ = [
     "BatchNormMonitor",
     "DivergenceGuard",
     "PreciseBatchNorm",
+    "FusedBatchNorm",
     "RunCheckpoints",
     "StepProgress",
 ]

@@ -1,0 +1,324 @@
+"""Lightning runs with and without the callback: the same numbers, and the same model afterwards."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bn_lightning import BatchNorm2d, FusedBatchNorm, convert_batchnorm
+
+pytestmark = [
+    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    # Lightning advises worker processes, which data of this size do not need.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    # Some runs here only train a model that could validate.
+    pytest.mark.filterwarnings("ignore:.*`validation_step` but have no `val_dataloader`.*"),
+]
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return self.relu(out)
+
+
+class Model(LightningModule):
+    """A residual network, as a user has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.block = Block(4)
+        self.head = nn.Linear(4, 3)
+        self.losses: list[float] = []
+        self.seen: list[type[nn.Module]] = []
+        self.fails_at: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x)).mean((2, 3)))
+
+    def _loss(self, batch: list[Tensor]) -> Tensor:
+        self.seen.append(type(self.stem[1]))
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if len(self.losses) == self.fails_at:
+            raise ArithmeticError("as asked")
+        return self._loss(batch)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self._loss(batch))
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self._loss(batch)
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.seen.append(type(self.stem[1]))
+        return self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), lr=0.05)
+
+
+def model() -> Model:
+    seed_everything(0, verbose=False)
+    return Model()
+
+
+def loader(batches: int = 10) -> DataLoader:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(batches * 6, 1, 5, 5, generator=g)
+    return DataLoader(TensorDataset(x, torch.randint(3, (len(x),), generator=g)), 6)
+
+
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **{"max_epochs": 2, "enable_checkpointing": False, **options},
+    )
+
+
+def classes(module: nn.Module) -> list[Any]:
+    """What the callback has to restore: classes, and which attributes there are."""
+    # Lightning adds attributes of its own to the LightningModule.
+    return [
+        (name, type(m), sorted(m.__dict__) if name else "forward" in m.__dict__)
+        for name, m in module.named_modules()
+    ]
+
+
+def untouched(module: nn.Module) -> bool:
+    return classes(module) == classes(model())
+
+
+class TestRuns:
+    def test_fifty_steps_have_the_same_losses(self, tmp_path: Path) -> None:
+        losses = []
+        for callbacks in ([FusedBatchNorm()], []):
+            a = model()
+            trainer(tmp_path, *callbacks, max_epochs=5).fit(a, loader())
+            assert len(a.losses) == 50
+            assert set(a.seen) == {BatchNorm2d if callbacks else nn.BatchNorm2d}
+            losses.append(a.losses)
+        assert losses[1][-1] < losses[1][0]
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+
+    def test_the_model_is_given_back_after_each(self, tmp_path: Path) -> None:
+        a, callback = model(), FusedBatchNorm()
+        run = trainer(tmp_path, callback)
+        for function in (run.fit, run.validate, run.test):
+            function(a, loader(), **({} if function != run.fit else {"val_dataloaders": loader()}))
+            assert set(a.seen) == {BatchNorm2d} and a.seen
+            assert untouched(a)
+            a.seen.clear()
+        predictions = run.predict(a, loader())
+        assert set(a.seen) == {BatchNorm2d} and untouched(a)
+        torch.testing.assert_close(predictions[0], a.eval()(next(iter(loader()))[0]))
+        assert callback.conversion is not None
+        assert callback.conversion.fused == ("stem.1", "block.bn1", "block.bn2")
+
+    def test_it_says_what_it_did_in_one_line(self, tmp_path: Path, caplog) -> None:
+        with caplog.at_level("INFO"):
+            trainer(tmp_path, FusedBatchNorm(), fast_dev_run=True).fit(model(), loader())
+        lines = [m for m in caplog.messages if m.startswith("BatchNorm")]
+        assert lines == ["BatchNorm: 3 converted, 3 fused, 0 left alone"]
+
+    def test_without_fusion(self, tmp_path: Path, fused_calls: list[bool]) -> None:
+        callback = FusedBatchNorm(fuse=False, backend="native")
+        trainer(tmp_path, callback, fast_dev_run=True).fit(model(), loader())
+        assert callback.conversion.fused == () and fused_calls and not any(fused_calls)
+
+    def test_a_model_without_batch_norm(self, tmp_path: Path) -> None:
+        a = model()
+        a.stem[1], a.block = nn.Identity(), nn.ReLU()
+        with pytest.warns(UserWarning, match="with BatchNorm, found none in Model"):
+            trainer(tmp_path, FusedBatchNorm()).fit(a, loader(1))
+        assert len(a.losses) == 2
+
+
+class TestEndings:
+    @pytest.mark.parametrize("revert", [True, False])
+    def test_an_error_in_the_middle(self, tmp_path: Path, revert: bool) -> None:
+        a = model()
+        a.fails_at = 3
+        with pytest.raises(ArithmeticError, match="as asked"):
+            trainer(tmp_path, FusedBatchNorm(revert=revert)).fit(a, loader())
+        assert a.seen == [BatchNorm2d] * 3
+        assert untouched(a) == revert
+
+    def test_a_run_after_an_error(self, tmp_path: Path) -> None:
+        a, callback = model(), FusedBatchNorm()
+        a.fails_at = 0
+        with pytest.raises(ArithmeticError):
+            trainer(tmp_path, callback).fit(a, loader())
+        a.fails_at = None
+        trainer(tmp_path, callback).fit(a, loader())
+        assert set(a.seen) == {BatchNorm2d} and untouched(a)
+
+    def test_it_may_stay(self, tmp_path: Path) -> None:
+        a = model()
+        run = trainer(tmp_path, FusedBatchNorm(revert=False))
+        run.fit(a, loader())
+        assert type(a.stem[1]) is BatchNorm2d and "forward" in a.stem.__dict__
+        run.test(a, loader())
+        assert type(a.stem[1]) is BatchNorm2d
+
+    def test_what_was_converted_before_stays_converted(self, tmp_path: Path) -> None:
+        a = model()
+        convert_batchnorm(a, fuse=True)
+        before = classes(a)
+        trainer(tmp_path, FusedBatchNorm()).fit(a, loader())
+        assert classes(a) == before and not untouched(a)
+
+
+class TestCheckpoints:
+    @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
+    def test_they_load_both_ways(self, tmp_path: Path) -> None:
+        states = []
+        for name, callbacks in (("ours", [FusedBatchNorm()]), ("plain", [])):
+            saver = ModelCheckpoint(tmp_path / name, filename="last")
+            run = trainer(tmp_path, *callbacks, saver, enable_checkpointing=True)
+            run.fit(model(), loader())
+            states.append(
+                torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"]
+            )
+        assert list(states[0]) == list(states[1])
+        torch.testing.assert_close(*states, rtol=0, atol=1e-6)
+        for name, callbacks in (("plain", [FusedBatchNorm()]), ("ours", [])):
+            a = model()
+            trainer(tmp_path, *callbacks).test(
+                a, loader(), ckpt_path=tmp_path / name / "last.ckpt", weights_only=True
+            )
+            assert untouched(a)
+            torch.testing.assert_close(dict(a.state_dict()), states[name == "plain"])
+
+    @pytest.mark.parametrize("first", [True, False], ids=["with_then_without", "the_other_way"])
+    def test_a_run_goes_on_with_and_without(self, tmp_path: Path, first: bool) -> None:
+        a, whole = model(), model()
+        for epochs, fused in ((1, first), (3, not first)):
+            run = trainer(tmp_path, *[FusedBatchNorm()] * fused, max_epochs=epochs)
+            resumed = tmp_path / "a.ckpt" if epochs > 1 else None
+            run.fit(a, loader(), ckpt_path=resumed, weights_only=True)
+            run.save_checkpoint(tmp_path / "a.ckpt")
+        trainer(tmp_path, max_epochs=3).fit(whole, loader())
+        torch.testing.assert_close(a.losses, whole.losses, rtol=0, atol=1e-6)
+        torch.testing.assert_close(a.state_dict(), whole.state_dict(), rtol=0, atol=1e-6)
+
+
+class FrozenStem(BaseFinetuning):
+    """Freezes the first layers, BatchNorm included, for one epoch."""
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.stem, train_bn=False)
+
+    def finetune_function(self, pl_module, epoch, optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.stem, optimizer, train_bn=True)
+
+
+USES: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
+    "weight_averaging": (lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1)], {}),
+    "moving_average": (lambda: [EMAWeightAveraging(decay=0.5)], {}),
+    "finetuning": (lambda: [FrozenStem()], {}),
+    "accumulation": (list, {"accumulate_grad_batches": 3}),
+    "bf16": (list, {"precision": "bf16-mixed"}),
+    "fp64": (list, {"precision": "64-true"}),
+    "clipping": (list, {"gradient_clip_val": 0.1}),
+    "fast_dev_run": (list, {"fast_dev_run": 3}),
+}
+
+
+@pytest.mark.parametrize(
+    ("use", "first"),
+    [(use, True) for use in USES] + [(use, False) for use in USES if USES[use][0] is not list],
+    ids=lambda value: {True: "ours_first", False: "ours_last"}.get(value, value),
+)
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_beside_what_people_use(tmp_path: Path, use: str, first: bool) -> None:
+    callbacks, options = USES[use]
+    a, b = model(), model()
+    others = callbacks()
+    ours = [FusedBatchNorm(), *others] if first else [*others, FusedBatchNorm()]
+    trainer(tmp_path, *ours, **options).fit(a, loader(), loader(2))
+    trainer(tmp_path, *callbacks(), **options).fit(b, loader(), loader(2))
+    assert BatchNorm2d in a.seen and BatchNorm2d not in b.seen
+    assert classes(a) == classes(b)
+    torch.testing.assert_close(a.losses, b.losses, rtol=0, atol=1e-6)
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=1e-6)
+
+
+def test_a_compiled_module(tmp_path: Path) -> None:
+    a, b = model(), model()
+    torch.compiler.reset()
+    a.compile(backend="aot_eager")
+    trainer(tmp_path, FusedBatchNorm(), max_epochs=1).fit(a, loader())
+    trainer(tmp_path, max_epochs=1).fit(b, loader())
+    torch.testing.assert_close(a.losses, b.losses, rtol=0, atol=1e-5)
+    assert type(a.stem[1]) is nn.BatchNorm2d
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    a, b = model(), model()
+    for module, callbacks in ((a, [FusedBatchNorm()]), (b, [])):
+        run = trainer(tmp_path, *callbacks, strategy="ddp_fork", devices=2, max_steps=3)
+        run.fit(module, loader())
+    assert not torch.equal(a.head.weight, model().head.weight)
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=1e-6)
+    assert untouched(a)
+
+
+def test_from_lightnings_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cli = LightningCLI(
+            Model,
+            run=False,
+            args=[
+                "--trainer.accelerator=cpu",
+                "--trainer.logger=false",
+                f"--trainer.default_root_dir={tmp_path}",
+                "--trainer.fast_dev_run=true",
+                "--trainer.callbacks+=bn_lightning.FusedBatchNorm",
+                "--trainer.callbacks.fuse=false",
+            ],
+        )
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FusedBatchNorm)]
+    cli.trainer.fit(cli.model, loader())
+    assert not callback.fuse and set(cli.model.seen) == {BatchNorm2d}
+    assert type(cli.model.stem[1]) is nn.BatchNorm2d
