@@ -13,7 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from bn_lightning.class_swap import exchange_class, is_exchanged, replace_class, restore_class
+from bn_lightning.class_swap import (
+    exchange_class,
+    is_exchanged,
+    replace_class,
+    restore_class,
+    set_exchanged,
+)
 from bn_lightning.fusion import fuse as fuse_model
 from bn_lightning.fusion import is_fused, unfuse
 from bn_lightning.fusion.calls import is_fusable
@@ -100,7 +106,10 @@ def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "a
                 skipped[name] = why
                 continue
             _exchange(module)
-        _set_backend(module, backend)
+        if is_exchanged(module, _KEY):
+            set_exchanged(module, _KEY, "backend", backend)
+        else:
+            module.__dict__["backend"] = backend  # a lazy one
         converted.append(name)
         if fuse and type(module) in _LAZY:
             skipped[name] = "it has no size yet; to fuse it, convert again after a first batch"
@@ -137,7 +146,6 @@ def revert_batchnorm(model: nn.Module) -> tuple[str, ...]:
     for name, module in model.named_modules():
         if _is_converted(module):
             _give_back(module)
-            _set_backend(module, "auto")
             reverted.append(name)
     return tuple(reverted)
 
@@ -179,19 +187,13 @@ def _exchange(module: Any) -> None:
         module.cls_to_become = _OURS[type(module).cls_to_become]
     else:
         ours = _OURS[parametrize.type_before_parametrizations(module)]
-        exchange_class(module, _parametrized_like(type(module), ours), _KEY)
-
-
-def _set_backend(module: nn.Module, backend: str) -> None:
-    # "auto" is what the class says.
-    module.__dict__.pop("backend", None)
-    if backend != "auto":
-        module.__dict__["backend"] = backend
+        exchange_class(module, _parametrized_like(type(module), ours), _KEY, backend="auto")
 
 
 def _give_back(module: nn.Module) -> None:
     if "cls_to_become" in module.__dict__:
         ours = module.__dict__.pop("cls_to_become")
+        module.__dict__.pop("backend")
         replace_class(module, ours, _TORCHS[ours])
         return
     present = type(module)

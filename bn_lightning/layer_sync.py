@@ -1,6 +1,7 @@
 """Lightning's plugin that synchronises a model's BatchNorms over the ranks, while it fits."""
 
 import sys
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
@@ -15,8 +16,6 @@ from bn_lightning.kernels.checks import BACKENDS
 from bn_lightning.sync import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 _KEY = "sync"
-_BEFORE = "_attributes_before_sync"  # an attribute of the module: the following, as they were
-_ATTRIBUTES = ("backend", "process_group", "_group_compared")  # what is set while synchronised
 
 # Exact classes: what a subclass overrides would be lost.
 _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
@@ -82,13 +81,12 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
             if type(module) not in _SYNCHRONISED:
                 left_alone.append(f"{name or 'the model itself'} ({type(module).__name__})")
                 continue
-            state = module.__dict__
-            state[_BEFORE] = {key: state[key] for key in _ATTRIBUTES if key in state}
+            attributes: dict[str, Any] = {"_group_compared": None}
             if self.backend is not None:
-                state["backend"] = self.backend
-            if state.get("process_group") is None:
-                state["process_group"] = self.process_group
-            exchange_class(module, _SYNCHRONISED[type(module)], _KEY)
+                attributes["backend"] = self.backend
+            if getattr(module, "process_group", None) is None:
+                attributes["process_group"] = self.process_group
+            exchange_class(module, _SYNCHRONISED[type(module)], _KEY, **attributes)
         if left_alone:
             rank_zero_warn(
                 f"expected BatchNorms of torch.nn or bn_lightning to synchronise, and left these "
@@ -107,12 +105,7 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
             `model`.
         """
         for module in model.modules():
-            if restore_class(module, _KEY):
-                state = module.__dict__
-                before = state.pop(_BEFORE)
-                for key in _ATTRIBUTES:
-                    state.pop(key, None)
-                state.update(before)
+            restore_class(module, _KEY)
         return model
 
     def __repr__(self) -> str:

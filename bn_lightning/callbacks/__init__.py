@@ -12,8 +12,8 @@ __all__ = [
     "ActivationPercentiles",
     "BatchNormMonitor",
     "DivergenceGuard",
-    "PreciseBatchNorm",
     "FusedBatchNorm",
+    "PreciseBatchNorm",
     "RunCheckpoints",
     "StepProgress",
 ]

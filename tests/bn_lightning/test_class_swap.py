@@ -13,6 +13,7 @@ from bn_lightning.class_swap import (
     is_exchanged,
     replace_class,
     restore_class,
+    set_exchanged,
 )
 
 
@@ -87,3 +88,31 @@ def test_a_copy_gives_its_class_back_by_itself(module, copied):
     twin = copied(module)
     restore_class(twin, "a")
     assert type(twin) is nn.BatchNorm2d and type(module) is BatchNorm2d
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="-".join)
+@pytest.mark.parametrize("own", [{}, {"backend": "own"}], ids=["none_before", "one_before"])
+def test_attributes_are_given_back_in_any_order(module, order, own):
+    module.__dict__.update(own)
+    before = dict(module.__dict__)
+    exchange_class(module, BatchNorm2d, "a", backend="native", activation="relu")
+    exchange_class(module, Third, "b")
+    exchange_class(module, BatchNorm2d, "c", backend="triton")
+    for key in order:
+        restore_class(module, key)
+        left = {"a": "native", "c": "triton"}
+        expected = [left[k] for k in "ac" if is_exchanged(module, k)] or list(own.values())
+        assert module.__dict__.get("backend") == (expected or [None])[-1]
+        assert ("activation" in module.__dict__) == is_exchanged(module, "a")
+    assert module.__dict__ == before
+
+
+def test_an_attribute_changed_below_another_shows_when_that_one_ends(module):
+    exchange_class(module, BatchNorm2d, "a", backend="auto")
+    exchange_class(module, Third, "b", backend="triton")
+    set_exchanged(module, "a", "backend", "native")
+    assert module.backend == "triton"
+    restore_class(module, "b")
+    assert module.backend == "native"
+    restore_class(module, "a")
+    assert "backend" not in module.__dict__

@@ -29,6 +29,8 @@ from bn_lightning import (
     SyncBatchNorm1d,
     SyncBatchNorm2d,
     SyncBatchNorm3d,
+    convert_batchnorm,
+    revert_batchnorm,
 )
 from bn_lightning.class_swap import exchange_class, restore_class
 
@@ -242,3 +244,17 @@ def test_the_other_packages_trainer_refuses_it_with_those_words(sync_batchnorm):
     other = pytest.importorskip("pytorch_lightning")
     with pytest.raises(Exception, match="instead of `from pytorch_lightning import"):
         other.Trainer(plugins=[FusedSyncBatchNorm()], sync_batchnorm=sync_batchnorm)
+
+
+@pytest.mark.parametrize("plugin_first", [True, False])
+def test_reverting_it_and_a_conversion_in_either_order_leaves_nothing(plugin_first: bool) -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
+    before = dict(module[0].__dict__)
+    convert_batchnorm(module, fuse=True, backend="native")
+    plugin = FusedSyncBatchNorm(backend="native")
+    plugin.apply(module)
+    assert type(module[0]) is SyncBatchNorm1d
+    reverts = [plugin.revert, revert_batchnorm]
+    for revert in reverts if plugin_first else reversed(reverts):
+        revert(module)
+    assert type(module[0]) is nn.BatchNorm1d and module[0].__dict__ == before
