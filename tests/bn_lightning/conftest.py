@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run the commands, and of those that run on several ranks."""
+"""Fixtures of the tests that run the commands, that fuse, and that run on several ranks."""
 
 import os
 import pickle
@@ -124,7 +124,7 @@ class Ranks:
         self.processes = []
 
     def _start(self) -> None:
-        script = Path(__file__).with_name("rank_process.py")
+        script = Path(__file__).parents[1] / "support" / "rank_process.py"
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         store = self.folder / f"store_{len(list(self.folder.iterdir()))}"
         for rank in range(self.world_size):

@@ -1,0 +1,220 @@
+"""What people do with a Trainer, once as it is and once with the callback: the same numbers.
+
+The network is torch's own (support/boring.py); nothing in it knows of this project.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boring as boring_module
+import pytest
+import torch
+from boring import Boring, boring, classes, loader, trainer
+from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from torch import nn
+from typing_extensions import override
+
+from bn_lightning import FusedBatchNorm
+from bn_lightning.callbacks import PreciseBatchNorm
+
+pytestmark = [
+    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    # What Lightning advises for larger data.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+    pytest.mark.filterwarnings("ignore:The number of training batches.*"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty.*"),
+]
+
+
+def fitted(
+    folder: Path, fused: bool, callbacks: Any = (), shuffle: bool = True, **options: Any
+) -> tuple[Boring, Any]:
+    """A module after a fit and its Trainer; with the callback if `fused`."""
+    module = boring()
+    own = [FusedBatchNorm()] if fused else []
+    run = trainer(folder, [*own, *callbacks], **{"max_epochs": 3, **options})
+    run.fit(module, loader(shuffle), loader(), weights_only=True)
+    return module, run
+
+
+def assert_same(one: nn.Module, other: nn.Module, tolerance: float = 1e-6) -> None:
+    """The same keys and values, the same classes, and not one of this project's left."""
+    assert list(one.state_dict()) == list(other.state_dict())
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=tolerance)
+    assert classes(one) == classes(other)
+    assert not any(name.startswith("bn_lightning") for name in classes(one).values())
+
+
+class Spy(Callback):
+    """Notes in which hooks our BatchNorm was in place."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, bool] = {}
+
+    def note(self, hook: str, module: nn.Module) -> None:
+        self.seen[hook] = any("bn_lightning" in name for name in classes(module).values())
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self.note("train", pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self.note("validate", pl_module)
+
+    @override
+    def on_test_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self.note("test", pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self.note("predict", pl_module)
+
+
+def test_fit_validate_test_and_predict(tmp_path):
+    results = []
+    for fused in (False, True):
+        spy = Spy()
+        module, run = fitted(tmp_path, fused, [spy])
+        [validated] = run.validate(module, loader(), verbose=False)
+        [tested] = run.test(module, loader(), verbose=False)
+        predicted = run.predict(module, loader())
+        assert spy.seen == dict.fromkeys(("train", "validate", "test", "predict"), fused)
+        results.append((module, [validated["val_loss"], tested["test_loss"]], predicted))
+    (plain, losses, predicted), (fused_module, fused_losses, fused_predicted) = results
+    assert_same(plain, fused_module)
+    assert plain.losses == pytest.approx(fused_module.losses, abs=1e-6)
+    assert losses == pytest.approx(fused_losses, abs=1e-6)
+    torch.testing.assert_close(predicted, fused_predicted, rtol=0, atol=1e-6)
+
+
+class Freeze(BaseFinetuning):
+    """Lightning's own fine-tuning: the features frozen for an epoch, then trained."""
+
+    @override
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.features, train_bn=False)
+
+    @override
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.features, optimizer)
+
+
+class Evaluate(Callback):
+    """Fine-tuning as many write it: the BatchNorm of the features kept in evaluation mode."""
+
+    @override
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.features[1].eval()
+
+
+USES: dict[str, dict[str, Any]] = {
+    "accumulation": {"accumulate_grad_batches": 3},
+    "clipping": {"gradient_clip_val": 0.1},
+    "bf16": {"precision": "bf16-mixed"},
+    "double": {"precision": "64-true"},
+    "anomalies": {"detect_anomaly": True},
+    "fast_dev_run": {"fast_dev_run": 2},
+    "finetuning": {"callbacks": [Freeze]},
+    "evaluated": {"callbacks": [Evaluate]},
+    "averaging": {"callbacks": [lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)]},
+    "precise": {"callbacks": [lambda: PreciseBatchNorm(num_samples=32)]},
+}
+# bf16 has 8 bits: what is rounded once when fused is rounded three times otherwise.
+TOLERANCE = {"bf16": 2e-2}
+
+
+@pytest.mark.filterwarnings("ignore:.*parameters will be ignored as they are not.*")
+@pytest.mark.filterwarnings("ignore:Swapping scheduler.*")
+@pytest.mark.parametrize("use", USES)
+def test_the_same_with_the_callback(tmp_path, use):
+    options = dict(USES[use])
+    make = options.pop("callbacks", [])
+    plain, _ = fitted(tmp_path, False, [callback() for callback in make], **options)
+    fused, _ = fitted(tmp_path, True, [callback() for callback in make], **options)
+    tolerance = TOLERANCE.get(use, 1e-6)
+    assert plain.losses == pytest.approx(fused.losses, abs=tolerance)
+    assert_same(plain, fused, tolerance)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["from_plain", "from_fused"])
+@pytest.mark.parametrize("second", [False, True], ids=["to_plain", "to_fused"])
+def test_resuming_a_run_with_or_without_the_callback(tmp_path, first, second):
+    whole, _ = fitted(tmp_path, False, shuffle=False, max_epochs=4)
+    save = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    fitted(tmp_path, first, [save], shuffle=False, max_epochs=2, enable_checkpointing=True)
+
+    module = boring()
+    run = trainer(tmp_path, [FusedBatchNorm()] if second else [], max_epochs=4)
+    run.fit(module, loader(), loader(), ckpt_path=save.last_model_path, weights_only=True)
+    assert module.losses == pytest.approx(whole.losses[12:], abs=1e-6)
+    assert_same(whole, module)
+
+
+def test_a_compiled_module(tmp_path):
+    results = []
+    for fused in (False, True):
+        module = boring()
+        compiled = torch.compile(module, backend="aot_eager")
+        run = trainer(tmp_path, [FusedBatchNorm()] if fused else [], max_epochs=2)
+        run.fit(compiled, loader(), loader())
+        results.append(module)
+    assert results[0].losses == pytest.approx(results[1].losses, abs=1e-6)
+    assert_same(*results)
+
+
+def test_an_exception_in_training_gives_the_classes_back(tmp_path):
+    class Fails(Callback):
+        @override
+        def on_train_batch_end(self, trainer: Any, *_: object) -> None:
+            if trainer.global_step == 3:
+                raise RuntimeError("on purpose")
+
+    module = boring()
+    before = copy.deepcopy(classes(module))
+    run = trainer(tmp_path, [FusedBatchNorm(), Fails()], max_epochs=2)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run.fit(module, loader())
+    assert classes(module) == before
+
+
+@pytest.mark.parametrize(
+    ("strategy", "variants"),
+    # Starting two fresh processes takes seconds, forking two does not.
+    [("ddp_spawn", ["plain", "fused+sync"]), ("ddp_fork", ["plain", "fused", "fused+sync"])],
+    ids=["ddp_spawn", "ddp_fork"],
+)
+def test_two_processes(tmp_path, strategy, variants):
+    """Started from a process of its own: a fork of this one, with torch's threads, could hang."""
+    done = subprocess.run(
+        [sys.executable, boring_module.__file__, strategy, str(tmp_path), *variants],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in variants}
+    for name in variants:
+        assert json.loads((tmp_path / f"{name}.after.json").read_text()) is True
+    plain, synchronised = reports["plain"], reports["fused+sync"]
+    assert synchronised["during"]["block.bn1"] == "bn_lightning.sync.SyncBatchNorm1d"
+    # The statistics are of both ranks' batches now.
+    assert synchronised["losses"][0] != pytest.approx(plain["losses"][0], abs=1e-4)
+    if "fused" in reports:
+        assert reports["fused"]["losses"] == pytest.approx(plain["losses"], abs=1e-6)
+        assert reports["fused"]["during"]["block.bn1"] == "bn_lightning.batch_norm.BatchNorm1d"

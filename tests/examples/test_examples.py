@@ -1,0 +1,51 @@
+"""Each example runs as its first lines say, and does what it is there to show."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, *arguments: str, cwd: Path) -> str:
+    """What `python examples/NAME.py ARGUMENTS` says; it must end with exit code 0."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_own_module_trains_faster_with_batch_norm(tmp_path):
+    with_it, without = (
+        float(re.search(r"test accuracy ([\d.]+) after 200 steps", output)[1])
+        for output in (
+            run("own_module", "--max-steps", "200", cwd=tmp_path),
+            run("own_module", "--max-steps", "200", "--without-batch-norm", cwd=tmp_path),
+        )
+    )
+    assert with_it > 0.8 and without < 0.5
+
+
+def test_swap_resnet_trains_fused_and_gives_torchs_batch_norm_back(tmp_path):
+    output = run("swap_resnet", "--max-steps", "60", cwd=tmp_path)
+    assert "5 fused" in output
+    assert "after the run: torch.nn.modules.batchnorm.BatchNorm2d" in output
+
+
+def test_lightning_cli_takes_callback_and_plugin(tmp_path):
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
+    output = run(
+        "cli", "fit", "--config", str(EXAMPLES / "cli.yaml"), "--trainer.max_steps=4", cwd=tmp_path
+    )
+    assert "max_steps=4" in output
