@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.module_tracker import ModuleTracker
 
@@ -122,12 +123,20 @@ def batch_norm(
     else:
         num_batches_tracked = None
     if not triton or x.numel() == 0:
-        y = _native(
-            x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+        return _composite(
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
         )
-        if residual is not None:
-            y = y + residual
-        return y if activation == "identity" else activate(y, activation, negative_slope)
 
     check_like_aten(x, weight, bias, running_mean, running_var, training, eps)
     return torch.ops.bn_lightning.batch_norm(
@@ -144,6 +153,29 @@ def batch_norm(
         activation,
         negative_slope,
     )
+
+
+def _composite(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """Computes the whole with ATen's ops, which know every kind of derivative."""
+    y = _native(
+        x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+    )
+    if residual is not None:
+        y = y + residual
+    return y if activation == "identity" else activate(y, activation, negative_slope)
 
 
 def _native(
@@ -249,12 +281,10 @@ def _forward(
             y, bits = normalize.normalize(call, mean, rstd, schedule)
     if training:
         for old, new in ((running_mean, new_mean), (running_var, new_var)):
-            if old is not None and new is not None:
-                if new is not old:
-                    old.copy_(new)
-                torch.autograd.graph.increment_version(old)
-        if num_batches_tracked is not None:
-            torch.autograd.graph.increment_version(num_batches_tracked)
+            if old is not None and new is not None and new is not old:
+                old.copy_(new)
+        state = (running_mean, running_var, num_batches_tracked)
+        torch.autograd.graph.increment_version([v for v in state if v is not None])
     return y, mean, rstd, _nothing(x) if bits is None else bits
 
 
@@ -374,15 +404,9 @@ class _BatchNorm(torch.autograd.Function):
     """`batch_norm_forward` with its gradient."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.bn_lightning.batch_norm_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        y, mean, rstd, bits = output
-        x, residual, weight, bias, _, _, _, training, _, eps, activation, slope, writes_bits = (
-            inputs
-        )
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, mean, rstd, bits = torch.ops.bn_lightning.batch_norm_forward(*args)
+        x, residual, weight, bias, _, _, _, training, _, eps, activation, slope, writes_bits = args
         ctx.mark_non_differentiable(mean, rstd, bits)
         ctx.set_materialize_grads(False)
         needs_dx, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
@@ -402,6 +426,7 @@ class _BatchNorm(torch.autograd.Function):
         )
         ctx.options = (is_channels_last(x), training, eps, activation, slope)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        return y, mean, rstd, bits
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -442,14 +467,11 @@ class _BatchNormBackward(torch.autograd.Function):
     """`batch_norm_backward` with its gradient, which is that of the composite in reference.py."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.bn_lightning.batch_norm_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:9])
-        ctx.options = inputs[9:]
+        ctx.save_for_backward(*args[:9])
+        ctx.options = args[9:]
+        return torch.ops.bn_lightning.batch_norm_backward(*args)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -489,19 +511,28 @@ class _BatchNormBackward(torch.autograd.Function):
 
 def _with_gradient(*args: Any) -> Tensor:
     """The Autograd kernel of `batch_norm`."""
-    x, residual, weight, bias = args[:4]
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, weight, bias)
-    )
-    if not needs_grad:
-        return _without_gradient(*args)
+    inputs = [t for t in args[:4] if t is not None]
+    if _differentiates_otherwise(inputs):
+        return _composite(*args)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        return torch.ops.bn_lightning.batch_norm_forward(*args, False)[0]
     activation = args[10]
-    writes_bits = residual is not None and ACTIVATIONS[activation].saves is Saves.BITS
+    writes_bits = args[1] is not None and ACTIVATIONS[activation].saves is Saves.BITS
     return _BatchNorm.apply(*args, writes_bits)[0]
 
 
+def _differentiates_otherwise(inputs: list[Tensor]) -> bool:
+    """Says whether torch.func or forward-mode differentiation is at work, which autograd functions
+    of Triton kernels have no part in."""
+    # torch.func has no public way to ask.
+    return torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(t).tangent is not None for t in inputs
+    )
+
+
 def _without_gradient(*args: Any) -> Tensor:
-    return torch.ops.bn_lightning.batch_norm_forward(*args, False)[0]
+    """The CPU and CUDA kernel of `batch_norm`."""
+    return _forward(*args, writes_bits=False)[0]
 
 
 def _fake(*args: Any) -> Tensor:

@@ -1,5 +1,8 @@
 """The Triton ops inside PyTorch: what is saved, compilers, vmap, checkpoints, autocast, graphs."""
 
+import io
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,10 @@ from bn_lightning.kernels import batch_norm
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+    reason="Inductor needs a C++ compiler",
+)
 SHAPE = (4, 3, 2, 4)
 # One fp32 rounding of values of about 5, and a few more on the way.
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
@@ -108,11 +115,20 @@ def test_double_backward(activation: str, device: str) -> None:
             )
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
-def test_compiles_with_a_dynamic_batch(activation: str, device: str) -> None:
+# torch's own, at the first import of Inductor.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("activation", "compiler"),
+    [
+        ("relu", "aot_eager"),
+        ("gelu_tanh", "aot_eager"),
+        pytest.param("relu", "inductor", marks=needs_compiler),
+    ],
+)
+def test_compiles_with_a_dynamic_batch(activation: str, compiler: str, device: str) -> None:
     torch.compiler.reset()
     eager, compiled_module = _module(device, activation), _module(device, activation)
-    compiled = torch.compile(compiled_module, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(compiled_module, fullgraph=True, dynamic=True, backend=compiler)
     for N in (4, 6):
         g = torch.Generator().manual_seed(N)
         x, residual, dy = (torch.randn(N, *SHAPE[1:], generator=g).to(device) for _ in range(3))
@@ -135,8 +151,12 @@ def test_exports(training: bool, device: str) -> None:
     program = torch.export.export(
         module, (x, residual), dynamic_shapes=({0: batch}, {0: batch}), strict=False
     )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
     expected = _module(device).train(training)(x[:3], residual[:3])
-    torch.testing.assert_close(program.module()(x[:3], residual[:3]), expected, rtol=0, atol=0)
+    for exported in (program, torch.export.load(file)):
+        torch.testing.assert_close(exported.module()(x[:3], residual[:3]), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("in_dim", [0, 2])
@@ -163,6 +183,39 @@ def test_vmap_folds_into_the_channels(in_dim: int, device: str) -> None:
         torch.func.vmap(function, in_dims=(0, 0, None, None, None))(
             x, weight, mean[0], var[0], "triton"
         )
+
+
+# torch's own, at the first forward-mode derivative.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+def test_torch_func_is_atens(activation: str, device: str) -> None:
+    # Inside grad, jvp and their kin, and in forward mode, ATen computes.
+    x, residual, dy = _inputs(device)
+    weight = torch.linspace(0.5, 1.5, 3, device=device)
+
+    def results(backend: str) -> list[Any]:
+        def loss(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+            y = batch_norm(
+                x, weight, training=True, activation=activation, residual=residual, backend=backend
+            )
+            return (y * dy).sum()
+
+        inputs = (x, weight, residual)
+        gradient = torch.func.grad(loss, argnums=(0, 1, 2))
+        xs = torch.stack((x, residual))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, dy)
+            forward = torch.autograd.forward_ad.unpack_dual(loss(dual, weight, residual)).tangent
+        return [
+            gradient(*inputs),
+            torch.func.jvp(loss, inputs, (dy, weight, x)),
+            torch.func.vmap(gradient, in_dims=(0, None, None))(xs, weight, residual),
+            torch.func.grad(lambda x: gradient(x, weight, residual)[0].square().sum())(x),
+            forward,
+        ]
+
+    for ours, native in zip(results("triton"), results("native"), strict=True):
+        torch.testing.assert_close(ours, native, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
