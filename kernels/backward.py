@@ -56,6 +56,10 @@ def walk_sums(
     WIDE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Returns sum g * x_hat and sum g over some tiles, for BLOCK_C channels."""
+    # A power of two near rstd keeps the products in range and, unlike rstd, rounds none of them.
+    exponent = rstd.to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
+    unit = exponent.to(tl.float32, bitcast=True)
     dweight = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_L), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_L), dtype=tl.float32)
     for tile in range(first_tile, end_tile):
@@ -78,9 +82,9 @@ def walk_sums(
         )
         # Outside the tensor x is 0 and x_hat is not: g is what takes the element out of both sums.
         g = tl.where(mask, g, 0.0)
-        dweight += g * ((x - as_tile(mean)) * as_tile(rstd))
+        dweight = tl.fma(g, (x - as_tile(mean)) * as_tile(unit), dweight)
         dbias += g
-    return channel_sum(dweight), channel_sum(dbias)
+    return channel_sum(dweight) * (rstd / unit), channel_sum(dbias)
 
 
 @triton.jit
@@ -124,7 +128,7 @@ def store_gradients(
         dx = g
         if TRAINING:
             slope = dweight * inverse_count * rstd
-            dx = g - dbias * inverse_count - (x - mean) * slope
+            dx = tl.fma(mean - x, slope, g - dbias * inverse_count)
         tl.store(dx_ptr + offsets, dx * scale, mask=mask)
 
 

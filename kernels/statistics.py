@@ -27,37 +27,61 @@ from bn_lightning.kernels.schedule import Schedule
 
 
 @triton.jit
-def _combine(
-    count_a: tl.tensor,
-    mean_a: tl.tensor,
-    m2_a: tl.tensor,
-    count_b: tl.tensor,
-    mean_b: tl.tensor,
-    m2_b: tl.tensor,
+def _fold(
+    count: tl.tensor,
+    mean: tl.tensor,
+    low: tl.tensor,
+    m2: tl.tensor,
+    tile_count: tl.tensor,
+    tile_mean: tl.tensor,  # less `mean`
+    tile_m2: tl.tensor,
     scale: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    count = count_a + count_b
-    share_b = count_b / count
-    mean = mean_a + (mean_b - mean_a) * share_b
-    delta = (mean_b - mean_a) * scale
-    m2 = m2_a + m2_b + delta * delta * (count_a * share_b)
-    return count, mean, m2
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Adds a tile to a partial, whose mean is mean + low: twice the digits."""
+    total = count + tile_count
+    share = tile_count / total
+    delta = tile_mean - low
+    low += delta * share
+    new_mean = mean + low
+    low -= new_mean - mean
+    delta *= scale
+    return total, new_mean, low, m2 + tile_m2 + delta * delta * (count * share)
+
+
+@triton.jit
+def _halves(v: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Splits fp32 into two of 12 bits each, the products of which are exact."""
+    high = (v.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return high, v - high
+
+
+@triton.jit
+def _subtract_product(c: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """c - a * b, rounded once where c is about a * b: a fused multiply-add, which the interpreter
+    has not."""
+    a_high, a_low = _halves(a)
+    b_high, b_low = _halves(b)
+    return (c - a_high * b_high) - a_high * b_low - a_low * b_high - a_low * b_low
 
 
 @triton.jit
 def _inverse_root(v: tl.tensor) -> tl.tensor:
-    """1 / sqrt(v) to an ulp: the approximation and a Newton step, for a call of the correctly
-    rounded one costs registers."""
+    """1 / sqrt(v) to half an ulp: the approximation and an exact Newton step, for a call of the
+    correctly rounded one costs registers."""
     r = tl.rsqrt(v)
-    return r + r * (0.5 * (1.0 - v * r * r))
+    square = r * r
+    rest = _subtract_product(1.0, v, square) + v * _subtract_product(square, r, r)
+    step = 0.5 * r * rest
+    # Of 0 and of infinity the approximation is exact, and the step no number.
+    return tl.where(step == step, r + step, r)
 
 
 @triton.jit
 def _root(v: tl.tensor) -> tl.tensor:
-    """sqrt(v) to an ulp, likewise; below 1e-37 as little as v, not the root of its inverse."""
+    """sqrt(v) to half an ulp, likewise; below 1e-37 as little as v, not the root of its inverse."""
     r = tl.rsqrt(tl.where(v < 1e-37, 1.0, v))
     s = v * r
-    return s + 0.5 * r * (v - s * s)
+    return s + 0.5 * r * _subtract_product(v, s, s)
 
 
 @triton.jit
@@ -77,14 +101,19 @@ def _walk(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     count = 0.0
     mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    m2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    low = mean
+    m2 = mean
     for tile in range(first_tile, end_tile):
         offsets, mask, tile_count = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if tile == first_tile:
+            # Near enough for the sum of what is left to have small errors.
+            mean = channel_sum(x) / tile_count
+        x = tl.where(mask, x - as_tile(mean), 0.0)
         tile_mean = channel_sum(x) / tile_count
         centred = tl.where(mask, (x - as_tile(tile_mean)) * scale, 0.0)
         tile_m2 = channel_sum(centred * centred)
-        count, mean, m2 = _combine(count, mean, m2, tile_count, tile_mean, tile_m2, scale)
+        count, mean, low, m2 = _fold(count, mean, low, m2, tile_count, tile_mean, tile_m2, scale)
     return count, mean, m2
 
 
@@ -325,7 +354,7 @@ def _bn_evaluation_statistics_kernel(
     mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
     tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(rstd_ptr + offs_c, 1.0 / tl.sqrt_rn(var + eps), mask=mask_c)
+    tl.store(rstd_ptr + offs_c, _inverse_root(var + eps), mask=mask_c)
 
 
 def partial_statistics(x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
