@@ -358,28 +358,11 @@ def affine_gradients(call: BackwardCall, schedule: Schedule) -> tuple[Tensor, Te
     """
     dweight_SC, dbias_SC = call.mean.new_empty((2, schedule.splits, schedule.C)).unbind()
     _bn_backward_partial_sums_kernel[(schedule.channel_blocks, schedule.splits)](
-        dy_ptr=call.dy,
-        x_ptr=call.x,
-        residual_ptr=call.residual,
-        y_ptr=call.y,
-        bits_ptr=call.bits,
-        mean_ptr=call.mean,
-        rstd_ptr=call.rstd,
-        weight_ptr=call.weight,
-        bias_ptr=call.bias,
+        **call.gradient,
+        **schedule.walk,
         dweight_ptr=dweight_SC,
         dbias_ptr=dbias_SC,
-        N=schedule.N,
-        C=schedule.C,
-        L=schedule.L,
         tiles_per_split=schedule.tiles_per_split,
-        negative_slope=call.negative_slope,
-        ACTIVATION=call.activation,
-        BLOCK_N=schedule.block_n,
-        BLOCK_C=schedule.block_c,
-        BLOCK_L=schedule.block_l,
-        WIDE=schedule.wide,
-        num_warps=schedule.num_warps,
     )
     dweight_C, dbias_C = call.new_sums()
     block_s, block_c = schedule.finish_tile
@@ -412,29 +395,14 @@ def input_gradients(
     """
     dx, dresidual = call.new_gradients()
     _bn_backward_input_kernel[schedule.flat_grid](
-        dy_ptr=call.dy,
-        x_ptr=call.x,
-        residual_ptr=call.residual,
-        y_ptr=call.y,
-        bits_ptr=call.bits,
-        mean_ptr=call.mean,
-        rstd_ptr=call.rstd,
-        weight_ptr=call.weight,
-        bias_ptr=call.bias,
+        **call.gradient,
+        **schedule.flat,
         dweight_ptr=dweight,
         dbias_ptr=dbias,
         dx_ptr=dx,
         dresidual_ptr=dresidual,
-        numel=call.dy.numel(),
-        C=schedule.C,
-        L=schedule.L,
         inverse_count=1.0 / schedule.values_per_channel,
-        negative_slope=call.negative_slope,
-        ACTIVATION=call.activation,
         # Alone, the residual's gradient needs no sums.
         TRAINING=call.training and call.needs_dx,
-        BLOCK=schedule.flat_elements,
-        EIGHTS=schedule.eights,
-        num_warps=schedule.flat_warps,
     )
     return dx, dresidual

@@ -5,6 +5,7 @@ Per-channel tensors are (C,) and contiguous.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,29 @@ class ForwardCall:
     activation: str
     negative_slope: float
     writes_bits: bool
+
+    @property
+    def elementwise(self) -> dict[str, Any]:
+        """What every kernel that writes y reads, but for mean and rstd."""
+        return {
+            "x_ptr": self.x,
+            "residual_ptr": self.residual,
+            "weight_ptr": self.weight,
+            "bias_ptr": self.bias,
+            "negative_slope": self.negative_slope,
+            "ACTIVATION": self.activation,
+        }
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What every kernel that ends the statistics reads and writes."""
+        return {
+            "running_mean_ptr": self.running_mean,
+            "running_var_ptr": self.running_var,
+            "tracked_ptr": self.num_batches_tracked,
+            "momentum": self.momentum or 0.0,
+            "eps": self.eps,
+        }
 
     def new_outputs(self) -> tuple[Tensor, Tensor | None]:
         """Makes room for y and, where they are written, the bits: one for each element."""
@@ -94,6 +118,23 @@ class BackwardCall:
     needs_dx: bool
     needs_affine: bool
     needs_dresidual: bool
+
+    @property
+    def gradient(self) -> dict[str, Any]:
+        """What every kernel needs that computes g and x_hat."""
+        return {
+            "dy_ptr": self.dy,
+            "x_ptr": self.x,
+            "residual_ptr": self.residual,
+            "y_ptr": self.y,
+            "bits_ptr": self.bits,
+            "mean_ptr": self.mean,
+            "rstd_ptr": self.rstd,
+            "weight_ptr": self.weight,
+            "bias_ptr": self.bias,
+            "negative_slope": self.negative_slope,
+            "ACTIVATION": self.activation,
+        }
 
     def new_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Makes room for dx and dresidual, where they are needed."""

@@ -141,21 +141,11 @@ def normalize(
     """
     y, bits = call.new_outputs()
     _bn_forward_normalize_kernel[schedule.flat_grid](
-        x_ptr=call.x,
-        residual_ptr=call.residual,
+        **call.elementwise,
+        **schedule.flat,
         mean_ptr=mean,
         rstd_ptr=rstd,
-        weight_ptr=call.weight,
-        bias_ptr=call.bias,
         y_ptr=y,
         bits_ptr=bits,
-        numel=call.x.numel(),
-        C=schedule.C,
-        L=schedule.L,
-        negative_slope=call.negative_slope,
-        ACTIVATION=call.activation,
-        BLOCK=schedule.flat_elements,
-        EIGHTS=schedule.eights,
-        num_warps=schedule.flat_warps,
     )
     return y, bits

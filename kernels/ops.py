@@ -241,7 +241,7 @@ def _forward(
     eps: float,
     activation: str,
     negative_slope: float,
-    writes_bits: bool,
+    writes_bits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bn_lightning.kernels import normalize, resident, small, statistics
 
@@ -532,7 +532,7 @@ def _differentiates_otherwise(inputs: list[Tensor]) -> bool:
 
 def _without_gradient(*args: Any) -> Tensor:
     """The CPU and CUDA kernel of `batch_norm`."""
-    return _forward(*args, writes_bits=False)[0]
+    return _forward(*args)[0]
 
 
 def _fake(*args: Any) -> Tensor:

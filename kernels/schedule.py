@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 # The sizes below follow from the hardware; none has been tuned by measurement yet: not measured on
 # a GPU.
@@ -151,6 +152,32 @@ class Schedule:
     def flat_warps(self) -> int:
         """Warps of a program of the elementwise pass."""
         return max(1, self.flat_elements * self.max_warps // FLAT_ELEMENTS)
+
+    @functools.cached_property
+    def walk(self) -> dict[str, Any]:
+        """What every kernel needs that walks tiles."""
+        return {
+            "N": self.N,
+            "C": self.C,
+            "L": self.L,
+            "BLOCK_N": self.block_n,
+            "BLOCK_C": self.block_c,
+            "BLOCK_L": self.block_l,
+            "WIDE": self.wide,
+            "num_warps": self.num_warps,
+        }
+
+    @functools.cached_property
+    def flat(self) -> dict[str, Any]:
+        """What every kernel of the elementwise pass needs."""
+        return {
+            "numel": self.N * self.C * self.L,
+            "C": self.C,
+            "L": self.L,
+            "BLOCK": self.flat_elements,
+            "EIGHTS": self.eights,
+            "num_warps": self.flat_warps,
+        }
 
 
 def flatten(shape: Sequence[int], channels_last: bool) -> tuple[int, int, int]:

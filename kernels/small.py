@@ -198,30 +198,14 @@ def forward(call: ForwardCall, schedule: Schedule) -> tuple[Tensor, Tensor | Non
     y, bits = call.new_outputs()
     mean_C, rstd_C = call.new_statistics()
     _bn_forward_small_kernel[(schedule.channel_blocks,)](
-        x_ptr=call.x,
-        residual_ptr=call.residual,
-        weight_ptr=call.weight,
-        bias_ptr=call.bias,
-        running_mean_ptr=call.running_mean,
-        running_var_ptr=call.running_var,
-        tracked_ptr=call.num_batches_tracked,
+        **call.elementwise,
+        **call.state,
+        **schedule.walk,
         y_ptr=y,
         bits_ptr=bits,
         mean_ptr=mean_C,
         rstd_ptr=rstd_C,
-        N=schedule.N,
-        C=schedule.C,
-        L=schedule.L,
         total=float(schedule.values_per_channel),
-        momentum=call.momentum,
-        eps=call.eps,
-        negative_slope=call.negative_slope,
-        ACTIVATION=call.activation,
-        BLOCK_N=schedule.block_n,
-        BLOCK_C=schedule.block_c,
-        BLOCK_L=schedule.block_l,
-        WIDE=schedule.wide,
-        num_warps=schedule.num_warps,
     )
     return y, bits, mean_C, rstd_C
 
@@ -241,30 +225,13 @@ def backward(
     dx, dresidual = call.new_gradients()
     dweight_C, dbias_C = call.new_sums()
     _bn_backward_small_kernel[(schedule.channel_blocks,)](
-        dy_ptr=call.dy,
-        x_ptr=call.x,
-        residual_ptr=call.residual,
-        y_ptr=call.y,
-        bits_ptr=call.bits,
-        mean_ptr=call.mean,
-        rstd_ptr=call.rstd,
-        weight_ptr=call.weight,
-        bias_ptr=call.bias,
+        **call.gradient,
+        **schedule.walk,
         dx_ptr=dx,
         dresidual_ptr=dresidual,
         dweight_ptr=dweight_C,
         dbias_ptr=dbias_C,
-        N=schedule.N,
-        C=schedule.C,
-        L=schedule.L,
         inverse_count=1.0 / schedule.values_per_channel,
-        negative_slope=call.negative_slope,
-        ACTIVATION=call.activation,
         TRAINING=call.training,
-        BLOCK_N=schedule.block_n,
-        BLOCK_C=schedule.block_c,
-        BLOCK_L=schedule.block_l,
-        WIDE=schedule.wide,
-        num_warps=schedule.num_warps,
     )
     return dx, dresidual, dweight_C, dbias_C

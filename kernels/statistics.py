@@ -375,15 +375,8 @@ def partial_statistics(x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, T
         count_ptr=count_SC,
         mean_ptr=mean_SC,
         root_ptr=root_SC,
-        N=schedule.N,
-        C=schedule.C,
-        L=schedule.L,
         tiles_per_split=schedule.tiles_per_split,
-        BLOCK_N=schedule.block_n,
-        BLOCK_C=schedule.block_c,
-        BLOCK_L=schedule.block_l,
-        WIDE=schedule.wide,
-        num_warps=schedule.num_warps,
+        **schedule.walk,
     )
     return count_SC, mean_SC, root_SC
 

@@ -41,8 +41,8 @@ KERNELS = {
 WALKS = {k for k in KERNELS if "finish" not in k and "evaluation" not in k}
 WRITES = {k for k in WALKS if "partial" not in k}
 
-# ptxas parks up to four scalars a thread, outside the loops over tiles, where that saves a step of
-# registers (64 where `maxnreg` of 255 gives 99); a tile that spills takes hundreds of bytes.
+# ptxas parks up to four scalars a thread where that saves a step of registers (64 where `maxnreg`
+# of 255 gives 99); a tile that spills takes hundreds of bytes.
 PARKED_BYTES = {"cuda": 16, "hip": 0}
 
 # Name -> shape, channels-last, whether rows begin at multiples of 16 bytes.
