@@ -14,6 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
+from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -24,6 +25,7 @@ from omegaconf.errors import (
 
 from bn_lightning.interruption import Interrupted, handled_by, raise_interrupted
 from bn_lightning.run_directory import hydra_directory, run_directory
+from bn_lightning.sweeps.environment import in_trial
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -38,6 +40,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
     Args:
         config_name: the primary configuration in `bn_lightning.conf`.
     """
+    register()
     for resolver in (run_directory, hydra_directory):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=True)
 
@@ -49,7 +52,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
             try:
                 return task(config)
             except Exception as error:
-                if in_sweep():
+                if in_sweep() or in_trial():
                     raise
                 # Raised from here, Hydra would print a line of its own above the error's.
                 failures.append(error)

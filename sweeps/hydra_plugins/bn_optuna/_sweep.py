@@ -1,0 +1,328 @@
+"""A sweep from its configuration to its end."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_method
+from hydra_plugins.bn_optuna._jobs import Jobs, Recorded
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from bn_lightning.sweeps.display import Display, best_trials, print_summary, write_results
+from bn_lightning.sweeps.environment import STORAGE, STUDY, WORKER, environment
+from bn_lightning.sweeps.errors import SweepError
+from bn_lightning.sweeps.outcome import ERROR, last_line
+from bn_lightning.sweeps.points import Points, make_pruner, make_sampler
+from bn_lightning.sweeps.program import as_typed, run_command
+from bn_lightning.sweeps.secrets import refuse_password
+from bn_lightning.sweeps.space import CustomSpace, Space, parse_space, to_overrides
+from bn_lightning.sweeps.stopping import Stopping
+from bn_lightning.sweeps.storage import JOURNAL, JOURNAL_FILE, open_storage, storage_url
+from bn_lightning.sweeps.study import (
+    ClaimedTrial,
+    Direction,
+    Policy,
+    SweepStudy,
+    create_study,
+    study_name,
+    work,
+)
+from bn_lightning.sweeps.workers import Workers, stop_when_parent_says
+
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+
+# Seconds between two looks at a study that others work on.
+LOOK = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of `conf/hydra/sweeper/_bn_optuna.yaml`, where they are explained."""
+
+    sampler: dict[str, Any]
+    pruner: dict[str, Any] | None
+    params: dict[str, Any] | None
+    custom_search_space: str | None
+    direction: Direction | list[Direction]
+    metric: str | list[str] | None
+    n_trials: int | None
+    n_jobs: int
+    isolate: bool
+    storage: str
+    study_name: str
+    dir: str
+    restart: str
+    max_failure_rate: float
+    max_retries: int
+    heartbeat: float
+    stale_after: float
+    storage_patience: float
+
+    def __post_init__(self) -> None:
+        for direction in self.directions:
+            if direction not in ("minimize", "maximize"):
+                raise SweepError(f"`direction` expected minimize or maximize, got {direction}")
+        if self.metrics is not None and len(self.metrics) != len(self.directions):
+            raise SweepError(
+                f"`metric` expected a name for each of {len(self.directions)} directions, got "
+                f"{self.metrics}"
+            )
+        if self.restart not in ("resume", "fresh"):
+            raise SweepError(f"`restart` expected resume or fresh, got {self.restart}")
+        for key, lowest in (("n_trials", 1), ("n_jobs", 1)):
+            value = getattr(self, key)
+            if value is not None and (type(value) is not int or value < lowest):
+                raise SweepError(f"`{key}` expected an integer of at least {lowest}, got {value!r}")
+        if not 0 <= self.max_failure_rate <= 1:
+            raise SweepError(
+                f"`max_failure_rate` expected a share from 0 to 1, got {self.max_failure_rate}"
+            )
+
+    @property
+    def directions(self) -> list[Direction]:
+        return self.direction if isinstance(self.direction, list) else [self.direction]
+
+    @property
+    def metrics(self) -> list[str] | None:
+        return [self.metric] if isinstance(self.metric, str) else self.metric
+
+
+def run_sweep(
+    content: dict[str, Any],
+    context: HydraContext,
+    task: TaskFunction,
+    config: DictConfig,
+    arguments: list[str],
+) -> None:
+    """Run a sweep, or a worker's part of it.
+
+    Args:
+        content: the sweeper's settings.
+        context: Hydra's.
+        task: what a trial runs.
+        config: the program's whole configuration.
+        arguments: the task's overrides, as typed.
+
+    Raises:
+        SweepError: it cannot begin or go on, or more trials are lost than `max_failure_rate`.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _refuse_passwords(config)
+    settings = Settings(**{key: _plain(value) for key, value in content.items()})
+    space = parse_space(settings.params, arguments, context.config_loader)
+    custom = _custom_space(settings.custom_search_space)
+    if not space.distributions and custom is None:
+        raise SweepError(
+            "nothing to sweep: give `hydra.sweeper.params`, or a key with several values, such as "
+            "lr=0.1,0.3 or lr=interval(0.1,1)"
+        )
+
+    def suggest(trial: optuna.Trial) -> dict[str, Any]:
+        return space.suggest(trial, custom, config)
+
+    points = Points(settings.sampler, space, suggest, custom is not None, settings.n_trials)
+    policy = Policy(settings.max_retries, settings.heartbeat, settings.stale_after)
+    pruner = make_pruner(settings.pruner)
+    if not points.are_planned:
+        make_sampler(settings.sampler)  # what is wrong with it is an error now
+
+    is_worker = WORKER in os.environ
+    base = Path(settings.dir).absolute()
+    if is_worker:
+        name, directory = os.environ[STUDY], Path(os.environ[WORKER])
+        url = os.environ[STORAGE]
+    else:
+        name, directory, url = _place(settings, base)
+    _use_directory(config, directory)
+    jobs = Jobs(
+        context,
+        Recorded(task, settings.metrics, len(settings.directions)),
+        config,
+        space.fixed,
+        directory,
+    )
+    if not is_worker:
+        _check_composition(jobs, points, suggest)
+    storage = open_storage(url, settings.storage_patience)
+    description = {
+        "space": {**space.describe(), "custom_search_space": str(settings.custom_search_space)},
+        "overrides": space.fixed,
+    }
+    is_new = not is_worker and create_study(storage, name, settings.directions, description)
+    study = SweepStudy(storage, name, directory, points, suggest, settings.sampler, pruner, policy)
+    stopping = Stopping()
+    with environment({STORAGE: url, STUDY: name}), stopping.on_signals():
+        try:
+            if is_worker:
+                stop_when_parent_says(stopping)
+                work(study, jobs.run, stopping)
+                return
+            _begin(study, is_new, config)
+            _run(study, jobs, settings, config, stopping)
+        finally:
+            study.close()
+    _end(study, settings, space, stopping)
+
+
+def _run(
+    study: SweepStudy, jobs: Jobs, settings: Settings, config: DictConfig, stopping: Stopping
+) -> None:
+    launcher = config.hydra.launcher._target_
+    with Display(study.name, study.ledger, study.directions) as display:
+        if launcher != BASIC_LAUNCHER:
+            _launch_batches(study, jobs, _batch_size(settings, config), stopping, display)
+        elif settings.n_jobs == 1:
+            work(study, jobs.run, stopping, display.update)
+        else:
+            with Workers(study, settings.n_jobs) as workers:
+                while workers.look(stopping()):
+                    display.update()
+                    time.sleep(LOOK)
+        study.refresh()
+        display.update()
+
+
+def _launch_batches(
+    study: SweepStudy, jobs: Jobs, size: int, stopping: Stopping, display: Display
+) -> None:
+    while not stopping():
+        batch: list[ClaimedTrial] = []
+        while len(batch) < size and (claimed := study.claim()) is not None:
+            batch.append(claimed)
+        if not batch:
+            if study.ledger.is_over():
+                return
+            study.tidy()
+            display.update()
+            time.sleep(LOOK)
+            continue
+        try:
+            outcomes = jobs.launch(batch)
+        except BaseException:
+            for claimed in batch:
+                study.interrupt(claimed.number)
+            raise
+        for claimed, outcome in zip(batch, outcomes, strict=True):
+            study.finish(claimed.number, outcome)
+        study.refresh()
+        display.update()
+
+
+def _batch_size(settings: Settings, config: DictConfig) -> int:
+    """How many jobs the launcher runs at once, unless `n_jobs` says it."""
+    if settings.n_jobs > 1:
+        return settings.n_jobs
+    launcher = config.hydra.launcher
+    size = launcher.get("n_jobs") or launcher.get("array_parallelism") or 1
+    return int(size) if size > 0 else max(1, (os.cpu_count() or 1) + 1 + int(size))
+
+
+def _begin(study: SweepStudy, is_new: bool, config: DictConfig) -> None:
+    study.directory.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, study.directory / "multirun.yaml")
+    if is_new:
+        study.fill_first()
+    else:
+        study.fill()
+    counts = study.refresh()
+    print(
+        f"sweep {study.name}: {counts.settled} of {counts.total} trials done, in {study.directory}",
+        flush=True,
+    )
+
+
+def _end(study: SweepStudy, settings: Settings, space: Space, stopping: Stopping) -> None:
+    counts = study.refresh()
+    best = best_trials(
+        [
+            trial
+            for trial in study.ledger.results()
+            if trial.values and trial.state.name == "COMPLETE"
+        ],
+        study.directions,
+    )
+    if best:
+        write_results(study.directory, best, len(study.directions))
+    commands = {
+        trial.number: as_typed(run_command([*space.fixed, *to_overrides(trial.params)]))
+        for trial in best
+    }
+    print_summary(best, counts, commands, study.directory)
+    if stopping() and counts.settled < counts.total:
+        print("stopped; the same command goes on", flush=True)
+        sys.exit(130)
+    lost = study.ledger.lost()
+    if lost and len(lost) / counts.total > settings.max_failure_rate:
+        trial = lost[-1]
+        which = "all" if len(lost) == counts.total else str(len(lost))
+        raise SweepError(
+            f"{which} of {counts.total} trials failed, which is more than "
+            f"max_failure_rate={settings.max_failure_rate:g} allows. Trial {trial.number}: "
+            f"{last_line(trial.user_attrs.get(ERROR, ''))}. More in its attributes and in "
+            f"{study.directory / str(trial.number)}; the same command with a larger "
+            "hydra.sweeper.max_retries tries them again"
+        )
+
+
+def _place(settings: Settings, base: Path) -> tuple[str, Path, str]:
+    """The study's name, its directory, and the address of its storage."""
+
+    def directory_of(name: str) -> Path:
+        return base.with_name(base.name + name.removeprefix(settings.study_name))
+
+    names: set[str] = set()
+    if settings.storage != JOURNAL:
+        shared = open_storage(storage_url(settings.storage, base), settings.storage_patience)
+        names = {study.study_name for study in shared.get_all_studies()}
+
+    def exists(name: str) -> bool:
+        return name in names or (
+            settings.storage == JOURNAL and (directory_of(name) / JOURNAL_FILE).exists()
+        )
+
+    name = study_name(settings.study_name, settings.restart == "fresh", exists)
+    directory = directory_of(name)
+    return name, directory, storage_url(settings.storage, directory)
+
+
+def _use_directory(config: DictConfig, directory: Path) -> None:
+    with open_dict(config):
+        config.hydra.sweep.dir = str(directory)
+
+
+def _check_composition(
+    jobs: Jobs, points: Points, suggest: Callable[[optuna.Trial], dict[str, Any]]
+) -> None:
+    """Compose one trial, so that a wrong key is an error now, and not one of every trial."""
+    if points.are_planned:
+        params = (points[0] or ({}, {}))[0]
+    else:
+        rehearsal = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        params = suggest(rehearsal.ask())
+    jobs.compose(params)
+
+
+def _custom_space(path: str | None) -> CustomSpace | None:
+    if path is None:
+        return None
+    try:
+        return get_method(path)
+    except Exception as error:
+        raise SweepError(
+            f"`custom_search_space` expected a.module.function(config, trial), got {path}: {error}"
+        ) from error
+
+
+def _refuse_passwords(config: DictConfig) -> None:
+    settings: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+    refuse_password(str(settings["storage"]))
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

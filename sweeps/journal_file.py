@@ -1,0 +1,118 @@
+"""Optuna's journal file, which a full disk or a killed writer must not spoil for the others."""
+
+import json
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from optuna.storages.journal import (
+    BaseJournalBackend,
+    JournalFileBackend,
+    JournalFileSymlinkLock,
+    JournalStorage,
+)
+
+from bn_lightning.sweeps.errors import SweepError
+
+
+class JournalFile(BaseJournalBackend):
+    """A journal file that ends in whole records.
+
+    Records are appended as Optuna's own backend does it, and read by it. A record that the disk has
+    no room for is taken back, and behind one that a killed writer left half written none is
+    appended: that would make both unreadable.
+
+    Args:
+        path: the file; made where there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = JournalFileSymlinkLock(str(path))
+        self._reader = JournalFileBackend(str(path), self._lock)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock that every writer holds, on one machine or over NFS."""
+        self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        yield from self._reader.read_logs(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with self.locked(), open(self.path, "r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    raise broken_journal(self.path)
+            try:
+                _write(file.fileno(), "".join(map(_line, logs)).encode())
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(end)
+                raise
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """Open a journal file, or start one.
+
+    Raises:
+        SweepError: the file holds what is no whole record; it is left as it is.
+        OSError: it cannot be read or made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    journal = JournalFile(path)
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                # Perhaps another process is writing just now: then it holds the lock.
+                with journal.locked():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        raise broken_journal(path)
+    try:
+        return JournalStorage(journal)
+    except (ValueError, KeyError, TypeError) as error:
+        raise broken_journal(path) from error
+
+
+def broken_journal(path: Path) -> SweepError:
+    """The error for a journal with a record that cannot be read: what is whole, and what to do."""
+    records, whole, finished = 0, 0, 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                if not line.endswith(b"\n") or not isinstance(record["op_code"], int):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            records += 1
+            whole += len(line)
+            # 6 sets a trial's state, and states from 1 to 3 are those of a finished one.
+            finished += record["op_code"] == 6 and record["state"] in (1, 2, 3)
+    size = path.stat().st_size
+    return SweepError(
+        f"{path} expected whole records, got one cut off or damaged after {records:,} whole "
+        f"ones ({whole:,} of {size:,} bytes), which hold {finished:,} finished trials. Nothing was "
+        "changed. To go on with the whole records, keep a copy, and cut the rest off: "
+        f"cp '{path}' '{path}.copy' && truncate -s {whole} '{path}'"
+    )
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]

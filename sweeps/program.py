@@ -1,0 +1,47 @@
+"""The command line of this program, to be run again by others: workers, single trials, the user."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+# Hydra's options that choose the configuration; the others say what to do with it.
+_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+
+
+def program() -> list[str]:
+    """Interpreter and program, without arguments."""
+    import __main__
+
+    spec = getattr(__main__, "__spec__", None)
+    if spec is None:
+        return [sys.executable, os.path.abspath(sys.argv[0])]
+    name = spec.name.removesuffix(".__main__")
+    return [sys.executable, "-m", name]
+
+
+def same_command() -> list[str]:
+    """The whole command as it was typed."""
+    return [*program(), *sys.argv[1:]]
+
+
+def run_command(overrides: Sequence[str]) -> list[str]:
+    """The command of a single run with these overrides."""
+    return [*program(), *_config_options(sys.argv[1:]), *overrides]
+
+
+def as_typed(command: Sequence[str]) -> str:
+    """A command as one types it in a shell."""
+    executable = "python" if command[0] == sys.executable else command[0]
+    return shlex.join([executable, *command[1:]])
+
+
+def _config_options(arguments: Sequence[str]) -> list[str]:
+    kept, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument.partition("=")[0] in _WITH_VALUE:
+            kept.append(argument)
+            if "=" not in argument and rest:
+                kept.append(rest.pop(0))
+    return kept
