@@ -41,7 +41,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         config_name: the primary configuration in `bn_lightning.conf`.
     """
     register()
-    for resolver in (run_directory, hydra_directory):
+    for resolver in (run_directory, hydra_directory, several_processes):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=True)
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -78,6 +78,18 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         return command
 
     return decorate
+
+
+def several_processes(devices: Any, strategy: str) -> bool:
+    """Whether a run starts processes of its own, for `hydra.sweeper.isolate`.
+
+    Args:
+        devices: a number, a list of numbers, or as Lightning's Trainer takes them.
+        strategy: of the Trainer.
+    """
+    if "ddp" in strategy or "fsdp" in strategy or "deepspeed" in strategy:
+        return True
+    return devices not in (1, "1") and not (OmegaConf.is_list(devices) and len(devices) == 1)
 
 
 def run_reported(command: Callable[[], Any], full_error: bool = False) -> None:

@@ -99,6 +99,17 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     return record
 
 
+def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep keeps of a run: its metrics, and what tells runs apart, as numbers and text."""
+    return record["metrics"] | {
+        "diverged": record["status"] == "diverged",
+        "diverged_at": record.get("diverged_at"),
+        "data": (record["data"] or {}).get("source"),
+        "commit": record["commit"],
+        "steps": record["steps"],
+    }
+
+
 def logged_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """A Trainer's metrics as plain numbers, without `step`, which is their x axis."""
     return {name: float(value) for name, value in metrics.items() if name != "step"}

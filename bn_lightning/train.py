@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
 from bn_lightning.interruption import Interrupted
 from bn_lightning.run_directory import LAST
-from bn_lightning.run_record import RunRecord, logged_numbers, read_run
+from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
 from bn_lightning.summary import print_summary
+from bn_lightning.sweeps.environment import in_trial
 
 # A run is one configuration: resuming may change how it is run and watched, not what is trained.
 _FREE_ON_RESUME = {"callbacks", "ckpt_path", "extras", "logger", "paths", "task_name", "trainer"}
@@ -22,8 +23,8 @@ _FREE_ON_RESUME = {"callbacks", "ckpt_path", "extras", "logger", "paths", "task_
 _KEPT_ON_RESUME = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
 
 
-def train(config: DictConfig) -> dict[str, float]:
-    """Train as configured and return the run's metrics, those of the test set among them.
+def train(config: DictConfig) -> dict[str, Any]:
+    """Train as configured and return what `run_outcome` says of the run, its metrics first.
 
     Args:
         config: composed from `conf/train.yaml`. Everything is written to `paths.output_dir`.
@@ -63,7 +64,7 @@ def train(config: DictConfig) -> dict[str, float]:
             # Lightning's reference cycles keep the data alive until a full collection, and a sweep
             # is many runs in one process.
             gc.collect()
-    return record.content["metrics"]
+    return run_outcome(record.content)
 
 
 def _fit_and_test(
@@ -73,7 +74,7 @@ def _fit_and_test(
     from lightning import seed_everything
     from lightning.pytorch.callbacks import ProgressBar
 
-    from bn_lightning.callbacks import DivergenceGuard
+    from bn_lightning.callbacks import DivergenceGuard, RunCheckpoints
     from bn_lightning.checkpoint import CONFIG_KEY, check_fits, load_checkpoint
     from bn_lightning.config_check import check_config
     from bn_lightning.metrics_csv import truncate_metrics
@@ -90,6 +91,11 @@ def _fit_and_test(
     callbacks = [instantiate(node) for node in config.callbacks.values() if node is not None]
     if in_sweep():
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    if in_trial():
+        for callback in callbacks:
+            if isinstance(callback, RunCheckpoints):
+                # Ctrl-C is the sweeper's: it lets running trials end.
+                callback.handles_signals = False
     trainer = instantiate(
         config.trainer,
         callbacks=callbacks,
@@ -97,6 +103,13 @@ def _fit_and_test(
         # Without this, Lightning adds a bar of its own.
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
+
+    if in_sweep() and trainer.world_size > 1:
+        raise ValueError(
+            f"a job of a multirun expected one process, got {trainer.world_size}: the others would "
+            "begin the multirun anew. Use hydra/sweeper=bn_optuna, which runs such a trial as a "
+            "command of its own, or leave -m out"
+        )
 
     first_step = 0
     if ckpt_path is not None:
@@ -133,7 +146,7 @@ def _fit_and_test(
         record.end("completed", metrics=metrics | logged_numbers(trainer.callback_metrics))
     else:
         record.end("diverged", metrics=metrics | model.chance_metrics(), diverged_at=diverged_at)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not in_trial():
         if config.extras.figures:
             from bn_lightning.sweeps.figures import draw_run
 

@@ -26,6 +26,9 @@ class RunCheckpoints(ModelCheckpoint):
         mode: "max" if more of it is better, "min" if less is.
     """
 
+    # Where the program has an answer of its own to SIGINT and SIGTERM, this is False.
+    handles_signals = True
+
     def __init__(self, dirpath: str | Path, monitor: str, mode: str) -> None:
         super().__init__(
             dirpath,
@@ -52,7 +55,7 @@ class RunCheckpoints(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._signum = None
         # Here and not earlier: just before, Lightning puts a handler of its own in front of others.
-        if threading.current_thread() is threading.main_thread():
+        if self.handles_signals and threading.current_thread() is threading.main_thread():
             self._handlers.enter_context(handled_by(self._note))
 
     @override

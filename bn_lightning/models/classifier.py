@@ -119,12 +119,13 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def chance_metrics(self) -> dict[str, float]:
-        """The test metrics of a guess, the score of a run that diverged: loss ln(num_classes)."""
-        return {
-            "test/loss": math.log(self.num_classes),
-            "test/accuracy": 1 / self.num_classes,
-            "test/accuracy_top5": min(5, self.num_classes) / self.num_classes,
+        """The metrics of a guess, the score of a run that diverged: loss ln(num_classes)."""
+        guess = {
+            "loss": math.log(self.num_classes),
+            "accuracy": 1 / self.num_classes,
+            "accuracy_top5": min(5, self.num_classes) / self.num_classes,
         }
+        return {f"{split}/{name}": v for split in ("val", "test") for name, v in guess.items()}
 
     def _evaluate(self, name: str, batch: Batch) -> None:
         x, target = batch
