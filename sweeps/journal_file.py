@@ -1,5 +1,6 @@
 """Optuna's journal file, which a full disk or a killed writer must not spoil for the others."""
 
+import itertools
 import json
 import os
 from collections.abc import Generator, Iterator
@@ -69,16 +70,12 @@ def open_journal(path: Path) -> JournalStorage:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = JournalFile(path)
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                # Perhaps another process is writing just now: then it holds the lock.
-                with journal.locked():
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":
-                        raise broken_journal(path)
+    # Under the lock: nobody is in the middle of a record. Optuna looks at the last one too late, when
+    # another follows it.
+    with journal.locked():
+        last = _last_line(path)
+    if last and not _is_whole(last):
+        raise broken_journal(path)
     try:
         return JournalStorage(journal)
     except (ValueError, KeyError, TypeError) as error:
@@ -89,15 +86,10 @@ def broken_journal(path: Path) -> SweepError:
     """The error for a journal with a record that cannot be read: what is whole, and what to do."""
     records, whole, finished = 0, 0, 0
     with open(path, "rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-                if not line.endswith(b"\n") or not isinstance(record["op_code"], int):
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
+        for line in itertools.takewhile(_is_whole, file):
             records += 1
             whole += len(line)
+            record = json.loads(line)
             # 6 sets a trial's state, and states from 1 to 3 are those of a finished one.
             finished += record["op_code"] == 6 and record["state"] in (1, 2, 3)
     size = path.stat().st_size
@@ -107,6 +99,24 @@ def broken_journal(path: Path) -> SweepError:
         "changed. To go on with the whole records, keep a copy, and cut the rest off: "
         f"cp '{path}' '{path}.copy' && truncate -s {whole} '{path}'"
     )
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line)["op_code"], int)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _last_line(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        size, length = file.seek(0, os.SEEK_END), 1 << 14
+        while True:
+            file.seek(max(0, size - length))
+            lines = file.read().splitlines(keepends=True)
+            if len(lines) > 1 or length >= size:
+                return lines[-1] if lines else b""
+            length *= 8
 
 
 def _line(record: dict[str, Any]) -> str:

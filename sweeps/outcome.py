@@ -17,7 +17,7 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
 from bn_lightning.sweeps.environment import STORAGE
-from bn_lightning.sweeps.secrets import redacted
+from bn_lightning.sweeps.passwords import redacted
 
 FILE_NAME = "outcome.json"
 

@@ -5,6 +5,7 @@ is filled, and every worker takes the next one: no point is tried twice because 
 the same moment. The other samplers draw when a trial begins.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import optuna
 from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import (
     BaseSampler,
     BruteForceSampler,
@@ -81,7 +83,8 @@ class Points:
 
     def _every_point(self) -> list[Point]:
         # Seeded, so that everybody has the same point in the same slot.
-        return self._rehearsed(BruteForceSampler(seed=self._sampler.get("seed") or 0), None)
+        seeded = {**self._sampler, "seed": self._sampler.get("seed") or 0}
+        return self._rehearsed(make_sampler(seeded), None)
 
     def _drawn(self, n_trials: int) -> list[Point]:
         return self._rehearsed(make_sampler(self._sampler), n_trials)
@@ -147,7 +150,10 @@ def make_pruner(pruner: Mapping[str, Any] | None) -> optuna.pruners.BasePruner:
 
 def _built(key: str, config: Mapping[str, Any], kind: type) -> Any:
     try:
-        built = instantiate(dict(config))
+        with warnings.catch_warnings():
+            # Who names a sampler has chosen it.
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            built = instantiate(dict(config))
     except (HydraException, ValueError, TypeError, ImportError) as error:
         reason = error.__cause__ or error
         raise SweepError(f"`{key}` {config.get('_target_')} cannot be built: {reason}") from error

@@ -28,12 +28,13 @@ from sqlalchemy.exc import (
     DBAPIError,
     InterfaceError,
     OperationalError,
+    PendingRollbackError,
     SQLAlchemyError,
 )
 
 from bn_lightning.sweeps.errors import SweepError
 from bn_lightning.sweeps.journal_file import open_journal
-from bn_lightning.sweeps.secrets import redacted
+from bn_lightning.sweeps.passwords import redacted
 
 JOURNAL = "journal"
 JOURNAL_FILE = "journal.log"
@@ -68,7 +69,7 @@ def storage_url(setting: str, directory: Path) -> str:
         return setting
     try:
         url = make_url(setting)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # it parses a port as a number
         url = None
     if url is None or scheme in (JOURNAL, "grpc"):
         raise SweepError(
@@ -92,7 +93,7 @@ def open_storage(url: str, patience: float) -> "PatientStorage":
         SweepError: it cannot be used, or not be reached within START_PATIENCE.
     """
     try:
-        inner = patiently(lambda: _open(url), min(patience, START_PATIENCE), url)
+        inner, close = patiently(lambda: _open(url), min(patience, START_PATIENCE), url)
     except ImportError as error:
         raise SweepError(
             f"`storage` expected the driver for {redacted(url, url)} to be installed, got: "
@@ -103,7 +104,7 @@ def open_storage(url: str, patience: float) -> "PatientStorage":
         raise SweepError(
             f"`storage` cannot be {redacted(url, url)}: {redacted(str(error), url)}"
         ) from None
-    return PatientStorage(inner, url, patience)  # type: ignore[abstract]  # see below
+    return PatientStorage(inner, url, patience, close)  # type: ignore[abstract]  # see below
 
 
 def patiently(call: Callable[[], T], patience: float, url: str) -> T:
@@ -142,6 +143,8 @@ def is_unreachable(error: BaseException | None) -> bool:
         return is_unreachable(error.__cause__)
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+    if isinstance(error, PendingRollbackError):
+        return True  # Optuna goes on in a transaction that the server has just broken off
     if isinstance(error, DBAPIError):
         return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
     code = getattr(error, "code", None)
@@ -158,12 +161,20 @@ class PatientStorage(BaseStorage):
         inner: the storage.
         url: where it is, for messages, which never show its password.
         patience: seconds to try again for.
+        close: lets the storage's connections go.
     """
 
-    def __init__(self, inner: BaseStorage, url: str, patience: float) -> None:
+    def __init__(
+        self,
+        inner: BaseStorage,
+        url: str,
+        patience: float,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
         self.inner = inner
         self.url = url
         self.patience = patience
+        self.close = close
 
 
 def _patient(name: str) -> Callable[..., Any]:
@@ -187,18 +198,24 @@ def _reason(error: Exception) -> str:
     return text.strip().partition("\n")[0].rstrip(".")
 
 
-def _open(url: str) -> BaseStorage:
+def _open(url: str) -> tuple[BaseStorage, Callable[[], None]]:
     scheme, _, rest = url.partition("://")
     if scheme == JOURNAL:
-        return open_journal(Path(rest))
+        return open_journal(Path(rest)), lambda: None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if scheme == "grpc":
             host, port = rest.rsplit(":", 1)
             proxy = GrpcStorageProxy(host=host, port=int(port))
             proxy.get_all_studies()
-            return proxy
-    return get_storage(_open_database(url))
+            return proxy, proxy.close
+    database = _open_database(url)
+
+    def close() -> None:
+        database.remove_session()
+        database.engine.dispose()
+
+    return get_storage(database), close
 
 
 def _open_database(url: str) -> RDBStorage:

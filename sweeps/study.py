@@ -265,8 +265,9 @@ class SweepStudy:
         self.finish(number, failed("interrupted").with_attributes(**{INTERRUPTED: True}))
 
     def close(self) -> None:
-        """End the heartbeat."""
+        """End the heartbeat, and let the storage go."""
         self._heartbeat.stop()
+        self.storage.close()
 
     def _trial_directory(self, number: int) -> Path:
         return self.directory / str(number)

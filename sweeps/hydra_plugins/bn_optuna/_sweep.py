@@ -18,9 +18,9 @@ from bn_lightning.sweeps.display import Display, best_trials, print_summary, wri
 from bn_lightning.sweeps.environment import STORAGE, STUDY, WORKER, environment
 from bn_lightning.sweeps.errors import SweepError
 from bn_lightning.sweeps.outcome import ERROR, last_line
+from bn_lightning.sweeps.passwords import refuse_password
 from bn_lightning.sweeps.points import Points, make_pruner, make_sampler
 from bn_lightning.sweeps.program import as_typed, run_command
-from bn_lightning.sweeps.secrets import refuse_password
 from bn_lightning.sweeps.space import CustomSpace, Space, parse_space, to_overrides
 from bn_lightning.sweeps.stopping import Stopping
 from bn_lightning.sweeps.storage import JOURNAL, JOURNAL_FILE, open_storage, storage_url
@@ -75,10 +75,9 @@ class Settings:
             )
         if self.restart not in ("resume", "fresh"):
             raise SweepError(f"`restart` expected resume or fresh, got {self.restart}")
-        for key, lowest in (("n_trials", 1), ("n_jobs", 1)):
-            value = getattr(self, key)
-            if value is not None and (type(value) is not int or value < lowest):
-                raise SweepError(f"`{key}` expected an integer of at least {lowest}, got {value!r}")
+        for key, value in (("n_trials", self.n_trials or 1), ("n_jobs", self.n_jobs)):
+            if type(value) is not int or value < 1:
+                raise SweepError(f"`{key}` expected an integer of at least 1, got {value!r}")
         if not 0 <= self.max_failure_rate <= 1:
             raise SweepError(
                 f"`max_failure_rate` expected a share from 0 to 1, got {self.max_failure_rate}"
@@ -112,7 +111,8 @@ def run_sweep(
     Raises:
         SweepError: it cannot begin or go on, or more trials are lost than `max_failure_rate`.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Its warnings are of broken connections, with the whole of their SQL.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     _refuse_passwords(config)
     settings = Settings(**{key: _plain(value) for key, value in content.items()})
     space = parse_space(settings.params, arguments, context.config_loader)
@@ -165,9 +165,9 @@ def run_sweep(
                 return
             _begin(study, is_new, config)
             _run(study, jobs, settings, config, stopping)
+            _end(study, settings, space, stopping)
         finally:
             study.close()
-    _end(study, settings, space, stopping)
 
 
 def _run(
@@ -280,6 +280,7 @@ def _place(settings: Settings, base: Path) -> tuple[str, Path, str]:
     if settings.storage != JOURNAL:
         shared = open_storage(storage_url(settings.storage, base), settings.storage_patience)
         names = {study.study_name for study in shared.get_all_studies()}
+        shared.close()
 
     def exists(name: str) -> bool:
         return name in names or (

@@ -7,6 +7,9 @@ from bn_lightning.sweeps.errors import SweepError
 
 _PASSWORD = re.compile(r"^[^:/@]+://[^/@:]*:(?P<password>.*)@[^@]*$")
 
+# Without a default, which would stand in the configuration.
+_VARIABLE = re.compile(r"\$\{oc\.env:[^{},]+\}")
+
 
 def refuse_password(setting: str) -> None:
     """Refuse a password that stands in the configuration or the command: Hydra writes both to disk.
@@ -17,8 +20,8 @@ def refuse_password(setting: str) -> None:
     Raises:
         SweepError: there is a password in it.
     """
-    match = _PASSWORD.match(setting)
-    if match and not re.fullmatch(r"\$\{oc\.env:[^{}]+\}", match["password"]):
+    match = _PASSWORD.match(_VARIABLE.sub("$", setting))
+    if match and match["password"] not in ("", "$"):
         raise SweepError(
             "`storage` expected its password from the environment, got it in the address, which is "
             "written to every run's .hydra folder. Leave it out (libpq reads PGPASSWORD and "

@@ -1,0 +1,46 @@
+"""A cheap task to sweep, which neither PyTorch nor Lightning is needed for."""
+
+import os
+import time
+
+import hydra
+import optuna
+from hydra_plugins.bn_optuna import register
+from omegaconf import DictConfig
+
+from bn_lightning.sweeps.trial import current_trial
+
+register()
+
+
+def depth_of_deep(config: DictConfig, trial: optuna.Trial) -> None:
+    """A conditional space."""
+    if trial.params["kind"] == "deep":
+        trial.suggest_int("depth", 1, 2)
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(config: DictConfig) -> object:
+    time.sleep(config.seconds)
+    if config.act == "raise":
+        raise RuntimeError("asked to fail")
+    if config.act == "raise_once" and not os.path.exists("raised"):
+        open("raised", "w").close()
+        raise RuntimeError("asked to fail once")
+    if config.act == "exit":
+        os._exit(3)
+    if config.act == "report":
+        trial = current_trial()
+        assert trial is not None
+        trial.report(config.x, step=1)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    returns = {"none": None, "text": "text", "two": (1.0, 2.0), "not_a_number": float("nan")}
+    if config.act in returns:
+        return returns[config.act]
+    loss = (config.x - 1) ** 2 + config.y + config.depth
+    return {"loss": loss, "size": config.x, "diverged": config.x > 2, "pid": os.getpid()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The sweeper through `hydra.main`: a small program, started as a user starts it."""
+
+import json
+import os
+import signal
+import time
+
+import optuna
+import pytest
+from omegaconf import OmegaConf
+
+from bn_lightning.sweeps.errors import SweepError
+from bn_lightning.sweeps.storage import open_storage, storage_url
+
+GRID = ("-m", "x=0,1,3", "y=range(2)", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=null")
+
+
+def study_in(folder, name="demo"):
+    storage = open_storage(storage_url("journal", folder), 5)
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def states(folder, name="demo"):
+    return [trial.state.name for trial in study_in(folder, name).trials]
+
+
+class TestASweep:
+    def test_from_its_beginning_to_its_end(self, program):
+        done = program.run(*GRID)
+        assert (done.returncode, done.stderr) == (0, "")
+        sweep = program.folder / "sweep"
+        lines = done.stdout.splitlines()
+        assert lines[0] == f"sweep demo: 0 of 6 trials done, in {sweep}"
+        assert lines[1].startswith("trial 0: 1  x=0 y=0 ")
+        assert lines[1].endswith("[1/6]")
+        assert lines[5].startswith("trial 4: 4 diverged  x=3 y=0 ")
+        assert lines[7] == "6 of 6 trials: 6 complete (2 of them diverged), 0 pruned, 0 lost"
+        assert lines[8] == "best: 0 in trial 2  x=1 y=0"
+        assert lines[9].strip() == f"{sweep}/2"
+        assert lines[10].strip() == f"python {program.command()[1]} x=1 y=0"
+        assert lines[11] == str(sweep)
+        results = OmegaConf.load(sweep / "optimization_results.yaml")
+        assert results == {"name": "optuna", "best_params": {"x": 1, "y": 0}, "best_value": 0.0}
+        assert OmegaConf.load(sweep / "2" / ".hydra" / "overrides.yaml") == ["x=1", "y=0"]
+        attributes = study_in(sweep).trials[5].user_attrs
+        assert attributes["directory"] == f"{sweep}/5"
+        assert attributes["diverged"] is True
+        assert attributes["size"] == 3
+        assert attributes["seconds"] >= 0
+
+    def test_the_command_again_goes_on(self, program):
+        first = program.run(*GRID[:3], "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=4")
+        second = program.run(*GRID)
+        assert (first.returncode, second.returncode) == (0, 0)
+        assert "4 of 6 trials done" in second.stdout
+        assert "trial 3" not in second.stdout.partition("best")[0]
+        assert states(program.folder / "sweep") == ["COMPLETE"] * 6
+        trials = study_in(program.folder / "sweep").trials
+        assert len({tuple(trial.params.values()) for trial in trials}) == 6
+
+    def test_fresh_makes_another_study_beside(self, program):
+        program.run(*GRID)
+        assert program.run(*GRID, "hydra.sweeper.restart=fresh").returncode == 0
+        resumed = program.run(*GRID)
+        assert "sweep demo-2: 6 of 6" in resumed.stdout
+        assert states(program.folder / "sweep") == ["COMPLETE"] * 6
+        assert states(program.folder / "sweep-2", "demo-2") == ["COMPLETE"] * 6
+
+    def test_params_conditions_and_several_directions(self, program):
+        done = program.run(
+            "-m",
+            "+hydra.sweeper.params.kind='deep,flat'",
+            "hydra.sweeper.custom_search_space=__main__.depth_of_deep",
+            "hydra/sweeper/sampler=brute_force",
+            "hydra.sweeper.direction=[minimize,maximize]",
+            "hydra.sweeper.metric=[loss,size]",
+        )
+        assert done.returncode == 0, done.stderr
+        trials = study_in(program.folder / "sweep").trials
+        assert sorted(str(trial.params) for trial in trials) == [
+            "{'kind': 'deep', 'depth': 1}",
+            "{'kind': 'deep', 'depth': 2}",
+            "{'kind': 'flat'}",
+        ]
+        results = OmegaConf.load(program.folder / "sweep" / "optimization_results.yaml")
+        assert results.solutions == [{"params": {"kind": "flat"}, "values": [1.0, 0.0]}]
+
+    def test_pruning_by_the_study(self, program):
+        """A trial reports and is pruned through the study's storage and the sweep's pruner."""
+        done = program.run(
+            "-m",
+            "x=range(8)",
+            "act=report",
+            "hydra/sweeper/sampler=grid",
+            "hydra.sweeper.n_trials=null",
+            "hydra/sweeper/pruner=median",
+            "hydra.sweeper.pruner.n_startup_trials=2",
+        )
+        assert done.returncode == 0, done.stderr
+        trials = study_in(program.folder / "sweep").trials
+        assert [t.state.name for t in trials] == ["COMPLETE"] * 2 + ["PRUNED"] * 6
+        assert trials[5].intermediate_values == {1: 5.0}
+        assert "6 pruned" in done.stdout
+
+
+class TestFailures:
+    def test_all_failed(self, program):
+        done = program.run(*GRID, "act=raise")
+        assert done.returncode == 1
+        assert "all of 6 trials failed" in done.stderr
+        assert "RuntimeError: asked to fail" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert states(program.folder / "sweep") == ["FAIL"] * 12
+        assert study_in(program.folder / "sweep").trials[0].user_attrs["error"].endswith("to fail")
+
+    def test_an_error_does_not_end_the_sweep(self, program):
+        done = program.run(*GRID, "act=raise_once")
+        assert done.returncode == 0, done.stderr
+        assert "trial 0: failed (RuntimeError: asked to fail once)" in done.stdout
+        assert states(program.folder / "sweep") == ["FAIL"] + ["COMPLETE"] * 6
+
+    def test_what_is_no_number(self, program):
+        acts = {"none": "got None", "text": "got 'text'", "two": "got 2", "not_a_number": "got nan"}
+        done = program.run("-m", f"act={','.join(acts)}", "hydra/sweeper/sampler=grid")
+        assert done.returncode == 1
+        assert "all of 4 trials failed" in done.stderr
+        errors = [t.user_attrs["error"] for t in study_in(program.folder / "sweep").trials]
+        for error, words in zip(errors, acts.values(), strict=True):
+            assert error.startswith("the task was expected to return a number")
+            assert words in error
+
+    def test_a_share_of_failures_is_allowed(self, program):
+        done = program.run(
+            "-m",
+            "act=raise,return",
+            "hydra/sweeper/sampler=grid",
+            "hydra.sweeper.max_retries=0",
+            "hydra.sweeper.max_failure_rate=0.5",
+        )
+        assert done.returncode == 0, done.stderr
+        assert "1 complete (0 of them diverged), 0 pruned, 1 lost" in done.stdout
+
+    def test_a_worker_that_dies_of_its_trial(self, program):
+        """The other trials go on; the one that kills its worker is lost after its retries."""
+        done = program.run(
+            "-m", "act=exit,return", "x=0,1", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2"
+        )
+        assert done.returncode == 1
+        assert "2 of 4 trials failed" in done.stderr
+        found = states(program.folder / "sweep")
+        assert (found.count("COMPLETE"), found.count("FAIL")) == (2, 4)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("x=1",), "nothing to sweep"),
+            (("x=1,2", "hydra/sweeper/sampler=nope"), "tpe"),
+            (("x=1,2", "hydra.sweeper.sampler._target_=nope.Nope"), "one of Optuna's samplers"),
+            (("no.such.key=1,2",), "no.such.key"),
+            (("x=1,2", "hydra.sweeper.direction=up"), "minimize or maximize, got up"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else " ".join(value),
+    )
+    def test_it_is_said_before_anything_is_written(self, program, arguments, words):
+        done = program.run("-m", *arguments)
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (program.folder / "sweep" / "journal.log").exists()
+
+    def test_another_sweep_in_the_same_place(self, program):
+        program.run("-m", "x=0,1", "hydra/sweeper/sampler=grid")
+        done = program.run("-m", "x=0,1", "hydra/sweeper/sampler=grid", "seconds=0.001")
+        assert done.returncode == 1
+        assert "another overrides" in done.stderr
+        assert "restart=fresh" in done.stderr
+        assert states(program.folder / "sweep") == ["COMPLETE"] * 2
+
+    def test_a_torn_journal(self, program):
+        program.run(*GRID)
+        journal = program.folder / "sweep" / "journal.log"
+        torn = journal.read_bytes()[:-9]
+        journal.write_bytes(torn)
+        done = program.run(*GRID)
+        assert done.returncode == 1
+        assert "5 finished trials" in done.stderr
+        assert journal.read_bytes() == torn
+
+    def test_a_password_is_neither_taken_nor_written(self, program):
+        done = program.run("-m", "x=0,1", "hydra.sweeper.storage=postgresql://u:geheim@h/d")
+        assert done.returncode == 1
+        assert "password from the environment" in done.stderr
+        assert "geheim" not in done.stderr + done.stdout
+        for path in program.folder.rglob("*"):
+            assert path.is_dir() or b"geheim" not in path.read_bytes()
+
+
+class TestParallel:
+    def test_worker_processes(self, program):
+        """Each is started once; a slow trial holds nobody up."""
+        done = program.run(*GRID, "hydra.sweeper.n_jobs=2", "seconds=0.3")
+        assert done.returncode == 0, done.stdout + done.stderr
+        trials = study_in(program.folder / "sweep").trials
+        assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
+        assert len({trial.user_attrs["pid"] for trial in trials}) <= 2
+        assert os.getpid() not in {trial.user_attrs["pid"] for trial in trials}
+        logs = sorted(path.name for path in (program.folder / "sweep" / "workers").iterdir())
+        assert logs == ["0.log", "1.log"]
+
+    def test_several_commands(self, program):
+        """Started at the same moment, on a study that is not there yet."""
+        commands = [program.start(*GRID, "seconds=0.2") for _ in range(3)]
+        outputs = [command.communicate(timeout=120)[0] for command in commands]
+        assert [command.returncode for command in commands] == [0, 0, 0], outputs
+        trials = study_in(program.folder / "sweep").trials
+        assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
+        assert len({tuple(trial.params.values()) for trial in trials}) == 6
+
+    @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+    def test_launchers(self, program, launcher):
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+        done = program.run(
+            *GRID, f"hydra/launcher={launcher}", "hydra.sweeper.n_jobs=3", "act=raise_once"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        trials = study_in(program.folder / "sweep").trials
+        assert [t.state.name for t in trials].count("COMPLETE") == 6
+        for trial in trials:
+            outcome = json.loads(
+                (program.folder / "sweep" / str(trial.number) / "outcome.json").read_text()
+            )
+            assert outcome["state"] == trial.state.name
+        assert len({t.user_attrs["pid"] for t in trials if "pid" in t.user_attrs}) >= 2
+
+    def test_a_process_for_a_trial(self, program):
+        """By the trial's own configuration."""
+        done = program.run(
+            "-m", "x=0,1", "y=0,1", "hydra/sweeper/sampler=grid", "hydra.sweeper.isolate='${y}'",
+            "act=raise_once",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        trials = study_in(program.folder / "sweep").trials
+        isolated = [t for t in trials if t.params["y"] and t.state.name == "COMPLETE"]
+        here = [t for t in trials if not t.params["y"] and t.state.name == "COMPLETE"]
+        assert len({t.user_attrs["pid"] for t in isolated}) == len(isolated) == 2
+        assert len({t.user_attrs["pid"] for t in here}) == 1
+        assert (program.folder / "sweep" / "1" / "process.log").exists()
+
+    def test_an_isolated_trial_that_fails(self, program):
+        done = program.run(
+            "-m", "act=raise,exit,none", "hydra/sweeper/sampler=grid", "hydra.sweeper.isolate=true",
+            "hydra.sweeper.max_retries=0",
+        )  # fmt: skip
+        assert done.returncode == 1
+        errors = [t.user_attrs["error"] for t in study_in(program.folder / "sweep").trials]
+        assert errors[0].endswith("RuntimeError: asked to fail")
+        assert errors[1].endswith("the trial's process ended: exit code 3")
+        assert "expected to return a number, got None" in errors[2]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+class TestCtrlC:
+    def test_once_lets_running_trials_end(self, program):
+        arguments = (*GRID, "seconds=1", "hydra.sweeper.n_jobs=2")
+        process = program.start(*arguments)
+        journal = program.folder / "sweep" / "journal.log"
+        wait_for(lambda: journal.exists() and "RUNNING" in states(program.folder / "sweep"))
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, output
+        assert "the same command goes on" in output
+        found = states(program.folder / "sweep")
+        assert set(found) == {"COMPLETE", "WAITING"}
+        assert 1 <= found.count("COMPLETE") <= 3
+        again = program.run(*arguments)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert states(program.folder / "sweep") == ["COMPLETE"] * 6
+
+    @pytest.mark.parametrize("n_jobs", [1, 2])
+    def test_twice_ends_at_once(self, program, n_jobs):
+        arguments = ("-m", "x=0,1", "hydra/sweeper/sampler=grid", f"hydra.sweeper.n_jobs={n_jobs}")
+        process = program.start(*arguments, "seconds=60")
+        journal = program.folder / "sweep" / "journal.log"
+        wait_for(lambda: journal.exists() and "RUNNING" in states(program.folder / "sweep"))
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=50)
+        assert time.monotonic() - started < 40
+        assert process.returncode in (1, 130, -signal.SIGINT), output
+        found = study_in(program.folder / "sweep").trials
+        assert {trial.state.name for trial in found} <= {"FAIL", "WAITING"}
+        failed = [trial for trial in found if trial.state.name == "FAIL"]
+        assert failed
+        assert all(trial.user_attrs["interrupted"] for trial in failed)
+
+
+class TestRecorded:
+    """Where the outcome is kept when the disk is full."""
+
+    def test_in_memory(self, monkeypatch, tmp_path, caplog):
+        from hydra_plugins.bn_optuna import _jobs
+
+        def full(self, directory):
+            raise OSError(28, "No space left on device")
+
+        job = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(tmp_path)}}})
+        monkeypatch.setattr(_jobs.HydraConfig, "get", lambda: job.hydra)
+        monkeypatch.setattr(_jobs.Outcome, "write", full)
+        recorded = _jobs.Recorded(lambda config: {"loss": 0.5}, ["loss"], 1)
+        assert recorded(job) == {"loss": 0.5}
+        assert recorded.outcome.values == [0.5]
+        assert "only in the study: [Errno 28]" in caplog.text
+
+
+SETTINGS = {
+    "sampler": {"_target_": "optuna.samplers.RandomSampler"},
+    "pruner": None,
+    "params": None,
+    "custom_search_space": None,
+    "direction": "minimize",
+    "metric": None,
+    "n_trials": 1,
+    "n_jobs": 1,
+    "isolate": False,
+    "storage": "journal",
+    "study_name": "s",
+    "dir": "d",
+    "restart": "resume",
+    "max_failure_rate": 0.0,
+    "max_retries": 1,
+    "heartbeat": 10,
+    "stale_after": 120,
+    "storage_patience": 600,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("direction", ["minimize", "up"], "minimize or maximize, got up"),
+        ("metric", ["a", "b"], "a name for each of 1 directions"),
+        ("restart", "new", "resume or fresh, got new"),
+        ("n_trials", -1, "integer of at least 1, got -1"),
+        ("n_trials", 1.5, "integer of at least 1, got 1.5"),
+        ("n_jobs", 0, "integer of at least 1, got 0"),
+        ("n_jobs", None, "integer of at least 1, got None"),
+        ("max_failure_rate", 1.5, "a share from 0 to 1, got 1.5"),
+    ],
+)
+def test_settings(key, value, words):
+    from hydra_plugins.bn_optuna._sweep import Settings
+
+    assert Settings(**SETTINGS).directions == ["minimize"]
+    with pytest.raises(SweepError, match=f"`{key}` expected (an )?{words}"):
+        Settings(**{**SETTINGS, key: value})

@@ -1,0 +1,90 @@
+"""A journal whose last record is torn is reported, and never written behind."""
+
+import errno
+import os
+
+import optuna
+import pytest
+
+from bn_lightning.sweeps.errors import SweepError
+from bn_lightning.sweeps.journal_file import open_journal
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """A journal with three finished trials."""
+    path = tmp_path / "journal.log"
+    study = optuna.create_study(storage=open_journal(path), study_name="s")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    return path
+
+
+def test_optuna_reads_it(journal):
+    backend = optuna.storages.journal.JournalFileBackend(str(journal))
+    study = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(backend))
+    assert len(study.trials) == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "finished"),
+    [
+        (lambda whole: whole[:-7], 2),
+        (lambda whole: whole + b'{"op_code":4', 3),
+        (lambda whole: whole + b"\0\n", 3),
+    ],
+    ids=["cut_off", "half_a_record", "zeros"],
+)
+def test_a_torn_journal_is_reported_and_left_alone(journal, damage, finished):
+    torn = damage(journal.read_bytes())
+    journal.write_bytes(torn)
+    with pytest.raises(SweepError) as error:
+        open_journal(journal)
+    assert journal.read_bytes() == torn
+    records = [line for line in torn.splitlines(keepends=True) if line.endswith(b"}\n")]
+    whole = b"".join(records)
+    message = str(error.value)
+    assert f"after {len(records)} whole ones ({len(whole):,} of {len(torn):,} bytes)" in message
+    assert f"{finished} finished trials" in message
+    assert f"truncate -s {len(whole)} " in message
+    # What the message says to do.
+    os.truncate(journal, len(whole))
+    study = optuna.load_study(study_name="s", storage=open_journal(journal))
+    assert len([t for t in study.trials if t.state.is_finished()]) == finished
+
+
+def test_nothing_is_appended_to_a_torn_record(journal):
+    storage = open_journal(journal)
+    with open(journal, "ab") as file:
+        file.write(b'{"op_code":')
+    torn = journal.read_bytes()
+    with pytest.raises(SweepError, match="cut off or damaged"):
+        storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], "t")
+    assert journal.read_bytes() == torn
+
+
+def test_a_full_disk_leaves_whole_records(journal, monkeypatch):
+    """A record that fits in part is taken back; with room again the storage goes on."""
+    storage = open_journal(journal)
+    whole = journal.read_bytes()
+    write = os.write
+
+    def full(descriptor, content):
+        if len(content) < 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content[:10]) and len(content) - 9
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.set_study_user_attr(0, "key", "value")
+    assert journal.read_bytes() == whole
+    monkeypatch.undo()
+    storage.set_study_user_attr(0, "key", "value")
+    assert open_journal(journal).get_study_user_attrs(0) == {"key": "value"}
+
+
+def test_something_else_is_no_journal(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("just text\n")
+    with pytest.raises(SweepError, match="0 whole ones"):
+        open_journal(path)
+    assert path.read_text() == "just text\n"

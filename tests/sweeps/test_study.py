@@ -1,0 +1,326 @@
+"""The engine: claims, outcomes, retries, and going on."""
+
+from dataclasses import replace
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from bn_lightning.sweeps import study as engine
+from bn_lightning.sweeps.errors import SweepError
+from bn_lightning.sweeps.heartbeat import SIGNATURE, signature
+from bn_lightning.sweeps.ledger import SLOT
+from bn_lightning.sweeps.outcome import ERROR, HOPELESS, INTERRUPTED, Outcome, failed, outcome_of
+from bn_lightning.sweeps.points import Points, make_pruner
+from bn_lightning.sweeps.space import parse_space
+from bn_lightning.sweeps.storage import open_storage, storage_url
+from bn_lightning.sweeps.study import Policy, SweepStudy, create_study, study_name, work
+
+GRID = parse_space(None, ["x=range(4)", "y=range(3)"])
+REAL = parse_space(None, ["x=interval(0,1)"])
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    monkeypatch.setattr(engine, "SETTLE", 0.01)
+    monkeypatch.setattr(engine, "FILL_PATIENCE", 0.1)
+    monkeypatch.setattr(engine, "DESCRIPTION_PATIENCE", 0.1)
+    # No machine fails in these tests, and a disk's answer is what they would wait for.
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+class Sweep:
+    """A command of a sweep: the same arguments make another command on the same study."""
+
+    def __init__(self, folder, storage="journal", space=GRID, sampler="GridSampler", n_trials=None,
+                 seed=1, retries=1, directions=("minimize",)):  # fmt: skip
+        config = {"_target_": f"optuna.samplers.{sampler}", "seed": seed}
+        self.points = Points(config, space, space.suggest, False, n_trials)
+        self.storage = open_storage(storage_url(storage, folder), 5)
+        description = {"space": space.describe(), "overrides": space.fixed}
+        is_new = create_study(self.storage, "s", list(directions), description)
+        self.study = SweepStudy(
+            self.storage, "s", folder, self.points, space.suggest, config, make_pruner(None),
+            Policy(retries, 60, 120),
+        )  # fmt: skip
+        if is_new:
+            self.study.fill_first()
+        else:
+            self.study.fill()
+
+    def work(self, run, stop=lambda: False):
+        try:
+            work(self.study, run, stop, pause=0.01)
+        finally:
+            self.study.close()
+        return self
+
+    @property
+    def trials(self):
+        return optuna.load_study(study_name="s", storage=self.storage).trials
+
+    def states(self):
+        return [trial.state.name for trial in self.trials]
+
+
+def product(claimed):
+    return Outcome(
+        "COMPLETE", [float(claimed.params["x"] * claimed.params.get("y", 1))], {"a": "b"}
+    )
+
+
+def stop_after(n):
+    """A worker that is asked to stop after n trials."""
+    count = iter(range(n))
+    return lambda: next(count, None) is None
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def storage(request, tmp_path):
+    return "journal" if request.param == "journal" else f"sqlite:///{tmp_path}/study.db"
+
+
+class TestWork:
+    def test_a_grid(self, tmp_path, storage):
+        trials = Sweep(tmp_path, storage).work(product).trials
+        assert [trial.params for trial in trials] == GRID.grid()
+        assert all(trial.value == trial.params["x"] * trial.params["y"] for trial in trials)
+        assert trials[5].user_attrs == {"a": "b", "directory": str(tmp_path / "5")}
+
+    def test_it_goes_on_where_it_stopped(self, tmp_path):
+        Sweep(tmp_path).work(product, stop_after(5))
+        seen = []
+        second = Sweep(tmp_path).work(lambda c: seen.append(c.number) or product(c))
+        assert seen == list(range(5, 12))
+        assert second.states() == ["COMPLETE"] * 12
+        third = Sweep(tmp_path).work(pytest.fail)
+        assert third.states() == ["COMPLETE"] * 12
+
+    def test_two_workers_share(self, tmp_path, storage):
+        first, second = Sweep(tmp_path, storage), Sweep(tmp_path, storage)
+        numbers = []
+        while (claims := [first.study.claim(), second.study.claim()]) != [None, None]:
+            for sweep, claimed in zip((first, second), claims, strict=True):
+                numbers.append(claimed.number)
+                sweep.study.finish(claimed.number, product(claimed))
+        assert sorted(numbers) == list(range(12))
+
+    def test_more_trials_go_on(self, tmp_path):
+        Sweep(tmp_path, space=REAL, sampler="RandomSampler", n_trials=5).work(product)
+        more = Sweep(tmp_path, space=REAL, sampler="RandomSampler", n_trials=9).work(product)
+        assert more.states() == ["COMPLETE"] * 9
+        fewer = Sweep(tmp_path, space=REAL, sampler="RandomSampler", n_trials=3).work(pytest.fail)
+        assert fewer.study.refresh().settled == 3
+
+    @pytest.mark.parametrize(
+        "sampler", ["RandomSampler", "TPESampler", "QMCSampler", "NSGAIISampler", "CmaEsSampler"]
+    )
+    def test_a_seeded_sampler_does_not_repeat_itself(self, tmp_path, sampler):
+        """50 trials, and 50 more after a resume."""
+        for n_trials in (50, 100):
+            sweep = Sweep(tmp_path, space=REAL, sampler=sampler, n_trials=n_trials)
+            trials = sweep.work(product).trials
+        assert len({trial.params["x"] for trial in trials}) == 100
+
+    def test_without_interruption_a_seed_gives_optunas_own_points(self, tmp_path):
+        trials = Sweep(tmp_path, space=REAL, sampler="TPESampler", n_trials=15).work(product).trials
+        plain = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=1))
+        plain.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=15)
+        assert [t.params for t in trials] == [t.params for t in plain.trials]
+
+    def test_several_directions(self, tmp_path):
+        both = ("minimize", "maximize")
+        sweep = Sweep(tmp_path, directions=both)
+        sweep.work(lambda claimed: outcome_of((claimed.params["x"], 1), None, 2))
+        assert sweep.trials[11].values == [3, 1]
+
+
+class TestFailures:
+    def test_an_error_is_tried_again_at_the_same_point(self, tmp_path):
+        def run(claimed):
+            if claimed.number == 2:
+                raise RuntimeError("once")
+            return product(claimed)
+
+        sweep = Sweep(tmp_path).work(run)
+        assert sweep.states() == ["COMPLETE"] * 2 + ["FAIL"] + ["COMPLETE"] * 10
+        assert sweep.trials[12].params == sweep.trials[2].params
+        assert sweep.trials[2].user_attrs[ERROR].endswith("RuntimeError: once")
+
+    @pytest.mark.parametrize("retries", [0, 2])
+    def test_a_point_that_always_fails_is_lost(self, tmp_path, retries):
+        def run(claimed):
+            return product(claimed) if claimed.params["x"] else failed("always")
+
+        sweep = Sweep(tmp_path, retries=retries).work(run)
+        counts = sweep.study.refresh()
+        assert (counts.complete, counts.lost) == (9, 3)
+        assert sweep.states().count("FAIL") == 3 * (1 + retries)
+        more = Sweep(tmp_path, retries=retries + 1).work(product)
+        assert more.study.refresh().complete == 12
+
+    def test_what_another_try_would_repeat_is_not_tried_again(self, tmp_path):
+        sweep = Sweep(tmp_path).work(lambda claimed: outcome_of("text", None, 1))
+        assert sweep.states() == ["FAIL"] * 12
+        assert all(trial.user_attrs[HOPELESS] for trial in sweep.trials)
+
+    def test_pruned_and_diverged_trials_are_results(self, tmp_path):
+        def run(claimed):
+            if claimed.params["x"] == 0:
+                raise optuna.TrialPruned
+            return Outcome("COMPLETE", [0.1], {"diverged": True, "diverged_at": 7})
+
+        counts = Sweep(tmp_path).work(run).study.refresh()
+        assert (counts.pruned, counts.complete, counts.diverged, counts.lost) == (3, 9, 9, 0)
+
+    def test_an_interruption_comes_out_and_is_tried_again(self, tmp_path):
+        def run(claimed):
+            if claimed.number == 3:
+                raise KeyboardInterrupt
+            return product(claimed)
+
+        with pytest.raises(KeyboardInterrupt):
+            Sweep(tmp_path, retries=0).work(run)
+        sweep = Sweep(tmp_path, retries=0).work(product)
+        assert sweep.states().count("COMPLETE") == 12
+        assert sweep.trials[3].user_attrs[INTERRUPTED]
+        assert sweep.study.refresh().lost == 0
+
+
+def kill(sweep, number):
+    """As if the process that runs this trial had died."""
+    trial_id = sweep.study._id(number)
+    sweep.storage.set_trial_system_attr(trial_id, SIGNATURE, str(replace(signature(), started="1")))
+
+
+class TestDeath:
+    def test_a_dead_workers_trial_is_tried_again(self, tmp_path, storage):
+        dead = Sweep(tmp_path, storage)
+        claimed = dead.study.claim()
+        kill(dead, claimed.number)
+        sweep = Sweep(tmp_path, storage).work(product)
+        assert sweep.states().count("COMPLETE") == 12
+        assert sweep.states()[0] == "FAIL"
+        assert "ended" in sweep.trials[0].user_attrs[ERROR]
+
+    def test_the_outcome_it_left_is_told(self, tmp_path):
+        """It died between the end of its trial and the word to the study."""
+        dead = Sweep(tmp_path)
+        claimed = dead.study.claim()
+        Outcome("COMPLETE", [7.0], {"seconds": 3.0}).write(tmp_path / str(claimed.number))
+        kill(dead, claimed.number)
+        sweep = Sweep(tmp_path).work(product)
+        assert sweep.states() == ["COMPLETE"] * 12
+        assert sweep.trials[0].value == 7.0
+        assert sweep.trials[0].user_attrs["seconds"] == 3.0
+
+    def test_an_outcome_of_an_older_study_is_not(self, tmp_path):
+        Outcome("COMPLETE", [7.0]).write(tmp_path / "0")
+        dead = Sweep(tmp_path)
+        dead.study.claim()
+        kill(dead, 0)
+        assert Sweep(tmp_path).work(product).states()[0] == "FAIL"
+
+    def test_a_living_workers_trial_is_left_alone(self, tmp_path):
+        living = Sweep(tmp_path)
+        claimed = living.study.claim()
+        other = Sweep(tmp_path)
+        work(other.study, product, stop_after(40), pause=0)
+        assert other.states() == ["RUNNING"] + ["COMPLETE"] * 11
+        living.study.finish(claimed.number, product(claimed))
+        assert other.study.refresh().settled == 12
+
+    def test_one_who_was_given_up_does_not_overwrite(self, tmp_path, caplog):
+        late = Sweep(tmp_path)
+        claimed = late.study.claim()
+        kill(late, claimed.number)
+        sweep = Sweep(tmp_path).work(product)
+        late.study.finish(claimed.number, product(claimed))
+        assert sweep.states().count("COMPLETE") == 12
+        assert "trial 0 was given up" in caplog.text
+
+    def test_telling_twice_is_telling_once(self, tmp_path, caplog):
+        """The answer of the storage was lost, and the call was repeated."""
+        sweep = Sweep(tmp_path)
+        claimed = sweep.study.claim()
+        sweep.study.finish(claimed.number, product(claimed))
+        sweep.study.finish(claimed.number, product(claimed))
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+    def test_half_filled_studies_are_filled(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(SweepStudy, "fill_first", lambda self: None)
+        unfilled = Sweep(tmp_path)
+        for slot in (0, 1, 5):
+            unfilled.study._enqueue(slot)
+        study = optuna.load_study(study_name="s", storage=unfilled.storage)
+        other = f"{replace(signature(), place='elsewhere')} x"
+        study.set_user_attr(engine.FILLER, other)
+        sweep = Sweep(tmp_path)
+        assert len(sweep.trials) == 3  # the other one may be at it
+        sweep.work(product)
+        assert sweep.states() == ["COMPLETE"] * 12
+
+    def test_slots_filled_twice_are_run_once(self, tmp_path):
+        sweep = Sweep(tmp_path)
+        for slot in range(12):
+            sweep.study._enqueue(slot)
+        seen = []
+        sweep.work(lambda claimed: seen.append(claimed.params) or product(claimed))
+        assert seen == GRID.grid()
+        assert sweep.study.refresh().lost == 0
+
+
+class TestCreateStudy:
+    def test_another_direction(self, tmp_path):
+        Sweep(tmp_path)
+        with pytest.raises(SweepError, match="made to minimize, and this sweep is to maximize"):
+            Sweep(tmp_path, directions=("maximize",))
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["x=range(4)", "y=range(5)"], "another space: it has y="),
+            (["y=range(3)", "x=range(4)", "z=1,2"], "this command z="),
+            (["x=range(4)", "y=range(3)", "trainer=gpu"], "this command trainer=gpu"),
+        ],
+        ids=["distribution", "parameter", "override"],
+    )
+    def test_another_space(self, tmp_path, arguments, words):
+        Sweep(tmp_path)
+        with pytest.raises(SweepError, match=words) as error:
+            Sweep(tmp_path, space=parse_space(None, arguments))
+        assert "hydra.sweeper.restart=fresh" in str(error.value)
+
+    def test_a_study_of_another_program(self, tmp_path):
+        storage = open_storage(storage_url("journal", tmp_path), 5)
+        optuna.create_study(storage=storage, study_name="s").optimize(lambda _: 0.0, n_trials=1)
+        with pytest.raises(SweepError, match="not made by this sweeper"):
+            Sweep(tmp_path)
+
+    def test_its_maker_died_at_once(self, tmp_path):
+        storage = open_storage(storage_url("journal", tmp_path), 5)
+        optuna.create_study(storage=storage, study_name="s")
+        assert Sweep(tmp_path).work(product).states() == ["COMPLETE"] * 12
+
+    @pytest.mark.parametrize(
+        ("taken", "resumed", "fresh"),
+        [((), "s", "s"), (("s",), "s", "s-2"), (("s", "s-2"), "s-2", "s-3")],
+    )
+    def test_names(self, taken, resumed, fresh):
+        assert study_name("s", False, taken.__contains__) == resumed
+        assert study_name("s", True, taken.__contains__) == fresh
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [((-1, 1, 2), "`max_retries`"), ((0, 0, 2), "`stale_after`"), ((0, 2, 3), "`stale_after`")],
+)
+def test_policies(arguments, words):
+    with pytest.raises(SweepError, match=words):
+        Policy(*arguments)
+
+
+def test_slots_are_kept_with_the_trials(tmp_path):
+    sweep = Sweep(tmp_path)
+    assert [trial.system_attrs[SLOT] for trial in sweep.trials] == list(range(12))
+    assert all(trial.state == TrialState.WAITING for trial in sweep.trials)
