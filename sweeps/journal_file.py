@@ -70,8 +70,8 @@ def open_journal(path: Path) -> JournalStorage:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = JournalFile(path)
-    # Under the lock: nobody is in the middle of a record. Optuna looks at the last one too late, when
-    # another follows it.
+    # Under the lock: nobody is in the middle of a record. Optuna looks at the last one too late,
+    # when another follows it.
     with journal.locked():
         last = _last_line(path)
     if last and not _is_whole(last):

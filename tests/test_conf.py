@@ -5,15 +5,23 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from hydra_plugins.bn_optuna import register
 from omegaconf import OmegaConf
+
+from bn_lightning.sweeps.points import Points, make_pruner
+from bn_lightning.sweeps.space import parse_space, to_overrides
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "hydra", "paths", "extras") and path.stem != "default"
+    if path.parent.name not in ("experiment", "hydra", "paths", "extras", "sweep")
+    and path.stem != "default"
 )
+
+
+SWEEPS = {"lr_init": 594, "schemes": 396, "lr": 66, "quick": 24, "tuned": 50}
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +110,27 @@ def test_the_paper_experiment_is_the_paper(tmp_path):
     assert config.optimizer.lr == 1.0
     assert config.data.batch_size == 60
     assert config.trainer.max_steps == 50_000
+
+
+def test_every_sweep_is_known():
+    assert {path.stem for path in (CONF / "sweep").glob("*.yaml")} == set(SWEEPS)
+
+
+@pytest.mark.parametrize(("name", "n_trials"), SWEEPS.items())
+def test_sweeps(tmp_path, name, n_trials):
+    """The number of trials, and that the first and the last one can be built."""
+    register()
+    overrides = ["+experiment=mnist_bn", f"+sweep={name}"]
+    config = compose("train", overrides, return_hydra_config=True)
+    sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+    assert sweeper["metric"] == "val/accuracy"
+    assert sweeper["direction"] == "maximize"
+    make_pruner(sweeper["pruner"])
+    space = parse_space(sweeper["params"], [])
+    points = Points(sweeper["sampler"], space, space.suggest, False, sweeper["n_trials"])
+    assert points.n_trials == n_trials
+    for slot in (0, n_trials - 1):
+        params = (points[slot] or ({"optimizer.lr": 0.5, "init.std": 1.0}, {}))[0]
+        trial, _ = composed(tmp_path, *overrides, *to_overrides(params))
+        instantiate(trial.model)
+        instantiate(trial.init)

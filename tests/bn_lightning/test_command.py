@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-from bn_lightning.command import one_line, report, run_reported
+from bn_lightning.command import one_line, report, run_reported, several_processes
 from bn_lightning.data.errors import DataError
 from bn_lightning.interruption import Interrupted
 
@@ -167,6 +167,26 @@ class TestExitCodes:
     def test_an_interruption_is_no_error(self) -> None:
         """Code that mends errors must not swallow it."""
         assert not issubclass(Interrupted, Exception)
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy", "expected"),
+    [
+        (1, "auto", False),
+        ([0], "auto", False),
+        ("1", "auto", False),
+        (2, "auto", True),
+        (-1, "auto", True),
+        ([0, 1], "auto", True),
+        ("auto", "auto", True),
+        (1, "ddp", True),
+        (2, "ddp_spawn", True),
+        (1, "fsdp", True),
+    ],
+)
+def test_several_processes(devices: Any, strategy: str, expected: bool) -> None:
+    config = OmegaConf.create({"devices": devices})
+    assert several_processes(config.devices, strategy) is expected
 
 
 COMMAND = """

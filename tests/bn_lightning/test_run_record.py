@@ -23,6 +23,7 @@ from bn_lightning.run_record import (
     package_versions,
     peak_memory_mib,
     read_run,
+    run_outcome,
     write_atomically,
     write_json,
 )
@@ -139,6 +140,20 @@ class TestJson:
     def test_letters_of_any_alphabet(self, tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", "größer ≥ 1")
         assert json.loads((tmp_path / "a.json").read_bytes()) == "größer ≥ 1"
+
+
+def test_what_a_sweep_keeps_of_a_run() -> None:
+    record = {
+        "status": "completed",
+        "metrics": {"val/accuracy": 0.9},
+        "data": {"source": "digits", "train": 1317},
+        "commit": "abc",
+        "steps": 50,
+    }
+    kept = {"val/accuracy": 0.9, "data": "digits", "commit": "abc", "steps": 50}
+    assert run_outcome(record) == kept | {"diverged": False, "diverged_at": None}
+    record |= {"status": "diverged", "diverged_at": 7, "data": None}
+    assert run_outcome(record) == kept | {"diverged": True, "diverged_at": 7, "data": None}
 
 
 def test_logged_numbers_are_plain_and_without_the_step() -> None:

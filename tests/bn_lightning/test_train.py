@@ -227,6 +227,65 @@ def test_a_multirun_trains_each_arm_in_its_own_directory(command):
     assert norms[1]["_target_"].endswith("batch_norm")
 
 
+SWEEP = ("-m", "hydra/sweeper=bn_optuna", "hydra/sweeper/sampler=grid", *SHORT, *BARE)
+
+
+def test_a_sweep_keeps_what_a_run_returns(command):
+    """A diverged run is a result, scored as chance on validation, too."""
+    arm = ("norm=none", "optimizer.momentum=0.5")
+    result = command(main, *SWEEP, *arm, "init.std=10", "optimizer.lr=0.1,1.0e38")
+    assert result.code == 0, result.err
+    sweep = Path("logs/mnist_bn/sweeps/sweep").absolute()
+    assert result.directory == sweep
+    assert "1 of them diverged" in result.out
+    assert "mnist_bn: completed" not in result.out  # the summary of a run
+    trained, diverged = read_trials(sweep)
+    assert trained["test/accuracy"] == read_run(sweep / "0")["metrics"]["test/accuracy"]
+    assert (trained["diverged"], trained["diverged_at"]) == (False, None)
+    assert trained["data"] == diverged["data"] == "digits"
+    assert trained["commit"] == read_run(sweep / "0")["commit"]
+    assert diverged["diverged"]
+    assert 0 < diverged["diverged_at"] <= 50
+    assert diverged["val/accuracy"] == diverged["test/accuracy"] == 0.1
+    assert not (sweep / "0" / "figures").exists()
+
+
+def read_trials(sweep):
+    outcomes = [json.loads((sweep / str(i) / "outcome.json").read_text()) for i in range(2)]
+    assert [outcome["state"] for outcome in outcomes] == ["COMPLETE"] * 2
+    for outcome in outcomes:
+        assert outcome["values"] == [outcome["attributes"]["val/accuracy"]]
+    return [outcome["attributes"] for outcome in outcomes]
+
+
+def test_all_ranks_of_a_trial_share_its_configuration(tmp_path):
+    here = Path(__file__)
+    checkout = [str(here.parent), str(here.parents[2]), str(here.parents[2] / "sweeps")]
+    done = subprocess.run(
+        [sys.executable, "-m", "bn_lightning.train", *SWEEP, "trainer=ddp_sim", "logger={}",
+         "trainer.max_steps=2", "trainer.val_check_interval=1", "+callbacks.spy._target_=rank_spy.RankSpy",
+         "+callbacks.spy.folder=${paths.output_dir}", "optimizer.lr=0.125,0.25"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(checkout)},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for number, rate in enumerate((0.125, 0.25)):
+        trial = tmp_path / "logs/mnist_bn/sweeps/sweep" / str(number)
+        rates = {path.name: float(path.read_text()) for path in trial.glob("rank*")}
+        assert rates == {"rank0": rate, "rank1": rate}
+        assert read_run(trial)["config"]["optimizer"]["lr"] == rate
+        assert json.loads((trial / "outcome.json").read_text())["state"] == "COMPLETE"
+
+
+def test_several_processes_inside_a_multirun_are_refused(command):
+    result = command(main, "-m", *SHORT, *BARE, "trainer=ddp_sim", "seed=1,2")
+    assert result.code == 1
+    assert "expected one process, got 2" in result.err
+    assert "hydra/sweeper=bn_optuna" in result.err
+
+
 def test_the_data_of_a_sweep_do_not_pile_up(command, monkeypatch):
     from bn_lightning.data.tensor_data_module import TensorDataModule
 

@@ -336,6 +336,16 @@ class TestHandlers:
             fit(tmp_path, At("on_train_batch_start", 2, fail))
         self.assert_restored(handlers)
 
+    def test_a_program_with_an_answer_of_its_own(self, tmp_path: Path) -> None:
+        asked = []
+        checkpoints = RunCheckpoints(tmp_path / "kept", "val/accuracy", "max")
+        checkpoints.handles_signals = False
+        signal.signal(signal.SIGINT, lambda *_: asked.append("again"))
+        stop = send(signal.SIGINT, "on_before_optimizer_step", 5)
+        fit(tmp_path, stop, checkpoints=checkpoints)
+        assert asked == ["again"]
+        assert load(tmp_path)["global_step"] == 10
+
     def test_another_thread_may_not_set_any(self, tmp_path: Path) -> None:
         thread = threading.Thread(target=fit, args=(tmp_path,))
         thread.start()

@@ -310,15 +310,19 @@ class TestUse:
             assert torch.equal(ours, theirs)
 
     def test_chance(self) -> None:
+        guess = {"loss": math.log(7), "accuracy": 1 / 7, "accuracy_top5": 5 / 7}
         assert classifier().chance_metrics() == pytest.approx(
-            {"test/loss": math.log(7), "test/accuracy": 1 / 7, "test/accuracy_top5": 5 / 7}
+            {f"{split}/{name}": value for split in ("val", "test") for name, value in guess.items()}
         )
         assert classifier(num_classes=3).chance_metrics()["test/accuracy_top5"] == 1
 
-    def test_chance_has_the_names_of_the_test(self, tmp_path: Path) -> None:
+    def test_chance_has_the_names_of_validation_and_test(self, tmp_path: Path) -> None:
         module, run = classifier(), trainer(tmp_path)
+        run.validate(module, loader(8), verbose=False)
+        names = run.callback_metrics.keys() - {"step"}
         run.test(module, loader(8), verbose=False)
-        assert module.chance_metrics().keys() == run.callback_metrics.keys() - {"step"}
+        names |= run.callback_metrics.keys() - {"step"}
+        assert module.chance_metrics().keys() == names
 
     @pytest.mark.parametrize("classes", [1, 0, -3])
     def test_at_least_two_classes(self, classes: int) -> None:
