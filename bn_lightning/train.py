@@ -80,6 +80,9 @@ def _fit_and_test(
     from bn_lightning.metrics_csv import truncate_metrics
     from bn_lightning.models.initialization import initialize
 
+    if in_sweep() and gc.get_freeze_count() == 0:
+        # Libraries outlive the sweep: the collections after each run need not look at them.
+        gc.freeze()
     check_config(config)
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
