@@ -43,7 +43,14 @@ def trial(n_trials: int) -> dict[str, float]:
     """Seconds between the ends of two trials of one step, and of a function that does the same."""
     with tempfile.TemporaryDirectory() as folder:
         seeds = f"seed=range(1,{n_trials + 1})"
-        _sweep(folder, GRID, "data=digits", "trainer.max_steps=1", "trainer.val_check_interval=1", seeds)
+        _sweep(
+            folder,
+            GRID,
+            "data=digits",
+            "trainer.max_steps=1",
+            "trainer.val_check_interval=1",
+            seeds,
+        )
         study = optuna.load_study(
             study_name=NAME, storage=open_storage(storage_url("journal", _directory(folder)), 5)
         )

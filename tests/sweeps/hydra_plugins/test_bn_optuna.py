@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import optuna
@@ -217,6 +220,34 @@ class TestParallel:
         trials = study_in(program.folder / "sweep").trials
         assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
         assert len({tuple(trial.params.values()) for trial in trials}) == 6
+
+    def test_a_grpc_proxy(self, program):
+        pytest.importorskip("grpc", reason="needs grpcio")
+        pytest.importorskip("google.protobuf", reason="needs protobuf")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        serve = (
+            "import optuna\n"
+            "backend = optuna.storages.journal.JournalFileBackend('proxy.log')\n"
+            "storage = optuna.storages.JournalStorage(backend)\n"
+            f"optuna.storages.run_grpc_proxy_server(storage, host='127.0.0.1', port={port})"
+        )
+        proxy = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", serve],
+            cwd=program.folder,
+            env=program.environment(),
+        )
+        try:
+            # The sweep waits until the proxy answers.
+            done = program.run(
+                *GRID, "hydra.sweeper.n_jobs=2", f"hydra.sweeper.storage=grpc://127.0.0.1:{port}"
+            )
+        finally:
+            proxy.kill()
+            proxy.wait()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "6 of 6 trials: 6 complete" in done.stdout
 
     @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
     def test_launchers(self, program, launcher):

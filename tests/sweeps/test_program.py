@@ -1,0 +1,46 @@
+"""The command line, to be run again."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from bn_lightning.sweeps import program
+from bn_lightning.sweeps.program import as_typed, run_command, same_command
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """As if the program had been started so: a module's name or None, and arguments."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(module, *arguments):
+        spec = None if module is None else SimpleNamespace(name=module)
+        monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+
+    return start
+
+
+def test_a_script(started, tmp_path):
+    started(None, "-m", "x=1,2")
+    assert same_command() == [sys.executable, str(tmp_path / "run.py"), "-m", "x=1,2"]
+
+
+@pytest.mark.parametrize("name", ["package.train", "package.__main__"])
+def test_a_module(started, name):
+    started(name, "x=1,2", "--multirun")
+    module = name.removesuffix(".__main__")
+    assert same_command() == [sys.executable, "-m", module, "x=1,2", "--multirun"]
+    assert run_command(["x=1"]) == [sys.executable, "-m", module, "x=1"]
+
+
+def test_what_chooses_the_configuration_is_kept(started):
+    started("train", "-m", "-cn", "other", "x=1,2", "--config-dir=conf", "-cp", "a b")
+    assert run_command(["x=1"])[3:] == ["-cn", "other", "--config-dir=conf", "-cp", "a b", "x=1"]
+
+
+def test_as_typed():
+    command = [sys.executable, "-m", "train", "x=[1,2]", "y='a b'", "z=1e-05"]
+    assert as_typed(command) == "python -m train 'x=[1,2]' 'y='\"'\"'a b'\"'\"'' z=1e-05"
+    assert program.as_typed(["other", "x=1"]) == "other x=1"

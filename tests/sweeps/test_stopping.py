@@ -1,0 +1,71 @@
+"""Ctrl-C, once and twice."""
+
+import signal
+import threading
+
+import pytest
+
+from bn_lightning.sweeps.stopping import Stopping
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield before
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+class Ended(BaseException):
+    """What the program does on a signal."""
+
+
+def end(signum, frame):
+    raise Ended
+
+
+def test_once_asks(capfd):
+    signal.signal(signal.SIGINT, end)
+    stopping = Stopping()
+    with stopping.on_signals():
+        assert not stopping()
+        signal.raise_signal(signal.SIGINT)
+        assert stopping()
+    assert "Ctrl-C again ends at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is end
+
+
+@pytest.mark.parametrize(
+    "signums",
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)],
+    ids=["twice", "TERM", "both"],
+)
+def test_twice_ends_as_the_program_does(signums):
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, end)
+    stopping = Stopping()
+    with pytest.raises(Ended), stopping.on_signals():
+        for signum in signums:
+            signal.raise_signal(signum)
+    assert stopping()
+    assert signal.getsignal(signal.SIGTERM) is end
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["default", "ignored"])
+def test_without_a_handler_it_ends_in_order(before):
+    """Left to the system, the process would end without a word to the study."""
+    signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit) as end, Stopping().on_signals():
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 143
+
+
+def test_another_thread_is_let_be(handlers):
+    def body():
+        with Stopping().on_signals():
+            pass
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
