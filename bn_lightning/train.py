@@ -52,9 +52,10 @@ def train(config: DictConfig) -> dict[str, Any]:
         _fit_and_test(config, record, directory, ckpt_path)
     except Interrupted as interrupted:
         record.end("interrupted")
-        print(f"interrupted by {interrupted}: {directory}")
-        if (directory / LAST).exists():
-            print("the same command with ckpt_path=last goes on from its last checkpoint")
+        if not in_trial():
+            print(f"interrupted by {interrupted}: {directory}")
+            if (directory / LAST).exists():
+                print("the same command with ckpt_path=last goes on from its last checkpoint")
         raise
     except Exception as error:
         record.end("failed", error=one_line(error))

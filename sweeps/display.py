@@ -82,7 +82,7 @@ class Display:
             done += f", {counts.running} running"
         table.add_row("trials", done)
         table.add_row(
-            "pruned / lost / diverged", f"{counts.pruned} / {counts.lost} / {counts.diverged}"
+            "pruned / failed / diverged", f"{counts.pruned} / {counts.lost} / {counts.diverged}"
         )
         for trial in self._best[:1]:
             table.add_row("best so far", f"{_values(trial)} in trial {trial.number}")
@@ -172,7 +172,7 @@ def print_summary(
 
     say(
         f"{counts.settled} of {counts.total} trials: {counts.complete} complete "
-        f"({counts.diverged} of them diverged), {counts.pruned} pruned, {counts.lost} lost"
+        f"({counts.diverged} of them diverged), {counts.pruned} pruned, {counts.lost} failed"
     )
     for trial in best:
         say(f"best: {_values(trial)} in trial {trial.number}  {_params(trial)}")

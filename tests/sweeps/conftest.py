@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -82,10 +83,10 @@ class PostgreSQL:
         )
         self.start()
 
-    @property
-    def url(self) -> str:
-        """Without the password, which libpq reads from PGPASSWORD."""
-        return f"postgresql://sweeper@127.0.0.1:{self._port}/postgres"
+    def url(self, password: str | None = None) -> str:
+        """The address; without a password libpq reads PGPASSWORD."""
+        user = "sweeper" if password is None else f"sweeper:{password}"
+        return f"postgresql://{user}@127.0.0.1:{self._port}/postgres"
 
     def start(self) -> None:
         options = (
@@ -126,6 +127,7 @@ def postgresql() -> Iterator[PostgreSQL]:
     server = PostgreSQL(Path(initdb).parent, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPASSWORD", PASSWORD)
+        patch.setenv("QUOTED_PASSWORD", quote(PASSWORD, safe=""))
         yield server
     with contextlib.suppress(subprocess.CalledProcessError):
         server.kill()

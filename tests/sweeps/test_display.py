@@ -97,7 +97,7 @@ class TestSummary:
         best = trial(3, [0.5], params={"lr": 0.1}, directory="/sweep/3")
         print_summary([best], COUNTS, {3: "python train.py lr=0.1"}, tmp_path, Console(file=output))
         text = output.getvalue()
-        assert "5 of 6 trials: 3 complete (2 of them diverged), 1 pruned, 1 lost" in text
+        assert "5 of 6 trials: 3 complete (2 of them diverged), 1 pruned, 1 failed" in text
         assert "best: 0.5 in trial 3  lr=0.1\n  /sweep/3\n  python train.py lr=0.1\n" in text
         assert text.replace("\n", "").endswith(str(tmp_path))
 

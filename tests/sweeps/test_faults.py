@@ -35,7 +35,7 @@ def test_60_trials_over_4_workers(program, kind, repetition, request, tmp_path):
     server = request.getfixturevalue("postgresql") if kind == "postgresql" else None
     name = f"faults{repetition}"
     storage = {"journal": "journal", "sqlite": f"sqlite:///{tmp_path}/study.db"}.get(kind)
-    storage = storage or server.url
+    storage = storage or server.url("${oc.env:QUOTED_PASSWORD}")
     chance = random.Random(f"{kind} {repetition}")
     arguments = [
         "-m",
@@ -72,7 +72,7 @@ def test_60_trials_over_4_workers(program, kind, repetition, request, tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert "60 of 60 trials: 60 complete" in again.stdout
 
-    url = storage_url(storage, sweep)
+    url = storage_url(storage if server is None else server.url(), sweep)
     reader = open_storage(url, 5)
     trials = optuna.load_study(study_name=name, storage=reader).trials
     reader.close()
@@ -83,7 +83,8 @@ def test_60_trials_over_4_workers(program, kind, repetition, request, tmp_path):
     assert all((sweep / str(trial.number) / "outcome.json").exists() for trial in complete)
     assert {trial.state.name for trial in trials} <= {"COMPLETE", "FAIL"}
     if server is not None:
-        secret = os.environ["PGPASSWORD"].encode()
-        for path in program.folder.rglob("*"):
-            assert path.is_dir() or secret not in path.read_bytes()
-        assert secret.decode() not in output + again.stdout + again.stderr
+        for name in ("PGPASSWORD", "QUOTED_PASSWORD"):
+            secret = os.environ[name]
+            for path in program.folder.rglob("*"):
+                assert path.is_dir() or secret.encode() not in path.read_bytes()
+            assert secret not in output + again.stdout + again.stderr

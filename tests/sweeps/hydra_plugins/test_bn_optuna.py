@@ -37,7 +37,7 @@ class TestASweep:
         assert lines[1].startswith("trial 0: 1  x=0 y=0 ")
         assert lines[1].endswith("[1/6]")
         assert lines[5].startswith("trial 4: 4 diverged  x=3 y=0 ")
-        assert lines[7] == "6 of 6 trials: 6 complete (2 of them diverged), 0 pruned, 0 lost"
+        assert lines[7] == "6 of 6 trials: 6 complete (2 of them diverged), 0 pruned, 0 failed"
         assert lines[8] == "best: 0 in trial 2  x=1 y=0"
         assert lines[9].strip() == f"{sweep}/2"
         assert lines[10].strip() == f"python {program.command()[1]} x=1 y=0"
@@ -141,7 +141,7 @@ class TestFailures:
             "hydra.sweeper.max_failure_rate=0.5",
         )
         assert done.returncode == 0, done.stderr
-        assert "1 complete (0 of them diverged), 0 pruned, 1 lost" in done.stdout
+        assert "1 complete (0 of them diverged), 0 pruned, 1 failed" in done.stdout
 
     def test_a_worker_that_dies_of_its_trial(self, program):
         """The other trials go on; the one that kills its worker is lost after its retries."""
