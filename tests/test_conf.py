@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from bn_lightning.sweeps.points import Points, make_pruner
 from bn_lightning.sweeps.space import parse_space, to_overrides
 
+register()  # before Hydra looks for configurations
+
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
@@ -119,7 +121,6 @@ def test_every_sweep_is_known():
 @pytest.mark.parametrize(("name", "n_trials"), SWEEPS.items())
 def test_sweeps(tmp_path, name, n_trials):
     """The number of trials, and that the first and the last one can be built."""
-    register()
     overrides = ["+experiment=mnist_bn", f"+sweep={name}"]
     config = compose("train", overrides, return_hydra_config=True)
     sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=False)

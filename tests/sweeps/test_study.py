@@ -6,7 +6,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from bn_lightning.sweeps import creation
 from bn_lightning.sweeps import study as engine
+from bn_lightning.sweeps.creation import create_study, study_name
 from bn_lightning.sweeps.errors import SweepError
 from bn_lightning.sweeps.heartbeat import SIGNATURE, signature
 from bn_lightning.sweeps.ledger import SLOT
@@ -14,7 +16,7 @@ from bn_lightning.sweeps.outcome import ERROR, HOPELESS, INTERRUPTED, Outcome, f
 from bn_lightning.sweeps.points import Points, make_pruner
 from bn_lightning.sweeps.space import parse_space
 from bn_lightning.sweeps.storage import open_storage, storage_url
-from bn_lightning.sweeps.study import Policy, SweepStudy, create_study, study_name, work
+from bn_lightning.sweeps.study import Policy, SweepStudy, work
 
 GRID = parse_space(None, ["x=range(4)", "y=range(3)"])
 REAL = parse_space(None, ["x=interval(0,1)"])
@@ -24,7 +26,7 @@ REAL = parse_space(None, ["x=interval(0,1)"])
 def quickly(monkeypatch):
     monkeypatch.setattr(engine, "SETTLE", 0.01)
     monkeypatch.setattr(engine, "FILL_PATIENCE", 0.1)
-    monkeypatch.setattr(engine, "DESCRIPTION_PATIENCE", 0.1)
+    monkeypatch.setattr(creation, "DESCRIPTION_PATIENCE", 0.1)
     # No machine fails in these tests, and a disk's answer is what they would wait for.
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
@@ -254,7 +256,7 @@ class TestDeath:
             unfilled.study._enqueue(slot)
         study = optuna.load_study(study_name="s", storage=unfilled.storage)
         other = f"{replace(signature(), place='elsewhere')} x"
-        study.set_user_attr(engine.FILLER, other)
+        study.set_user_attr(creation.FILLER, other)
         sweep = Sweep(tmp_path)
         assert len(sweep.trials) == 3  # the other one may be at it
         sweep.work(product)

@@ -1,5 +1,6 @@
 """A sweep from its configuration to its end."""
 
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from hydra.utils import get_method
 from hydra_plugins.bn_optuna._jobs import Jobs, Recorded
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from bn_lightning.sweeps.creation import Direction, create_study, study_name
 from bn_lightning.sweeps.display import Display, best_trials, print_summary, write_results
 from bn_lightning.sweeps.environment import STORAGE, STUDY, WORKER, environment
 from bn_lightning.sweeps.errors import SweepError
@@ -24,15 +26,7 @@ from bn_lightning.sweeps.program import as_typed, run_command
 from bn_lightning.sweeps.space import CustomSpace, Space, parse_space, to_overrides
 from bn_lightning.sweeps.stopping import Stopping
 from bn_lightning.sweeps.storage import JOURNAL, JOURNAL_FILE, open_storage, storage_url
-from bn_lightning.sweeps.study import (
-    ClaimedTrial,
-    Direction,
-    Policy,
-    SweepStudy,
-    create_study,
-    study_name,
-    work,
-)
+from bn_lightning.sweeps.study import ClaimedTrial, Policy, SweepStudy, work
 from bn_lightning.sweeps.workers import Workers, stop_when_parent_says
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -111,12 +105,11 @@ def run_sweep(
     Raises:
         SweepError: it cannot begin or go on, or more trials are lost than `max_failure_rate`.
     """
-    # Its warnings are of broken connections, with the whole of their SQL.
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    _quiet_optuna()
     _refuse_passwords(config)
     settings = Settings(**{key: _plain(value) for key, value in content.items()})
-    space = parse_space(settings.params, arguments, context.config_loader)
     custom = _custom_space(settings.custom_search_space)
+    space = parse_space(settings.params, arguments, context.config_loader)
     if not space.distributions and custom is None:
         raise SweepError(
             "nothing to sweep: give `hydra.sweeper.params`, or a key with several values, such as "
@@ -129,43 +122,34 @@ def run_sweep(
     points = Points(settings.sampler, space, suggest, custom is not None, settings.n_trials)
     policy = Policy(settings.max_retries, settings.heartbeat, settings.stale_after)
     pruner = make_pruner(settings.pruner)
-    if not points.are_planned:
-        make_sampler(settings.sampler)  # what is wrong with it is an error now
-
     is_worker = WORKER in os.environ
-    base = Path(settings.dir).absolute()
-    if is_worker:
-        name, directory = os.environ[STUDY], Path(os.environ[WORKER])
-        url = os.environ[STORAGE]
-    else:
-        name, directory, url = _place(settings, base)
-    _use_directory(config, directory)
-    jobs = Jobs(
-        context,
-        Recorded(task, settings.metrics, len(settings.directions)),
-        config,
-        space.fixed,
-        directory,
-    )
+    place = _place_of_worker() if is_worker else _place(settings)
+    with open_dict(config):
+        config.hydra.sweep.dir = str(place.directory)  # where launchers look
+    recorded = Recorded(task, settings.metrics, len(settings.directions))
+    jobs = Jobs(context, recorded, config, space.fixed, place.directory)
     if not is_worker:
-        _check_composition(jobs, points, suggest)
-    storage = open_storage(url, settings.storage_patience)
+        _check_early(jobs, settings, points, suggest)
+
+    storage = open_storage(place.url, settings.storage_patience)
     description = {
         "space": {**space.describe(), "custom_search_space": str(settings.custom_search_space)},
         "overrides": space.fixed,
     }
-    is_new = not is_worker and create_study(storage, name, settings.directions, description)
-    study = SweepStudy(storage, name, directory, points, suggest, settings.sampler, pruner, policy)
+    is_new = not is_worker and create_study(storage, place.study, settings.directions, description)
+    study = SweepStudy(
+        storage, place.study, place.directory, points, suggest, settings.sampler, pruner, policy
+    )
     stopping = Stopping()
-    with environment({STORAGE: url, STUDY: name}), stopping.on_signals():
+    with environment({STORAGE: place.url, STUDY: place.study}), stopping.on_signals():
         try:
             if is_worker:
                 stop_when_parent_says(stopping)
                 work(study, jobs.run, stopping)
-                return
-            _begin(study, is_new, config)
-            _run(study, jobs, settings, config, stopping)
-            _end(study, settings, space, stopping)
+            else:
+                _begin(study, is_new, config)
+                _run(study, jobs, settings, config, stopping)
+                _end(study, settings, space, stopping)
         finally:
             study.close()
 
@@ -270,8 +254,21 @@ def _end(study: SweepStudy, settings: Settings, space: Space, stopping: Stopping
         )
 
 
-def _place(settings: Settings, base: Path) -> tuple[str, Path, str]:
-    """The study's name, its directory, and the address of its storage."""
+@dataclass(frozen=True)
+class Place:
+    """Where a sweep is: its study's name, its directory, the address of its storage."""
+
+    study: str
+    directory: Path
+    url: str
+
+
+def _place_of_worker() -> Place:
+    return Place(os.environ[STUDY], Path(os.environ[WORKER]), os.environ[STORAGE])
+
+
+def _place(settings: Settings) -> Place:
+    base = Path(settings.dir).absolute()
 
     def directory_of(name: str) -> Path:
         return base.with_name(base.name + name.removeprefix(settings.study_name))
@@ -288,22 +285,20 @@ def _place(settings: Settings, base: Path) -> tuple[str, Path, str]:
         )
 
     name = study_name(settings.study_name, settings.restart == "fresh", exists)
-    directory = directory_of(name)
-    return name, directory, storage_url(settings.storage, directory)
+    return Place(name, directory_of(name), storage_url(settings.storage, directory_of(name)))
 
 
-def _use_directory(config: DictConfig, directory: Path) -> None:
-    with open_dict(config):
-        config.hydra.sweep.dir = str(directory)
-
-
-def _check_composition(
-    jobs: Jobs, points: Points, suggest: Callable[[optuna.Trial], dict[str, Any]]
+def _check_early(
+    jobs: Jobs,
+    settings: Settings,
+    points: Points,
+    suggest: Callable[[optuna.Trial], dict[str, Any]],
 ) -> None:
-    """Compose one trial, so that a wrong key is an error now, and not one of every trial."""
+    """Build a sampler, compose a trial: what is wrong is one error now, not one of every trial."""
     if points.are_planned:
         params = (points[0] or ({}, {}))[0]
     else:
+        make_sampler(settings.sampler)
         rehearsal = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         params = suggest(rehearsal.ask())
     jobs.compose(params)
@@ -318,6 +313,12 @@ def _custom_space(path: str | None) -> CustomSpace | None:
         raise SweepError(
             f"`custom_search_space` expected a.module.function(config, trial), got {path}: {error}"
         ) from error
+
+
+def _quiet_optuna() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Of a broken connection it shows the whole SQL, and the call is repeated anyway.
+    logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 
 
 def _refuse_passwords(config: DictConfig) -> None:
