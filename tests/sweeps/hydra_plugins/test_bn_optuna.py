@@ -153,6 +153,13 @@ class TestFailures:
         found = states(program.folder / "sweep")
         assert (found.count("COMPLETE"), found.count("FAIL")) == (2, 4)
 
+    def test_workers_that_cannot_start(self, program):
+        done = program.run(*GRID, "hydra.sweeper.n_jobs=2", NO_WORKER_STARTS="1")
+        assert done.returncode == 1
+        assert "workers in a row ended without having ended a trial" in done.stderr
+        assert "a library is missing" in done.stderr
+        assert "Traceback" not in done.stderr
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
