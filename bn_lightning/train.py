@@ -58,14 +58,26 @@ def train(config: DictConfig) -> dict[str, Any]:
                 print("the same command with ckpt_path=last goes on from its last checkpoint")
         raise
     except Exception as error:
-        record.end("failed", error=one_line(error))
-        raise
+        if not _is_pruned(error):
+            record.end("failed", error=one_line(error))
+            raise
+        record.end("pruned")
+        if is_first_rank:  # the others end as after any run
+            raise
     finally:
         if in_sweep():
             # Lightning's reference cycles keep the data alive until a full collection, and a sweep
             # is many runs in one process.
             gc.collect()
     return run_outcome(record.content)
+
+
+def _is_pruned(error: Exception) -> bool:
+    if not in_trial():
+        return False
+    from optuna import TrialPruned
+
+    return isinstance(error, TrialPruned)
 
 
 def _fit_and_test(

@@ -26,11 +26,11 @@ ORDER = {
     "summary": 2,
     "no_profiler": 2,
     "metrics_csv": 3,
-    "callbacks": 4,
+    "sweeps": 4,  # reads what runs leave, never what trains them
+    "callbacks": 5,
     "models": 5,
     "data": 5,
     "config_check": 5,
-    "sweeps": 5,  # reads what runs leave, never what trains them
     "command": 6,
     "train": 7,
     "evaluate": 7,

@@ -4,6 +4,7 @@ from bn_lightning.callbacks.activation_percentiles import ActivationPercentiles
 from bn_lightning.callbacks.batch_norm_monitor import BatchNormMonitor
 from bn_lightning.callbacks.divergence_guard import DivergenceGuard
 from bn_lightning.callbacks.fused_batch_norm import FusedBatchNorm
+from bn_lightning.callbacks.optuna_pruning import OptunaPruning
 from bn_lightning.callbacks.precise_batch_norm import PreciseBatchNorm
 from bn_lightning.callbacks.run_checkpoints import RunCheckpoints
 from bn_lightning.callbacks.step_progress import StepProgress
@@ -13,6 +14,7 @@ __all__ = [
     "BatchNormMonitor",
     "DivergenceGuard",
     "FusedBatchNorm",
+    "OptunaPruning",
     "PreciseBatchNorm",
     "RunCheckpoints",
     "StepProgress",

@@ -1,0 +1,58 @@
+"""Ends a sweep's trial that is not worth going on with."""
+
+from typing import TYPE_CHECKING
+
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from bn_lightning.sweeps.environment import in_trial
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+
+class OptunaPruning(Callback):
+    """Reports a metric of each validation to the sweep, whose pruner may end the trial there.
+
+    For a process that is a trial of `hydra/sweeper=bn_optuna`, on several ranks as well: the first
+    one reports and asks, and all end together. Anywhere else, and in Lightning's sanity check, it
+    does nothing. Steps are the optimiser's.
+
+    Args:
+        monitor: name of a metric that every validation logs, the same one that the sweep is for.
+
+    Raises:
+        optuna.TrialPruned: after a validation, on all ranks; the sweeper records it as such.
+        ValueError: a validation did not log `monitor`.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        super().__init__()
+        self.monitor = monitor
+        self._trial: Trial | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and in_trial() and trainer.is_global_zero:
+            from bn_lightning.sweeps.trial import current_trial
+
+            self._trial = current_trial()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not in_trial() or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"`monitor` expected a metric that is logged in validation, got {self.monitor!r}; "
+                f"there are {', '.join(sorted(trainer.callback_metrics)) or 'none'}"
+            )
+        pruned = False
+        if self._trial is not None:
+            value = trainer.callback_metrics[self.monitor].item()
+            self._trial.report(value, trainer.global_step)
+            pruned = self._trial.should_prune()
+        if trainer.strategy.broadcast(pruned):
+            from optuna import TrialPruned
+
+            raise TrialPruned(f"{self.monitor} at step {trainer.global_step}")
