@@ -1,57 +1,378 @@
-"""Put runs side by side: `python -m bn_lightning.report RUN [RUN ...] [--output DIR]`."""
+"""Report a sweep, or runs side by side: `python -m bn_lightning.report DIR [DIR ...]`.
+
+DIR is a sweep's directory, a storage URL (with --study NAME), the folder of an earlier report (its
+trials.csv and summary.json are enough), a run's directory, several of them, or a folder of runs.
+Writes report.html, summary.json, trials.csv and figures/ into --output.
+"""
 
 import argparse
+import json
 import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bn_lightning.command import FULL_ERROR, run_reported
-from bn_lightning.metrics_csv import read_metrics
-from bn_lightning.run_record import read_run
-from bn_lightning.sweeps.figures import comparison_figure, save
+from bn_lightning.run_record import FILE_NAME as RUN_FILE
+from bn_lightning.run_record import write_atomically, write_json
+from bn_lightning.sweeps import figures, grid_figures
+from bn_lightning.sweeps.arms import label_of
+from bn_lightning.sweeps.findings import Findings, findings, sentences
+from bn_lightning.sweeps.pages import grid_page, runs_page, study_page
+from bn_lightning.sweeps.paper import is_paper_experiment
+from bn_lightning.sweeps.plots import cells_json
+from bn_lightning.sweeps.provenance import chance_loss, is_planned, mixed, with_provenance
+from bn_lightning.sweeps.roles import NoGrid, Roles, Scored, scored
+from bn_lightning.sweeps.runs import Run, read_runs, width_growth
+from bn_lightning.sweeps.study_plots import optuna_plots
+from bn_lightning.sweeps.tolerance import FULL_ENOUGH, coverage
+from bn_lightning.sweeps.trials import (
+    DATABASES,
+    JOURNAL,
+    TABLE,
+    Table,
+    read_study,
+    rows_from_csv,
+    to_csv,
+)
+
+SCHEMA_VERSION = 1
+PAGE, SUMMARY = "report.html", "summary.json"
 
 
-def report(runs: list[Path], output: Path) -> None:
-    """Draw accuracy and activation percentiles of runs as one figure, `output/comparison.png|svg`.
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside what is reported.
 
     Args:
-        runs: directories of runs of `bn_lightning.train`.
-        output: the folder to write to; made if absent.
+        output: the folder to write to; None for the sweep's directory, or this one for runs.
+        study: name of the study, where a storage holds several.
+        roles: parameters for the roles that their names do not tell.
+        allow_mixed: report trials of different data or budgets together.
+    """
+
+    output: Path | None = None
+    study: str | None = None
+    roles: Roles = Roles()
+    allow_mixed: bool = False
+
+
+def report(sources: Sequence[str], options: Options = Options()) -> Path:
+    """Write the report of a sweep or of runs, and return the path of its page.
+
+    The same data give the same files, byte for byte.
+
+    Args:
+        sources: one sweep, or runs.
+        options: see there.
 
     Raises:
-        ValueError: a directory is no such run's, or its run did not log both.
+        ValueError: a source is neither, or what it holds cannot be reported together.
     """
-    drawn: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for run in runs:
-        config = read_run(run)["config"]
-        metrics = read_metrics(run)
-        missing = sorted({"test/accuracy", "activation/p50"} - metrics.keys())
-        if "norm" not in config or missing:
-            raise ValueError(
-                f"{run} expected a run of bn_lightning.train and its metrics.csv, got one without "
-                f"{', '.join(missing) or 'norm'}; run it with data.test_curve=true and "
-                "callbacks.activation_percentiles"
-            )
-        label = label_of(config)
-        again = sum(name.startswith(label) for name in drawn)
-        drawn[f"{label} ({again + 1})" if again else label] = metrics
-    save(comparison_figure(drawn), output / "comparison")
-    print(output / "comparison.png")
+    directories = [Path(source) for source in sources if "://" not in source]
+    runs = [run for directory in directories for run in _runs_in(directory)]
+    if runs and len(directories) == len(sources):
+        return _report_runs(runs, options)
+    if len(sources) > 1:
+        raise ValueError(
+            f"expected one sweep or several runs, got {len(sources)} places of which one is no "
+            f"run's: {', '.join(sources)}; report each sweep by itself"
+        )
+    base, table = _read_sweep(sources[0], options.study)
+    return _report_study(table, base, options)
 
 
-def label_of(config: dict[str, Any]) -> str:
-    """What a run is called in a figure: whether it normalises."""
-    return "without BatchNorm" if config["norm"] is None else "with BatchNorm"
+def _runs_in(directory: Path) -> list[Path]:
+    """The run in a directory, or the runs in its folders where it holds no study."""
+    if (directory / RUN_FILE).is_file():
+        return [directory]
+    if not directory.is_dir() or _storage_in(directory) or _kind_of(directory) in ("grid", "study"):
+        return []
+    found = [path.parent for path in directory.glob(f"*/{RUN_FILE}")]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def _kind_of(directory: Path) -> str | None:
+    """What the report in a directory is of; None without one."""
+    try:
+        return json.loads((directory / SUMMARY).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _storage_in(directory: Path) -> str | None:
+    if (directory / JOURNAL).is_file():
+        return str(directory / JOURNAL)
+    databases = sorted(path for pattern in DATABASES for path in directory.glob(pattern))
+    return f"sqlite:///{databases[0].absolute()}" if len(databases) == 1 else None
+
+
+def _read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
+    """The directory of a sweep, and its trials."""
+    if "://" in source:
+        return Path("."), with_provenance(read_study(source, name), Path("."))
+    path = Path(source)
+    if path.is_file():
+        return path.parent, with_provenance(read_study(path, name), path.parent)
+    storage = _storage_in(path)
+    if storage is not None:
+        return path, with_provenance(read_study(storage, name), path)
+    if (path / TABLE).is_file():
+        return path, _read_table(path)
+    what = "an empty directory" if path.is_dir() and not any(path.iterdir()) else "none of them"
+    raise ValueError(
+        f"expected a sweep's directory with a {JOURNAL} or a {TABLE}, a storage URL, or the "
+        f"directory of a run with its {RUN_FILE}, got {path}: "
+        f"{what if path.is_dir() else 'no such directory'}"
+    )
+
+
+def _read_table(directory: Path) -> Table:
+    """The trials of an earlier report, with what its summary says of them."""
+    path = directory / SUMMARY
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, study, kind = (content[key] for key in ("schema_version", "study", "kind"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} expected the summary of the report that wrote {TABLE}, got {error!r}"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path} expected schema_version {SCHEMA_VERSION}, got {version}")
+    if kind == "runs":
+        raise ValueError(
+            f"{directory} expected the report of a sweep, got one of runs; name the runs"
+        )
+    text = (directory / TABLE).read_text(encoding="utf-8")
+    return Table(
+        study["name"],
+        tuple(study["directions"]),
+        rows_from_csv(text, directory / TABLE),
+        study["about"],
+        tuple(study["notes"]),
+    )
+
+
+def _report_study(table: Table, base: Path, options: Options) -> Path:
+    output = options.output or base
+    complete = [row for row in table.rows if row.is_complete]
+    notes = [*table.notes, *_mixture_notes(mixed(complete), options.allow_mixed)]
+    unfinished = table.counts()["running"] + table.counts()["waiting"]
+    if unfinished:
+        notes.append(f"The sweep is not over: {unfinished:,} trials run or wait.")
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "study",
+        "study": {
+            "name": table.name,
+            "directions": table.directions,
+            "about": table.about,
+            "notes": table.notes,
+        },
+        "counts": table.counts(),
+        "notes": notes,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    if not complete:
+        html = study_page(table, "", [], 0, notes)
+        said = [f"no trial of {len(table.rows):,} has finished"]
+    else:
+        try:
+            roles, trials, found = _grid_of(table, options.roles)
+        except NoGrid as reason:
+            plots, count = optuna_plots(table)
+            html = study_page(table, str(reason), plots, count, notes)
+            said = [f"no map of what trains: {reason}"]
+            content["reason"] = str(reason)
+        else:
+            if trials.repeated:
+                notes.append(
+                    f"{trials.repeated:,} trials repeat a point of another: the first counts."
+                )
+            content |= {
+                "kind": "grid",
+                "roles": asdict(roles),
+                "metric": trials.metric,
+                **found.as_json(),
+                "notes": [*notes, *found.notes],
+            }
+            _draw_grid(table, found, output / "figures")
+            cells = cells_json(found.grid, trials.numbers, _links(table, base), _seen(base, output))
+            html = grid_page(table, found, trials.metric, cells, notes)
+            said = sentences(found)
+    return _write(output, table, content, html, said)
+
+
+def _grid_of(table: Table, given: Roles) -> tuple[Roles, Scored, Findings]:
+    roles = Roles.of(table, given)
+    trials = scored(table, roles)
+    if coverage(trials.trials) < FULL_ENOUGH:
+        raise NoGrid(
+            f"its {len(trials.trials):,} trials fill {coverage(trials.trials):.1%} of a grid of "
+            "their learning rates, initialisations and seeds"
+        )
+    planned = is_planned(table.about)
+    return roles, trials, findings(trials.numbers, chance_loss(table.about), planned)
+
+
+def _draw_grid(table: Table, found: Findings, folder: Path) -> None:
+    arms = {name: label_of(name) for name in found.arms}
+    runs = table.about.get("runs") or {}
+    facts = [" and ".join(runs[name]) + unit for name, unit in _FACTS.items() if name in runs]
+    caption = ", ".join([*facts, f"{len(found.grid.seeds)} seeds"])
+    draw = [
+        ("accuracy", grid_figures.heatmaps_figure),
+        ("outcomes", grid_figures.outcomes_figure),
+    ]
+    if len(found.grid.rates) > 1:
+        draw += [("rates", grid_figures.rates_figure), ("widths", grid_figures.widths_figure)]
+    for name, make in draw:
+        figures.save(make(found.grid, arms, caption), folder / name)
+    shares = {name: arm.importances for name, arm in found.arms.items() if arm.importances}
+    if shares:
+        figures.save(
+            grid_figures.importances_figure(shares, {n: arms[n] for n in shares}, caption),
+            folder / "importances",
+        )
+
+
+_FACTS = {"data": "", "steps": " steps"}
+
+
+def _links(table: Table, base: Path) -> dict[int, str]:
+    """Number of a trial -> its directory relative to `base`, where it is there."""
+    links = {}
+    for row in table.rows:
+        directory = row.attributes.get("directory")
+        if isinstance(directory, str) and directory and (base / directory).is_dir():
+            links[row.number] = os.path.relpath(base / directory, base).replace(os.sep, "/")
+    return links
+
+
+def _seen(base: Path, output: Path) -> str:
+    return os.path.relpath(base, output).replace(os.sep, "/")
+
+
+def _report_runs(directories: list[Path], options: Options) -> Path:
+    output = options.output or Path(".")
+    runs = read_runs(directories)
+    rows = tuple(run.as_row(number) for number, run in enumerate(runs))
+    notes = _mixture_notes(mixed(rows), options.allow_mixed)
+    table = with_provenance(
+        Table(
+            "runs",
+            (),
+            tuple(
+                replace(row, attributes={**row.attributes, "directory": str(run.directory)})
+                for row, run in zip(rows, runs, strict=True)
+            ),
+        ),
+        Path("."),
+    )
+    with_paper = any(is_paper_experiment(run.record) for run in runs)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "runs",
+        "study": {
+            "name": table.name,
+            "directions": [],
+            "about": table.about,
+            "notes": [],
+        },
+        "runs": [
+            {
+                "label": run.label,
+                "arm": run.arm,
+                "status": run.record["status"],
+                "seed": run.record.get("seed"),
+                "steps": run.record.get("steps"),
+                "metrics": run.record.get("metrics") or {},
+                "width_growth": width_growth(run),
+                "steps_per_second": run.record.get("steps_per_second"),
+            }
+            for run in runs
+        ],
+        "notes": notes,
+    }
+    _draw_runs(runs, output, with_paper)
+    said = [str(output / "comparison.png")]
+    return _write(output, table, content, runs_page(runs, table, with_paper, notes), said)
+
+
+def _draw_runs(runs: list[Run], output: Path, with_paper: bool) -> None:
+    metrics = {run.label: run.metrics for run in runs}
+    arms = {run.label: run.arm for run in runs}
+    folder = output / "figures"
+    figures.save(figures.comparison_figure(metrics, arms, with_paper), output / "comparison")
+    accuracy = {label: logged["test/accuracy"] for label, logged in metrics.items()}
+    figures.save(figures.accuracy_figure(accuracy, arms, with_paper), folder / "accuracy")
+    figures.save(figures.percentiles_figure(metrics, arms), folder / "percentiles")
+    losses = {
+        label: logged["test/loss"] for label, logged in metrics.items() if "test/loss" in logged
+    }
+    if losses:
+        figures.save(figures.loss_figure(losses, arms), folder / "loss")
+    speeds = {
+        run.label: run.record["steps_per_second"]
+        for run in runs
+        if "steps_per_second" in run.record
+    }
+    if speeds:
+        figures.save(figures.throughput_figure(speeds, arms), folder / "throughput")
+
+
+def _mixture_notes(found: dict[str, Any], allow_mixed: bool) -> list[str]:
+    texts = [
+        f"{name.removeprefix('run/').replace('max_steps', 'budgets in steps')}: "
+        f"{', '.join(map(str, values))}"
+        for name, values in found.items()
+    ]
+    if texts and not allow_mixed:
+        raise ValueError(
+            f"expected results of the same data and budget, got {'; '.join(texts)}; report them by "
+            "themselves, or together with --allow-mixed"
+        )
+    return [f"Results of different data or budgets stand side by side ({t})." for t in texts]
+
+
+def _write(output: Path, table: Table, content: dict[str, Any], html: str, said: list[str]) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / TABLE, to_csv(table))
+    write_json(output / SUMMARY, content)
+    write_atomically(output / PAGE, html)
+    for line in said:
+        print(line)
+    print(output / PAGE)
+    return output / PAGE
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bn_lightning.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
-    parser.add_argument("--output", type=Path, default=Path("."), help="folder for the figure")
-    arguments = parser.parse_args()
+    parser = argparse.ArgumentParser(
+        prog="python -m bn_lightning.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", metavar="DIR", help="a sweep, or runs")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: the sweep's own)")
+    parser.add_argument("--study", help="name of the study, where a storage holds several")
+    parser.add_argument("--lr", default="", metavar="KEY", help="parameter that is the rate")
+    parser.add_argument("--init", default="", metavar="KEY", help="... the initialisation")
+    parser.add_argument("--seed", default="", metavar="KEY", help="... the seed")
+    parser.add_argument("--arm", default=[], nargs="+", metavar="KEY", help="... the network's arm")
+    parser.add_argument(
+        "--allow-mixed", action="store_true", help="report different data or budgets together"
+    )
+    given = parser.parse_args()
+    options = Options(
+        given.output,
+        given.study,
+        Roles(given.lr, given.init, tuple(given.arm), given.seed),
+        given.allow_mixed,
+    )
     full_error = os.environ.get(FULL_ERROR) == "1"
-    run_reported(lambda: report(arguments.runs, arguments.output), full_error=full_error)
+    run_reported(lambda: report(given.sources, options), full_error=full_error)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def logged_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one step; numbers that JSON lacks, NaN and infinities, become null."""
-    write_atomically(path, json.dumps(_finite(content), indent=2, default=str) + "\n")
+    write_atomically(path, json.dumps(finite(content), indent=2, default=str) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -201,11 +201,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """Plain data with None in place of the numbers that JSON lacks, NaN and infinities."""
     if isinstance(content, float) and not math.isfinite(content):
         return None
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return content

@@ -5,7 +5,8 @@ Steps are drawn on a logarithmic axis: most of what normalisation changes happen
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps, rc_context
@@ -13,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bn_lightning.metrics_csv import read_metrics
+from bn_lightning.sweeps.arms import COLOURS, Style, label_of, style_of
+from bn_lightning.sweeps.paper import paper_accuracy
 
 Series = Sequence[tuple[int, float]]
 """(step, value) pairs in order of steps."""
 
-# Okabe & Ito's colours, told apart by the colour-blind and by their lightness in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", "-.", ":")
+Arms = Mapping[str, str]
+"""Label -> arm, whose colour its run is drawn in; a run without an arm has one of its own."""
 
 # The numbers of callbacks/batch_norm_monitor.py -> how a panel calls them.
 _MONITORED = {
@@ -47,38 +49,86 @@ def draw_run(directory: str | Path) -> None:
         save(batch_norm_figure(metrics), folder / "batch_norm")
 
 
-def accuracy_figure(runs: Mapping[str, Series]) -> Figure:
+def accuracy_figure(
+    runs: Mapping[str, Series], arms: Arms | None = None, with_paper: bool = False
+) -> Figure:
     """Test accuracy against training steps, a line for each run (Figure 1a).
 
     Args:
         runs: label -> accuracy in [0, 1]; an empty label gets no legend.
+        arms: label -> arm.
+        with_paper: draw the paper's points, too.
     """
     figure = Figure(figsize=(5, 3.5), layout="constrained")
-    draw_accuracy(figure.subplots(), runs)
+    draw_accuracy(figure.subplots(), runs, arms, with_paper)
     return figure
 
 
-def percentiles_figure(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
+def loss_figure(runs: Mapping[str, Series], arms: Arms | None = None) -> Figure:
+    """Test loss in nats against training steps, a line for each run.
+
+    Args:
+        runs: label -> loss.
+        arms: label -> arm.
+    """
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    _draw_lines(axes, runs, arms)
+    axes.set_yscale("log")
+    axes.set_ylabel("test loss, nats")
+    return figure
+
+
+def throughput_figure(speeds: Mapping[str, float], arms: Arms | None = None) -> Figure:
+    """Training steps per second, a bar for each run.
+
+    Args:
+        speeds: label -> steps per second.
+        arms: label -> arm.
+    """
+    figure = Figure(figsize=(5, 1.2 + 0.35 * len(speeds)), layout="constrained")
+    axes = figure.subplots()
+    styles = run_styles(speeds, arms)
+    bars = axes.barh(
+        list(speeds), list(speeds.values()), color=[styles[label].colour for label in speeds]
+    )
+    axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize="small")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("training steps per second, evaluations included")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def percentiles_figure(
+    runs: Mapping[str, Mapping[str, Series]], arms: Arms | None = None
+) -> Figure:
     """Percentiles of the inputs of one activation, a panel for each run (Figure 1b, c).
 
     Args:
         runs: label -> metrics with `activation/p15`, `activation/p50` and `activation/p85`.
+        arms: label -> arm.
     """
     figure = Figure(figsize=(5 * len(runs), 3.5), layout="constrained")
-    _draw_panels(figure.subplots(1, len(runs), squeeze=False)[0], runs)
+    _draw_panels(figure.subplots(1, len(runs), squeeze=False)[0], runs, arms)
     return figure
 
 
-def comparison_figure(runs: Mapping[str, Mapping[str, Series]]) -> Figure:
+def comparison_figure(
+    runs: Mapping[str, Mapping[str, Series]], arms: Arms | None = None, with_paper: bool = False
+) -> Figure:
     """The whole of Figure 1: accuracy of all runs, then the percentiles of each.
 
     Args:
         runs: label -> metrics, as `read_metrics` returns them.
+        arms: label -> arm.
+        with_paper: draw the paper's points of accuracy, too.
     """
     figure = Figure(figsize=(4 * (1 + len(runs)), 3.3), layout="constrained")
     first, *panels = figure.subplots(1, 1 + len(runs))
-    draw_accuracy(first, {label: metrics["test/accuracy"] for label, metrics in runs.items()})
-    _draw_panels(panels, runs)
+    accuracy = {label: metrics["test/accuracy"] for label, metrics in runs.items()}
+    draw_accuracy(first, accuracy, arms, with_paper)
+    _draw_panels(panels, runs, arms)
     return figure
 
 
@@ -119,43 +169,83 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
     return figure
 
 
-def _draw_panels(panels: Sequence[Axes], runs: Mapping[str, Mapping[str, Series]]) -> None:
+def run_styles(labels: Iterable[str], arms: Arms | None = None) -> dict[str, Style]:
+    """Label -> style: the arm's colour, and for its second, third... run another line.
+
+    A style does not depend on the order of the labels, but for runs of one arm.
+    """
+    labels = list(labels)
+    of = {label: (arms or {}).get(label, label) for label in labels}
+    turns: Counter[str] = Counter()
+    styles = {}
+    for label in labels:
+        styles[label] = style_of(of[label], of.values(), turns[of[label]])
+        turns[of[label]] += 1
+    return styles
+
+
+def _draw_panels(
+    panels: Sequence[Axes], runs: Mapping[str, Mapping[str, Series]], arms: Arms | None
+) -> None:
+    styles = run_styles(runs, arms)
     for panel, (label, metrics) in zip(panels, runs.items(), strict=True):
         if panel is not panels[0]:
             panel.sharey(panels[0])
-        draw_percentiles(panel, metrics)
+        draw_percentiles(panel, metrics, styles[label].colour)
         panel.set_title(label)
     panels[0].set_ylabel("input of one unit of the last\nactivation, percentiles 15, 50, 85")
 
 
-def draw_accuracy(axes: Axes, runs: Mapping[str, Series]) -> None:
-    """Draw test accuracy against steps, a line for each run."""
-    for i, (label, series) in enumerate(runs.items()):
+def draw_accuracy(
+    axes: Axes, runs: Mapping[str, Series], arms: Arms | None = None, with_paper: bool = False
+) -> None:
+    """Draw test accuracy against steps, a line for each run; the paper's as small circles."""
+    _draw_lines(axes, runs, arms)
+    if with_paper:
+        for arm, points in paper_accuracy().items():
+            steps, values = zip(*points, strict=True)
+            axes.plot(
+                steps,
+                values,
+                "o",
+                color=style_of(arm).colour,
+                markersize=2,
+                fillstyle="none",
+                markeredgewidth=0.5,
+                label=f"the paper's, {label_of(arm)}",
+            )
+    if any(runs):
+        axes.legend(frameon=False, fontsize="small" if with_paper else None)
+    axes.set_ylabel("test accuracy")
+    axes.set_ylim(top=1)
+
+
+def _draw_lines(axes: Axes, runs: Mapping[str, Series], arms: Arms | None) -> None:
+    styles = run_styles(runs, arms)
+    for label, series in runs.items():
         steps, values = zip(*series, strict=True)
         axes.plot(
             steps,
             values,
-            _STYLES[i % len(_STYLES)],
-            color=_COLOURS[i % len(_COLOURS)],
+            styles[label].line,
+            color=styles[label].colour,
             marker="." if len(steps) < 3 else "",
             label=label,
         )
     if any(runs):
         axes.legend(frameon=False)
     axes.set_xscale("log")
-    axes.set_ylabel("test accuracy")
-    axes.set_ylim(top=1)
     _tidy(axes)
 
 
-def draw_percentiles(axes: Axes, metrics: Mapping[str, Series]) -> None:
+def draw_percentiles(axes: Axes, metrics: Mapping[str, Series], colour: str = COLOURS[0]) -> None:
     """Draw the 15th, 50th and 85th percentile of one unit's inputs against steps."""
     (steps, low), (_, middle), (_, high) = (
         zip(*metrics[f"activation/p{percentile}"], strict=True) for percentile in (15, 50, 85)
     )
-    axes.fill_between(steps, low, high, color=_COLOURS[0], alpha=0.2, linewidth=0)
-    axes.plot(steps, low, steps, high, color=_COLOURS[0], linewidth=0.8)
-    axes.plot(steps, middle, color=_COLOURS[0], label="median")
+    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(steps, low, steps, high, color=colour, linewidth=0.8)
+    axes.plot(steps, middle, color=colour, label="median")
     # Logarithmic from step 1 on, with room for step 0.
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     axes.set_xlim(left=0)

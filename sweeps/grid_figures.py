@@ -17,19 +17,20 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from bn_lightning.sweeps.arms import style_of
 from bn_lightning.sweeps.tolerance import TRAINED, Arm, Grid, Outcome, estimate, widths
 
+# Of larger grids: cells without numbers in them, fewer labels, and panels of fewer initialisations.
+MOST_TEXTS, MOST_LABELS, MOST_PANELS = 400, 16, 12
+
 # Okabe & Ito's colours, apart in grey too, and a letter for each.
-_OUTCOMES = {
+OUTCOMES = {
     Outcome.TRAINED: ("#009E73", "T"),
     Outcome.SLOW: ("#F0E442", "s"),
     Outcome.CHANCE: ("#CCCCCC", "c"),
     Outcome.DIVERGED: ("#D55E00", "N"),
     Outcome.MISSING: ("#FFFFFF", "?"),
 }
-_ARM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_ARM_STYLES = ("-", "--", "-.", ":")
-_ARM_MARKERS = ("o", "s", "^", "D")
 
 
 def heatmaps_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
@@ -42,10 +43,10 @@ def heatmaps_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure
         arms: name in the grid -> title; two of them get a panel for their difference.
         caption: data, budget and number of seeds, below the panels.
     """
-    means = {name: _mean_over_seeds(grid.arms[name].accuracy) for name in arms}
+    means = {name: mean_over_seeds(grid.arms[name].accuracy) for name in arms}
     panels = len(arms) + (len(arms) == 2)
     figure = Figure(
-        figsize=(1.2 + 0.42 * len(grid.rates) * panels, 1.7 + 0.32 * len(grid.inits)),
+        figsize=_size(grid, panels, 0.42, 0.32),
         layout="constrained",
     )
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
@@ -59,7 +60,7 @@ def heatmaps_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure
         image = _draw_cells(axes[2], grid, first - second, "PuOr_r", -1, 1)
         axes[2].set_title("difference")
         figure.colorbar(image, ax=axes[2], label="difference of accuracy", pad=0.02)
-    axes[0].set_ylabel(_init_label(grid))
+    axes[0].set_ylabel(init_label(grid))
     _caption(figure, "learning rate", caption)
     return figure
 
@@ -73,28 +74,29 @@ def outcomes_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure
         caption: data, budget and number of seeds, below the panels.
     """
     figure = Figure(
-        figsize=(1.2 + 0.34 * len(grid.rates) * len(arms), 2.1 + 0.3 * len(grid.inits)),
+        figsize=_size(grid, len(arms), 0.34, 0.3),
         layout="constrained",
     )
     axes = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
     for panel, (name, title) in zip(axes, arms.items(), strict=True):
         outcomes = grid.arms[name].outcomes()
         for i, r in np.ndindex(outcomes.shape[:2]):
-            colour, letter = _OUTCOMES[_most_common(outcomes[i, r].tolist())]
+            colour, letter = OUTCOMES[most_common(outcomes[i, r].tolist())]
             panel.add_patch(
                 Rectangle((r - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor="white")
             )
-            panel.text(r, i, letter, ha="center", va="center", fontsize=7)
+            if _has_texts(grid):
+                panel.text(r, i, letter, ha="center", va="center", fontsize=7)
         _label_axes(panel, grid)
         panel.set_title(title)
-    axes[0].set_ylabel(_init_label(grid))
+    axes[0].set_ylabel(init_label(grid))
     figure.legend(
         handles=[
             Patch(facecolor=colour, edgecolor="grey", label=f"{letter}: {outcome}")
-            for outcome, (colour, letter) in _OUTCOMES.items()
+            for outcome, (colour, letter) in OUTCOMES.items()
         ],
         loc="outside upper center",
-        ncols=len(_OUTCOMES),
+        ncols=len(OUTCOMES),
         frameon=False,
     )
     _caption(figure, "learning rate", caption)
@@ -102,7 +104,7 @@ def outcomes_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure
 
 
 def rates_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
-    """Accuracy against learning rate, a panel for each initialisation.
+    """Accuracy against learning rate, a panel for each initialisation, or for evenly chosen ones.
 
     Lines are means over seeds, bands reach from the lowest seed to the highest.
 
@@ -111,41 +113,43 @@ def rates_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
         arms: name in the grid -> label.
         caption: data, budget and number of seeds, below the panels.
     """
-    columns = min(4, len(grid.inits))
-    rows = -(-len(grid.inits) // columns)
+    chosen = in_panels(len(grid.inits))
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.2 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for i, (panel, init) in enumerate(zip(panels, grid.inits, strict=False)):
-        for k, (name, label) in enumerate(arms.items()):
+    for panel, i in zip(panels, chosen, strict=False):
+        for name, label in arms.items():
             accuracy_RS = grid.arms[name].accuracy[i]
             there = ~np.isnan(accuracy_RS).all(axis=1)
             if there.any():
                 rates = np.asarray(grid.rates)[there]
                 found = accuracy_RS[there]
-                style = {"color": _ARM_COLOURS[k % 4], "linestyle": _ARM_STYLES[k % 4]}
+                style = style_of(name, arms)
                 panel.plot(
                     rates,
                     np.nanmean(found, axis=1),
-                    marker=_ARM_MARKERS[k % 4],
+                    color=style.colour,
+                    linestyle=style.line,
+                    marker=style.marker,
                     markersize=3,
                     label=label,
-                    **style,
                 )
                 panel.fill_between(
                     rates,
                     np.nanmin(found, axis=1),
                     np.nanmax(found, axis=1),
-                    color=style["color"],
+                    color=style.colour,
                     alpha=0.2,
                     linewidth=0,
                 )
         panel.axhline(TRAINED, color="grey", linewidth=0.6)
         panel.set_xscale("log")
         panel.set_ylim(0, 1.02)
-        panel.set_title(_init_name(init), fontsize="small")
+        panel.set_title(init_name(grid.inits[i]), fontsize="small")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    for panel in list(panels)[len(grid.inits) :]:
+    for panel in list(panels)[len(chosen) :]:
         panel.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(arms), frameon=False)
@@ -164,34 +168,37 @@ def widths_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
         arms: name in the grid -> label.
         caption: data, budget and number of seeds, below the axes.
     """
-    figure = Figure(figsize=(6, 1.6 + 0.36 * len(grid.inits)), layout="constrained")
+    figure = Figure(
+        figsize=(6, 1.6 + 0.36 * min(len(grid.inits), 2 * MOST_LABELS)), layout="constrained"
+    )
     axes = figure.subplots()
     for k, name in enumerate(arms):
         width_IS, censored_IS = widths(grid.arms[name].accuracy, grid.rates)
         shift = 0.16 * (k - (len(arms) - 1) / 2)
+        style = style_of(name, arms)
         for i in range(len(grid.inits)):
             found = estimate(width_IS[i])
             y = i + shift
-            colour = _ARM_COLOURS[k % 4]
-            axes.plot([found.low, found.high], [y, y], color=colour, linewidth=1.5)
-            axes.plot(found.value, y, _ARM_MARKERS[k % 4], color=colour, markersize=5)
+            axes.plot([found.low, found.high], [y, y], color=style.colour, linewidth=1.5)
+            axes.plot(found.value, y, style.marker, color=style.colour, markersize=5)
             if censored_IS[i].any():
                 axes.annotate(
                     "",
                     (found.value + 0.28, y),
                     (found.value, y),
-                    arrowprops={"arrowstyle": "->", "color": colour},
+                    arrowprops={"arrowstyle": "->", "color": style.colour},
                 )
-    axes.set_yticks(range(len(grid.inits)), [_init_name(init) for init in grid.inits])
-    axes.set_ylabel(_init_label(grid))
+    places = labelled(len(grid.inits))
+    axes.set_yticks(places, [init_name(grid.inits[i]) for i in places])
+    axes.set_ylabel(init_label(grid))
     axes.set_xlim(-0.1, np.ptp(np.log10(grid.rates)) + 1)
     _caption(figure, f"decades of learning rate that reach {TRAINED:.2f}", caption)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
         handles=[
-            Line2D([], [], color=_ARM_COLOURS[k % 4], marker=_ARM_MARKERS[k % 4], label=label)
-            for k, label in enumerate(arms.values())
+            Line2D([], [], color=style.colour, marker=style.marker, label=label)
+            for style, label in ((style_of(name, arms), label) for name, label in arms.items())
         ],
         loc="outside upper center",
         ncols=len(arms),
@@ -218,7 +225,12 @@ def importances_figure(
         values = [shares.get(arm, {}).get(name, 0.0) for name in names]
         places = [i + height * (k - (len(arms) - 1) / 2) for i in range(len(names))]
         bars = axes.barh(
-            places, values, height, color=_ARM_COLOURS[k % 4], hatch=("", "//")[k % 2], label=label
+            places,
+            values,
+            height,
+            color=style_of(arm, arms).colour,
+            hatch=("", "//")[k % 2],
+            label=label,
         )
         axes.bar_label(bars, fmt="{:.2f}", padding=2, fontsize="small")
     axes.set_yticks(range(len(names)), names)
@@ -227,6 +239,26 @@ def importances_figure(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
+
+
+def labelled(count: int) -> range:
+    """Which of the places on an axis have a label: all, or every n-th of many."""
+    return range(0, count, -(-count // MOST_LABELS))
+
+
+def in_panels(count: int) -> list[int]:
+    """Which initialisations have a panel of their own: all, or evenly chosen ones of many."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, MOST_PANELS))})
+
+
+def _size(grid: Grid, panels: int, width: float, height: float) -> tuple[float, float]:
+    """Inches, for cells of this size; those of a larger grid are smaller."""
+    columns, rows = min(len(grid.rates), MOST_LABELS), min(len(grid.inits), MOST_LABELS)
+    return 1.2 + width * columns * panels, 1.9 + height * rows
+
+
+def _has_texts(grid: Grid) -> bool:
+    return len(grid.rates) * len(grid.inits) <= MOST_TEXTS
 
 
 def _caption(figure: Figure, label: str, caption: str) -> None:
@@ -240,13 +272,13 @@ def _draw_cells(
     image = axes.imshow(values_IR, cmap=scale, vmin=low, vmax=high, aspect="auto")
     for i, r in np.ndindex(values_IR.shape):
         value = float(values_IR[i, r])
-        if not np.isnan(value):
+        if _has_texts(grid) and not np.isnan(value):
             red, green, blue, _ = scale((value - low) / (high - low))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             axes.text(
                 r,
                 i,
-                _short(value),
+                short(value),
                 ha="center",
                 va="center",
                 fontsize=6,
@@ -266,42 +298,45 @@ def _hatch(axes: Axes, arm: Arm) -> None:
 def _label_axes(axes: Axes, grid: Grid) -> None:
     axes.set_xlim(-0.5, len(grid.rates) - 0.5)
     axes.set_ylim(-0.5, len(grid.inits) - 0.5)
-    axes.set_xticks(
-        range(len(grid.rates)), [_short_number(rate) for rate in grid.rates], rotation=90
-    )
-    axes.set_yticks(range(len(grid.inits)), [_init_name(init) for init in grid.inits])
+    places = labelled(len(grid.rates))
+    axes.set_xticks(places, [short_number(grid.rates[i]) for i in places], rotation=90)
+    places = labelled(len(grid.inits))
+    axes.set_yticks(places, [init_name(grid.inits[i]) for i in places])
     axes.tick_params(length=0, labelsize="small")
     axes.spines[:].set_visible(False)
 
 
-def _mean_over_seeds(values_IRS: Float[np.ndarray, "I R S"]) -> Float[np.ndarray, "I R"]:
+def mean_over_seeds(values_IRS: Float[np.ndarray, "I R S"]) -> Float[np.ndarray, "I R"]:
     """The mean over the seeds that are there; NaN where none is."""
     there = ~np.isnan(values_IRS)
     with np.errstate(invalid="ignore"):
         return np.where(there, values_IRS, 0).sum(axis=2) / there.sum(axis=2)
 
 
-def _most_common(outcomes_S: Iterable[Outcome]) -> Outcome:
-    worst_first = list(_OUTCOMES)[::-1]
+def most_common(outcomes_S: Iterable[Outcome]) -> Outcome:
+    """What became of most seeds; of a tie, the worse."""
+    worst_first = list(OUTCOMES)[::-1]
     counts = Counter(outcomes_S)
     return max(counts, key=lambda outcome: (counts[outcome], -worst_first.index(outcome)))
 
 
-def _init_label(grid: Grid) -> str:
+def init_label(grid: Grid) -> str:
+    """What the axis of initialisations is called."""
     named = any(isinstance(init, str) for init in grid.inits)
     return "initialisation" if named else "standard deviation of the initial weights"
 
 
-def _init_name(init: str | float) -> str:
-    return init if isinstance(init, str) else _short_number(init)
+def init_name(init: str | float) -> str:
+    """An initialisation as its axis and captions have it."""
+    return init if isinstance(init, str) else short_number(init)
 
 
-def _short_number(value: float) -> str:
+def short_number(value: float) -> str:
     """Three digits at most: 0.00316, 0.1, 31.6, 100."""
     return f"{value:.3g}"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Two decimals without the leading zero: .95, 1.0, -.20."""
     text = f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no minus before nothing
     return "1.0" if text == "1.00" else text.replace("0.", ".", 1)

@@ -21,6 +21,9 @@ from jaxtyping import Bool, Float
 TRAINED = 0.90  # accuracy from which on a cell has trained
 AT_CHANCE = 0.20  # accuracy below which it has not learnt, for ten classes of equal size
 
+FULL_ENOUGH = 0.5  # share of its places from which on points count as a grid with gaps
+MOST_FOR_IMPORTANCES = 1000  # the forest's time grows with the square of the trials
+
 _CONFIDENCE = 0.95
 _DRAWS = 20_000
 
@@ -156,6 +159,13 @@ def share_trained(accuracy: Float[np.ndarray, "I R S"]) -> Float[np.ndarray, "S"
     return _share(accuracy >= TRAINED, accuracy)
 
 
+def share_diverged(
+    diverged: Bool[np.ndarray, "I R S"], accuracy: Float[np.ndarray, "I R S"]
+) -> Float[np.ndarray, "S"]:
+    """Share of cells whose loss became NaN or infinite, for each seed, of those not missing."""
+    return _share(diverged, accuracy)
+
+
 def share_at_chance(accuracy: Float[np.ndarray, "I R S"]) -> Float[np.ndarray, "S"]:
     """Share of cells with accuracy < `AT_CHANCE`, for each seed; missing ones do not count."""
     return _share(accuracy < AT_CHANCE, accuracy)
@@ -176,8 +186,8 @@ def widths(
         rates: (R,), ascending, at least two.
 
     Returns:
-        The widths in decades, and whether the lowest or highest rate trains, so that the width is a
-        lower bound.
+        The widths in decades, NaN where all rates are missing, and whether the lowest or highest
+        rate trains, so that the width is a lower bound.
 
     Raises:
         ValueError: fewer than two rates, or not in ascending order.
@@ -189,19 +199,24 @@ def widths(
     edges_R = [2 * logs_R[0] - middle_R[0], *middle_R, 2 * logs_R[-1] - middle_R[-1]]
     trained = accuracy >= TRAINED
     width_IS = np.einsum("irs,r->is", trained, np.diff(edges_R))
+    width_IS[np.isnan(accuracy).all(axis=1)] = np.nan
     return width_IS, trained[:, 0] | trained[:, -1]
 
 
 def mean_width(
     accuracy: Float[np.ndarray, "I R S"], rates: Sequence[float]
 ) -> Float[np.ndarray, "S"]:
-    """The mean of `widths` over the initialisations, in decades, for each seed."""
-    return widths(accuracy, rates)[0].mean(axis=0)
+    """The mean of `widths` over the initialisations that were tried, in decades, for each seed."""
+    width_IS = widths(accuracy, rates)[0]
+    there = ~np.isnan(width_IS)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, width_IS, 0).sum(axis=0) / there.sum(axis=0)
 
 
 def inits_that_train(accuracy: Float[np.ndarray, "I R S"]) -> Float[np.ndarray, "S"]:
-    """The number of initialisations with a rate that trains, for each seed."""
-    return (accuracy >= TRAINED).any(axis=1).sum(axis=0).astype(float)
+    """The number of initialisations with a rate that trains, for each seed; NaN without trials."""
+    count_S = (accuracy >= TRAINED).any(axis=1).sum(axis=0).astype(float)
+    return np.where(np.isnan(accuracy).all(axis=(0, 1)), np.nan, count_S)
 
 
 def largest_rate(
@@ -318,20 +333,33 @@ def ratio(first: Float[np.ndarray, "S"], second: Float[np.ndarray, "S"]) -> Esti
     return Estimate(value, low, high, first.size)
 
 
-def importances(trials: Iterable[Trial]) -> dict[str, float]:
+def coverage(trials: Iterable[Trial]) -> float:
+    """Share of the places of an arm's grid that are filled, over its initialisations, rates, seeds.
+
+    1 for a full grid; far below 1 for points drawn from intervals, of which no two share a rate.
+    """
+    trials = list(trials)
+    places = {(trial.arm, trial.init, trial.lr, trial.seed) for trial in trials}
+    axes = [{getattr(trial, name) for trial in trials} for name in ("arm", "init", "lr", "seed")]
+    return len(places) / max(math.prod(len(values) for values in axes), 1)
+
+
+def importances(trials: Iterable[Trial], random_sample: bool = False) -> dict[str, float]:
     """How much of the variance of accuracy each parameter explains in one arm, by fANOVA.
 
     Learning rates, and standard deviations where initialisations are numbers, count on a log scale.
     Only for grids and random samples: a sampler that looks where it is good has hidden the rest.
+    Of more than `MOST_FOR_IMPORTANCES` trials, that many drawn at random count.
 
     Args:
         trials: of one arm, at least two that differ in accuracy.
+        random_sample: the points were drawn at random, not by a sampler that learns.
 
     Returns:
         Parameter -> its share, summing to 1; empty where accuracy does not vary.
 
     Raises:
-        ValueError: the trials are of more than one arm.
+        ValueError: the trials are of more than one arm, or neither a grid nor a random sample.
 
     Source: Hutter, Hoos & Leyton-Brown 2014, An Efficient Approach for Assessing Hyperparameter
     Importance, as implemented in Optuna.
@@ -347,8 +375,16 @@ def importances(trials: Iterable[Trial]) -> dict[str, float]:
     arms = {trial.arm for trial in trials}
     if len(arms) > 1:
         raise ValueError(f"expected trials of one arm, got {', '.join(sorted(arms))}")
+    if not random_sample and coverage(trials) < FULL_ENOUGH:
+        raise ValueError(
+            "expected trials on a grid, or `random_sample=True`, got points that share no rates "
+            "and initialisations; where a sampler chose them by their results, importances mislead"
+        )
     if len({trial.accuracy for trial in trials}) < 2:
         return {}
+    if len(trials) > MOST_FOR_IMPORTANCES:
+        picks = np.random.default_rng(0).choice(len(trials), MOST_FOR_IMPORTANCES, replace=False)
+        trials = [trials[i] for i in sorted(picks)]
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it says that it made a study
     study = optuna.create_study()

@@ -1,0 +1,150 @@
+"use strict";
+(() => {
+  const { plots, grid } = JSON.parse(document.getElementById("data").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const escaped = (text) =>
+    String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
+  const number = (value) => (value === null ? "–" : value.toFixed(4));
+
+  // The trials of each cell, by arm, initialisation and rate.
+  const cells = new Map();
+  for (const trial of grid ? grid.trials : []) {
+    const key = trial.slice(1, 4).join();
+    if (!cells.has(key)) cells.set(key, []);
+    cells.get(key).push(trial);
+  }
+  const trialsAt = (arm, init, rate) => cells.get([arm, init, rate].join()) || [];
+  const place = (init, rate) =>
+    `${grid.init_name} ${grid.inits[init]}, learning rate ${grid.rates[rate]}`;
+  const result = ([, , , , seed, accuracy, diverged]) =>
+    `seed ${seed}: ${number(accuracy)}${diverged ? ", diverged" : ""}`;
+
+  function hover(arms, init, rate) {
+    const lines = [`<b>${escaped(place(init, rate))}</b>`];
+    for (const arm of arms) {
+      const trials = trialsAt(arm, init, rate);
+      lines.push(escaped(grid.arms[arm]) + (trials.length ? "" : ": no trial"));
+      for (const trial of trials) {
+        lines.push(`  ${escaped(result(trial))} (trial ${trial[0]})`);
+      }
+    }
+    return lines.join("<br>");
+  }
+
+  function link([trialNumber, , , , , , , directory]) {
+    const name = `trial ${trialNumber}`;
+    if (directory === null) return document.createTextNode(name);
+    const anchor = document.createElement("a");
+    anchor.href = grid.base + (directory === 1 ? trialNumber : directory) + "/";
+    anchor.textContent = name;
+    return anchor;
+  }
+
+  function element(name, ...content) {
+    const made = document.createElement(name);
+    made.append(...content);
+    return made;
+  }
+
+  function show(arms, init, rate) {
+    const lists = arms.map((arm) => {
+      const trials = trialsAt(arm, init, rate);
+      const items = trials.map((trial) => element("li", `${result(trial)}, `, link(trial)));
+      return [element("div", grid.arms[arm] + (items.length ? "" : ": no trial")), element("ul", ...items)];
+    });
+    document
+      .getElementById("cell")
+      .replaceChildren(element("strong", place(init, rate)), ...lists.flat());
+  }
+
+  // A heatmap is reached by the tab key; arrows move a frame from cell to cell.
+  function followKeys(div, { arms }) {
+    const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowDown: [-1, 0], ArrowUp: [1, 0] };
+    const at = [0, 0];
+    const select = () => {
+      show(arms, at[0], at[1]);
+      const [y, x] = at;
+      const frame = { type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5 };
+      Plotly.relayout(div, { shapes: [{ ...frame, line: { color: "#ff00aa", width: 3 } }] });
+    };
+    div.addEventListener("keydown", (event) => {
+      if (!(event.key in moves)) return;
+      event.preventDefault();
+      const move = moves[event.key];
+      at[0] = Math.min(Math.max(at[0] + move[0], 0), grid.inits.length - 1);
+      at[1] = Math.min(Math.max(at[1] + move[1], 0), grid.rates.length - 1);
+      select();
+    });
+    div.on("plotly_click", ({ points: [point] }) => {
+      [at[0], at[1]] = [Math.round(point.y), Math.round(point.x)];
+      select();
+    });
+  }
+
+  function themed(layout, isDark) {
+    const ink = isDark ? "#e4e8ec" : "#1b1f24";
+    const line = isDark ? "#3a424b" : "#d0d7de";
+    const made = {
+      ...layout,
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { ...layout.font, color: ink, family: "system-ui, sans-serif" },
+      hoverlabel: { align: "left", namelength: -1 },
+    };
+    for (const axis of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
+      made[axis] = { gridcolor: line, zerolinecolor: line, linecolor: line, ...layout[axis] };
+    }
+    return made;
+  }
+
+  function draw({ id, traces, layout, tools, cells: shown }) {
+    const div = document.getElementById(id);
+    if (shown) {
+      for (const trace of traces.filter((one) => one.type === "heatmap")) {
+        trace.hovertext = trace.z.map((row, i) => row.map((_, r) => hover(shown.arms, i, r)));
+      }
+    }
+    const options = {
+      responsive: true,
+      displaylogo: false,
+      displayModeBar: tools && !shown ? "hover" : false,
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    };
+    return Plotly.newPlot(div, traces, themed(layout, dark.matches), options).then(() => {
+      if (shown) followKeys(div, shown);
+    });
+  }
+
+  function fillTable() {
+    const details = document.getElementById("all-trials");
+    if (!details) return;
+    const body = details.querySelector("tbody");
+    const more = details.querySelector("button");
+    let next = 0;
+    const add = () => {
+      for (const trial of grid.trials.slice(next, next + 200)) {
+        const [, arm, init, rate, seed, accuracy, diverged] = trial;
+        const texts = [grid.arms[arm], grid.inits[init], grid.rates[rate], seed, number(accuracy)];
+        const row = element("tr", element("td", link(trial)));
+        row.append(...[...texts, diverged ? "diverged" : ""].map((text) => element("td", String(text))));
+        body.append(row);
+      }
+      next += 200;
+      more.hidden = next >= grid.trials.length;
+    };
+    more.addEventListener("click", add);
+    details.addEventListener("toggle", () => details.open && next === 0 && add());
+  }
+
+  function recolour(isDark) {
+    for (const { id, layout } of plots) Plotly.update(id, {}, themed(layout, isDark));
+  }
+
+  Promise.all(plots.map(draw)).then(() => {
+    fillTable();
+    dark.addEventListener("change", () => recolour(dark.matches));
+    addEventListener("beforeprint", () => recolour(false));
+    addEventListener("afterprint", () => recolour(dark.matches));
+    document.documentElement.dataset.drawn = Math.round(performance.now());
+  });
+})();

@@ -1,0 +1,141 @@
+"""How the trials of a table were run, from what their runs left on disk."""
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from bn_lightning.run_record import FILE_NAME
+from bn_lightning.sweeps.trials import Cell, Row, Table
+
+DATA, BUDGET = "run/data", "run/max_steps"
+"""Attributes of a trial: the data set's name, and the steps that it was given."""
+
+# What the sweep's configuration says of how it chose its points, in Hydra's file of the sweep.
+_MULTIRUN = "multirun.yaml"
+_PLANNED = ("GridSampler", "BruteForceSampler", "RandomSampler", "QMCSampler")
+
+
+def with_provenance(table: Table, base: Path) -> Table:
+    """Add what the runs and the sweep's configuration say; directories become relative to `base`.
+
+    `about` gets `runs`: for each of data, budget, hardware, versions..., what was found and in how
+    many finished runs, and, from `multirun.yaml`, `command` and `sampler`.
+
+    Args:
+        table: from a study; one read from trials.csv has all of it already.
+        base: the sweep's directory.
+    """
+    found: dict[str, Counter[str]] = {}
+    times: list[str] = []
+    rows = []
+    for row in table.rows:
+        directory = row.attributes.get("directory")
+        attributes: dict[str, Cell] = dict(row.attributes)
+        if isinstance(directory, str):
+            attributes["directory"] = _relative(directory, base)
+            record = _record(base / directory) if row.values else None
+            if record is not None:
+                facts = facts_of(record)
+                for name, value in facts.items():
+                    found.setdefault(name, Counter())[value] += 1
+                times += [str(record[key]) for key in ("started", "ended") if record.get(key)]
+                attributes |= {DATA: facts.get("data"), BUDGET: _budget(record)}
+        rows.append(replace(row, attributes=attributes))
+    about = {
+        **table.about,
+        **_configuration(base / _MULTIRUN),
+        "runs": {name: dict(sorted(counts.items())) for name, counts in sorted(found.items())},
+    }
+    if times:
+        about |= {"first_started": min(times), "last_ended": max(times)}
+    return replace(table, rows=tuple(rows), about=about)
+
+
+def is_planned(about: Mapping[str, Any]) -> bool | None:
+    """Whether the points were chosen before any result was known; None if that is not known."""
+    sampler = about.get("sampler")
+    return None if sampler is None else str(sampler).rpartition(".")[2] in _PLANNED
+
+
+def mixed(rows: Iterable[Row]) -> dict[str, list[Cell]]:
+    """Attribute -> its values, of those of data and budget that have several among these trials."""
+    found: dict[str, set[Cell]] = {DATA: set(), BUDGET: set()}
+    for row in rows:
+        for name, values in found.items():
+            if row.attributes.get(name) is not None:
+                values.add(row.attributes[name])
+    return {name: sorted(values, key=str) for name, values in found.items() if len(values) > 1}
+
+
+def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a run.json says of how it was run, as texts that can be counted and shown."""
+    config, hardware = record.get("config") or {}, record.get("hardware") or {}
+    facts = {
+        "data": (record.get("data") or {}).get("source"),
+        "steps": _budget(record),
+        "batch size": (config.get("data") or {}).get("batch_size"),
+        "classes": (config.get("model") or {}).get("num_classes"),
+        "processor": hardware.get("processor"),
+        "cores": hardware.get("cores"),
+        "threads": hardware.get("torch_threads"),
+        "accelerators": ", ".join(hardware.get("accelerators") or []) or None,
+        "versions": ", ".join(
+            f"{name} {number}" for name, number in (record.get("versions") or {}).items() if number
+        )
+        or None,
+        "commit": record.get("commit"),
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def chance_loss(about: Mapping[str, Any]) -> float:
+    """The loss of a guess, in nats: ln(number of classes), of ten where they are not known."""
+    classes = list((about.get("runs") or {}).get("classes") or ("10",))
+    return math.log(int(classes[0]))
+
+
+def _budget(record: Mapping[str, Any]) -> Cell:
+    return ((record.get("config") or {}).get("trainer") or {}).get("max_steps")
+
+
+def _record(directory: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _relative(directory: str, base: Path) -> str:
+    """A path below the sweep's directory as one relative to it, wherever the sweep was moved to.
+
+    A sweep copied from another machine has the paths of that machine, whose end is still right.
+    """
+    path = Path(directory)
+    if path.is_relative_to(base.absolute()):
+        return str(path.relative_to(base.absolute()))
+    if path.is_absolute() and path.parent.name == base.absolute().name:
+        return path.name
+    return directory
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        hydra = config["hydra"]
+        overrides = [
+            *hydra["overrides"]["task"],
+            *(text for text in hydra["overrides"]["hydra"] if text != "hydra.mode=MULTIRUN"),
+        ]
+        about = {"command": shlex.join(["python", "-m", "bn_lightning.train", "-m", *overrides])}
+        sampler = (hydra["sweeper"].get("sampler") or {}).get("_target_")
+        return about | ({"sampler": sampler} if sampler else {})
+    except (OSError, KeyError, TypeError, AttributeError, ValueError):
+        return {}

@@ -1,0 +1,95 @@
+"""The interactive figures of runs, as plotly's JSON."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bn_lightning.sweeps.arms import Style, label_of, style_of
+from bn_lightning.sweeps.figures import Series, run_styles
+from bn_lightning.sweeps.page import Plot
+from bn_lightning.sweeps.paper import paper_accuracy
+from bn_lightning.sweeps.runs import Run
+from bn_lightning.sweeps.traces import MARGIN, band, line
+
+
+def run_plots(runs: Sequence[Run], with_paper: bool) -> list[Plot]:
+    """Accuracy and loss against steps, percentiles of each run, and throughput."""
+    arms = {run.label: run.arm for run in runs}
+    styles = run_styles(arms, arms)
+    accuracy = [
+        trace
+        for run in runs
+        for trace in _series(run.metrics["test/accuracy"], run.label, styles[run.label])
+    ]
+    if with_paper:
+        for arm, points in paper_accuracy().items():
+            style = style_of(arm)
+            (trace,) = _series(points, f"the paper's, {label_of(arm)}", style, "markers")
+            marker = {"color": style.colour, "size": 4, "symbol": "circle-open"}
+            accuracy.append(trace | {"marker": marker})
+    plots = [Plot("accuracy", "Test accuracy", accuracy, _steps_layout("test accuracy", "log"), "")]
+    losses = [
+        trace
+        for run in runs
+        if "test/loss" in run.metrics
+        for trace in _series(run.metrics["test/loss"], run.label, styles[run.label])
+    ]
+    if losses:
+        layout = _steps_layout("nats", "log")
+        layout["yaxis"]["type"] = "log"
+        plots.append(Plot("loss", "Test loss", losses, layout))
+    for i, run in enumerate(runs):
+        plots.append(_percentiles(i, run, styles[run.label]))
+    speeds = {r.label: r.record["steps_per_second"] for r in runs if "steps_per_second" in r.record}
+    if speeds:
+        plots.append(_throughput(speeds, styles))
+    return plots
+
+
+def _percentiles(i: int, run: Run, style: Style) -> Plot:
+    (steps, low), (_, middle), (_, high) = (
+        zip(*run.metrics[f"activation/p{percentile}"], strict=True) for percentile in (15, 50, 85)
+    )
+    traces = line(steps, middle, "median", style)
+    traces += band(steps, low, high, traces[0])
+    layout = _steps_layout("input of one unit", "linear")
+    layout["showlegend"] = False
+    return Plot(
+        f"percentiles-{i}",
+        f"Inputs of the last activation, {run.label}",
+        traces,
+        layout,
+        "15th, 50th and 85th percentile of one unit on a fixed probe set",
+    )
+
+
+def _throughput(speeds: Mapping[str, float], styles: Mapping[str, Style]) -> Plot:
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "x": list(speeds.values()),
+        "y": list(speeds),
+        "marker": {"color": [styles[label].colour for label in speeds]},
+        "texttemplate": "%{x:,.0f}",
+    }
+    layout = {
+        "height": 140 + 40 * len(speeds),
+        "margin": MARGIN,
+        "xaxis": {"title": {"text": "training steps per second, evaluations included"}},
+        "yaxis": {"automargin": True, "autorange": "reversed"},
+    }
+    return Plot("throughput", "Throughput", [trace], layout)
+
+
+def _steps_layout(name: str, scale: str) -> dict[str, Any]:
+    return {
+        "height": 380,
+        "margin": {**MARGIN, "t": 30},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "xaxis": {"type": scale, "title": {"text": "training steps"}, "exponentformat": "none"},
+        "yaxis": {"title": {"text": name}},
+    }
+
+
+def _series(series: Series, label: str, style: Style, mode: str = "") -> list[dict[str, Any]]:
+    steps, values = zip(*series, strict=True)
+    return line(steps, values, label, style, mode)

@@ -1,0 +1,138 @@
+"""Runs to put side by side: what each is called, which arm it is, what it logged."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bn_lightning.metrics_csv import read_metrics
+from bn_lightning.run_record import read_run
+from bn_lightning.sweeps.arms import BASELINE, label_of
+from bn_lightning.sweeps.provenance import BUDGET, DATA, facts_of
+from bn_lightning.sweeps.trials import Cell, Row
+
+# What may tell runs of one arm apart, and what it is called.
+_DIFFERENCES = {
+    "optimizer.lr": "lr",
+    "init.std": "std",
+    "seed": "seed",
+    "trainer.max_steps": "steps",
+    "data.batch_size": "batch",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Args:
+        directory: where it lies.
+        label: what it is called; no two runs that are read together have the same.
+        arm: which network, as `arms.py` names them.
+        record: its run.json.
+        metrics: metric -> (step, value) pairs.
+    """
+
+    directory: Path
+    label: str
+    arm: str
+    record: Mapping[str, Any]
+    metrics: Mapping[str, Sequence[tuple[int, float]]]
+
+    def as_row(self, number: int) -> Row:
+        """The run as a line of a table of trials."""
+        facts = facts_of(self.record)
+        record = self.record
+        attributes: dict[str, Cell] = {
+            **(record.get("metrics") or {}),
+            **{key: record[key] for key in ("status", "steps", "seconds") if key in record},
+            **{key: record[key] for key in ("steps_per_second", "diverged_at") if key in record},
+            "label": self.label,
+            "commit": record.get("commit"),
+            DATA: facts.get("data"),
+            BUDGET: _selected(record["config"], "trainer.max_steps"),
+        }
+        states = {"completed": "COMPLETE", "diverged": "COMPLETE", "running": "RUNNING"}
+        params: dict[str, Cell] = {
+            key: _selected(record["config"], key)
+            for key in _DIFFERENCES
+            if _selected(record["config"], key) is not None
+        }
+        state = states.get(record["status"], "FAIL")
+        return Row(number, state, (), {"norm": self.arm, **params}, attributes)
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """Read runs that trained with and without normalisation.
+
+    Raises:
+        ValueError: a directory is no run's, or its run did not log what Figure 1 shows.
+    """
+    records = [read_run(directory) for directory in directories]
+    metrics = [read_metrics(directory) for directory in directories]
+    for directory, record, logged in zip(directories, records, metrics, strict=True):
+        missing = sorted({"test/accuracy", "activation/p50"} - logged.keys())
+        if "norm" not in record["config"] or missing:
+            raise ValueError(
+                f"{directory} expected a run of bn_lightning.train and its metrics.csv, got one "
+                f"without {', '.join(missing) or 'norm'}; run it with data.test_curve=true and "
+                "callbacks.activation_percentiles"
+            )
+    arms = [arm_of(record["config"]) for record in records]
+    return [
+        Run(directory, label, arm, record, logged)
+        for directory, label, arm, record, logged in zip(
+            directories, _labels(arms, records), arms, records, metrics, strict=True
+        )
+    ]
+
+
+def arm_of(config: Mapping[str, Any]) -> str:
+    """The arm of a run, from its configuration's `norm`."""
+    norm = config["norm"]
+    if norm is None:
+        return BASELINE
+    target = str(norm.get("_target_", "")) if isinstance(norm, Mapping) else str(norm)
+    return "torch" if target.endswith("torch_batch_norm") else "batch"
+
+
+def width_growth(run: Run) -> float | None:
+    """How much wider the 15th to 85th percentile of one unit's inputs became.
+
+        growth = (p85 - p15 at the end) / (p85 - p15 at the start)
+
+    Of each percentile the median over the layer's units, where the run logged it; None if the first
+    width is 0.
+    """
+    suffix = "_median" if "activation/p15_median" in run.metrics else ""
+    low, high = (run.metrics[f"activation/p{number}{suffix}"] for number in (15, 85))
+    first, last = (high[i][1] - low[i][1] for i in (0, -1))
+    return last / first if first > 0 else None
+
+
+def _labels(arms: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The arm, and for runs of one arm what tells them apart."""
+    labels = []
+    for arm, record in zip(arms, records, strict=True):
+        alike = [r["config"] for a, r in zip(arms, records, strict=True) if a == arm]
+        words = [
+            f"{word} {_selected(record['config'], key):g}"
+            for key, word in _DIFFERENCES.items()
+            if len({repr(_selected(config, key)) for config in alike}) > 1
+            and isinstance(_selected(record["config"], key), int | float)
+        ]
+        labels.append(", ".join([label_of(arm), *words]))
+    seen: Counter[str] = Counter()
+    unique = []
+    for label in labels:
+        seen[label] += 1
+        unique.append(f"{label} ({seen[label]})" if seen[label] > 1 else label)
+    return unique
+
+
+def _selected(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for word in key.split("."):
+        value = value.get(word) if isinstance(value, Mapping) else None
+    return value

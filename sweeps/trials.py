@@ -1,0 +1,320 @@
+"""The trials of a study as a table, from its storage or from the trials.csv made of it.
+
+A study is only ever read. Of a journal that was cut off, what is whole is taken, and said.
+"""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+import optuna
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages.journal import BaseJournalBackend, JournalStorage
+from optuna.trial import FrozenTrial, TrialState
+
+JOURNAL = "journal.log"
+TABLE = "trials.csv"
+DATABASES = ("*.db", "*.sqlite", "*.sqlite3")
+
+Cell = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial.
+
+    Args:
+        number: in its study.
+        state: the name of an `optuna.trial.TrialState`.
+        values: one for each direction; none of a trial without a result.
+        params: override key, such as `optimizer.lr`, -> value.
+        attributes: what the trial returned and what its sweeper said of it.
+    """
+
+    number: int
+    state: str
+    values: tuple[float, ...] = ()
+    params: Mapping[str, Cell] = field(default_factory=dict)
+    attributes: Mapping[str, Cell] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state == TrialState.COMPLETE.name
+
+
+@dataclass(frozen=True)
+class Table:
+    """The trials of a study, in the order of their numbers.
+
+    Args:
+        name: of the study.
+        directions: "maximize" or "minimize", one for each value.
+        rows: all trials, whatever their state.
+        about: how they were made, as far as it is known: plain JSON.
+        notes: what is wrong with them, in sentences.
+    """
+
+    name: str
+    directions: tuple[str, ...]
+    rows: tuple[Row, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def counts(self) -> dict[str, int]:
+        """How many trials there are of each state; `retried` failed and were followed by another.
+
+        `lost` points have failed trials and no other.
+        """
+        states = Counter(row.state for row in self.rows)
+        failed = [row for row in self.rows if row.state == TrialState.FAIL.name]
+        last = {_point(row): row for row in self.rows}
+        retried = sum(last[_point(row)] is not row for row in failed)
+        others = {_point(row) for row in self.rows if row.state != TrialState.FAIL.name}
+        return {
+            "trials": len(self.rows),
+            **{state.name.lower(): states[state.name] for state in TrialState},
+            "retried": retried,
+            "lost": len({_point(row) for row in failed} - others),
+            "diverged": sum(row.is_complete and is_diverged(row) for row in self.rows),
+        }
+
+
+def is_diverged(row: Row) -> bool:
+    """Whether the trial said that its run diverged."""
+    return row.attributes.get("diverged") in (True, 1, "true", "True")
+
+
+def read_study(storage: str | Path, name: str | None = None) -> Table:
+    """Read a study.
+
+    Args:
+        storage: path of a journal file, or the URL of a storage as Optuna takes it, or
+            `journal:///PATH` or `grpc://HOST:PORT`.
+        name: of the study; None where the storage holds one only.
+
+    Raises:
+        ValueError: there is no such storage, it holds no such study, or several and none is named.
+    """
+    opened, notes = _open(storage)
+    names = sorted(summary.study_name for summary in optuna.get_all_study_summaries(opened))
+    shown = shown_url(str(storage))
+    if name is None and len(names) != 1:
+        raise ValueError(
+            f"{shown} expected one study, or `--study NAME`, got "
+            f"{', '.join(names) or 'a storage without studies'}"
+        )
+    if name is not None and name not in names:
+        raise ValueError(f"`--study` expected one of {', '.join(names)} in {shown}, got {name}")
+    study = optuna.load_study(study_name=name or names[0], storage=opened)
+    trials = study.get_trials(deepcopy=False)
+    return Table(
+        study.study_name,
+        tuple(direction.name.lower() for direction in study.directions),
+        tuple(map(_row, trials)),
+        _description(study),
+        notes,
+    )
+
+
+def to_csv(table: Table) -> str:
+    """The table as the text of trials.csv: a line for each trial.
+
+    Columns are `number`, `state`, `value` (or `value/0`, `value/1`, ...), `params/KEY`,
+    `attributes/KEY`. A cell is a JSON scalar, a text that reads as none stands without quotation
+    marks, and an empty cell is what the trial does not have.
+    """
+    values = _value_columns(max((len(row.values) for row in table.rows), default=1))
+    params = list(dict.fromkeys(key for row in table.rows for key in row.params))
+    attributes = sorted({key for row in table.rows for key in row.attributes})
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        ["number", "state", *values]
+        + [f"params/{key}" for key in params]
+        + [f"attributes/{key}" for key in attributes]
+    )
+    for row in table.rows:
+        numbers = [_text(value) for value in row.values]
+        writer.writerow(
+            [str(row.number), row.state, *numbers, *[""] * (len(values) - len(numbers))]
+            + [_text(row.params[key]) if key in row.params else "" for key in params]
+            + [_text(row.attributes[key]) if key in row.attributes else "" for key in attributes]
+        )
+    return buffer.getvalue()
+
+
+def rows_from_csv(text: str, path: str | Path = TABLE) -> tuple[Row, ...]:
+    """The rows that `to_csv` wrote.
+
+    Args:
+        text: of the file.
+        path: named in errors.
+
+    Raises:
+        ValueError: it is no such table, or a line of it is cut off.
+    """
+    lines = csv.DictReader(io.StringIO(text))
+    columns = lines.fieldnames or []
+    if list(columns[:2]) != ["number", "state"]:
+        raise ValueError(
+            f"{path} expected a table of trials, whose first columns are number and state, got "
+            f"{', '.join(columns[:2]) or 'an empty file'}"
+        )
+    rows = []
+    for line in lines:
+        if None in line or None in line.values() or line["state"] not in TrialState.__members__:
+            raise ValueError(
+                f"{path} expected {len(columns)} cells and a state of Optuna's in each line, got "
+                f"another in line {lines.line_num}; write it again by the report of the study"
+            )
+        rows.append(
+            Row(
+                int(line["number"]),
+                line["state"],
+                tuple(
+                    float(line[name]) for name in columns if _is_value(name) and line[name] != ""
+                ),
+                _cells(line, "params/"),
+                _cells(line, "attributes/"),
+            )
+        )
+    return tuple(rows)
+
+
+def shown_url(url: str) -> str:
+    """A storage's address without the password in it."""
+    return re.sub(r"^([^:/@]+://[^/@:]*):.*@", r"\1:***@", url)
+
+
+class _WholeRecords(BaseJournalBackend):
+    """A journal file's records up to the first that is cut off or damaged; never written to."""
+
+    def __init__(self, path: Path) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.lost = 0
+        with open(path, "rb") as file:
+            for line in file:
+                record = _record(line)
+                if record is None:
+                    self.lost = 1 + sum(1 for _ in file)
+                    break
+                self.records.append(record)
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        yield from self.records[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise ValueError("a report does not write to the study")
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_whole = line.endswith(b"\n") and isinstance(record, dict) and "op_code" in record
+    return record if is_whole else None
+
+
+def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
+    scheme, separator, rest = str(storage).partition("://")
+    if not separator or scheme == "journal":
+        return _open_journal(Path(rest if separator else storage))
+    if scheme == "sqlite" and not Path(rest.removeprefix("/")).is_file():
+        raise ValueError(f"expected a database file, got {storage}: no such file")
+    try:
+        with catch_warnings():
+            simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if scheme == "grpc":
+                host, _, port = rest.rpartition(":")
+                return optuna.storages.GrpcStorageProxy(host=host, port=int(port)), ()
+            return RDBStorage(str(storage), skip_table_creation=True), ()
+    except Exception as error:
+        reason = shown_url(str(error.__cause__ or error)).strip().partition("\n")[0]
+        raise ValueError(
+            f"expected a storage of Optuna's that answers, got {shown_url(str(storage))}: {reason}"
+        ) from None
+
+
+def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:
+    if not path.is_file():
+        raise ValueError(f"expected a journal file, got {path}: no such file")
+    backend = _WholeRecords(path)
+    if not backend.records:
+        raise ValueError(
+            f"{path} expected a journal of Optuna's, got a file without a whole record"
+        )
+    notes: tuple[str, ...] = ()
+    if backend.lost:
+        whole = len(backend.records)
+        notes = (
+            f"The journal is cut off or damaged: of {whole + backend.lost:,} records the first "
+            f"{whole:,} are whole and reported.",
+        )
+    try:
+        return JournalStorage(backend), notes
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} expected a journal of Optuna's, got {error!r}") from error
+
+
+def _description(study: optuna.Study) -> dict[str, Any]:
+    """What the sweeper wrote of the study's space and fixed overrides."""
+    found = study.user_attrs.get("sweep")
+    return {"sweep": found} if isinstance(found, dict) else {}
+
+
+def _row(trial: FrozenTrial) -> Row:
+    return Row(
+        trial.number,
+        trial.state.name,
+        tuple(trial.values or ()) if trial.state == TrialState.COMPLETE else (),
+        {key: _cell(value) for key, value in trial.params.items()},
+        {key: _cell(value) for key, value in trial.user_attrs.items()},
+    )
+
+
+def _cell(value: Any) -> Cell:
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return json.dumps(value, default=str)
+
+
+def _text(value: Cell) -> str:
+    if isinstance(value, str) and value and value.isprintable() and _parsed(value) == value:
+        return value
+    return json.dumps(value)
+
+
+def _parsed(text: str) -> Cell:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if isinstance(value, dict | list) else value
+
+
+def _cells(line: Mapping[str, str], prefix: str) -> dict[str, Cell]:
+    return {
+        name.removeprefix(prefix): _parsed(text)
+        for name, text in line.items()
+        if name.startswith(prefix) and text != ""
+    }
+
+
+def _value_columns(count: int) -> list[str]:
+    return ["value"] if count <= 1 else [f"value/{i}" for i in range(count)]
+
+
+def _is_value(column: str) -> bool:
+    return column == "value" or column.startswith("value/")
+
+
+def _point(row: Row) -> frozenset[tuple[str, Cell]]:
+    return frozenset(row.params.items())
