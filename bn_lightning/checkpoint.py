@@ -59,5 +59,47 @@ def check_fits(checkpoint: dict[str, Any], module: nn.Module, path: str | Path) 
             )
 
 
+def trusted_config(
+    checkpoint: dict[str, Any], trusted: tuple[str, ...], path: str
+) -> dict[str, Any]:
+    """The configuration of the run that wrote a checkpoint, whose data and network are trusted.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        trusted: beginnings of the names that it may build.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: `bn_lightning.train` did not write it, or it would build something else.
+    """
+    config = checkpoint.get("hyper_parameters", {}).get(CONFIG_KEY)
+    if config is None:
+        raise CheckpointError(
+            f"`ckpt_path` expected a checkpoint that bn_lightning.train wrote, got {path}, which "
+            "holds no configuration"
+        )
+    check_trusted({key: config[key] for key in ("data", "model")}, trusted, path)
+    return config
+
+
+def check_trusted(config: Any, trusted: tuple[str, ...], path: str) -> None:
+    """Refuse a configuration that would build something whose name no entry of `trusted` begins.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if isinstance(config, dict):
+        target = config.get("_target_")
+        if target is not None and not str(target).startswith(trusted):
+            raise CheckpointError(
+                f"`trusted` expected the beginning of every name that {path} would build, got "
+                f"{', '.join(trusted)}, and {target} there; add it if you trust the file"
+            )
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            check_trusted(value, trusted, path)
+
+
 def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
     return str(shapes[name]) if name in shapes else "absent"

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.checkpoint import CONFIG_KEY, CheckpointError, check_fits, load_checkpoint
+from bn_lightning.checkpoint import check_fits, load_checkpoint, trusted_config
 from bn_lightning.command import hydra_command, one_line, quiet_lightning
 from bn_lightning.run_record import RunRecord, logged_numbers
 from bn_lightning.summary import print_summary
@@ -23,14 +23,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     """
     directory = Path(config.paths.output_dir)
     checkpoint = load_checkpoint(config.ckpt_path)
-    run_config = checkpoint.get("hyper_parameters", {}).get(CONFIG_KEY)
-    if run_config is None:
-        raise CheckpointError(
-            f"`ckpt_path` expected a checkpoint that bn_lightning.train wrote, got "
-            f"{config.ckpt_path}, which holds no configuration"
-        )
-    used = {key: run_config[key] for key in ("data", "model")}
-    check_trusted(used, tuple(config.trusted), config.ckpt_path)
+    run_config = trusted_config(checkpoint, tuple(config.trusted), config.ckpt_path)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     resolved["data"] = resolved.get("data") or run_config["data"]
     resolved["model"] = run_config["model"]
@@ -43,25 +36,6 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise
     print_summary(record.content, directory)
     return record.content["metrics"]
-
-
-def check_trusted(config: Any, trusted: tuple[str, ...], path: str) -> None:
-    """Refuse a configuration that would build something whose name no entry of `trusted` begins.
-
-    Raises:
-        CheckpointError: naming it.
-    """
-    if isinstance(config, dict):
-        target = config.get("_target_")
-        if target is not None and not str(target).startswith(trusted):
-            raise CheckpointError(
-                f"`trusted` expected the beginning of every name that {path} would build, got "
-                f"{', '.join(trusted)}, and {target} there; add it if you trust the file"
-            )
-        config = list(config.values())
-    if isinstance(config, list):
-        for value in config:
-            check_trusted(value, trusted, path)
 
 
 def _test(config: dict[str, Any], checkpoint: dict[str, Any], record: RunRecord) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps, rc_context
+import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -32,6 +34,7 @@ _MONITORED = {
     "dead": "share of dead channels",
 }
 _MOST_IN_LEGEND = 12
+_ABOVE = 1e9  # stands for a relative loss that is no number: far above the axes
 
 
 def draw_run(directory: str | Path) -> None:
@@ -166,6 +169,36 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
             ncols=3,
             frameon=False,
         )
+def landscape_figure(
+    steps: Sequence[float], relative_BE: Sequence[Sequence[float]], caption: str
+) -> Figure:
+    """Loss after one step along the gradient over the loss before, against the step size.
+
+    The median over batches, the band from the lowest to the highest; what is not finite is above
+    the axes.
+
+    Args:
+        steps: (E,) step sizes above 0.
+        relative_BE: (B, E), for each batch.
+        caption: what was looked at.
+
+    Source: Bjorck et al. 2018, arXiv 1806.02375, section 3.2.
+    """
+    values_BE = np.nan_to_num(np.asarray(relative_BE, dtype=float), nan=_ABOVE, posinf=_ABOVE)
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    low, high = values_BE.min(axis=0), values_BE.max(axis=0)
+    axes.fill_between(steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    axes.plot(steps, np.median(values_BE, axis=0), color=COLOURS[0])
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(min(low.min(), 0.5) * 0.9, min(max(high.max(), 2), 1e3))
+    axes.set_xlabel("step size η along the gradient")
+    axes.set_ylabel("loss(w − ηg) / loss(w)")
+    axes.set_title(caption, fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -84,7 +84,7 @@ def heatmaps(found: Findings, metric: str) -> list[Plot]:
                 *_failures(np.asarray(grid.arms[name].diverged.any(axis=2))),
             ],
             _grid_layout(grid),
-            f"{metric}, mean over seeds; striped where a seed diverged",
+            f"mean {metric}; striped: a seed diverged",
             (i,),
         )
         for i, name in enumerate(names)
@@ -304,28 +304,28 @@ def _failures(diverged_IR: np.ndarray) -> list[dict[str, Any]]:
 
 def _grid_layout(grid: Grid) -> dict[str, Any]:
     places, init_places = labelled(len(grid.rates)), labelled(len(grid.inits))
+    names = [init_name(grid.inits[i]) for i in init_places]
     return {
-        "height": max(280, 110 + min(30 * len(grid.inits), 500)),
-        "margin": MARGIN,
+        "height": max(280, 130 + min(30 * len(grid.inits), 500)),
+        # By the length of the names: to let plotly measure them doubles the time to draw.
+        "margin": {**MARGIN, "l": 45 + 7 * min(max(map(len, names)), 24), "b": 85},
         "dragmode": False,
         "xaxis": {
             "tickvals": list(places),
             "ticktext": [short_number(grid.rates[i]) for i in places],
             "tickangle": -90,
-            "title": {"text": "learning rate", "standoff": 8},
-            "automargin": True,
+            "title": {"text": "learning rate", "standoff": 6},
             "range": [-0.5, len(grid.rates) - 0.5],
             "showgrid": False,
             "zeroline": False,
         },
         "yaxis": {
             "tickvals": list(init_places),
-            "ticktext": [init_name(grid.inits[i]) for i in init_places],
-            "title": {"text": init_label(grid)},
+            "ticktext": names,
+            "title": {"text": init_label(grid), "standoff": 6},
             "range": [-0.5, len(grid.inits) - 0.5],
             "showgrid": False,
             "zeroline": False,
-            "automargin": True,
         },
     }
 

@@ -117,7 +117,7 @@ def read_study(storage: str | Path, name: str | None = None) -> Table:
     return Table(
         study.study_name,
         tuple(direction.name.lower() for direction in study.directions),
-        tuple(map(_row, trials)),
+        tuple(map(row_of, trials)),
         _description(study),
         notes,
     )
@@ -270,7 +270,8 @@ def _description(study: optuna.Study) -> dict[str, Any]:
     return {"sweep": found} if isinstance(found, dict) else {}
 
 
-def _row(trial: FrozenTrial) -> Row:
+def row_of(trial: FrozenTrial) -> Row:
+    """A trial of Optuna's; attributes that are no scalars become the text of their JSON."""
     return Row(
         trial.number,
         trial.state.name,

@@ -35,6 +35,7 @@ ORDER = {
     "train": 7,
     "evaluate": 7,
     "report": 7,
+    "landscape": 7,
 }
 
 

@@ -1,0 +1,147 @@
+"""The loss along the gradient: `python -m bn_lightning.landscape ckpt_path=PATH`.
+
+    relative loss(η) = loss(w - η g) / loss(w),    g = ∇loss(w)
+
+Loss and gradient are of one training batch, in training mode, so BatchNorm normalises with that
+batch's statistics. The smaller the step at which the relative loss leaves 1 upwards, the smaller
+the learning rates that such a network bears.
+
+Source: Bjorck et al. 2018, Understanding Batch Normalization, arXiv 1806.02375, section 3.2, its
+picture of the relative loss against the step size.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from bn_lightning.checkpoint import check_fits, load_checkpoint, trusted_config
+from bn_lightning.command import hydra_command, quiet_lightning
+from bn_lightning.run_record import write_atomically
+from bn_lightning.sweeps.figures import landscape_figure, save
+
+COLUMNS = ("batch", "step_size", "loss", "relative_loss")
+
+
+def landscape(config: DictConfig) -> Path:
+    """Write `landscape.csv` and `figures/landscape` of a checkpoint; return their directory.
+
+    Args:
+        config: composed from `conf/landscape.yaml`; all is written to `paths.output_dir`.
+
+    Raises:
+        CheckpointError: the file is no checkpoint of `bn_lightning.train`, or its configuration
+            would build what `trusted` does not name.
+        ValueError: a number of the configuration cannot be used.
+    """
+    from hydra.utils import instantiate
+
+    steps = step_sizes(config.smallest, config.largest, config.points)
+    if type(config.batches) is not int or config.batches < 1:
+        raise ValueError(f"`batches` expected an integer of at least 1, got {config.batches!r}")
+    quiet_lightning()
+    checkpoint = load_checkpoint(config.ckpt_path)
+    run_config = trusted_config(checkpoint, tuple(config.trusted), config.ckpt_path)
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    model = instantiate(run_config["model"])
+    check_fits(checkpoint, model, config.ckpt_path)
+    model.load_state_dict(checkpoint["state_dict"])
+    datamodule = instantiate(resolved.get("data") or run_config["data"])
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    loader = datamodule.train_dataloader()
+    losses_BE = [
+        losses_along_gradient(model.network, *batch, steps)
+        for _, batch in zip(range(config.batches), loader, strict=False)
+    ]
+    directory = Path(config.paths.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "landscape.csv", to_csv(steps, losses_BE))
+    relative_BE = [[loss / losses[0] for loss in losses[1:]] for losses in losses_BE]
+    name = "without BatchNorm" if run_config.get("norm") is None else "with BatchNorm"
+    caption = f"{name}, step {checkpoint['global_step']:,}, {len(losses_BE)} batches"
+    save(landscape_figure(steps[1:], relative_BE, caption), directory / "figures" / "landscape")
+    print(directory / "figures" / "landscape.png")
+    print(directory)
+    return directory
+
+
+def step_sizes(smallest: float, largest: float, points: int) -> list[float]:
+    """0, then `points` sizes from `smallest` to `largest` by equal ratios.
+
+    Raises:
+        ValueError: not 0 < smallest < largest, or fewer than two points.
+    """
+    if not 0 < smallest < largest < float("inf"):
+        raise ValueError(
+            f"`smallest` and `largest` expected 0 < smallest < largest, got {smallest}, {largest}"
+        )
+    if type(points) is not int or points < 2:
+        raise ValueError(f"`points` expected an integer of at least 2, got {points!r}")
+    ratio = (largest / smallest) ** (1 / (points - 1))
+    return [0.0, *(smallest * ratio**i for i in range(points))]
+
+
+def losses_along_gradient(
+    network: nn.Module, x: Float[Tensor, "N ..."], target: Tensor, steps: Sequence[float]
+) -> list[float]:
+    """Cross-entropy of one batch at w - η g for each η, in nats, in training mode.
+
+    Neither the network's weights nor its running statistics change.
+
+    Args:
+        network: maps inputs (N, ...) to logits (N, K).
+        x: the batch.
+        target: (N,) int64, its classes.
+        steps: the step sizes η.
+
+    Returns:
+        A loss for each step size; infinite or NaN where the network overflows.
+    """
+    was_training = network.training
+    network.train()
+    weights = {name: weight.detach() for name, weight in network.named_parameters()}
+
+    def loss(at: dict[str, Tensor]) -> Tensor:
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        return F.cross_entropy(functional_call(network, (at, buffers), (x,)), target)
+
+    try:
+        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        gradients = torch.autograd.grad(loss(leaves), list(leaves.values()))
+        with torch.no_grad():
+            moved = (
+                {
+                    name: weight - step * gradient
+                    for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+                }
+                for step in steps
+            )
+            return [loss(at).item() for at in moved]
+    finally:
+        network.train(was_training)
+
+
+def to_csv(steps: Sequence[float], losses_BE: Iterable[Sequence[float]]) -> str:
+    """A line for each batch and step size, with the columns `COLUMNS`."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for batch, losses in enumerate(losses_BE):
+        for step, loss in zip(steps, losses, strict=True):
+            writer.writerow([batch, f"{step:.9g}", f"{loss:.9g}", f"{loss / losses[0]:.9g}"])
+    return buffer.getvalue()
+
+
+main = hydra_command("landscape")(landscape)
+
+if __name__ == "__main__":
+    main()
