@@ -39,8 +39,8 @@ def with_provenance(table: Table, base: Path) -> Table:
         directory = row.attributes.get("directory")
         attributes: dict[str, Cell] = dict(row.attributes)
         if isinstance(directory, str):
-            attributes["directory"] = _relative(directory, base)
-            record = _record(base / directory) if row.values else None
+            directory = attributes["directory"] = _relative(directory, base)
+            record = _record(base / directory) if row.is_complete else None
             if record is not None:
                 facts = facts_of(record)
                 for name, value in facts.items():
@@ -137,5 +137,5 @@ def _configuration(path: Path) -> dict[str, Any]:
         about = {"command": shlex.join(["python", "-m", "bn_lightning.train", "-m", *overrides])}
         sampler = (hydra["sweeper"].get("sampler") or {}).get("_target_")
         return about | ({"sampler": sampler} if sampler else {})
-    except (OSError, KeyError, TypeError, AttributeError, ValueError):
+    except Exception:  # absent, or whatever else another program may have put there
         return {}

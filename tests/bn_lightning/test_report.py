@@ -1,27 +1,44 @@
-"""Runs side by side in one figure."""
+"""Reports: of sweeps from their journals and tables, of runs, and of what is neither."""
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
-import bn_lightning.report
 from bn_lightning.metrics_csv import MetricsCSVLogger
-from bn_lightning.report import label_of, main, report
+from bn_lightning.report import Options, main, report
 from bn_lightning.run_record import RunRecord
+from bn_lightning.sweeps import figures
+from bn_lightning.sweeps.roles import Roles
 
 METRICS = {
     "test/accuracy": 0.9,
+    "test/loss": 0.3,
     "activation/p15": -1.0,
     "activation/p50": 0.0,
     "activation/p85": 1.0,
 }
+PAGE_FILES = {"report.html", "summary.json", "trials.csv"}
+GRID_FIGURES = {
+    f"{name}.{suffix}"
+    for name in ("accuracy", "outcomes", "rates", "widths", "importances")
+    for suffix in ("png", "svg")
+}
+HOSTILE = "</script><script>window.hacked=1</script>"
 
 
-def run(directory: Path, norm: Any = None, leave_out: str = "") -> Path:
+def run(
+    directory: Path, norm: Any = None, leave_out: str = "", source: str = "digits", steps: int = 2
+) -> Path:
     directory.mkdir(parents=True)
-    RunRecord(directory, {"seed": 1, "norm": norm}).update()
+    config = {"seed": 1, "norm": norm, "trainer": {"max_steps": steps}}
+    record = RunRecord(directory, config)
+    record.end("completed", data={"source": source}, steps=steps, steps_per_second=100.0)
     logger = MetricsCSVLogger(directory)
     metrics = {k: v for k, v in METRICS.items() if k != leave_out}
     for step in (1, 2):
@@ -30,62 +47,275 @@ def run(directory: Path, norm: Any = None, leave_out: str = "") -> Path:
     return directory
 
 
+def summary(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+class TestSweep:
+    def test_all_files(
+        self, tmp_path: Path, make_study: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        sweep = make_study(tmp_path / "sweep")
+        journal = (sweep / "journal.log").read_bytes()
+        page = report([str(sweep)])
+        assert page == sweep / "report.html"
+        assert {path.name for path in sweep.iterdir()} == PAGE_FILES | {"journal.log", "figures"}
+        assert {path.name for path in (sweep / "figures").iterdir()} == GRID_FIGURES
+        assert (sweep / "journal.log").read_bytes() == journal
+        content = summary(sweep)
+        assert (content["schema_version"], content["kind"]) == (1, "grid")
+        assert content["counts"]["complete"] == 48
+        share = content["arms"]["batch"]["measures"]["share_trained"]
+        assert share == {"value": 0.75, "low": 0.75, "high": 0.75, "seeds": 3, "at_least": False}
+        assert content["comparisons"][0]["ratio"]["value"] == 6
+        out = capsys.readouterr().out
+        assert out.startswith("With BatchNorm 75% [75, 75] of the grid trains, without")
+        assert out.endswith(f"{page}\n")
+        assert content["sentences"][0] in page.read_text()
+
+    def test_a_second_time_the_same_bytes_and_from_the_table_alone(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        sweep = make_study(tmp_path / "sweep")
+        run(sweep / "3", steps=2000)
+        report([str(sweep)])
+        first = files(sweep)
+        report([str(sweep)])
+        assert files(sweep) == first
+        table = tmp_path / "table"
+        table.mkdir()
+        for name in ("trials.csv", "summary.json"):
+            (table / name).write_bytes(first[name])
+        report([str(table)])
+        again = files(table)
+        assert again.pop("report.html") != first["report.html"]  # which links to directories
+        assert again == {name: first[name] for name in again} and len(again) == 12
+
+    def test_links_lead_to_directories_that_are_there(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        sweep = make_study(tmp_path / "sweep")
+        (sweep / "5").mkdir()
+        page = report([str(sweep)], Options(output=tmp_path / "elsewhere/folder")).read_text()
+        grid = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["grid"]
+        assert grid["base"] == "../../sweep/"
+        assert {trial[0]: trial[7] for trial in grid["trials"] if trial[7]} == {5: 1}
+
+    def test_a_url(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        make_study(tmp_path / "sweep")
+        url = f"sqlite:///{tmp_path}/studies.db"
+        journal = optuna.storages.journal.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(tmp_path / "sweep/journal.log"))
+        )
+        for name in ("a", "b"):
+            optuna.copy_study(
+                from_study_name="sweep", from_storage=journal, to_storage=url, to_study_name=name
+            )
+        with pytest.raises(ValueError, match="got a, b"):
+            report([url], Options(output=tmp_path))
+        report([url], Options(output=tmp_path, study="b"))
+        assert summary(tmp_path)["study"]["name"] == "b"
+        assert summary(tmp_path)["arms"]["batch"]["trials"] == 24
+
+    def test_a_truncated_journal(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        sweep = make_study(tmp_path)
+        journal = (sweep / "journal.log").read_bytes()
+        (sweep / "journal.log").write_bytes(journal[: len(journal) * 3 // 4])
+        page = report([str(sweep)]).read_text()
+        assert "The journal is cut off or damaged" in page
+        assert 30 < summary(sweep)["counts"]["complete"] < 40
+        assert "cut off" in summary(sweep)["notes"][0]
+
+    def test_a_sweep_that_goes_on(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        waiting = {"state": TrialState.WAITING}
+        sweep = make_study(tmp_path, change=lambda n, p: waiting if p["seed"] == 3 else {})
+        report([str(sweep)])
+        assert "not over: 16 trials run or wait" in summary(sweep)["notes"][0]
+        assert summary(sweep)["grid"]["seeds"] == [1, 2]
+
+    def test_failed_trials_are_shown(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        failed = {"state": TrialState.FAIL, "user_attrs": {"error": f"disk full {HOSTILE}"}}
+        sweep = make_study(tmp_path, change=lambda n, p: [failed, {}] if n == 0 else {})
+        page = report([str(sweep)]).read_text()
+        assert "disk full &lt;/script&gt;" in page
+        assert HOSTILE not in page
+        assert summary(sweep)["counts"]["retried"] == 1
+
+    def test_no_finished_trial(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        sweep = make_study(tmp_path, change=lambda n, p: {"state": TrialState.WAITING})
+        page = report([str(sweep)]).read_text()
+        assert "No trial has finished: of 48 trials none" in page
+        assert summary(sweep)["counts"]["waiting"] == 48
+        assert not (sweep / "figures").exists()
+
+    def test_unequal_seeds(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        sweep = make_study(tmp_path, skip=lambda p: p["norm"] == "none" and p["seed"] == 3)
+        page = report([str(sweep)]).read_text()
+        assert summary(sweep)["comparisons"][0]["is_paired"] is False
+        assert "do not have the same seeds" in page and "(unpaired)" in page
+
+    def test_other_parameters(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        space = {"model.width": [8, 16], HOSTILE: ["<b>", "relu"]}
+        sweep = make_study(tmp_path, space=space, name=HOSTILE)
+        page = report([str(sweep)]).read_text()
+        assert "it varies no learning rate" in page and "optuna-parallel" in page
+        assert HOSTILE not in page
+        assert summary(sweep)["kind"] == "study"
+
+    def test_points_of_no_grid(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        rates = [0.01 * 1.1**i for i in range(12)]
+        space = {"optimizer.lr": rates, "init.std": rates}
+        sweep = make_study(
+            tmp_path,
+            space=space,
+            skip=lambda p: p["optimizer.lr"] != p["init.std"],
+        )
+        report([str(sweep)])
+        assert "fill 8.3% of a grid" in summary(sweep)["reason"]
+
+    def test_roles_that_names_do_not_tell(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        sweep = make_study(tmp_path, space={"step": [0.1, 1.0], "scale": [0.1, 1.0]})
+        report([str(sweep)], Options(roles=Roles("step", "scale")))
+        assert summary(sweep)["kind"] == "grid"
+        assert summary(sweep)["roles"]["lr"] == "step"
+        with pytest.raises(ValueError, match="`--lr` expected one of the study's parameters"):
+            report([str(sweep)], Options(roles=Roles("width")))
+
+    def test_different_budgets(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        sweep = make_study(tmp_path)
+        run(sweep / "0", steps=20)
+        run(sweep / "1", steps=2000)
+        with pytest.raises(ValueError, match="budgets in steps: 20, 2000; .*--allow-mixed"):
+            report([str(sweep)])
+        assert not (sweep / "report.html").exists()
+        page = report([str(sweep)], Options(allow_mixed=True)).read_text()
+        assert "stand side by side (budgets in steps: 20, 2000)" in page
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What was given to be drawn."""
     given: list[dict[str, Any]] = []
-    draw = bn_lightning.report.comparison_figure
+    draw = figures.comparison_figure
 
-    def recording(runs: dict[str, Any]) -> Any:
+    def recording(runs: dict[str, Any], *others: Any) -> Any:
         given.append(runs)
-        return draw(runs)
+        return draw(runs, *others)
 
-    monkeypatch.setattr(bn_lightning.report, "comparison_figure", recording)
+    monkeypatch.setattr(figures, "comparison_figure", recording)
     return given
 
 
-def test_both_arms_as_one_figure(
-    tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = [run(tmp_path / "a", {"_target_": "x"}), run(tmp_path / "b")]
-    output = tmp_path / "new/folder"
-    report(runs, output)
-    assert {path.name for path in output.iterdir()} == {"comparison.png", "comparison.svg"}
-    assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert "</svg>" in (output / "comparison.svg").read_text()
-    assert capsys.readouterr().out == f"{output / 'comparison.png'}\n"
-    (runs_drawn,) = drawn
-    assert list(runs_drawn) == ["with BatchNorm", "without BatchNorm"]
-    assert runs_drawn["with BatchNorm"]["test/accuracy"] == [(1, 0.9), (2, 0.9)]
+class TestRuns:
+    def test_both_arms(
+        self, tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        runs = [run(tmp_path / "a", {"_target_": "x"}), run(tmp_path / "b")]
+        output = tmp_path / "new/folder"
+        page = report([*map(str, runs)], Options(output)).read_text()
+        assert {path.name for path in output.iterdir()} == PAGE_FILES | {
+            "comparison.png",
+            "comparison.svg",
+            "figures",
+        }
+        assert {path.stem for path in (output / "figures").iterdir()} == {
+            "accuracy",
+            "percentiles",
+            "loss",
+            "throughput",
+        }
+        assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (output / "comparison.svg").read_text()
+        printed = capsys.readouterr().out.splitlines()
+        assert printed == [str(output / "comparison.png"), str(output / "report.html")]
+        (runs_drawn,) = drawn
+        assert list(runs_drawn) == ["with BatchNorm", "without BatchNorm"]
+        assert runs_drawn["with BatchNorm"]["test/accuracy"] == [(1, 0.9), (2, 0.9)]
+        assert "percentiles-1" in page and "the paper" not in page
+        assert [found["label"] for found in summary(output)["runs"]] == list(runs_drawn)
+
+    def test_a_folder_of_runs_also_the_second_time(self, tmp_path: Path, drawn: list[Any]) -> None:
+        for name in ("0", "1", "10", "2"):
+            run(tmp_path / "job" / name)
+        for _ in range(2):
+            report([str(tmp_path / "job")], Options(tmp_path / "job"))
+        first, second = drawn
+        assert len(first) == 4 and first == second
+        assert all(label.startswith("without BatchNorm") for label in first)
+        with pytest.raises(ValueError, match="one of runs; name the runs"):
+            folder = tmp_path / "table"
+            folder.mkdir()
+            for name in ("trials.csv", "summary.json"):
+                (folder / name).write_bytes((tmp_path / "job" / name).read_bytes())
+            report([str(folder)])
+
+    def test_different_data(self, tmp_path: Path) -> None:
+        runs = [str(run(tmp_path / "a")), str(run(tmp_path / "b", source="mnist"))]
+        with pytest.raises(ValueError, match="data: digits, mnist; .*--allow-mixed"):
+            report(runs, Options(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+        page = report(runs, Options(tmp_path / "out", allow_mixed=True)).read_text()
+        assert "stand side by side (data: digits, mnist)" in page
+
+    @pytest.mark.parametrize("name", ["test/accuracy", "activation/p50"])
+    def test_a_run_that_did_not_log_what_is_drawn(self, tmp_path: Path, name: str) -> None:
+        directory = run(tmp_path / "a", leave_out=name)
+        with pytest.raises(ValueError, match=f"{name}.*data.test_curve=true") as caught:
+            report([str(directory)], Options(tmp_path / "out"))
+        assert str(directory) in str(caught.value)
+        assert not (tmp_path / "out").exists()
 
 
-def test_runs_of_the_same_arm_stay_apart(tmp_path: Path, drawn: list[Any]) -> None:
-    report([run(tmp_path / name) for name in "abc"], tmp_path)
-    labels = list(drawn[0])
-    assert len(labels) == 3
-    assert all(label.startswith("without BatchNorm") for label in labels)
-
-
-def test_label() -> None:
-    assert label_of({"norm": None}) == "without BatchNorm"
-    assert label_of({"norm": {"_target_": "bn_lightning.models.normalization.batch_norm"}}) == (
-        "with BatchNorm"
+class TestNeither:
+    @pytest.mark.parametrize(
+        ("make", "words"),
+        [
+            (lambda path: path.mkdir(), "an empty directory"),
+            (lambda path: None, "no such directory"),
+            (lambda path: (path / "folder").mkdir(parents=True), "none of them"),
+        ],
+        ids=["empty", "absent", "another"],
     )
+    def test_a_directory_that_is_none(
+        self, tmp_path: Path, make: Callable[[Path], Any], words: str
+    ) -> None:
+        make(tmp_path / "dir")
+        with pytest.raises(ValueError, match=f"expected a sweep's directory.*{words}"):
+            report([str(tmp_path / "dir")], Options(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
 
+    def test_two_sweeps(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        sweeps = [str(make_study(tmp_path / name)) for name in ("a", "b")]
+        with pytest.raises(ValueError, match="expected one sweep or several runs, got 2 places"):
+            report(sweeps)
 
-@pytest.mark.parametrize("name", ["test/accuracy", "activation/p50"])
-def test_a_run_that_did_not_log_what_is_drawn(tmp_path: Path, name: str) -> None:
-    directory = run(tmp_path / "a", leave_out=name)
-    with pytest.raises(ValueError, match=f"{name}.*data.test_curve=true") as caught:
-        report([directory], tmp_path / "out")
-    assert str(directory) in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_directory_that_is_no_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a run's directory"):
-        report([tmp_path], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            (None, "expected the summary of the report"),
+            ("{}", "expected the summary of the report"),
+            ('{"schema_version": 9, "study": {}, "kind": "grid"}', "expected schema_version 1"),
+        ],
+        ids=["absent", "empty", "of another version"],
+    )
+    def test_a_table_without_its_summary(
+        self, tmp_path: Path, text: str | None, words: str
+    ) -> None:
+        (tmp_path / "trials.csv").write_text("number,state,value\n")
+        if text is not None:
+            (tmp_path / "summary.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            report([str(tmp_path)])
 
 
 class TestCommand:
@@ -97,9 +327,18 @@ class TestCommand:
         directory = run(tmp_path / "a")
         self.main(monkeypatch, directory, "--output", tmp_path / "out")
         assert (tmp_path / "out/comparison.png").exists()
-        monkeypatch.chdir(tmp_path)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
         self.main(monkeypatch, directory)
-        assert (tmp_path / "comparison.svg").exists()
+        assert (tmp_path / "here/comparison.svg").exists()
+
+    def test_options(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_study: Callable[..., Path]
+    ) -> None:
+        space = {"step": [0.1, 1.0], "arm": ["a", "b"], "kind": ["c", "d"]}
+        sweep = make_study(tmp_path, space=space)
+        self.main(monkeypatch, sweep, "--lr", "step", "--arm", "arm", "kind", "--study", "sweep")
+        assert list(summary(sweep)["arms"]) == ["a, c", "a, d", "b, c", "b, d"]
 
     def test_an_error_is_one_line(
         self,
@@ -111,35 +350,5 @@ class TestCommand:
             self.main(monkeypatch, tmp_path)
         assert end.value.code == 1
         err = capsys.readouterr().err
-        assert err.startswith(f"error: {tmp_path} expected a run's directory")
+        assert err.startswith("error: expected a sweep's directory")
         assert err.count("\n") == 1
-
-    def test_no_runs(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit) as end:
-            self.main(monkeypatch)
-        assert end.value.code != 0
-        assert "RUN" in capsys.readouterr().err
-
-    def test_a_record_without_norm_is_no_training_run(
-        self,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        """As `bn_lightning.evaluate` writes it."""
-        directory = tmp_path / "evaluated"
-        directory.mkdir()
-        RunRecord(directory, {"seed": 1, "task_name": "evaluate"}).update()
-        with pytest.raises(SystemExit):
-            self.main(monkeypatch, directory)
-        assert str(directory) in capsys.readouterr().err
-
-    def test_the_traceback_on_demand(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What the line of an unforeseen error promises, here as in the other commands."""
-        directory = run(tmp_path / "a")
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        with pytest.raises(NotADirectoryError):
-            self.main(monkeypatch, directory, "--output", tmp_path / "file/below")

@@ -1,0 +1,87 @@
+"""What the runs of a sweep say of how they were run."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from bn_lightning.run_record import RunRecord
+from bn_lightning.sweeps.provenance import (
+    BUDGET,
+    DATA,
+    chance_loss,
+    is_planned,
+    mixed,
+    with_provenance,
+)
+from bn_lightning.sweeps.trials import Row, Table
+
+MULTIRUN = """
+hydra:
+  overrides:
+    task: [+experiment=mnist_bn, +sweep=lr_init, "name=it's"]
+    hydra: [hydra.mode=MULTIRUN, hydra.sweeper.n_jobs=2]
+  sweeper:
+    storage: ${oc.env:NOWHERE}
+    sampler: {_target_: optuna.samplers.GridSampler}
+"""
+
+
+def row(number: int, directory: Path | str) -> Row:
+    return Row(number, "COMPLETE", (0.5,), {}, {"directory": str(directory)})
+
+
+def run(directory: Path, source: str = "mnist", steps: int = 2000) -> Path:
+    directory.mkdir(parents=True)
+    config = {"trainer": {"max_steps": steps}, "model": {"num_classes": 4}}
+    RunRecord(directory, config).update(data={"source": source})
+    return directory
+
+
+def test_facts_are_counted_and_directories_are_relative(tmp_path: Path) -> None:
+    base = tmp_path / "sweep"
+    rows = (row(0, run(base / "0")), row(1, run(base / "1")), row(2, base / "2"))
+    table = with_provenance(Table("t", ("maximize",), rows), base)
+    assert [r.attributes["directory"] for r in table.rows] == ["0", "1", "2"]
+    assert table.rows[0].attributes[DATA] == "mnist"
+    assert table.rows[0].attributes[BUDGET] == 2000
+    assert DATA not in table.rows[2].attributes
+    runs = table.about["runs"]
+    assert runs["data"] == {"mnist": 2} and runs["steps"] == {"2000": 2}
+    assert sum(runs["versions"].values()) == 2 and "torch 2" in next(iter(runs["versions"]))
+    assert table.about["first_started"] <= table.about["last_ended"]
+    assert chance_loss(table.about) == pytest.approx(math.log(4))
+    assert chance_loss({}) == pytest.approx(math.log(10))
+    assert not mixed(table.rows)
+
+
+def test_a_sweep_that_was_moved(tmp_path: Path) -> None:
+    base = tmp_path / "sweep"
+    run(base / "7")
+    table = with_provenance(Table("t", ("maximize",), (row(7, "/elsewhere/sweep/7"),)), base)
+    assert table.rows[0].attributes["directory"] == "7"
+    assert table.rows[0].attributes[BUDGET] == 2000
+
+
+def test_the_command_and_the_sampler(tmp_path: Path) -> None:
+    (tmp_path / "multirun.yaml").write_text(MULTIRUN)
+    about = with_provenance(Table("t", ("maximize",), ()), tmp_path).about
+    assert about["command"] == (
+        "python -m bn_lightning.train -m +experiment=mnist_bn +sweep=lr_init 'name=it'\"'\"'s' "
+        "hydra.sweeper.n_jobs=2"
+    )
+    assert is_planned(about) is True
+    assert is_planned({"sampler": "optuna.samplers.TPESampler"}) is False
+    assert is_planned({}) is None
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "hydra: 3"], ids=["empty", "no YAML", "another"])
+def test_a_configuration_that_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "multirun.yaml").write_text(text)
+    assert "command" not in with_provenance(Table("t", ("maximize",), ()), tmp_path).about
+
+
+def test_different_data_and_budgets(tmp_path: Path) -> None:
+    rows = (row(0, run(tmp_path / "0")), row(1, run(tmp_path / "1", "digits", 20)))
+    table = with_provenance(Table("t", ("maximize",), rows), tmp_path)
+    assert mixed(table.rows) == {DATA: ["digits", "mnist"], BUDGET: [20, 2000]}
