@@ -23,6 +23,8 @@ from bn_lightning.sweeps.tolerance import TRAINED, Arm, Grid, Outcome, estimate,
 # Of larger grids: cells without numbers in them, fewer labels, and panels of fewer initialisations.
 MOST_TEXTS, MOST_LABELS, MOST_PANELS = 400, 16, 12
 
+_MOST_LETTERS = 30  # of a name
+
 # Okabe & Ito's colours, apart in grey too, and a letter for each.
 OUTCOMES = {
     Outcome.TRAINED: ("#009E73", "T"),
@@ -53,7 +55,7 @@ def heatmaps_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure
     for panel, (name, title) in zip(axes, arms.items(), strict=False):
         image = _draw_cells(panel, grid, means[name], "viridis", 0, 1)
         _hatch(panel, grid.arms[name])
-        panel.set_title(title)
+        panel.set_title(drawn_text(title))
     figure.colorbar(image, ax=axes[len(arms) - 1], label="test accuracy", pad=0.02)
     if len(arms) == 2:
         first, second = means.values()
@@ -88,7 +90,7 @@ def outcomes_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure
             if _has_texts(grid):
                 panel.text(r, i, letter, ha="center", va="center", fontsize=7)
         _label_axes(panel, grid)
-        panel.set_title(title)
+        panel.set_title(drawn_text(title))
     axes[0].set_ylabel(init_label(grid))
     figure.legend(
         handles=[
@@ -133,7 +135,7 @@ def rates_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
                     linestyle=style.line,
                     marker=style.marker,
                     markersize=3,
-                    label=label,
+                    label=drawn_text(label),
                 )
                 panel.fill_between(
                     rates,
@@ -146,7 +148,7 @@ def rates_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
         panel.axhline(TRAINED, color="grey", linewidth=0.6)
         panel.set_xscale("log")
         panel.set_ylim(0, 1.02)
-        panel.set_title(init_name(grid.inits[i]), fontsize="small")
+        panel.set_title(drawn_text(init_name(grid.inits[i])), fontsize="small")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in list(panels)[len(chosen) :]:
@@ -189,7 +191,7 @@ def widths_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
                     arrowprops={"arrowstyle": "->", "color": style.colour},
                 )
     places = labelled(len(grid.inits))
-    axes.set_yticks(places, [init_name(grid.inits[i]) for i in places])
+    axes.set_yticks(places, [drawn_text(init_name(grid.inits[i])) for i in places])
     axes.set_ylabel(init_label(grid))
     axes.set_xlim(-0.1, np.ptp(np.log10(grid.rates)) + 1)
     _caption(figure, f"decades of learning rate that reach {TRAINED:.2f}", caption)
@@ -197,7 +199,7 @@ def widths_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
         handles=[
-            Line2D([], [], color=style.colour, marker=style.marker, label=label)
+            Line2D([], [], color=style.colour, marker=style.marker, label=drawn_text(label))
             for style, label in ((style_of(name, arms), label) for name, label in arms.items())
         ],
         loc="outside upper center",
@@ -230,7 +232,7 @@ def importances_figure(
             height,
             color=style_of(arm, arms).colour,
             hatch=("", "//")[k % 2],
-            label=label,
+            label=drawn_text(label),
         )
         axes.bar_label(bars, fmt="{:.2f}", padding=2, fontsize="small")
     axes.set_yticks(range(len(names)), names)
@@ -252,9 +254,10 @@ def in_panels(count: int) -> list[int]:
 
 
 def _size(grid: Grid, panels: int, width: float, height: float) -> tuple[float, float]:
-    """Inches, for cells of this size; those of a larger grid are smaller."""
+    """Inches, for cells of this size, smaller ones in a larger grid, and for the names beside."""
     columns, rows = min(len(grid.rates), MOST_LABELS), min(len(grid.inits), MOST_LABELS)
-    return 1.2 + width * columns * panels, 1.9 + height * rows
+    letters = max(len(drawn_text(init_name(init))) for init in grid.inits)
+    return 1.0 + 0.07 * letters + max(width * columns, 1.6) * panels, 2.1 + max(height * rows, 1.0)
 
 
 def _has_texts(grid: Grid) -> bool:
@@ -301,7 +304,7 @@ def _label_axes(axes: Axes, grid: Grid) -> None:
     places = labelled(len(grid.rates))
     axes.set_xticks(places, [short_number(grid.rates[i]) for i in places], rotation=90)
     places = labelled(len(grid.inits))
-    axes.set_yticks(places, [init_name(grid.inits[i]) for i in places])
+    axes.set_yticks(places, [drawn_text(init_name(grid.inits[i])) for i in places])
     axes.tick_params(length=0, labelsize="small")
     axes.spines[:].set_visible(False)
 
@@ -329,6 +332,12 @@ def init_label(grid: Grid) -> str:
 def init_name(init: str | float) -> str:
     """An initialisation as its axis and captions have it."""
     return init if isinstance(init, str) else short_number(init)
+
+
+def drawn_text(text: str) -> str:
+    """A name from a configuration as matplotlib may draw it: not too long, and no mathematics."""
+    text = text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…"
+    return text.replace("$", "\\$")
 
 
 def short_number(value: float) -> str:
