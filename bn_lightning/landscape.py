@@ -26,7 +26,9 @@ from torch.nn import functional as F
 from bn_lightning.checkpoint import check_fits, load_checkpoint, trusted_config
 from bn_lightning.command import hydra_command, quiet_lightning
 from bn_lightning.run_record import write_atomically
+from bn_lightning.sweeps.arms import label_of
 from bn_lightning.sweeps.figures import landscape_figure, save
+from bn_lightning.sweeps.runs import arm_of
 
 COLUMNS = ("batch", "step_size", "loss", "relative_loss")
 
@@ -59,16 +61,17 @@ def landscape(config: DictConfig) -> Path:
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()
     losses_BE = [
-        losses_along_gradient(model.network, *batch, steps)
-        for _, batch in zip(range(config.batches), loader, strict=False)
+        losses_along_gradient(model.network, x, target, steps)
+        for _, (x, target) in zip(range(config.batches), loader, strict=False)
     ]
     directory = Path(config.paths.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "landscape.csv", to_csv(steps, losses_BE))
     relative_BE = [[loss / losses[0] for loss in losses[1:]] for losses in losses_BE]
-    name = "without BatchNorm" if run_config.get("norm") is None else "with BatchNorm"
-    caption = f"{name}, step {checkpoint['global_step']:,}, {len(losses_BE)} batches"
-    save(landscape_figure(steps[1:], relative_BE, caption), directory / "figures" / "landscape")
+    arm = arm_of(run_config)
+    caption = f"{label_of(arm)}, step {checkpoint['global_step']:,}, {len(losses_BE)} batches"
+    figure = landscape_figure(steps[1:], relative_BE, arm, caption)
+    save(figure, directory / "figures" / "landscape")
     print(directory / "figures" / "landscape.png")
     print(directory)
     return directory

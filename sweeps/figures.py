@@ -170,7 +170,7 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
             frameon=False,
         )
 def landscape_figure(
-    steps: Sequence[float], relative_BE: Sequence[Sequence[float]], caption: str
+    steps: Sequence[float], relative_BE: Sequence[Sequence[float]], arm: str, caption: str
 ) -> Figure:
     """Loss after one step along the gradient over the loss before, against the step size.
 
@@ -180,16 +180,18 @@ def landscape_figure(
     Args:
         steps: (E,) step sizes above 0.
         relative_BE: (B, E), for each batch.
+        arm: whose colour it is drawn in.
         caption: what was looked at.
 
     Source: Bjorck et al. 2018, arXiv 1806.02375, section 3.2.
     """
     values_BE = np.nan_to_num(np.asarray(relative_BE, dtype=float), nan=_ABOVE, posinf=_ABOVE)
+    colour = style_of(arm).colour
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     low, high = values_BE.min(axis=0), values_BE.max(axis=0)
-    axes.fill_between(steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
-    axes.plot(steps, np.median(values_BE, axis=0), color=COLOURS[0])
+    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(steps, np.median(values_BE, axis=0), color=colour)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -1,5 +1,6 @@
 """The interactive figures of runs, as plotly's JSON."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,15 +38,31 @@ def run_plots(runs: Sequence[Run], with_paper: bool) -> list[Plot]:
         layout = _steps_layout("nats", "log")
         layout["yaxis"]["type"] = "log"
         plots.append(Plot("loss", "Test loss", losses, layout))
+    bounds = _common_range(runs)
     for i, run in enumerate(runs):
-        plots.append(_percentiles(i, run, styles[run.label]))
+        plots.append(_percentiles(i, run, styles[run.label], bounds))
     speeds = {r.label: r.record["steps_per_second"] for r in runs if "steps_per_second" in r.record}
     if speeds:
         plots.append(_throughput(speeds, styles))
     return plots
 
 
-def _percentiles(i: int, run: Run, style: Style) -> Plot:
+def _common_range(runs: Sequence[Run]) -> list[float] | None:
+    """What the percentiles of all runs lie between, so that their widths can be compared."""
+    values = [
+        value
+        for run in runs
+        for percentile in (15, 85)
+        for _, value in run.metrics[f"activation/p{percentile}"]
+        if math.isfinite(value)
+    ]
+    if not values:
+        return None
+    room = 0.05 * (max(values) - min(values)) or 1.0
+    return [min(values) - room, max(values) + room]
+
+
+def _percentiles(i: int, run: Run, style: Style, bounds: list[float] | None) -> Plot:
     (steps, low), (_, middle), (_, high) = (
         zip(*run.metrics[f"activation/p{percentile}"], strict=True) for percentile in (15, 50, 85)
     )
@@ -53,6 +70,8 @@ def _percentiles(i: int, run: Run, style: Style) -> Plot:
     traces += band(steps, low, high, traces[0])
     layout = _steps_layout("input of one unit", "linear")
     layout["showlegend"] = False
+    if bounds is not None:
+        layout["yaxis"]["range"] = bounds
     return Plot(
         f"percentiles-{i}",
         f"Inputs of the last activation, {run.label}",
@@ -85,7 +104,12 @@ def _steps_layout(name: str, scale: str) -> dict[str, Any]:
         "height": 380,
         "margin": {**MARGIN, "t": 30},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        "xaxis": {"type": scale, "title": {"text": "training steps"}, "exponentformat": "none"},
+        "xaxis": {
+            "type": scale,
+            "title": {"text": "training steps"},
+            "tickformat": ",d",
+            **({"dtick": 1} if scale == "log" else {}),
+        },
         "yaxis": {"title": {"text": name}},
     }
 
