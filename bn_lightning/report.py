@@ -197,7 +197,7 @@ def _report_study(table: Table, base: Path, options: Options) -> Path:
                 **found.as_json(),
                 "notes": [*notes, *found.notes],
             }
-            _draw_grid(table, found, output / "figures")
+            _draw_grid(table, found, trials.metric, output / "figures")
             cells = cells_json(found.grid, trials.numbers, _links(table, base), _seen(base, output))
             html = grid_page(table, found, trials.metric, cells, notes)
             said = sentences(found)
@@ -216,11 +216,12 @@ def _grid_of(table: Table, given: Roles) -> tuple[Roles, Scored, Findings]:
     return roles, trials, findings(trials.numbers, chance_loss(table.about), planned)
 
 
-def _draw_grid(table: Table, found: Findings, folder: Path) -> None:
+def _draw_grid(table: Table, found: Findings, metric: str, folder: Path) -> None:
     arms = {name: label_of(name) for name in found.arms}
     runs = table.about.get("runs") or {}
     facts = [" and ".join(runs[name]) + unit for name, unit in _FACTS.items() if name in runs]
-    caption = ", ".join([*facts, f"{len(found.grid.seeds)} seeds"])
+    seeds = f"{len(found.grid.seeds)} seed{'s' * (len(found.grid.seeds) > 1)}"
+    caption = ", ".join([metric.replace("/", " "), *facts, seeds])
     draw = [
         ("accuracy", grid_figures.heatmaps_figure),
         ("outcomes", grid_figures.outcomes_figure),

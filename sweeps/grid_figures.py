@@ -56,7 +56,7 @@ def heatmaps_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure
         image = _draw_cells(panel, grid, means[name], "viridis", 0, 1)
         _hatch(panel, grid.arms[name])
         panel.set_title(drawn_text(title))
-    figure.colorbar(image, ax=axes[len(arms) - 1], label="test accuracy", pad=0.02)
+    figure.colorbar(image, ax=axes[len(arms) - 1], label="accuracy", pad=0.02)
     if len(arms) == 2:
         first, second = means.values()
         image = _draw_cells(axes[2], grid, first - second, "PuOr_r", -1, 1)
@@ -155,7 +155,7 @@ def rates_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
         panel.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(arms), frameon=False)
-    figure.supylabel("test accuracy", fontsize="medium")
+    figure.supylabel("accuracy", fontsize="medium")
     _caption(figure, "learning rate", caption)
     return figure
 

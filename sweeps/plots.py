@@ -281,7 +281,13 @@ def _cells(values_IR: np.ndarray, scale: Any, bounds: tuple[float, float]) -> di
         "zmax": bounds[1],
         "xgap": 1,
         "ygap": 1,
-        "colorbar": {"thickness": 10, "len": 1, "outlinewidth": 0, "xpad": 4},
+        "colorbar": {
+            "thickness": 10,
+            "len": 1,
+            "outlinewidth": 0,
+            "xpad": 4,
+            "ticklabeloverflow": "allow",
+        },
     }
 
 

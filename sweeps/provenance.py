@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bn_lightning.run_record import FILE_NAME
-from bn_lightning.sweeps.trials import Cell, Row, Table
+from bn_lightning.sweeps.trials import Cell, Row, Table, is_diverged
 
 DATA, BUDGET = "run/data", "run/max_steps"
 """Attributes of a trial: the data set's name, and the steps that it was given."""
@@ -38,15 +38,25 @@ def with_provenance(table: Table, base: Path) -> Table:
     for row in table.rows:
         directory = row.attributes.get("directory")
         attributes: dict[str, Cell] = dict(row.attributes)
+        record: dict[str, Any] | None = None
+        facts: dict[str, str] = {}
         if isinstance(directory, str):
             directory = attributes["directory"] = _relative(directory, base)
             record = _record(base / directory) if row.is_complete else None
             if record is not None:
                 facts = facts_of(record)
-                for name, value in facts.items():
-                    found.setdefault(name, Counter())[value] += 1
                 times += [str(record[key]) for key in ("started", "ended") if record.get(key)]
                 attributes |= {DATA: facts.get("data"), BUDGET: _budget(record)}
+        if record is None and row.is_complete:
+            # The run is on another machine: what it returned says less.
+            facts = {key: str(attributes[key]) for key in ("data", "commit") if key in attributes}
+            if "steps" in attributes and not is_diverged(row):
+                facts["steps"] = str(attributes["steps"])
+                attributes[BUDGET] = attributes["steps"]
+            if "data" in attributes:
+                attributes[DATA] = attributes["data"]
+        for name, value in facts.items():
+            found.setdefault(name, Counter())[value] += 1
         rows.append(replace(row, attributes=attributes))
     about = {
         **table.about,

@@ -63,6 +63,22 @@ def test_a_sweep_that_was_moved(tmp_path: Path) -> None:
     assert table.rows[0].attributes[BUDGET] == 2000
 
 
+def test_runs_on_another_machine(tmp_path: Path) -> None:
+    attributes = {"directory": "/there/0", "data": "mnist", "steps": 2000, "commit": "abc"}
+    rows = (
+        Row(0, "COMPLETE", (0.5,), {}, attributes),
+        Row(1, "COMPLETE", (0.1,), {}, attributes | {"diverged": True, "steps": 7}),
+        Row(2, "FAIL", (), {}, attributes | {"steps": 9}),
+    )
+    table = with_provenance(Table("t", ("maximize",), rows), tmp_path)
+    assert table.about["runs"] == {
+        "commit": {"abc": 2},
+        "data": {"mnist": 2},
+        "steps": {"2000": 1},
+    }
+    assert not mixed(table.rows)
+
+
 def test_the_command_and_the_sampler(tmp_path: Path) -> None:
     (tmp_path / "multirun.yaml").write_text(MULTIRUN)
     about = with_provenance(Table("t", ("maximize",), ()), tmp_path).about
