@@ -5,12 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import torch
-from optuna.distributions import CategoricalDistribution
-from optuna.storages.journal import JournalFileBackend, JournalStorage
-from optuna.trial import TrialState, create_trial
 
 if not torch.cuda.is_available():
     # Read by Triton when it is imported, so it is set before any test module is.
@@ -46,6 +42,11 @@ def make_study() -> Callable[..., Path]:
     trial out, `change(number, params)` replaces arguments of `create_trial`, a list of them makes
     several trials of one point.
     """
+    import optuna
+    from optuna.distributions import CategoricalDistribution
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+    from optuna.trial import TrialState, create_trial
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def make(
@@ -94,6 +95,41 @@ def make_study() -> Callable[..., Path]:
         storage = JournalStorage(JournalFileBackend(str(directory / "journal.log")))
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
         study.add_trials(trials)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def make_run() -> Callable[..., Path]:
+    """Writes what the report reads of a run into a new directory, and returns the directory.
+
+    `make_run(directory, norm, lr=1.0, seed=1, spread=4.0)`: `norm` is its configuration's, and the
+    percentiles of its activations grow by the factor `spread`.
+    """
+
+    def make(
+        directory: Path, norm: Any, lr: float = 1.0, seed: int = 1, spread: float = 4.0
+    ) -> Path:
+        # Here, as the tests of the kernels run where Lightning is not installed.
+        from bn_lightning.metrics_csv import MetricsCSVLogger
+        from bn_lightning.run_record import RunRecord
+
+        directory.mkdir(parents=True)
+        trainer = {"max_steps": 2}
+        config = {"norm": norm, "seed": seed, "optimizer": {"lr": lr}, "trainer": trainer}
+        RunRecord(directory, config).end(
+            "completed",
+            data={"source": "mnist"},
+            steps=2,
+            steps_per_second=100.0,
+            metrics={"test/accuracy": 0.9},
+        )
+        logger = MetricsCSVLogger(directory)
+        for step, half in ((0, 1.0), (2, spread)):
+            percentiles = {f"activation/p{p}": s * half for p, s in ((15, -1), (50, 0), (85, 1))}
+            logger.log_metrics({"test/accuracy": 0.9, "test/loss": 0.3, **percentiles}, step)
+        logger.save()
         return directory
 
     return make

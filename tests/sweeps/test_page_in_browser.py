@@ -160,6 +160,19 @@ def test_names_with_html_run_nothing(
     assert opened.page.evaluate("window.hacked") is None
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_runs_are_drawn(
+    open_page: Any, tmp_path: Path, make_run: Callable[..., Path], width: int
+) -> None:
+    runs = [
+        make_run(tmp_path / name, norm) for name, norm in (("a", {"_target_": "x"}), ("b", None))
+    ]
+    opened = open_page(report([*map(str, runs)], Options(tmp_path / "out")), width=width)
+    opened.check()
+    ids = [plot.get_attribute("id") for plot in opened.page.locator(".plot").all()]
+    assert ids == ["accuracy", "loss", "percentiles-0", "percentiles-1", "throughput"]
+
+
 def test_a_page_without_figures(
     open_page: Any, tmp_path: Path, make_study: Callable[..., Path]
 ) -> None:
