@@ -6,7 +6,6 @@ Writes report.html, summary.json, trials.csv and figures/ into --output.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from bn_lightning.command import FULL_ERROR, run_reported
-from bn_lightning.run_record import FILE_NAME as RUN_FILE
 from bn_lightning.run_record import write_atomically, write_json
 from bn_lightning.sweeps import figures, grid_figures
 from bn_lightning.sweeps.arms import label_of
@@ -25,20 +23,12 @@ from bn_lightning.sweeps.plots import cells_json
 from bn_lightning.sweeps.provenance import chance_loss, is_planned, mixed, with_provenance
 from bn_lightning.sweeps.roles import NoGrid, Roles, Scored, scored
 from bn_lightning.sweeps.runs import Run, read_runs, width_growth
+from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, runs_in
 from bn_lightning.sweeps.study_plots import optuna_plots
 from bn_lightning.sweeps.tolerance import FULL_ENOUGH, coverage
-from bn_lightning.sweeps.trials import (
-    DATABASES,
-    JOURNAL,
-    TABLE,
-    Table,
-    read_study,
-    rows_from_csv,
-    to_csv,
-)
+from bn_lightning.sweeps.trials import TABLE, Table, shown_url, to_csv
 
-SCHEMA_VERSION = 1
-PAGE, SUMMARY = "report.html", "summary.json"
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -70,88 +60,17 @@ def report(sources: Sequence[str], options: Options = Options()) -> Path:
     Raises:
         ValueError: a source is neither, or what it holds cannot be reported together.
     """
-    directories = [Path(source) for source in sources if "://" not in source]
-    runs = [run for directory in directories for run in _runs_in(directory)]
-    if runs and len(directories) == len(sources):
-        return _report_runs(runs, options)
+    runs = {source: runs_in(source) for source in sources}
+    if all(runs.values()):
+        return _report_runs([run for found in runs.values() for run in found], options)
     if len(sources) > 1:
+        others = [shown_url(source) for source in sources if not runs[source]]
         raise ValueError(
-            f"expected one sweep or several runs, got {len(sources)} places of which one is no "
-            f"run's: {', '.join(sources)}; report each sweep by itself"
+            f"expected one sweep, or runs, got {len(sources)} places, and no run in "
+            f"{', '.join(others)}; report a sweep by itself"
         )
-    base, table = _read_sweep(sources[0], options.study)
+    base, table = read_sweep(sources[0], options.study)
     return _report_study(table, base, options)
-
-
-def _runs_in(directory: Path) -> list[Path]:
-    """The run in a directory, or the runs in its folders where it holds no study."""
-    if (directory / RUN_FILE).is_file():
-        return [directory]
-    if not directory.is_dir() or _storage_in(directory) or _kind_of(directory) in ("grid", "study"):
-        return []
-    found = [path.parent for path in directory.glob(f"*/{RUN_FILE}")]
-    return sorted(found, key=lambda path: (len(path.name), path.name))
-
-
-def _kind_of(directory: Path) -> str | None:
-    """What the report in a directory is of; None without one."""
-    try:
-        return json.loads((directory / SUMMARY).read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _storage_in(directory: Path) -> str | None:
-    if (directory / JOURNAL).is_file():
-        return str(directory / JOURNAL)
-    databases = sorted(path for pattern in DATABASES for path in directory.glob(pattern))
-    return f"sqlite:///{databases[0].absolute()}" if len(databases) == 1 else None
-
-
-def _read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
-    """The directory of a sweep, and its trials."""
-    if "://" in source:
-        return Path("."), with_provenance(read_study(source, name), Path("."))
-    path = Path(source)
-    if path.is_file():
-        return path.parent, with_provenance(read_study(path, name), path.parent)
-    storage = _storage_in(path)
-    if storage is not None:
-        return path, with_provenance(read_study(storage, name), path)
-    if (path / TABLE).is_file():
-        return path, _read_table(path)
-    what = "an empty directory" if path.is_dir() and not any(path.iterdir()) else "none of them"
-    raise ValueError(
-        f"expected a sweep's directory with a {JOURNAL} or a {TABLE}, a storage URL, or the "
-        f"directory of a run with its {RUN_FILE}, got {path}: "
-        f"{what if path.is_dir() else 'no such directory'}"
-    )
-
-
-def _read_table(directory: Path) -> Table:
-    """The trials of an earlier report, with what its summary says of them."""
-    path = directory / SUMMARY
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, study, kind = (content[key] for key in ("schema_version", "study", "kind"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} expected the summary of the report that wrote {TABLE}, got {error!r}"
-        ) from error
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"{path} expected schema_version {SCHEMA_VERSION}, got {version}")
-    if kind == "runs":
-        raise ValueError(
-            f"{directory} expected the report of a sweep, got one of runs; name the runs"
-        )
-    text = (directory / TABLE).read_text(encoding="utf-8")
-    return Table(
-        study["name"],
-        tuple(study["directions"]),
-        rows_from_csv(text, directory / TABLE),
-        study["about"],
-        tuple(study["notes"]),
-    )
 
 
 def _report_study(table: Table, base: Path, options: Options) -> Path:

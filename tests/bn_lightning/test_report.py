@@ -296,8 +296,17 @@ class TestNeither:
 
     def test_two_sweeps(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweeps = [str(make_study(tmp_path / name)) for name in ("a", "b")]
-        with pytest.raises(ValueError, match="expected one sweep or several runs, got 2 places"):
+        with pytest.raises(ValueError, match="expected one sweep, or runs, got 2 places"):
             report(sweeps)
+
+    def test_a_run_and_what_is_none(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        first = run(tmp_path / "run")
+        for other in (make_study(tmp_path / "sweep"), tmp_path / "nowhere"):
+            with pytest.raises(ValueError, match=f"no run in {other}; report a sweep by itself"):
+                report([str(first), str(other)], Options(tmp_path / "out"))
+        with pytest.raises(ValueError) as caught:
+            report([str(first), "postgresql://me:secret@host/db"])
+        assert "secret" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("text", "words"),

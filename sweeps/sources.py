@@ -1,0 +1,101 @@
+"""What a place holds: a sweep's study, the table of an earlier report, or runs."""
+
+import json
+from pathlib import Path
+
+from bn_lightning.run_record import FILE_NAME as RUN_FILE
+from bn_lightning.sweeps.provenance import with_provenance
+from bn_lightning.sweeps.trials import (
+    DATABASES,
+    JOURNAL,
+    TABLE,
+    Table,
+    read_study,
+    rows_from_csv,
+)
+
+SUMMARY = "summary.json"
+SCHEMA_VERSION = 1
+"""Of summary.json."""
+
+
+def runs_in(source: str) -> list[Path]:
+    """The run in a directory, or the runs in its folders where it holds no study."""
+    if "://" in source:
+        return []
+    directory = Path(source)
+    if (directory / RUN_FILE).is_file():
+        return [directory]
+    if not directory.is_dir() or _storage_in(directory) or _kind_of(directory) in ("grid", "study"):
+        return []
+    found = [path.parent for path in directory.glob(f"*/{RUN_FILE}")]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def _kind_of(directory: Path) -> str | None:
+    """What the report in a directory is of; None without one."""
+    try:
+        return json.loads((directory / SUMMARY).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _storage_in(directory: Path) -> str | None:
+    if (directory / JOURNAL).is_file():
+        return str(directory / JOURNAL)
+    databases = sorted(path for pattern in DATABASES for path in directory.glob(pattern))
+    return f"sqlite:///{databases[0].absolute()}" if len(databases) == 1 else None
+
+
+def read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
+    """The directory of a sweep, and its trials.
+
+    Args:
+        source: a sweep's directory, a journal file, a storage URL, or the folder of a report.
+        name: of the study, where a storage holds several.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if "://" in source:
+        return Path("."), with_provenance(read_study(source, name), Path("."))
+    path = Path(source)
+    if path.is_file():
+        return path.parent, with_provenance(read_study(path, name), path.parent)
+    storage = _storage_in(path)
+    if storage is not None:
+        return path, with_provenance(read_study(storage, name), path)
+    if (path / TABLE).is_file():
+        return path, _read_table(path)
+    what = "an empty directory" if path.is_dir() and not any(path.iterdir()) else "none of them"
+    raise ValueError(
+        f"expected a sweep's directory with a {JOURNAL} or a {TABLE}, a storage URL, or the "
+        f"directory of a run with its {RUN_FILE}, got {path}: "
+        f"{what if path.is_dir() else 'no such directory'}"
+    )
+
+
+def _read_table(directory: Path) -> Table:
+    """The trials of an earlier report, with what its summary says of them."""
+    path = directory / SUMMARY
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, study, kind = (content[key] for key in ("schema_version", "study", "kind"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} expected the summary of the report that wrote {TABLE}, got {error!r}"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path} expected schema_version {SCHEMA_VERSION}, got {version}")
+    if kind == "runs":
+        raise ValueError(
+            f"{directory} expected the report of a sweep, got one of runs; name the runs"
+        )
+    text = (directory / TABLE).read_text(encoding="utf-8")
+    return Table(
+        study["name"],
+        tuple(study["directions"]),
+        rows_from_csv(text, directory / TABLE),
+        study["about"],
+        tuple(study["notes"]),
+    )
