@@ -138,15 +138,18 @@
     details.addEventListener("toggle", () => details.open && next === 0 && add());
   }
 
-  function recolour(isDark) {
-    for (const { id, layout } of plots) Plotly.update(id, {}, themed(layout, isDark));
+  // On paper the figures are as wide as it, one below the other.
+  function redraw(isDark, width) {
+    for (const { id, layout } of plots) {
+      Plotly.update(id, {}, { ...themed(layout, isDark), width, autosize: width === undefined });
+    }
   }
 
   Promise.all(plots.map(draw)).then(() => {
     fillTable();
-    dark.addEventListener("change", () => recolour(dark.matches));
-    addEventListener("beforeprint", () => recolour(false));
-    addEventListener("afterprint", () => recolour(dark.matches));
+    dark.addEventListener("change", () => redraw(dark.matches));
+    addEventListener("beforeprint", () => redraw(false, 640));
+    addEventListener("afterprint", () => redraw(dark.matches));
     document.documentElement.dataset.drawn = Math.round(performance.now());
   });
 })();

@@ -211,7 +211,7 @@ def widths(found: Findings) -> Plot:
             }
         )
     layout = {
-        "height": 150 + min(32 * len(grid.inits), 900),
+        "height": 190 + min(32 * len(grid.inits), 900),
         "margin": {**MARGIN, "l": 90, "t": 40},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         "xaxis": {
@@ -221,7 +221,7 @@ def widths(found: Findings) -> Plot:
         "yaxis": {
             "tickvals": list(labelled(len(grid.inits))),
             "ticktext": [init_name(grid.inits[i]) for i in labelled(len(grid.inits))],
-            "title": {"text": init_label(grid)},
+            "title": {"text": _init_axis(grid), "font": {"size": 12}},
             "automargin": True,
         },
     }
@@ -312,7 +312,7 @@ def _grid_layout(grid: Grid) -> dict[str, Any]:
     places, init_places = labelled(len(grid.rates)), labelled(len(grid.inits))
     names = [init_name(grid.inits[i]) for i in init_places]
     return {
-        "height": max(280, 130 + min(30 * len(grid.inits), 500)),
+        "height": max(300, 130 + min(30 * len(grid.inits), 500)),
         # By the length of the names: to let plotly measure them doubles the time to draw.
         "margin": {**MARGIN, "l": 45 + 7 * min(max(map(len, names)), 24), "b": 85},
         "dragmode": False,
@@ -328,12 +328,18 @@ def _grid_layout(grid: Grid) -> dict[str, Any]:
         "yaxis": {
             "tickvals": list(init_places),
             "ticktext": names,
-            "title": {"text": init_label(grid), "standoff": 6},
+            "title": {"text": _init_axis(grid), "standoff": 6, "font": {"size": 12}},
             "range": [-0.5, len(grid.inits) - 0.5],
             "showgrid": False,
             "zeroline": False,
         },
     }
+
+
+def _init_axis(grid: Grid) -> str:
+    """Shorter than `init_label`, for figures that may be low."""
+    named = any(isinstance(init, str) for init in grid.inits)
+    return "initialisation" if named else "std of the initial weights"
 
 
 def _rule(y: float) -> dict[str, Any]:

@@ -126,6 +126,19 @@ def test_cells_are_reached_by_keys_and_lead_to_their_runs(open_page: Any, sweep_
     assert link.evaluate("a => a.href") == (sweep_page.parent / "7").as_uri() + "/"
 
 
+def test_on_paper_it_is_light_and_fits(open_page: Any, sweep_page: Path) -> None:
+    opened = open_page(sweep_page, scheme="dark")
+    colour = "getComputedStyle(document.querySelector('#accuracy-0 .xtick text')).fill"
+    width = "Math.max(...[...document.querySelectorAll('.main-svg')].map(svg => svg.clientWidth))"
+    dark = opened.page.evaluate(colour)
+    for event, words in (("beforeprint", "light"), ("afterprint", "dark")):
+        opened.page.evaluate(f"dispatchEvent(new Event('{event}'))")
+        is_dark = opened.page.evaluate(f"{colour} === '{dark}'")
+        assert is_dark == (words == "dark")
+        assert (opened.page.evaluate(width) <= 640) == (words == "light")
+    opened.check()
+
+
 def test_all_trials_are_listed(open_page: Any, sweep_page: Path) -> None:
     opened = open_page(sweep_page)
     opened.page.locator("#all-trials summary").click()
