@@ -14,9 +14,13 @@ from bn_lightning.sweeps.figures import (
     batch_norm_figure,
     comparison_figure,
     draw_run,
+    landscape_figure,
+    loss_figure,
     percentiles_figure,
     save,
+    throughput_figure,
 )
+from bn_lightning.sweeps.paper import paper_accuracy
 
 ACCURACY = [(1, 0.1), (1000, 0.5), (50_000, 0.98)]
 PERCENTILES = {
@@ -106,6 +110,50 @@ class TestPercentiles:
         assert first.get_ylim() == second.get_ylim()
         assert first.get_ylim()[1] >= 30
         assert sorted(lines(second)) == sorted(wide.values())
+
+
+class TestArms:
+    ARMS = {"a run": "none", "another": "batch", "a third": "none"}
+
+    def test_colours_are_the_arms_in_any_order(self) -> None:
+        colours = []
+        for labels in (list(self.ARMS), list(self.ARMS)[::-1]):
+            (axes,) = accuracy_figure(dict.fromkeys(labels, ACCURACY), self.ARMS).axes
+            colours.append({line.get_label(): line.get_color() for line in axes.get_lines()})
+        assert colours[0] == colours[1]
+        assert colours[0]["a run"] == colours[0]["a third"] != colours[0]["another"]
+
+    def test_runs_of_one_arm_have_lines_of_their_own(self) -> None:
+        (axes,) = accuracy_figure(dict.fromkeys(self.ARMS, ACCURACY), self.ARMS).axes
+        styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+        assert len(styles) == 3
+
+    def test_the_papers_points_have_the_arms_colours(self) -> None:
+        (axes,) = accuracy_figure({"ours": ACCURACY}, {"ours": "batch"}, with_paper=True).axes
+        ours, with_, without = axes.get_lines()
+        assert with_.get_label() == "the paper's, with BatchNorm"
+        assert ours.get_color() == with_.get_color() != without.get_color()
+        assert lines(axes)[1] == [tuple(map(float, p)) for p in paper_accuracy()["batch"]]
+
+    def test_loss_is_drawn_on_a_logarithmic_axis(self) -> None:
+        (axes,) = loss_figure({"with": [(1, 2.3), (100, 0.1)]}).axes
+        assert lines(axes) == [[(1, 2.3), (100, 0.1)]]
+        assert axes.get_yscale() == "log" and "nats" in axes.get_ylabel()
+
+    def test_throughput_has_a_bar_for_each_run(self) -> None:
+        (axes,) = throughput_figure({"a run": 300.0, "another": 200.0}, self.ARMS).axes
+        assert [bar.get_width() for bar in axes.patches] == [300, 200]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["a run", "another"]
+
+    def test_landscape_is_the_median_and_keeps_what_overflows_above(self) -> None:
+        relative = [[0.9, 0.5, 4.0], [0.7, 0.4, float("inf")], [0.8, 0.6, float("nan")]]
+        (axes,) = landscape_figure([0.1, 1.0, 10.0], relative, "none", "caption").axes
+        median, _ = axes.get_lines()
+        assert median.get_ydata()[:2].tolist() == [0.8, 0.5]
+        assert median.get_ydata()[2] > axes.get_ylim()[1]
+        low, high = filled(axes)
+        assert low.tolist() == [0.1, 0.4] and high[0] == 10
+        assert axes.get_title() == "caption"
 
 
 class TestSteps:

@@ -134,3 +134,22 @@ def test_a_figure_is_written_the_same_twice(grid, draw, tmp_path: Path):
     for suffix in ("png", "svg"):
         one, two = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two"))
         assert one == two and len(one) > 5000
+
+
+def test_large_grids_have_fewer_labels_and_panels_and_no_numbers():
+    trials = [Trial("batch", 1.1**i, 1.1**r, 1, 0.5, 1.0) for i in range(25) for r in range(25)]
+    grid, arms = Grid.of(trials), {"batch": "with"}
+    axes = heatmaps_figure(grid, arms, CAPTION).axes[0]
+    assert not texts(axes) and len(axes.get_xticks()) == 13
+    panels = [axes for axes in rates_figure(grid, arms, CAPTION).axes if axes.get_visible()]
+    assert len(panels) == 12
+    assert panels[0].get_title() == "1" and panels[-1].get_title() == f"{1.1**24:.3g}"
+
+
+def test_names_are_short_and_no_mathematics():
+    name = "$x$" + "y" * 50
+    trials = [Trial(name, name, lr, 1, 0.5, 1.0) for lr in (0.1, 1.0)]
+    figure = heatmaps_figure(Grid.of(trials), {name: name}, CAPTION)
+    figure.draw_without_rendering()
+    label = figure.axes[0].get_yticklabels()[0].get_text()
+    assert label == r"\$x\$" + "y" * 26 + "…"

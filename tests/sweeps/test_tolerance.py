@@ -22,6 +22,7 @@ from bn_lightning.sweeps.tolerance import (
     rate_sensitivity,
     ratio,
     share_at_chance,
+    share_diverged,
     share_trained,
     unpaired_difference,
     widths,
@@ -72,6 +73,19 @@ class TestByHand:
 
     def test_mean_width(self):
         np.testing.assert_allclose(mean_width(ACCURACY, RATES), [2.5, 1.5])
+
+    def test_a_seed_or_an_initialisation_without_trials_has_no_width(self):
+        accuracy = ACCURACY.copy()
+        accuracy[:, :, 1] = NAN
+        accuracy[1, :, 0] = NAN
+        np.testing.assert_array_equal(widths(accuracy, RATES)[0], [[2, NAN], [NAN, NAN]])
+        np.testing.assert_array_equal(mean_width(accuracy, RATES), [2, NAN])
+        np.testing.assert_array_equal(inits_that_train(accuracy), [1, NAN])
+
+    def test_share_diverged(self):
+        diverged = np.zeros(ACCURACY.shape, bool)
+        diverged[0, 3] = True
+        np.testing.assert_allclose(share_diverged(diverged, ACCURACY), [1 / 8, 1 / 7])
 
     def test_inits_that_train(self):
         np.testing.assert_allclose(inits_that_train(ACCURACY), [2, 2])
