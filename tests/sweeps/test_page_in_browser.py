@@ -109,6 +109,7 @@ def test_pointing_at_a_cell_shows_its_trials(open_page: Any, sweep_page: Path) -
     assert "learning rate 0.01" in text and "standard deviation of the initial weights 0.01" in text
     assert "seed 3: 0.9500 (trial 5)" in text
     opened.page.mouse.click(x, y)
+    opened.page.locator("#cell li").first.wait_for()
     assert "seed 1: 0.9500, trial 3" in opened.page.locator("#cell").inner_text()
     opened.check()
 
@@ -143,6 +144,7 @@ def test_all_trials_are_listed(open_page: Any, sweep_page: Path) -> None:
     opened = open_page(sweep_page)
     opened.page.locator("#all-trials summary").click()
     rows = opened.page.locator("#all-trials tbody tr")
+    rows.last.wait_for()  # the browser tells that it was opened when it has the time
     assert rows.count() == 48
     assert rows.nth(7).locator("a").inner_text() == "trial 7"
     opened.check()
