@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from matplotlib import colormaps, rc_context
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -169,6 +168,9 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
             ncols=3,
             frameon=False,
         )
+    return figure
+
+
 def landscape_figure(
     steps: Sequence[float], relative_BE: Sequence[Sequence[float]], arm: str, caption: str
 ) -> Figure:
