@@ -25,13 +25,13 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from bn_lightning.run_record import git_commit, hardware, package_versions
-from bn_lightning.sweeps.creation import create_study
-from bn_lightning.sweeps.ledger import SLOT
-from bn_lightning.sweeps.outcome import Outcome
-from bn_lightning.sweeps.points import Points, make_pruner
-from bn_lightning.sweeps.space import Space
-from bn_lightning.sweeps.storage import open_storage, storage_url
-from bn_lightning.sweeps.study import Policy, SweepStudy
+from bn_lightning.sweeps.engine.creation import create_study
+from bn_lightning.sweeps.engine.ledger import SLOT
+from bn_lightning.sweeps.engine.outcome import Outcome
+from bn_lightning.sweeps.engine.points import Points, make_pruner
+from bn_lightning.sweeps.engine.space import Space
+from bn_lightning.sweeps.engine.storage import open_storage, storage_url
+from bn_lightning.sweeps.engine.study import Policy, SweepStudy
 
 RESULTS = Path(__file__).parent / "results" / "sweep.csv"
 GRID = "hydra/sweeper/sampler=grid"

@@ -25,7 +25,7 @@ from omegaconf.errors import (
 
 from bn_lightning.interruption import Interrupted, handled_by, raise_interrupted
 from bn_lightning.run_directory import hydra_directory, run_directory
-from bn_lightning.sweeps.environment import in_trial
+from bn_lightning.sweeps.engine.environment import in_trial
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 

@@ -15,7 +15,7 @@ from bn_lightning.interruption import Interrupted
 from bn_lightning.run_directory import LAST
 from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
 from bn_lightning.summary import print_summary
-from bn_lightning.sweeps.environment import in_trial
+from bn_lightning.sweeps.engine.environment import in_trial
 
 # A run is one configuration: resuming may change how it is run and watched, not what is trained.
 _FREE_ON_RESUME = {"callbacks", "ckpt_path", "extras", "logger", "paths", "task_name", "trainer"}

@@ -83,18 +83,15 @@ def test_imports_run_one_way(path):
 
 def test_the_sweeper_is_of_use_to_any_program():
     """It knows neither PyTorch, Lightning nor the rest of this project."""
-    allowed = {"hydra", "hydra_plugins", "numpy", "omegaconf", "optuna", "rich", "sqlalchemy"}
-    report = {"figures.py", "page.py", "tolerance.py"}
-    sweeper = [path for path in sources() if part_of(path) == "sweeps" and path.name not in report]
-    assert ROOT / "sweeps" / "study.py" in sweeper
+    libraries = {"hydra", "hydra_plugins", "numpy", "omegaconf", "optuna", "rich", "sqlalchemy"}
+    allowed = libraries | sys.stdlib_module_names | {"__main__"}
+    folders = {ROOT / "sweeps" / "engine", ROOT / "sweeps" / "hydra_plugins"}
+    sweeper = [path for path in sources() if folders & {*path.parents}]
+    assert ROOT / "sweeps" / "engine" / "study.py" in sweeper
     for path in sweeper:
         for name in imported_modules(path):
-            root = name.split(".")[0]
-            assert (
-                root in allowed | sys.stdlib_module_names
-                or root == "__main__"
-                or (name.startswith("bn_lightning.sweeps.") and name.split(".")[2] != "figures")
-            ), f"{path} imports {name}"
+            own = name.startswith("bn_lightning.sweeps.engine.")
+            assert own or name.split(".")[0] in allowed, f"{path} imports {name}"
 
 
 def test_kernels_need_torch_and_triton_alone():

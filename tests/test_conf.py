@@ -8,8 +8,8 @@ from hydra.utils import instantiate
 from hydra_plugins.bn_optuna import register
 from omegaconf import OmegaConf
 
-from bn_lightning.sweeps.points import Points, make_pruner
-from bn_lightning.sweeps.space import parse_space, to_overrides
+from bn_lightning.sweeps.engine.points import Points, make_pruner
+from bn_lightning.sweeps.engine.space import parse_space, to_overrides
 
 register()  # before Hydra looks for configurations
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from bn_lightning.sweeps.environment import in_trial
+from bn_lightning.sweeps.engine.environment import in_trial
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -34,7 +34,7 @@ class OptunaPruning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and in_trial() and trainer.is_global_zero:
-            from bn_lightning.sweeps.trial import current_trial
+            from bn_lightning.sweeps.engine.trial import current_trial
 
             self._trial = current_trial()
 

@@ -8,8 +8,8 @@ import optuna
 from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig
 
-from bn_lightning.sweeps.environment import WORKER
-from bn_lightning.sweeps.trial import current_trial
+from bn_lightning.sweeps.engine.environment import WORKER
+from bn_lightning.sweeps.engine.trial import current_trial
 
 if os.environ.get("NO_WORKER_STARTS") and WORKER in os.environ:
     raise SystemExit("a library is missing")

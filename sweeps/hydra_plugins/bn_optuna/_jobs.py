@@ -17,8 +17,8 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bn_lightning.sweeps.environment import TRIAL, environment
-from bn_lightning.sweeps.outcome import (
+from bn_lightning.sweeps.engine.environment import TRIAL, environment
+from bn_lightning.sweeps.engine.outcome import (
     ERROR_LINES,
     SECONDS,
     Outcome,
@@ -27,10 +27,10 @@ from bn_lightning.sweeps.outcome import (
     outcome_of_error,
     read_outcome,
 )
-from bn_lightning.sweeps.processes import end_session
-from bn_lightning.sweeps.program import run_command
-from bn_lightning.sweeps.space import to_overrides
-from bn_lightning.sweeps.study import ClaimedTrial
+from bn_lightning.sweeps.engine.processes import end_session
+from bn_lightning.sweeps.engine.program import run_command
+from bn_lightning.sweeps.engine.space import to_overrides
+from bn_lightning.sweeps.engine.study import ClaimedTrial
 
 PROCESS_LOG = "process.log"
 

@@ -15,19 +15,19 @@ from hydra.utils import get_method
 from hydra_plugins.bn_optuna._jobs import Jobs, Recorded
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bn_lightning.sweeps.creation import Direction, create_study, study_name
-from bn_lightning.sweeps.display import Display, best_trials, print_summary, write_results
-from bn_lightning.sweeps.environment import STORAGE, STUDY, WORKER, environment
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.outcome import ERROR, last_line
-from bn_lightning.sweeps.passwords import refuse_password
-from bn_lightning.sweeps.points import Points, make_pruner, make_sampler
-from bn_lightning.sweeps.program import as_typed, run_command
-from bn_lightning.sweeps.space import CustomSpace, Space, parse_space, to_overrides
-from bn_lightning.sweeps.stopping import Stopping
-from bn_lightning.sweeps.storage import JOURNAL, JOURNAL_FILE, open_storage, storage_url
-from bn_lightning.sweeps.study import ClaimedTrial, Policy, SweepStudy, work
-from bn_lightning.sweeps.workers import Workers, stop_when_parent_says
+from bn_lightning.sweeps.engine.creation import Direction, create_study, study_name
+from bn_lightning.sweeps.engine.display import Display, best_trials, print_summary, write_results
+from bn_lightning.sweeps.engine.environment import STORAGE, STUDY, WORKER, environment
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.outcome import ERROR, last_line
+from bn_lightning.sweeps.engine.passwords import refuse_password
+from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
+from bn_lightning.sweeps.engine.program import as_typed, run_command
+from bn_lightning.sweeps.engine.space import CustomSpace, Space, parse_space, to_overrides
+from bn_lightning.sweeps.engine.stopping import Stopping
+from bn_lightning.sweeps.engine.storage import JOURNAL, JOURNAL_FILE, open_storage, storage_url
+from bn_lightning.sweeps.engine.study import ClaimedTrial, Policy, SweepStudy, work
+from bn_lightning.sweeps.engine.workers import Workers, stop_when_parent_says
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 

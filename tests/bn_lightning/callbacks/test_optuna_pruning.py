@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bn_lightning.callbacks import OptunaPruning
-from bn_lightning.sweeps import trial as trial_module
-from bn_lightning.sweeps.environment import TRIAL
-from bn_lightning.sweeps.storage import open_storage, storage_url
+from bn_lightning.sweeps.engine import trial as trial_module
+from bn_lightning.sweeps.engine.environment import TRIAL
+from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 
 pytestmark = [
     # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.

@@ -12,8 +12,8 @@ import optuna
 import pytest
 from omegaconf import OmegaConf
 
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.storage import open_storage, storage_url
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 
 GRID = ("-m", "x=0,1,3", "y=range(2)", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=null")
 

@@ -3,7 +3,7 @@
 import re
 from urllib.parse import unquote
 
-from bn_lightning.sweeps.errors import SweepError
+from bn_lightning.sweeps.engine.errors import SweepError
 
 _PASSWORD = re.compile(r"^[^:/@]+://[^/@:]*:(?P<password>.*)@[^@]*$")
 

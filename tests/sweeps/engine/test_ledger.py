@@ -3,8 +3,8 @@
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from bn_lightning.sweeps.ledger import DUPLICATE, SLOT, Ledger
-from bn_lightning.sweeps.outcome import HOPELESS, INTERRUPTED
+from bn_lightning.sweeps.engine.ledger import DUPLICATE, SLOT, Ledger
+from bn_lightning.sweeps.engine.outcome import HOPELESS, INTERRUPTED
 
 DONE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 WAITING, RUNNING = TrialState.WAITING, TrialState.RUNNING

@@ -13,9 +13,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from bn_lightning.sweeps.ledger import Counts, Ledger
-from bn_lightning.sweeps.outcome import DIRECTORY, DIVERGED, ERROR, INTERRUPTED, SECONDS, last_line
-from bn_lightning.sweeps.space import value_text
+from bn_lightning.sweeps.engine.ledger import Counts, Ledger
+from bn_lightning.sweeps.engine.outcome import (
+    DIRECTORY,
+    DIVERGED,
+    ERROR,
+    INTERRUPTED,
+    SECONDS,
+    last_line,
+)
+from bn_lightning.sweeps.engine.space import value_text
 
 RESULTS_FILE = "optimization_results.yaml"
 

@@ -33,7 +33,7 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial
 
-from bn_lightning.sweeps.errors import SweepError
+from bn_lightning.sweeps.engine.errors import SweepError
 
 Parameter = None | bool | int | float | str
 CustomSpace = Callable[[DictConfig, Trial], None]

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bn_lightning.sweeps import program
-from bn_lightning.sweeps.program import as_typed, run_command, same_command
+from bn_lightning.sweeps.engine import program
+from bn_lightning.sweeps.engine.program import as_typed, run_command, same_command
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from bn_lightning.sweeps.storage import open_storage, storage_url
+from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 
 REPETITIONS = int(os.environ.get("FAULT_REPETITIONS", "1"))
 

@@ -16,8 +16,8 @@ from typing import Any
 from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
-from bn_lightning.sweeps.environment import STORAGE
-from bn_lightning.sweeps.passwords import redacted
+from bn_lightning.sweeps.engine.environment import STORAGE
+from bn_lightning.sweeps.engine.passwords import redacted
 
 FILE_NAME = "outcome.json"
 

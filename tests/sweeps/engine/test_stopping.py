@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from bn_lightning.sweeps.stopping import Stopping
+from bn_lightning.sweeps.engine.stopping import Stopping
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DataError, OperationalError, PendingRollbackError
 
-from bn_lightning.sweeps import storage as module
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.storage import (
+from bn_lightning.sweeps.engine import storage as module
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.storage import (
     PatientStorage,
     is_unreachable,
     open_storage,

@@ -9,9 +9,9 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.study import Study
 
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.heartbeat import signature
-from bn_lightning.sweeps.storage import PatientStorage
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.heartbeat import signature
+from bn_lightning.sweeps.engine.storage import PatientStorage
 
 Direction = Literal["minimize", "maximize"]
 

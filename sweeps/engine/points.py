@@ -24,8 +24,8 @@ from optuna.samplers import (
 )
 from optuna.trial import Trial
 
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.space import Parameter, Space
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.space import Parameter, Space
 
 Suggest = Callable[[Trial], dict[str, Parameter]]
 Point = tuple[dict[str, Parameter], dict[str, BaseDistribution]]

@@ -6,17 +6,24 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from bn_lightning.sweeps import creation
-from bn_lightning.sweeps import study as engine
-from bn_lightning.sweeps.creation import create_study, study_name
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.heartbeat import SIGNATURE, signature
-from bn_lightning.sweeps.ledger import SLOT
-from bn_lightning.sweeps.outcome import ERROR, HOPELESS, INTERRUPTED, Outcome, failed, outcome_of
-from bn_lightning.sweeps.points import Points, make_pruner
-from bn_lightning.sweeps.space import parse_space
-from bn_lightning.sweeps.storage import open_storage, storage_url
-from bn_lightning.sweeps.study import Policy, SweepStudy, work
+from bn_lightning.sweeps.engine import creation
+from bn_lightning.sweeps.engine import study as engine
+from bn_lightning.sweeps.engine.creation import create_study, study_name
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.heartbeat import SIGNATURE, signature
+from bn_lightning.sweeps.engine.ledger import SLOT
+from bn_lightning.sweeps.engine.outcome import (
+    ERROR,
+    HOPELESS,
+    INTERRUPTED,
+    Outcome,
+    failed,
+    outcome_of,
+)
+from bn_lightning.sweeps.engine.points import Points, make_pruner
+from bn_lightning.sweeps.engine.space import parse_space
+from bn_lightning.sweeps.engine.storage import open_storage, storage_url
+from bn_lightning.sweeps.engine.study import Policy, SweepStudy, work
 
 GRID = parse_space(None, ["x=range(4)", "y=range(3)"])
 REAL = parse_space(None, ["x=interval(0,1)"])

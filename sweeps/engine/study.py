@@ -19,9 +19,9 @@ from optuna.pruners import BasePruner
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from bn_lightning.sweeps.creation import FILLER, filler_mark
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.heartbeat import (
+from bn_lightning.sweeps.engine.creation import FILLER, filler_mark
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.heartbeat import (
     SIGNATURE,
     DeathWatch,
     Heartbeat,
@@ -29,8 +29,8 @@ from bn_lightning.sweeps.heartbeat import (
     is_known_dead,
     signature,
 )
-from bn_lightning.sweeps.ledger import DUPLICATE, SLOT, Counts, Ledger
-from bn_lightning.sweeps.outcome import (
+from bn_lightning.sweeps.engine.ledger import DUPLICATE, SLOT, Counts, Ledger
+from bn_lightning.sweeps.engine.outcome import (
     DIRECTORY,
     FILE_NAME,
     INTERRUPTED,
@@ -39,9 +39,9 @@ from bn_lightning.sweeps.outcome import (
     outcome_of_error,
     read_outcome,
 )
-from bn_lightning.sweeps.points import Points, Suggest, make_sampler
-from bn_lightning.sweeps.space import Parameter
-from bn_lightning.sweeps.storage import PatientStorage
+from bn_lightning.sweeps.engine.points import Points, Suggest, make_sampler
+from bn_lightning.sweeps.engine.space import Parameter
+from bn_lightning.sweeps.engine.storage import PatientStorage
 
 # Seconds: between a claim to fill the study and the look whether it was the last one, and without a
 # new trial until the one who fills is given up.

@@ -32,9 +32,9 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.journal_file import open_journal
-from bn_lightning.sweeps.passwords import redacted
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.journal_file import open_journal
+from bn_lightning.sweeps.engine.passwords import redacted
 
 JOURNAL = "journal"
 JOURNAL_FILE = "journal.log"

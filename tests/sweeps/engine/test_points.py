@@ -3,9 +3,9 @@
 import optuna
 import pytest
 
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.points import Points, make_pruner, make_sampler
-from bn_lightning.sweeps.space import parse_space
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
+from bn_lightning.sweeps.engine.space import parse_space
 
 SPACE = parse_space(None, ["a=x,y", "b=range(3)"])
 REAL = parse_space(None, ["x=interval(0,1)", "y=interval(0,1)"])

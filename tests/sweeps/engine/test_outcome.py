@@ -8,8 +8,8 @@ import optuna
 import pytest
 import torch
 
-from bn_lightning.sweeps.environment import STORAGE
-from bn_lightning.sweeps.outcome import (
+from bn_lightning.sweeps.engine.environment import STORAGE
+from bn_lightning.sweeps.engine.outcome import (
     ERROR,
     ERROR_CHARACTERS,
     HOPELESS,

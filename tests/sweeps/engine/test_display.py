@@ -8,14 +8,14 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from bn_lightning.sweeps.display import (
+from bn_lightning.sweeps.engine.display import (
     Display,
     best_trials,
     print_summary,
     trial_line,
     write_results,
 )
-from bn_lightning.sweeps.ledger import SLOT, Counts, Ledger
+from bn_lightning.sweeps.engine.ledger import SLOT, Counts, Ledger
 
 MIN, MAX = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
 COUNTS = Counts(total=6, complete=3, pruned=1, diverged=2, lost=1, running=1)

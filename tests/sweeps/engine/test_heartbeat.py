@@ -9,8 +9,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from bn_lightning.sweeps import heartbeat
-from bn_lightning.sweeps.heartbeat import (
+from bn_lightning.sweeps.engine import heartbeat
+from bn_lightning.sweeps.engine.heartbeat import (
     BEAT,
     SIGNATURE,
     DeathWatch,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.passwords import redacted, refuse_password
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.passwords import redacted, refuse_password
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import subprocess
 import threading
 from pathlib import Path
 
-from bn_lightning.sweeps.environment import WORKER
-from bn_lightning.sweeps.errors import SweepError
-from bn_lightning.sweeps.heartbeat import SIGNATURE, signature
-from bn_lightning.sweeps.processes import end_session
-from bn_lightning.sweeps.program import same_command
-from bn_lightning.sweeps.stopping import Stopping
-from bn_lightning.sweeps.study import SweepStudy
+from bn_lightning.sweeps.engine.environment import WORKER
+from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.heartbeat import SIGNATURE, signature
+from bn_lightning.sweeps.engine.processes import end_session
+from bn_lightning.sweeps.engine.program import same_command
+from bn_lightning.sweeps.engine.stopping import Stopping
+from bn_lightning.sweeps.engine.study import SweepStudy
 
 LOGS = "workers"
 

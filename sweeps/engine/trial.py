@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 from optuna.samplers import RandomSampler
 from optuna.trial import Trial
 
-from bn_lightning.sweeps.environment import STORAGE, STUDY, in_trial
-from bn_lightning.sweeps.environment import TRIAL as NUMBER
-from bn_lightning.sweeps.points import make_pruner
-from bn_lightning.sweeps.storage import PatientStorage, open_storage
+from bn_lightning.sweeps.engine.environment import STORAGE, STUDY, in_trial
+from bn_lightning.sweeps.engine.environment import TRIAL as NUMBER
+from bn_lightning.sweeps.engine.points import make_pruner
+from bn_lightning.sweeps.engine.storage import PatientStorage, open_storage
 
 _storages: dict[str, PatientStorage] = {}
 

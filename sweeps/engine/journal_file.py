@@ -15,7 +15,7 @@ from optuna.storages.journal import (
     JournalStorage,
 )
 
-from bn_lightning.sweeps.errors import SweepError
+from bn_lightning.sweeps.engine.errors import SweepError
 
 
 class JournalFile(BaseJournalBackend):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
-from bn_lightning.sweeps.outcome import DIVERGED, HOPELESS, INTERRUPTED
+from bn_lightning.sweeps.engine.outcome import DIVERGED, HOPELESS, INTERRUPTED
 
 SLOT = "sweep:slot"
 DUPLICATE = "duplicate"
