@@ -49,3 +49,14 @@ def test_lightning_cli_takes_callback_and_plugin(tmp_path):
         "cli", "fit", "--config", str(EXAMPLES / "cli.yaml"), "--trainer.max_steps=4", cwd=tmp_path
     )
     assert "max_steps=4" in output
+
+
+def test_sweeper_elsewhere_sweeps_and_goes_on(tmp_path):
+    program = "sweeper_elsewhere/main"
+    assert "20 of 20 trials" in run(program, "-m", cwd=tmp_path)
+    results = (tmp_path / "sweeps" / "valley" / "optimization_results.yaml").read_text()
+    best = float(re.search(r"best_value: (\S+)", results)[1])
+    assert best < 1.0  # it begins at a height of 120
+    again = run(program, "-m", "hydra.sweeper.n_trials=22", cwd=tmp_path)
+    assert "22 of 22 trials" in again
+    assert len(list((tmp_path / "sweeps" / "valley").glob("[0-9]*"))) == 22
