@@ -63,7 +63,7 @@ def walk_sums(
     dweight = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_L), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_L), dtype=tl.float32)
     for tile in range(first_tile, end_tile):
-        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE)
+        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE, False)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         g = load_gradient(
             dy_ptr,
@@ -311,7 +311,7 @@ def walk_gradients(
     """Does some tiles of some channels, the last one first, for the regimes of one launch."""
     for step in range(first_tile, end_tile):
         tile = end_tile - 1 - (step - first_tile)
-        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE)
+        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE, False)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         x = x.to(tl.float32)
         g = load_gradient(

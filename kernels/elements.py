@@ -5,7 +5,8 @@
 with scale = rstd * weight and shift = bias. Everything in fp32, rounded at the store.
 
 Shapes: N batch, C channels, L flattened space. A tensor is (N, C, L) in memory; channels-last is
-(N * L, C, 1), so that one addressing serves both layouts. A tile is BLOCK_N x BLOCK_C x BLOCK_L.
+(N * L, C, 1), so that one addressing serves both layouts. A tile is BLOCK_N x BLOCK_C x BLOCK_L, or
+has its channels first.
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1, lines 3 and 4; the activations are
 those of activations.py.
@@ -25,6 +26,7 @@ def tile_offsets(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     WIDE: tl.constexpr,  # whether an offset may pass 2^31
+    CHANNELS_FIRST: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Returns offsets and mask of a tile, and how many values of a channel it holds."""
     tiles_l = tl.cdiv(L, BLOCK_L)
@@ -32,19 +34,33 @@ def tile_offsets(
     start_l = tile % tiles_l * BLOCK_L
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_l = start_l + tl.arange(0, BLOCK_L)
-    mask = (offs_n < N)[:, None, None] & (offs_c < C)[None, :, None] & (offs_l < L)[None, None, :]
-    rows = offs_n
+    if CHANNELS_FIRST:
+        n, c = offs_n[None, :, None], offs_c[:, None, None]
+    else:
+        n, c = offs_n[:, None, None], offs_c[None, :, None]
+    mask = (n < N) & (c < C) & (offs_l < L)[None, None, :]
     if WIDE:
-        rows = offs_n.to(tl.int64)
-    offsets = (rows[:, None, None] * C + offs_c[None, :, None]) * L + offs_l[None, None, :]
+        n = n.to(tl.int64)
+    offsets = (n * C + c) * L + offs_l[None, None, :]
     count = tl.minimum(N - start_n, BLOCK_N) * tl.minimum(L - start_l, BLOCK_L)
     return offsets, mask, count.to(tl.float32)
 
 
 @triton.jit
+def row_sum(values: tl.tensor) -> tl.tensor:
+    """Sums a tile that has its channels first to (BLOCK_C,), in one reduction."""
+    BLOCK_C: tl.constexpr = values.shape[0]
+    return tl.sum(values.reshape((BLOCK_C, values.numel // BLOCK_C)), axis=1)
+
+
+@triton.jit
 def channel_sum(values: tl.tensor) -> tl.tensor:
     """Sums a tile to (BLOCK_C,)."""
-    return tl.sum(tl.sum(values, axis=2), axis=0)
+    if values.shape[2] == 1:
+        # The result lies in the threads as the channels of the tile do.
+        return tl.sum(tl.sum(values, axis=2), axis=0)
+    else:
+        return row_sum(tl.permute(values, (1, 0, 2)))
 
 
 @triton.jit

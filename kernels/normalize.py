@@ -108,7 +108,7 @@ def walk_normalize(
     """Does some tiles of some channels, the last one first, for the regimes of one launch."""
     for step in range(first_tile, end_tile):
         tile = end_tile - 1 - (step - first_tile)
-        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE)
+        offsets, mask, _ = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE, False)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         write_output(
             x.to(tl.float32),

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bn_lightning.kernels.calls import ForwardCall
-from bn_lightning.kernels.elements import as_tile, channel_sum, tile_offsets
+from bn_lightning.kernels.elements import row_sum, tile_offsets
 from bn_lightning.kernels.schedule import Schedule
 
 
@@ -104,15 +104,17 @@ def _walk(
     low = mean
     m2 = mean
     for tile in range(first_tile, end_tile):
-        offsets, mask, tile_count = tile_offsets(tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE)
+        offsets, mask, tile_count = tile_offsets(
+            tile, offs_c, N, C, L, BLOCK_N, BLOCK_L, WIDE, True
+        )
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if tile == first_tile:
             # Near enough for the sum of what is left to have small errors.
-            mean = channel_sum(x) / tile_count
-        x = tl.where(mask, x - as_tile(mean), 0.0)
-        tile_mean = channel_sum(x) / tile_count
-        centred = tl.where(mask, (x - as_tile(tile_mean)) * scale, 0.0)
-        tile_m2 = channel_sum(centred * centred)
+            mean = row_sum(x) / tile_count
+        x = tl.where(mask, x - mean[:, None, None], 0.0)
+        tile_mean = row_sum(x) / tile_count
+        centred = tl.where(mask, (x - tile_mean[:, None, None]) * scale, 0.0)
+        tile_m2 = row_sum(centred * centred)
         count, mean, low, m2 = _fold(count, mean, low, m2, tile_count, tile_mean, tile_m2, scale)
     return count, mean, m2
 
