@@ -627,7 +627,12 @@ def _device(device: torch.device) -> Device:
         return INTERPRETER
     if device not in _devices:
         found = torch.cuda.get_device_properties(device)
-        _devices[device] = Device(found.multi_processor_count, found.L2_cache_size, found.warp_size)
+        _devices[device] = Device(
+            found.multi_processor_count,
+            found.L2_cache_size,
+            found.warp_size,
+            0 if torch.version.hip else found.regs_per_multiprocessor,
+        )
     return _devices[device]
 
 

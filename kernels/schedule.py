@@ -68,11 +68,13 @@ class Device:
         processors: multiprocessors, or compute units.
         cache_bytes: of the L2 cache.
         warp_size: threads in a warp: 32, or 64 in AMD's wavefronts.
+        registers: of a processor, 32 bits each; 0 where no limit can be set (AMD).
     """
 
     processors: int
     cache_bytes: int
     warp_size: int = 32
+    registers: int = 0
 
 
 # What the interpreter runs on: few programs, so that it ends, and an H200's cache.
@@ -98,6 +100,7 @@ class Schedule:
         programs: `resident`: programs that stay.
         wide: whether an offset may pass 2^31.
         max_warps: of any program; a thread then has 16 bytes of a 16-bit dtype, or more.
+        max_registers: of a thread that walks tiles; None for the compiler's choice.
     """
 
     regime: Regime
@@ -114,6 +117,7 @@ class Schedule:
     programs: int
     wide: bool
     max_warps: int
+    max_registers: int | None
 
     @property
     def values_per_channel(self) -> int:
@@ -156,7 +160,9 @@ class Schedule:
     @functools.cached_property
     def walk(self) -> dict[str, Any]:
         """What every kernel needs that walks tiles."""
-        return {
+        # Not every compiler knows the option.
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return limit | {
             "N": self.N,
             "C": self.C,
             "L": self.L,
@@ -264,8 +270,10 @@ def _make_schedule(
         # Its programs would read the count of batches while one of them writes it.
         regime = Regime.SPLIT
 
-    # One launch holds the registers of both its passes.
-    tile_elements = TILE_ELEMENTS if regime is Regime.SPLIT else TILE_ELEMENTS // 2
+    # One launch holds the registers of both its passes; where rows of channels begin anywhere, a
+    # thread loads single values and holds their addresses. Half the values leave room for either.
+    halved = regime is not Regime.SPLIT or (L == 1 and C % 16 != 0)
+    tile_elements = TILE_ELEMENTS // 2 if halved else TILE_ELEMENTS
     block_l = min(_columns(L), tile_elements)
     row = max(1, ROW_BYTES // itemsize // block_l)
     block_c = min(_next_power_of_2(C), row)
@@ -291,6 +299,10 @@ def _make_schedule(
     # Counted anew, so that no split is empty.
     splits = _cdiv(tiles, tiles_per_split)
     programs = min(PROGRAMS_AT_WORK * device.processors, blocks * splits)
+    max_registers = None
+    if regime is Regime.RESIDENT and device.registers:
+        # Left alone, ptxas saves registers for programs that do not exist, and spills a few.
+        max_registers = device.registers // (PROGRAMS_AT_WORK * MAX_THREADS)
     return Schedule(
         regime=regime,
         N=N,
@@ -307,6 +319,7 @@ def _make_schedule(
         programs=programs,
         wide=N * C * L >= 1 << 31,
         max_warps=max_warps,
+        max_registers=max_registers,
     )
 
 

@@ -167,6 +167,24 @@ def test_resident_keeps_its_blocks_in_the_cache() -> None:
     assert resident_cache_bytes(s, 2) <= CACHE_SHARE * H200.cache_bytes
 
 
+def test_programs_that_stay_share_the_registers() -> None:
+    device = dataclasses.replace(H200, registers=1 << 16)
+    with forced_regime(Regime.RESIDENT):
+        s = make_schedule((256, 64, 56, 56), 2, False, device)
+        assert "maxnreg" not in make_schedule((256, 64, 56, 56), 2, False, H200).walk
+    per_processor = s.programs // H200.processors
+    assert s.walk["maxnreg"] * s.num_warps * 32 * per_processor == device.registers
+    # Elsewhere the compiler weighs registers against programs.
+    assert "maxnreg" not in make_schedule((256, 64, 56, 56), 2, False, device).walk
+
+
+def test_threads_that_load_single_values_have_half_of_them() -> None:
+    rows, odd_rows = (make_schedule((65536, C), 2, False, H200) for C in (4096, 4097))
+    assert rows.block_n * rows.block_c == TILE_ELEMENTS
+    assert odd_rows.block_n * odd_rows.block_c == TILE_ELEMENTS // 2
+    assert odd_rows.num_warps == rows.num_warps
+
+
 def test_amds_warps_are_wider() -> None:
     s = make_schedule((256, 64, 56, 56), 2, False, dataclasses.replace(H200, warp_size=64))
     assert s.num_warps == s.flat_warps == 4
