@@ -631,7 +631,8 @@ def _device(device: torch.device) -> Device:
             found.multi_processor_count,
             found.L2_cache_size,
             found.warp_size,
-            0 if torch.version.hip else found.regs_per_multiprocessor,
+            # torch's stubs do not name it.
+            0 if torch.version.hip else getattr(found, "regs_per_multiprocessor", 0),
         )
     return _devices[device]
 
