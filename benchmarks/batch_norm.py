@@ -15,7 +15,6 @@ and Triton on a GPU; matplotlib for --picture.
 """
 
 import argparse
-import csv
 import platform
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import append_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -318,17 +318,6 @@ def cases(quick: bool) -> list[Case]:
     return found
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """Appends rows to a CSV file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws the medians of forward + backward, a bar for each contender."""
     import matplotlib
@@ -367,7 +356,7 @@ def main() -> None:
     if torch.cuda.is_available():
         for case in cases(arguments.quick):
             new = time_on_gpu(case, arguments.repeats or (20 if arguments.quick else 100))
-            write(new, arguments.output)
+            append_rows(arguments.output, new)
             rows += new
             for r in new:
                 print(*(r[k] for k in ("shape", "dtype", "layout", "fusion", "direction", "who")),
@@ -377,7 +366,7 @@ def main() -> None:
         for fusion in FUSIONS:
             rounds = arguments.repeats or (20 if arguments.quick else 60)
             rows += time_on_cpu(Case(CPU_SHAPE, "fp32", False, fusion), rounds)
-        write(rows, arguments.output)
+        append_rows(arguments.output, rows)
     if arguments.picture:
         draw(rows, arguments.output.with_suffix(".png"))
     print(f"{len(rows)} rows appended to {arguments.output}")

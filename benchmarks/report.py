@@ -12,7 +12,6 @@ only the times of the processor mean something.
 """
 
 import argparse
-import csv
 import math
 import os
 import shutil
@@ -29,6 +28,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import create_trial
+from rows import append_rows
 
 from bn_lightning.report import PAGE
 from bn_lightning.run_record import git_commit, hardware
@@ -149,12 +149,7 @@ def main() -> None:
             "commit": git_commit(),
         }
         print(row)
-        is_new = not RESULTS.exists()
-        with open(RESULTS, "a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_rows(RESULTS, [row])
 
 
 if __name__ == "__main__":

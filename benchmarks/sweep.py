@@ -9,7 +9,6 @@ mean something only on an idle one.
 """
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
+from rows import append_rows
 
 from bn_lightning.run_record import git_commit, hardware, package_versions
 from bn_lightning.sweeps.engine.creation import create_study
@@ -233,12 +233,7 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['figure']:16} {row['value']}")
-    is_new = not RESULTS.exists()
-    with open(RESULTS, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ results/train_loop.csv.
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_module
+from rows import append_rows
 from torch import nn
 from torch.nn import functional as F
 
@@ -132,13 +132,7 @@ def main() -> None:
             print({k: v for k, v in rows[-1].items() if "/" in k or k.endswith("_ms")}, flush=True)
     for name in ("plain_ms", "train_ms", "train_logged_ms", "train/plain", "train_logged/train"):
         print(f"{name:20} {statistics.median(row[name] for row in rows):.3f}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    is_new = not RESULTS.exists()
-    with open(RESULTS, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":
