@@ -243,12 +243,13 @@ def _of_inits(grid: Grid, arm: Arm, chance_loss: float) -> tuple[InitFindings, .
     if len(grid.rates) > 1:
         width_IS, censored_IS = tolerance.widths(arm.accuracy, grid.rates)
     rate_IS = tolerance.largest_rate(arm.accuracy, grid.rates)
+    at_edge_I = (rate_IS == grid.rates[-1]).any(axis=1)
     sensitivity_IS = tolerance.rate_sensitivity(arm.loss, chance_loss)
     return tuple(
         InitFindings(
             init,
             tolerance.estimate(width_IS[i], at_least=bool(censored_IS[i].any())),
-            tolerance.estimate(rate_IS[i], at_least=bool((rate_IS[i] == grid.rates[-1]).any())),
+            tolerance.estimate_rate(rate_IS[i], at_least=bool(at_edge_I[i])),
             tolerance.estimate(sensitivity_IS[i]),
         )
         for i, init in enumerate(grid.inits)

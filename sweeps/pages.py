@@ -199,7 +199,9 @@ def _inits(found: Findings, has_widths: bool) -> Html:
         heads += [f"width, {arm.label}"] if has_widths else []
         heads += [f"largest rate that trains, {arm.label}", f"sensitivity (nats), {arm.label}"]
     return table(
-        heads, rows, "Each initialisation by itself; the largest rate over seeds that train"
+        heads,
+        rows,
+        "Each initialisation by itself; the largest rate is the geometric mean of seeds that train",
     )
 
 

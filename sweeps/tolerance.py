@@ -273,6 +273,16 @@ def estimate(values: Float[np.ndarray, "S"], at_least: bool = False) -> Estimate
     return Estimate(float(values.mean()), low, high, values.size, at_least)
 
 
+def estimate_rate(rates: Float[np.ndarray, "S"], at_least: bool = False) -> Estimate:
+    """As `estimate`, of learning rates: their geometric mean, exp(mean(ln(rate))).
+
+    A grid's rates lie evenly in decades, and so must their mean.
+    """
+    found = estimate(np.log(rates), at_least)
+    value, low, high = (math.exp(x) for x in (found.value, found.low, found.high))
+    return Estimate(value, low, high, found.seeds, at_least)
+
+
 def paired_difference(
     first: Float[np.ndarray, "S"], second: Float[np.ndarray, "S"], at_least: bool = False
 ) -> Estimate:

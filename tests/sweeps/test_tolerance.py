@@ -14,6 +14,7 @@ from bn_lightning.sweeps.tolerance import (
     Outcome,
     Trial,
     estimate,
+    estimate_rate,
     importances,
     inits_that_train,
     largest_rate,
@@ -124,6 +125,12 @@ class TestByHand:
     def test_estimate_of_three_seeds(self):
         # 27 resamples: the smallest and largest mean come up once each, 1/27 > 2.5%.
         assert estimate(np.array([1.0, 2.0, 6.0])) == Estimate(3.0, 1.0, 6.0, 3)
+
+    def test_rates_are_averaged_in_decades(self):
+        found = estimate_rate(np.array([10.0, 1000.0, NAN]), at_least=True)
+        assert (found.seeds, found.at_least) == (2, True)
+        np.testing.assert_allclose([found.value, found.low, found.high], [100, 10, 1000])
+        assert estimate_rate(np.array([NAN])).seeds == 0
 
     def test_estimate_of_two_seeds_one_missing(self):
         single = estimate(np.array([0.5, NAN]))
