@@ -1,4 +1,4 @@
-"""Report a sweep, or runs side by side: `python -m bn_lightning.report DIR [DIR ...]`.
+"""Report a sweep, or runs side by side: `bn-report DIR [DIR ...]`.
 
 DIR is a sweep's directory, a storage URL (with --study NAME), the folder of an earlier report (its
 trials.csv and summary.json are enough), a run's directory, several of them, or a folder of runs.
@@ -29,6 +29,13 @@ from bn_lightning.sweeps.tolerance import FULL_ENOUGH, coverage
 from bn_lightning.sweeps.trials import TABLE, Table, shown_url, to_csv
 
 PAGE = "report.html"
+
+EXAMPLES = """\
+examples:
+  bn-report logs/mnist_bn/sweeps/quick
+  bn-report RUN RUN --output comparison
+  bn-report postgresql://user@host/database --study lr_init --output map
+"""
 
 
 @dataclass(frozen=True)
@@ -270,8 +277,9 @@ def _write(output: Path, table: Table, content: dict[str, Any], html: str, said:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m bn_lightning.report",
+        prog="bn-report",
         description=__doc__,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sources", nargs="+", metavar="DIR", help="a sweep, or runs")

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -32,8 +33,12 @@ def run_command(overrides: Sequence[str]) -> list[str]:
 
 def as_typed(command: Sequence[str]) -> str:
     """A command as one types it in a shell."""
-    executable = "python" if command[0] == sys.executable else command[0]
-    return shlex.join([executable, *command[1:]])
+    if command[0] != sys.executable:
+        return shlex.join(command)
+    script = os.path.basename(command[1])
+    if shutil.which(script) == command[1]:  # a console script in the PATH
+        return shlex.join([script, *command[2:]])
+    return shlex.join(["python", *command[1:]])
 
 
 def _config_options(arguments: Sequence[str]) -> list[str]:

@@ -44,3 +44,13 @@ def test_as_typed():
     command = [sys.executable, "-m", "train", "x=[1,2]", "y='a b'", "z=1e-05"]
     assert as_typed(command) == "python -m train 'x=[1,2]' 'y='\"'\"'a b'\"'\"'' z=1e-05"
     assert program.as_typed(["other", "x=1"]) == "other x=1"
+
+
+def test_a_console_script_is_typed_by_its_name(monkeypatch, tmp_path):
+    script = tmp_path / "bn-train"
+    script.write_text("#!/usr/bin/env python")
+    command = [sys.executable, str(script), "x=1"]
+    assert as_typed(command) == f"python {script} x=1"
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert as_typed(command) == "bn-train x=1"
