@@ -247,9 +247,8 @@ def rate_sensitivity(
     bounded = np.minimum(loss, chance_loss)  # of NaN and a number, numpy's is NaN
     with np.errstate(invalid="ignore"):
         found = ~np.isnan(bounded)
-        mean = np.where(found, bounded, 0).sum(axis=1) / found.sum(axis=1)
-        best = np.where(found, bounded, np.inf).min(axis=1)
-        return mean - best
+        best = np.where(found, bounded, np.inf).min(axis=1, keepdims=True)
+        return np.where(found, bounded - best, 0).sum(axis=1) / found.sum(axis=1)
 
 
 def estimate(values: Float[np.ndarray, "S"], at_least: bool = False) -> Estimate:
