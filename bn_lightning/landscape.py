@@ -12,7 +12,7 @@ picture of the relative loss against the step size.
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def landscape(config: DictConfig) -> Path:
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()
     losses_BE = [
-        losses_along_gradient(model.network, x, target, steps)
+        losses_along_gradient(model.network, x, target, steps, model.loss)
         for _, (x, target) in zip(range(config.batches), loader, strict=False)
     ]
     directory = Path(config.paths.output_dir)
@@ -94,9 +94,13 @@ def step_sizes(smallest: float, largest: float, points: int) -> list[float]:
 
 
 def losses_along_gradient(
-    network: nn.Module, x: Float[Tensor, "N ..."], target: Tensor, steps: Sequence[float]
+    network: nn.Module,
+    x: Float[Tensor, "N ..."],
+    target: Tensor,
+    steps: Sequence[float],
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> list[float]:
-    """Cross-entropy of one batch at w - η g for each η, in nats, in training mode.
+    """Loss of one batch at w - η g for each η, in nats, in training mode.
 
     Neither the network's weights nor its running statistics change.
 
@@ -105,6 +109,7 @@ def losses_along_gradient(
         x: the batch.
         target: (N,) int64, its classes.
         steps: the step sizes η.
+        criterion: from the network's outputs and `target` to the loss.
 
     Returns:
         A loss for each step size; infinite or NaN where the network overflows.
@@ -115,7 +120,7 @@ def losses_along_gradient(
 
     def loss(at: dict[str, Tensor]) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return F.cross_entropy(functional_call(network, (at, buffers), (x,)), target)
+        return criterion(functional_call(network, (at, buffers), (x,)), target)
 
     try:
         leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}

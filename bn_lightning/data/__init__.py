@@ -2,5 +2,6 @@
 
 from bn_lightning.data.digits import DigitsDataModule
 from bn_lightning.data.mnist import MNISTDataModule
+from bn_lightning.data.tabular import TabularDataModule
 
-__all__ = ["DigitsDataModule", "MNISTDataModule"]
+__all__ = ["DigitsDataModule", "MNISTDataModule", "TabularDataModule"]

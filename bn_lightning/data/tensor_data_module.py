@@ -122,6 +122,7 @@ class TensorDataModule(LightningDataModule, ABC):
             "source": arrays.source,
             "root": arrays.root,
             "sha256": dict(arrays.sha256),
+            "classes": arrays.classes,
             **{name: len(targets) for name, (_, targets) in self._splits.items()},
         }
 
@@ -134,8 +135,8 @@ class TensorDataModule(LightningDataModule, ABC):
     def info(self) -> dict[str, Any]:
         """What a run record says of the data, as plain values.
 
-        `source` (its name), `root`, `sha256` (of each decompressed payload), and the number of
-        samples in `train`, `validation` and `test`.
+        `source` (its name), `root`, `sha256` (of each decompressed payload), the number of
+        `classes`, and the number of samples in `train`, `validation` and `test`.
 
         Raises:
             RuntimeError: `setup` has not run yet.

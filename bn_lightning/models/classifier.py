@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
@@ -51,7 +51,20 @@ class Classifier(LightningModule):
         self.scheduler_factory = scheduler
         self.num_classes = num_classes
         self.evaluations = nn.ModuleDict(
-            {name: _metrics(f"{name}/", num_classes) for name in ("val", "test")}
+            {
+                name: MetricCollection(
+                    {
+                        # A diverged network's loss is NaN, and is reported so: NaN stays NaN. The
+                        # strategy "disable" would leave it so too, but in torchmetrics 1.9 it drops
+                        # the weights.
+                        "loss": MeanMetric(nan_strategy=float("nan")),
+                        **self.metrics(),
+                    },
+                    prefix=f"{name}/",
+                    compute_groups=False,
+                )
+                for name in ("val", "test")
+            }
         )
 
     @override
@@ -71,11 +84,11 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x, target = batch
         logits = self.network(x)
-        loss = F.cross_entropy(logits, target)
+        loss = self.loss(logits, target)
         # Through self.log on every step, Lightning would spend longer on the log than on the step.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         if every and (self.global_step + 1) % every == 0:
-            accuracy = (logits.detach().argmax(1) == target).float().mean()
+            accuracy = (self.predicted(logits.detach()) == target).float().mean()
             self.log_dict(
                 {
                     "train/loss": loss.detach(),
@@ -100,7 +113,7 @@ class Classifier(LightningModule):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, "N K"]:
-        return self.network(batch[0]).softmax(1)
+        return self.probabilities(self.network(batch[0]))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -120,20 +133,54 @@ class Classifier(LightningModule):
 
     def chance_metrics(self) -> dict[str, float]:
         """The metrics of a guess, the score of a run that diverged: loss ln(num_classes)."""
-        guess = {
+        guess = self.guess()
+        return {f"{split}/{name}": v for split in ("val", "test") for name, v in guess.items()}
+
+    # What another kind of classifier has in its own way.
+
+    def loss(self, logits: Float[Tensor, "N K"], target: Int[Tensor, "N"]) -> Float[Tensor, ""]:
+        """The mean cross-entropy, in nats."""
+        return F.cross_entropy(logits, target)
+
+    def predicted(self, logits: Float[Tensor, "N K"]) -> Int[Tensor, "N"]:
+        """The most likely classes."""
+        return logits.argmax(1)
+
+    def probabilities(self, logits: Float[Tensor, "N K"]) -> Tensor:
+        """What `predict` returns, (N, num_classes), rows that sum to 1."""
+        return logits.softmax(1)
+
+    def scores(self, logits: Float[Tensor, "N K"]) -> Tensor:
+        """What `metrics` are updated with, beside the targets."""
+        return logits
+
+    def metrics(self) -> dict[str, Metric]:
+        """What an evaluation measures beside the loss, anew in each call."""
+        classes = self.num_classes
+        return {
+            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+            "accuracy_top5": MulticlassAccuracy(
+                classes, top_k=min(5, classes), average="micro", validate_args=False
+            ),
+        }
+
+    def guess(self) -> dict[str, float]:
+        """The loss, and each of `metrics`, of a guess among classes of equal size."""
+        return {
             "loss": math.log(self.num_classes),
             "accuracy": 1 / self.num_classes,
             "accuracy_top5": min(5, self.num_classes) / self.num_classes,
         }
-        return {f"{split}/{name}": v for split in ("val", "test") for name, v in guess.items()}
 
     def _evaluate(self, name: str, batch: Batch) -> None:
         x, target = batch
         logits = self.network(x)
         metrics = cast(MetricCollection, self.evaluations[name])
-        metrics["loss"].update(F.cross_entropy(logits, target), weight=len(target))
-        metrics["accuracy"].update(logits, target)
-        metrics["accuracy_top5"].update(logits, target)
+        metrics["loss"].update(self.loss(logits, target), weight=len(target))
+        scores = self.scores(logits)
+        for measure, metric in metrics.items(keep_base=True):
+            if measure != "loss":
+                metric.update(scores, target)
 
     def _log_evaluations(self) -> None:
         values: dict[str, Any] = {"step": float(self.global_step)}
@@ -144,19 +191,3 @@ class Classifier(LightningModule):
                 metrics.reset()
         # Computed over all ranks already; without sync_dist Lightning would warn that it is not.
         self.log_dict(values, sync_dist=True)
-
-
-def _metrics(prefix: str, num_classes: int) -> MetricCollection:
-    return MetricCollection(
-        {
-            # A diverged network's loss is NaN, and is reported so: NaN stays NaN. The strategy
-            # "disable" would leave it so too, but in torchmetrics 1.9 it drops the weights.
-            "loss": MeanMetric(nan_strategy=float("nan")),
-            "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            "accuracy_top5": MulticlassAccuracy(
-                num_classes, top_k=min(5, num_classes), average="micro", validate_args=False
-            ),
-        },
-        prefix=prefix,
-        compute_groups=False,
-    )
