@@ -20,15 +20,22 @@ from bn_lightning.sweeps.findings import Findings, findings, sentences
 from bn_lightning.sweeps.pages import grid_page, runs_page, study_page
 from bn_lightning.sweeps.paper import is_paper_experiment
 from bn_lightning.sweeps.plots import cells_json
-from bn_lightning.sweeps.provenance import chance_loss, is_planned, mixed, with_provenance
+from bn_lightning.sweeps.provenance import (
+    chance_loss,
+    classes_of,
+    is_planned,
+    mixed,
+    with_provenance,
+)
 from bn_lightning.sweeps.roles import NoGrid, Roles, Scored, scored
 from bn_lightning.sweeps.runs import Run, read_runs, width_growth
 from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, runs_in
 from bn_lightning.sweeps.study_plots import optuna_plots
-from bn_lightning.sweeps.tolerance import FULL_ENOUGH, coverage
+from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
 from bn_lightning.sweeps.trials import TABLE, Table, shown_url, to_csv
 
 PAGE = "report.html"
+_THRESHOLD = "threshold"  # in what a table's summary says about it
 
 EXAMPLES = """\
 examples:
@@ -47,12 +54,15 @@ class Options:
         study: name of the study, where a storage holds several.
         roles: parameters for the roles that their names do not tell.
         allow_mixed: report trials of different data or budgets together.
+        threshold: accuracy from which on a cell of a sweep has trained; None for that of the report
+            whose table is read, else .90.
     """
 
     output: Path | None = None
     study: str | None = None
     roles: Roles = Roles()
     allow_mixed: bool = False
+    threshold: float | None = None
 
 
 def report(sources: Sequence[str], options: Options = Options()) -> Path:
@@ -82,6 +92,8 @@ def report(sources: Sequence[str], options: Options = Options()) -> Path:
 
 def _report_study(table: Table, base: Path, options: Options) -> Path:
     output = options.output or base
+    if options.threshold is not None:
+        table = replace(table, about={**table.about, _THRESHOLD: options.threshold})
     complete = [row for row in table.rows if row.is_complete]
     notes = [*table.notes, *_mixture_notes(mixed(complete), options.allow_mixed)]
     unfinished = table.counts()["running"] + table.counts()["waiting"]
@@ -139,7 +151,8 @@ def _grid_of(table: Table, given: Roles) -> tuple[Roles, Scored, Findings]:
             "their learning rates, initialisations and seeds"
         )
     planned = is_planned(table.about)
-    return roles, trials, findings(trials.numbers, chance_loss(table.about), planned)
+    levels = Levels.of(classes_of(table.about), table.about.get(_THRESHOLD, TRAINED))
+    return roles, trials, findings(trials.numbers, chance_loss(table.about), planned, levels)
 
 
 def _draw_grid(table: Table, found: Findings, metric: str, folder: Path) -> None:
@@ -292,12 +305,19 @@ def main() -> None:
     parser.add_argument(
         "--allow-mixed", action="store_true", help="report different data or budgets together"
     )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="ACCURACY",
+        help=f"from which on a cell of a sweep has trained (default: {TRAINED})",
+    )
     given = parser.parse_args()
     options = Options(
         given.output,
         given.study,
         Roles(given.lr, given.init, tuple(given.arm), given.seed),
         given.allow_mixed,
+        given.threshold,
     )
     full_error = os.environ.get(FULL_ERROR) == "1"
     run_reported(lambda: report(given.sources, options), full_error=full_error)

@@ -89,8 +89,8 @@ def _caption(
     batches = state.get(f"{name}.num_batches_tracked")
     texts += [] if batches is None else [f"{int(batches):,} batches seen"]
     for key in ("eps", "momentum"):
-        known = norm is not None and key in norm
-        texts.append(f"{key} {norm[key]}" if known else f"{key} not in the checkpoint")
+        value = norm[key] if norm and key in norm else "not in the checkpoint"
+        texts.append(f"{key} {value}")
     return ", ".join(texts)
 
 

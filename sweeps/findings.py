@@ -10,18 +10,29 @@ from jaxtyping import Float
 
 from bn_lightning.sweeps import tolerance
 from bn_lightning.sweeps.arms import BASELINE, label_of, ordered
-from bn_lightning.sweeps.tolerance import AT_CHANCE, TRAINED, Arm, Estimate, Grid, Outcome, Trial
+from bn_lightning.sweeps.tolerance import (
+    TEN_CLASSES,
+    TRAINED,
+    Arm,
+    Estimate,
+    Grid,
+    Levels,
+    Outcome,
+    Trial,
+)
 
 SHARE, WIDTH, INITS = "share_trained", "mean_width", "inits_that_train"
 
-MEASURES = {
-    SHARE: f"share of cells with accuracy ≥ {TRAINED:.2f}",
-    "share_at_chance": f"share of cells at chance, accuracy < {AT_CHANCE:.2f}",
-    "share_diverged": "share of cells whose loss became no number",
-    WIDTH: "decades of learning rate that train, mean over initialisations",
-    INITS: "initialisations that train at some rate",
-}
-"""Measure -> what it is. The first three are shares; for each the functions of tolerance.py."""
+
+def measures_of(levels: Levels) -> dict[str, str]:
+    """Measure -> what it is. The first three are shares; for each the functions of tolerance.py."""
+    return {
+        SHARE: f"share of cells with accuracy ≥ {levels.trained:.2f}",
+        "share_at_chance": f"share of cells at chance, accuracy < {levels.at_chance:.2f}",
+        "share_diverged": "share of cells whose loss became no number",
+        WIDTH: "decades of learning rate that train, mean over initialisations",
+        INITS: "initialisations that train at some rate",
+    }
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class ArmFindings:
         label: what it is called.
         trials: how many its numbers come from.
         outcomes: trials by what became of them.
-        measures: of `MEASURES`; no width where there is one rate only.
+        measures: of `measures_of`; no width where there is one rate only.
         inits: in the grid's order.
         importances: parameter -> share of the variance of accuracy.
     """
@@ -64,7 +75,7 @@ class Comparison:
         second: arm, the one without normalisation where there is one.
         is_paired: whether both have the same seeds, so that seeds were compared one by one.
         cells: initialisations x rates that count; for a pair, those that both arms have.
-        differences: of `MEASURES`.
+        differences: of `measures_of`.
         ratio: of the shares that train.
         headroom: at the initialisation where `second` does best: (it, ratio of the largest rates).
     """
@@ -109,7 +120,10 @@ class Findings:
 
 
 def findings(
-    trials: Mapping[int, Trial] | list[Trial], chance_loss: float, is_planned: bool | None = None
+    trials: Mapping[int, Trial] | list[Trial],
+    chance_loss: float,
+    is_planned: bool | None = None,
+    levels: Levels = TEN_CLASSES,
 ) -> Findings:
     """Compute all numbers of a grid.
 
@@ -118,15 +132,18 @@ def findings(
         chance_loss: of a guess, in nats.
         is_planned: whether the points were chosen before any result; None if not known, and then
             importances are given for grids only.
+        levels: what accuracies mean.
 
     Raises:
         ValueError: there is no trial.
     """
     trials = list(trials.values()) if isinstance(trials, Mapping) else trials
-    grid = Grid.of(trials)
+    grid = Grid.of(trials, levels)
     names = ordered(grid.arms)
-    grid = Grid(grid.inits, grid.rates, grid.seeds, {name: grid.arms[name] for name in names})
+    grid = replace(grid, arms={name: grid.arms[name] for name in names})
     notes = []
+    if levels.trained != TRAINED:
+        notes.append(f"A cell trains here from accuracy {levels.trained:.2f} on.")
     arms = {}
     for name in names:
         shares: dict[str, float] = {}
@@ -150,17 +167,17 @@ def findings(
 
 def measure(grid: Grid, arm: Arm) -> tuple[dict[str, Float[np.ndarray, "S"]], bool]:
     """The measures of an arm for each seed, and whether the grid's edge cuts its widths off."""
-    accuracy = arm.accuracy
+    accuracy, trained = arm.accuracy, grid.levels.trained
     values = {
-        SHARE: tolerance.share_trained(accuracy),
-        "share_at_chance": tolerance.share_at_chance(accuracy),
+        SHARE: tolerance.share_trained(accuracy, trained),
+        "share_at_chance": tolerance.share_at_chance(accuracy, grid.levels.at_chance),
         "share_diverged": tolerance.share_diverged(arm.diverged, accuracy),
     }
     censored = False
     if len(grid.rates) > 1:
-        values[WIDTH] = tolerance.mean_width(accuracy, grid.rates)
-        censored = bool(tolerance.widths(accuracy, grid.rates)[1].any())
-    values[INITS] = tolerance.inits_that_train(accuracy)
+        values[WIDTH] = tolerance.mean_width(accuracy, grid.rates, trained)
+        censored = bool(tolerance.widths(accuracy, grid.rates, trained)[1].any())
+    values[INITS] = tolerance.inits_that_train(accuracy, trained)
     return values, censored
 
 
@@ -175,10 +192,8 @@ def sentences(found: Findings) -> list[str]:
         share = arm.measures[SHARE]
         texts.append(f"{_capital(arm.label)} {percent(share)} of the grid trains.")
         if WIDTH in arm.measures:
-            texts.append(
-                f"On average over initialisations {decades(arm.measures[WIDTH])} of learning rate "
-                "train."
-            )
+            on_average = "On average over initialisations " if len(found.grid.inits) > 1 else ""
+            texts.append(f"{on_average}{decades(arm.measures[WIDTH])} of learning rate train.")
     return texts
 
 
@@ -203,7 +218,7 @@ def plain(found: Estimate) -> str:
 
 
 def shown(name: str, found: Estimate, is_difference: bool = False) -> str:
-    """An estimate of one of `MEASURES` as text."""
+    """An estimate of one of `measures_of` as text."""
     if name.startswith("share"):
         return points(found) if is_difference else percent(found)
     return decades(found) if name == WIDTH else plain(found)
@@ -241,8 +256,8 @@ def _of_inits(grid: Grid, arm: Arm, chance_loss: float) -> tuple[InitFindings, .
     nothing = np.full((len(grid.inits), len(grid.seeds)), np.nan)
     width_IS, censored_IS = nothing, np.zeros(nothing.shape, bool)
     if len(grid.rates) > 1:
-        width_IS, censored_IS = tolerance.widths(arm.accuracy, grid.rates)
-    rate_IS = tolerance.largest_rate(arm.accuracy, grid.rates)
+        width_IS, censored_IS = tolerance.widths(arm.accuracy, grid.rates, grid.levels.trained)
+    rate_IS = tolerance.largest_rate(arm.accuracy, grid.rates, grid.levels.trained)
     at_edge_I = (rate_IS == grid.rates[-1]).any(axis=1)
     sensitivity_IS = tolerance.rate_sensitivity(arm.loss, chance_loss)
     return tuple(
@@ -291,14 +306,15 @@ def _compare(grid: Grid, first: str, second: str) -> Comparison:
 def _headroom(grid: Grid, one: Arm, other: Arm) -> tuple[str | float, float] | None:
     if len(grid.rates) < 2:
         return None
-    width_I = np.nan_to_num(tolerance.widths(other.accuracy, grid.rates)[0]).mean(axis=1)
+    trained = grid.levels.trained
+    width_I = np.nan_to_num(tolerance.widths(other.accuracy, grid.rates, trained)[0]).mean(axis=1)
     best = int(width_I.argmax())
     # A rate counts if all seeds that were tried train at it.
     largest = []
     for arm in (one, other):
         accuracy_RS = arm.accuracy[best]
         tried = ~np.isnan(accuracy_RS)
-        trained_R = ((accuracy_RS >= TRAINED) | ~tried).all(axis=1) & tried.any(axis=1)
+        trained_R = ((accuracy_RS >= trained) | ~tried).all(axis=1) & tried.any(axis=1)
         if not trained_R.any():
             return None
         largest.append(grid.rates[int(np.flatnonzero(trained_R)[-1])])
@@ -314,6 +330,13 @@ def _notes(grid: Grid, comparisons: tuple[Comparison, ...]) -> list[str]:
         notes.append(
             f"Intervals are of the bootstrap over {seeds} seeds, too narrow with so few: at best "
             "they reach from the smallest to the largest value."
+        )
+    accuracies = np.stack([arm.accuracy for arm in grid.arms.values()])
+    best = float(np.nanmax(accuracies))
+    if best < grid.levels.trained:
+        notes.append(
+            f"No cell trains: the best accuracy is {best:.3f}, and {grid.levels.trained:.2f} is "
+            "asked for. `--threshold` asks for another."
         )
     for name, arm in grid.arms.items():
         if arm.missing:
@@ -344,24 +367,31 @@ def _comparison_sentences(
         f"{_capital(one)} {percent(first.measures['share_at_chance'])} of the grid is still at "
         f"chance when the budget ends, {other} {percent(second.measures['share_at_chance'])}.",
     ]
-    if WIDTH in pair.differences:
+    if WIDTH in pair.differences and len(grid.inits) == 1:
+        texts.append(
+            f"{_capital(one)} {decades(first.measures[WIDTH])} of learning rate train, {other} "
+            f"{decades(second.measures[WIDTH])}: a difference of "
+            f"{decades(pair.differences[WIDTH])}."
+        )
+    elif WIDTH in pair.differences:
         texts.append(
             f"Averaged over {len(grid.inits)} initialisations, {decades(first.measures[WIDTH])} of "
             f"learning rate train {one}, {decades(second.measures[WIDTH])} {other}: a difference "
             f"of {decades(pair.differences[WIDTH])}."
         )
-    texts.append(
-        f"{_capital(one)} {plain(first.measures[INITS])} of {len(grid.inits)} initialisations "
-        f"train at some rate, {other} {plain(second.measures[INITS])}."
-    )
+    if len(grid.inits) > 1:
+        texts.append(
+            f"{_capital(one)} {plain(first.measures[INITS])} of {len(grid.inits)} initialisations "
+            f"train at some rate, {other} {plain(second.measures[INITS])}."
+        )
     if pair.headroom is not None:
         init, factor = pair.headroom
         name = init if isinstance(init, str) else f"{init:.3g}"
         how = f"{factor:.3g} times as large" if factor != 1 else "the same"
-        texts.append(
-            f"At initialisation {name}, where the most rates train {other}, the largest rate that "
-            f"trains is {how} {one}."
-        )
+        where = f"At initialisation {name}, where the most rates train {other}, the"
+        if len(grid.inits) == 1:
+            where = "The"
+        texts.append(f"{where} largest rate that trains is {how} {one}.")
     if not (share.low > 0 or share.high < 0) and not math.isnan(share.low):
         texts.append(
             "The interval of the difference of shares reaches zero: these seeds do not tell the "

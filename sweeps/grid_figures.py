@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from bn_lightning.sweeps.arms import style_of
-from bn_lightning.sweeps.tolerance import TRAINED, Arm, Grid, Outcome, estimate, widths
+from bn_lightning.sweeps.tolerance import Arm, Grid, Outcome, estimate, widths
 
 # Of larger grids: cells without numbers in them, fewer labels, and panels of fewer initialisations.
 MOST_TEXTS, MOST_LABELS, MOST_PANELS = 400, 16, 12
@@ -145,7 +145,7 @@ def rates_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
                     alpha=0.2,
                     linewidth=0,
                 )
-        panel.axhline(TRAINED, color="grey", linewidth=0.6)
+        panel.axhline(grid.levels.trained, color="grey", linewidth=0.6)
         panel.set_xscale("log")
         panel.set_ylim(0, 1.02)
         panel.set_title(drawn_text(init_name(grid.inits[i])), fontsize="small")
@@ -174,8 +174,9 @@ def widths_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
         figsize=(6, 1.6 + 0.36 * min(len(grid.inits), 2 * MOST_LABELS)), layout="constrained"
     )
     axes = figure.subplots()
+    trained = grid.levels.trained
     for k, name in enumerate(arms):
-        width_IS, censored_IS = widths(grid.arms[name].accuracy, grid.rates)
+        width_IS, censored_IS = widths(grid.arms[name].accuracy, grid.rates, trained)
         shift = 0.16 * (k - (len(arms) - 1) / 2)
         style = style_of(name, arms)
         for i in range(len(grid.inits)):
@@ -194,7 +195,7 @@ def widths_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
     axes.set_yticks(places, [drawn_text(init_name(grid.inits[i])) for i in places])
     axes.set_ylabel(init_label(grid))
     axes.set_xlim(-0.1, np.ptp(np.log10(grid.rates)) + 1)
-    _caption(figure, f"decades of learning rate that reach {TRAINED:.2f}", caption)
+    _caption(figure, f"decades of learning rate that reach {trained:.2f}", caption)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(

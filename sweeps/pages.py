@@ -5,9 +5,9 @@ from typing import Any
 
 from bn_lightning.sweeps import plots
 from bn_lightning.sweeps.findings import (
-    MEASURES,
     Findings,
     decades,
+    measures_of,
     plain,
     sentences,
     shown,
@@ -17,7 +17,7 @@ from bn_lightning.sweeps.page import Content, Html, Plot, definitions, figures, 
 from bn_lightning.sweeps.paper import SOURCE
 from bn_lightning.sweeps.run_plots import run_plots
 from bn_lightning.sweeps.runs import Run, width_growth
-from bn_lightning.sweeps.tolerance import AT_CHANCE, TRAINED
+from bn_lightning.sweeps.tolerance import Levels
 from bn_lightning.sweeps.trials import Row, Table
 
 MOST_FAILED = 50
@@ -65,7 +65,7 @@ def grid_page(
         *([tag("h2", "Importances"), figures(shares)] if shares else []),
         *_counts(study),
         _all_trials(found),
-        *_measured(study),
+        *_measured(study, found.grid.levels),
     ]
     drawn = [*maps, *outcomes, *rates, *width, *shares]
     return page(f"What trains: {study.name}", body, drawn, cells)
@@ -157,19 +157,21 @@ def _budget_line(study: Table, found: Findings) -> str:
     data = " and ".join(runs["data"]) if "data" in runs else "data unknown"
     grid = found.grid
     seeds = f"{len(grid.seeds)} seed{'s' if len(grid.seeds) > 1 else ''}"
+    inits = f"{len(grid.inits)} initialisation{'s' if len(grid.inits) > 1 else ''}"
     return (
-        f"{data}, {budget}, {len(grid.inits)} initialisations × {len(grid.rates)} learning rates × "
-        f"{seeds} for each arm. In brackets the 95% interval of the bootstrap over seeds."
+        f"{data}, {budget}, {inits} × {len(grid.rates)} learning rates × {seeds} for each arm. "
+        "In brackets the 95% interval of the bootstrap over seeds."
     )
 
 
 def _measures(found: Findings) -> Html:
     rows: list[list[Content]] = []
     names = list(next(iter(found.arms.values())).measures)
+    texts = measures_of(found.grid.levels)
     for name in names:
         rows.append(
             [
-                MEASURES[name],
+                texts[name],
                 *[shown(name, arm.measures[name]) for arm in found.arms.values()],
                 *[shown(name, pair.differences[name], True) for pair in found.comparisons],
             ]
@@ -206,7 +208,10 @@ def _inits(found: Findings, has_widths: bool) -> Html:
 
 
 def _rates_note(found: Findings, drawn: Sequence[Plot]) -> Html:
-    text = f"Mean over seeds, and the band from the lowest seed to the highest; dotted: {TRAINED}."
+    text = (
+        "Mean over seeds, and the band from the lowest seed to the highest; dotted: "
+        f"{found.grid.levels.trained:g}."
+    )
     if len(drawn) < len(found.grid.inits):
         text += f" {len(drawn)} of {len(found.grid.inits)} initialisations, evenly chosen."
     labels = ", ".join(arm.label for arm in found.arms.values())
@@ -287,7 +292,7 @@ def _dominates(study: Table, one: Row, other: Row) -> bool:
     return min(gains) >= 0 and max(gains) > 0
 
 
-def _measured(study: Table) -> list[Html]:
+def _measured(study: Table, levels: Levels | None = None) -> list[Html]:
     about = study.about
     items: dict[str, Content] = {}
     for name, counts in (about.get("runs") or {}).items():
@@ -305,16 +310,17 @@ def _measured(study: Table) -> list[Html]:
     if sweep.get("overrides"):
         items["fixed"] = " ".join(map(str, sweep["overrides"]))
     parts = [tag("h2", "How it was measured")]
-    if study.directions:
+    if levels is not None:
         parts.append(
             tag(
                 "p",
-                f"A cell trains if its accuracy at the end of its budget is {TRAINED:.2f} or more; "
-                f"below {AT_CHANCE:.2f} it is at chance, and so counts a trial that diverged. A "
-                "width is the sum of the decades that the trained rates stand for, ≥ where a rate "
-                "at the edge of the grid trains. Every number is computed for each seed, then "
-                "averaged; its interval is the percentile bootstrap over seeds, paired where both "
-                "arms have the same seeds. Sensitivity: mean loss over rates minus the best.",
+                f"A cell trains if its accuracy at the end of its budget is {levels.trained:.2f} "
+                f"or more; below {levels.at_chance:.2f} it is at chance, and so counts a trial "
+                "that diverged. A width is the sum of the decades that the trained rates stand "
+                "for, ≥ where a rate at the edge of the grid trains. Every number is computed for "
+                "each seed, then averaged; its interval is the percentile bootstrap over seeds, "
+                "paired where both arms have the same seeds. Sensitivity: mean loss over rates "
+                "minus the best.",
             )
         )
     parts.append(definitions(items))

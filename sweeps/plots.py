@@ -24,7 +24,7 @@ from bn_lightning.sweeps.grid_figures import (
     short_number,
 )
 from bn_lightning.sweeps.page import Plot
-from bn_lightning.sweeps.tolerance import TRAINED, Grid, Trial
+from bn_lightning.sweeps.tolerance import Grid, Trial
 from bn_lightning.sweeps.traces import MARGIN, MARKERS, band, line, rounded
 
 
@@ -169,7 +169,7 @@ def rates(found: Findings, metric: str) -> list[Plot]:
             "showlegend": False,
             "xaxis": {"type": "log", "title": {"text": "learning rate"}, "exponentformat": "power"},
             "yaxis": {"range": [0, 1.02], "title": {"text": metric}},
-            "shapes": [_rule(TRAINED)],
+            "shapes": [_rule(grid.levels.trained)],
         }
         init = grid.inits[i]
         name = init if isinstance(init, str) else f"Standard deviation {init_name(init)}"
@@ -215,7 +215,7 @@ def widths(found: Findings) -> Plot:
         "margin": {**MARGIN, "l": 90, "t": 40},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         "xaxis": {
-            "title": {"text": f"decades of learning rate that reach {TRAINED:.2f}"},
+            "title": {"text": f"decades of learning rate that reach {grid.levels.trained:.2f}"},
             "rangemode": "tozero",
         },
         "yaxis": {

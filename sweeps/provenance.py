@@ -91,7 +91,8 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
         "data": (record.get("data") or {}).get("source"),
         "steps": _budget(record),
         "batch size": (config.get("data") or {}).get("batch_size"),
-        "classes": (config.get("model") or {}).get("num_classes"),
+        "classes": (record.get("data") or {}).get("classes")
+        or (config.get("model") or {}).get("num_classes"),
         "processor": hardware.get("processor"),
         "cores": hardware.get("cores"),
         "threads": hardware.get("torch_threads"),
@@ -105,10 +106,14 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
+def classes_of(about: Mapping[str, Any]) -> int:
+    """How many classes the runs told apart; ten where that is not known."""
+    return int(next(iter((about.get("runs") or {}).get("classes") or ("10",))))
+
+
 def chance_loss(about: Mapping[str, Any]) -> float:
-    """The loss of a guess, in nats: ln(number of classes), of ten where they are not known."""
-    classes = list((about.get("runs") or {}).get("classes") or ("10",))
-    return math.log(int(classes[0]))
+    """The loss of a guess, in nats: ln(number of classes)."""
+    return math.log(classes_of(about))
 
 
 def _budget(record: Mapping[str, Any]) -> Cell:

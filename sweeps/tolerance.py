@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 
 TRAINED = 0.90  # accuracy from which on a cell has trained
 AT_CHANCE = 0.20  # accuracy below which it has not learnt, for ten classes of equal size
+NEAR_CHANCE = 0.10  # how far above a guess's accuracy a cell may be at chance, at most
 
 FULL_ENOUGH = 0.5  # share of its places from which on points count as a grid with gaps
 MOST_FOR_IMPORTANCES = 1000  # the forest's time grows with the square of the trials
@@ -31,9 +32,9 @@ _DRAWS = 20_000
 class Outcome(StrEnum):
     """What became of a trial."""
 
-    TRAINED = "trained"  # accuracy >= TRAINED
+    TRAINED = "trained"  # accuracy >= Levels.trained
     SLOW = "slow"  # between the two: better than a guess when the budget ended
-    CHANCE = "chance"  # accuracy < AT_CHANCE, with a finite loss
+    CHANCE = "chance"  # accuracy < Levels.at_chance, with a finite loss
     DIVERGED = "diverged"  # the loss was no number any more
     MISSING = "missing"  # not run, failed, pruned
 
@@ -62,6 +63,42 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """Which accuracies tell apart what became of a cell.
+
+    Args:
+        trained: from it on a cell has trained, in (at_chance, 1].
+        at_chance: below it a cell has not learnt.
+
+    Raises:
+        ValueError: not at_chance < trained <= 1.
+    """
+
+    trained: float = TRAINED
+    at_chance: float = AT_CHANCE
+
+    def __post_init__(self) -> None:
+        if not self.at_chance < self.trained <= 1:
+            raise ValueError(
+                f"`--threshold` expected an accuracy above {self.at_chance:.3g}, below which a "
+                f"cell is at chance, and at most 1, got {self.trained:.3g}"
+            )
+
+    @classmethod
+    def of(cls, classes: int, trained: float = TRAINED) -> "Levels":
+        """The levels for a number of classes of equal size.
+
+            at_chance = min(2 / classes, 1 / classes + NEAR_CHANCE)
+
+        Twice a guess's accuracy, but for few classes not far above it: .20 for ten, .60 for two.
+        """
+        return cls(trained, min(2 / classes, 1 / classes + NEAR_CHANCE))
+
+
+TEN_CLASSES = Levels()
+
+
+@dataclass(frozen=True)
 class Arm:
     """One arm of a grid.
 
@@ -69,11 +106,13 @@ class Arm:
         accuracy: (I, R, S), NaN where a trial is missing.
         loss: (I, R, S), in nats, NaN where a trial is missing.
         diverged: (I, R, S).
+        levels: what accuracies mean.
     """
 
     accuracy: Float[np.ndarray, "I R S"]
     loss: Float[np.ndarray, "I R S"]
     diverged: Bool[np.ndarray, "I R S"]
+    levels: Levels = TEN_CLASSES
 
     @property
     def missing(self) -> int:
@@ -83,8 +122,8 @@ class Arm:
     def outcomes(self) -> np.ndarray:
         """An `Outcome` for each trial, (I, R, S)."""
         names = np.full(self.accuracy.shape, Outcome.SLOW, dtype=object)
-        names[self.accuracy >= TRAINED] = Outcome.TRAINED
-        names[self.accuracy < AT_CHANCE] = Outcome.CHANCE
+        names[self.accuracy >= self.levels.trained] = Outcome.TRAINED
+        names[self.accuracy < self.levels.at_chance] = Outcome.CHANCE
         names[self.diverged] = Outcome.DIVERGED
         names[np.isnan(self.accuracy)] = Outcome.MISSING
         return names
@@ -99,15 +138,17 @@ class Grid:
         rates: (R,), ascending.
         seeds: (S,), ascending.
         arms: name -> results.
+        levels: what accuracies mean, those of all arms.
     """
 
     inits: tuple[str | float, ...]
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     arms: Mapping[str, Arm]
+    levels: Levels = TEN_CLASSES
 
     @classmethod
-    def of(cls, trials: Iterable[Trial]) -> "Grid":
+    def of(cls, trials: Iterable[Trial], levels: Levels = TEN_CLASSES) -> "Grid":
         """Arranges trials; what some arm has and another lacks is missing there.
 
         Raises:
@@ -121,7 +162,7 @@ class Grid:
         seeds = tuple(sorted({trial.seed for trial in trials}))
         shape = (len(inits), len(rates), len(seeds))
         arms = {
-            name: Arm(np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, bool))
+            name: Arm(np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, bool), levels)
             for name in sorted({trial.arm for trial in trials})
         }
         for trial in trials:
@@ -132,7 +173,7 @@ class Grid:
             arm.accuracy[place] = trial.accuracy
             arm.loss[place] = trial.loss
             arm.diverged[place] = trial.diverged
-        return cls(inits, rates, seeds, arms)
+        return cls(inits, rates, seeds, arms, levels)
 
 
 @dataclass(frozen=True)
@@ -154,9 +195,11 @@ class Estimate:
     at_least: bool = False
 
 
-def share_trained(accuracy: Float[np.ndarray, "I R S"]) -> Float[np.ndarray, "S"]:
-    """Share of cells with accuracy >= `TRAINED`, for each seed; missing ones do not count."""
-    return _share(accuracy >= TRAINED, accuracy)
+def share_trained(
+    accuracy: Float[np.ndarray, "I R S"], trained: float = TRAINED
+) -> Float[np.ndarray, "S"]:
+    """Share of cells with accuracy >= `trained`, for each seed; missing ones do not count."""
+    return _share(accuracy >= trained, accuracy)
 
 
 def share_diverged(
@@ -166,13 +209,15 @@ def share_diverged(
     return _share(diverged, accuracy)
 
 
-def share_at_chance(accuracy: Float[np.ndarray, "I R S"]) -> Float[np.ndarray, "S"]:
-    """Share of cells with accuracy < `AT_CHANCE`, for each seed; missing ones do not count."""
-    return _share(accuracy < AT_CHANCE, accuracy)
+def share_at_chance(
+    accuracy: Float[np.ndarray, "I R S"], at_chance: float = AT_CHANCE
+) -> Float[np.ndarray, "S"]:
+    """Share of cells with accuracy < `at_chance`, for each seed; missing ones do not count."""
+    return _share(accuracy < at_chance, accuracy)
 
 
 def widths(
-    accuracy: Float[np.ndarray, "I R S"], rates: Sequence[float]
+    accuracy: Float[np.ndarray, "I R S"], rates: Sequence[float], trained: float = TRAINED
 ) -> tuple[Float[np.ndarray, "I S"], Bool[np.ndarray, "I S"]]:
     """How many decades of learning rate train, for each initialisation and seed.
 
@@ -184,6 +229,7 @@ def widths(
     Args:
         accuracy: NaN, a missing trial, has not trained.
         rates: (R,), ascending, at least two.
+        trained: accuracy from which on a rate has trained.
 
     Returns:
         The widths in decades, NaN where all rates are missing, and whether the lowest or highest
@@ -197,35 +243,36 @@ def widths(
     logs_R = np.log10(rates)
     middle_R = (logs_R[1:] + logs_R[:-1]) / 2
     edges_R = [2 * logs_R[0] - middle_R[0], *middle_R, 2 * logs_R[-1] - middle_R[-1]]
-    trained = accuracy >= TRAINED
-    width_IS = np.einsum("irs,r->is", trained, np.diff(edges_R))
+    trained_IRS = accuracy >= trained
+    width_IS = np.einsum("irs,r->is", trained_IRS, np.diff(edges_R))
     width_IS[np.isnan(accuracy).all(axis=1)] = np.nan
-    return width_IS, trained[:, 0] | trained[:, -1]
+    return width_IS, trained_IRS[:, 0] | trained_IRS[:, -1]
 
 
 def mean_width(
-    accuracy: Float[np.ndarray, "I R S"], rates: Sequence[float]
+    accuracy: Float[np.ndarray, "I R S"], rates: Sequence[float], trained: float = TRAINED
 ) -> Float[np.ndarray, "S"]:
     """The mean of `widths` over the initialisations that were tried, in decades, for each seed."""
-    width_IS = widths(accuracy, rates)[0]
+    width_IS = widths(accuracy, rates, trained)[0]
     there = ~np.isnan(width_IS)
     with np.errstate(invalid="ignore"):
         return np.where(there, width_IS, 0).sum(axis=0) / there.sum(axis=0)
 
 
-def inits_that_train(accuracy: Float[np.ndarray, "I R S"]) -> Float[np.ndarray, "S"]:
+def inits_that_train(
+    accuracy: Float[np.ndarray, "I R S"], trained: float = TRAINED
+) -> Float[np.ndarray, "S"]:
     """The number of initialisations with a rate that trains, for each seed; NaN without trials."""
-    count_S = (accuracy >= TRAINED).any(axis=1).sum(axis=0).astype(float)
+    count_S = (accuracy >= trained).any(axis=1).sum(axis=0).astype(float)
     return np.where(np.isnan(accuracy).all(axis=(0, 1)), np.nan, count_S)
 
 
 def largest_rate(
-    accuracy: Float[np.ndarray, "I R S"], rates: Sequence[float]
+    accuracy: Float[np.ndarray, "I R S"], rates: Sequence[float], trained: float = TRAINED
 ) -> Float[np.ndarray, "I S"]:
     """The largest rate that trains, for each initialisation and seed; NaN where none does."""
     rates_R = np.asarray(rates, dtype=float)
-    trained = accuracy >= TRAINED
-    best_IS = np.where(trained, rates_R[None, :, None], -np.inf).max(axis=1)
+    best_IS = np.where(accuracy >= trained, rates_R[None, :, None], -np.inf).max(axis=1)
     return np.where(np.isfinite(best_IS), best_IS, np.nan)
 
 

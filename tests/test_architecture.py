@@ -36,6 +36,7 @@ ORDER = {
     "evaluate": 7,
     "report": 7,
     "landscape": 7,
+    "inspect": 7,
 }
 
 

@@ -114,6 +114,20 @@ def test_the_paper_experiment_is_the_paper(tmp_path):
     assert config.trainer.max_steps == 50_000
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_the_sweep_of_learning_rates(tmp_path, experiment):
+    overrides = [f"+experiment={experiment}", "+sweep=lr"]
+    config = compose("train", overrides, return_hydra_config=True)
+    assert config.trainer.max_steps == 2000
+    space = parse_space(OmegaConf.to_container(config.hydra.sweeper.params), [])
+    points = Points(config.hydra.sweeper.sampler, space, space.suggest, False, None)
+    for slot in (0, points.n_trials - 1):
+        params, _ = points[slot]
+        trial, resolved = composed(tmp_path, *overrides, *to_overrides(params))
+        assert trial.optimizer.lr == params["optimizer.lr"] and trial.seed == params["seed"]
+        assert (resolved["norm"] is None) == (params["norm"] == "none")
+
+
 def test_every_sweep_is_known():
     assert {path.stem for path in (CONF / "sweep").glob("*.yaml")} == set(SWEEPS)
 

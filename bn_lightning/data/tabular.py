@@ -271,9 +271,7 @@ def _finite(cell: str, column: str, line: int, path: Any) -> float:
     return number
 
 
-def _classes(
-    values: Sequence[str], target: str, path: Any
-) -> tuple[Int[np.ndarray, "N"], str]:
+def _classes(values: Sequence[str], target: str, path: Any) -> tuple[Int[np.ndarray, "N"], str]:
     """1 where the value is the larger of two, and that value."""
     keys: Sequence[float | str] = values
     with contextlib.suppress(ValueError):
@@ -285,5 +283,5 @@ def _classes(
             f"{path}: expected two values in {target}, the two classes, but got {len(found)} in"
             f" {len(values)} rows: {shown}"
         )
-    larger = max(found)  # type: ignore[type-var]  # all are numbers, or all are texts
+    larger = max(found)  # all are numbers, or all are texts
     return np.array([int(key == larger) for key in keys]), found[larger]

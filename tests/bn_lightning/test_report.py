@@ -149,6 +149,46 @@ class TestSweep:
         assert HOSTILE not in page
         assert summary(sweep)["counts"]["retried"] == 1
 
+    def test_rates_alone_of_two_classes_at_another_threshold(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        """Without BatchNorm all at .55; with it .8 at two of three rates, .5 at the third."""
+
+        def change(number: int, params: dict[str, Any]) -> dict[str, Any]:
+            learnt = 0.8 if params["optimizer.lr"] < 1 else 0.5
+            accuracy = learnt if params["norm"] == "batch" else 0.55
+            found = {"test/accuracy": accuracy, "test/loss": 0.6, "directory": str(sweep / "0")}
+            return {"user_attrs": found}
+
+        sweep = tmp_path / "sweep"
+        record = RunRecord(sweep / "0", {"seed": 1, "trainer": {"max_steps": 20}})
+        record.path.parent.mkdir(parents=True)
+        record.end("completed", data={"source": "placement", "classes": 2}, steps=20)
+        space = {"optimizer.lr": [0.01, 0.1, 1.0], "norm": ["none", "batch"], "seed": [1, 2]}
+        make_study(sweep, space=space, change=change)
+        report([str(sweep)])
+        assert any(
+            "No cell trains: the best accuracy is 0.800" in n for n in summary(sweep)["notes"]
+        )
+        page = report([str(sweep)], Options(threshold=0.75)).read_text()
+        assert "0.75 or more; below 0.60 it is at chance" in page
+        assert "accuracy ≥ 0.75" in page and "decades of learning rate that reach 0.75" in page
+        content = summary(sweep)
+        assert content["sentences"][:3] == [
+            "With BatchNorm 67% [67, 67] of the grid trains, without BatchNorm 0% [0, 0]: a "
+            "difference of 67 points [67, 67].",
+            "With BatchNorm 33% [33, 33] of the grid is still at chance when the budget ends, "
+            "without BatchNorm 100% [100, 100].",
+            "With BatchNorm ≥ 2.00 decades [2.00, 2.00] of learning rate train, without BatchNorm "
+            "0.00 decades [0.00, 0.00]: a difference of ≥ 2.00 decades [2.00, 2.00].",
+        ]
+        table = tmp_path / "table"
+        table.mkdir()
+        for name in ("trials.csv", "summary.json"):
+            (table / name).write_bytes((sweep / name).read_bytes())
+        report([str(table)])
+        assert summary(table) == content
+
     def test_no_finished_trial(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweep = make_study(tmp_path, change=lambda n, p: {"state": TrialState.WAITING})
         page = report([str(sweep)]).read_text()
@@ -348,6 +388,14 @@ class TestCommand:
         sweep = make_study(tmp_path, space=space)
         self.main(monkeypatch, sweep, "--lr", "step", "--arm", "arm", "kind", "--study", "sweep")
         assert list(summary(sweep)["arms"]) == ["a, c", "a, d", "b, c", "b, d"]
+
+    def test_threshold(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_study: Callable[..., Path]
+    ) -> None:
+        sweep = make_study(tmp_path)
+        self.main(monkeypatch, sweep, "--threshold", "0.94")
+        measures = summary(sweep)["arms"]["none"]["measures"]
+        assert measures["share_trained"]["value"] == 0  # .931 to .933 at one cell of eight
 
     def test_an_error_is_one_line(
         self,

@@ -20,7 +20,7 @@ from bn_lightning.sweeps.findings import (
     points,
     sentences,
 )
-from bn_lightning.sweeps.tolerance import Estimate, Grid, Trial
+from bn_lightning.sweeps.tolerance import Estimate, Grid, Levels, Trial
 
 INITS, RATES, SEEDS = (0.01, 0.1), (0.01, 0.1, 1.0, 10.0), (1, 2, 3)
 
@@ -135,6 +135,41 @@ def test_one_arm_and_one_rate() -> None:
     found = findings(trials, 2.3)
     assert found.comparisons == () and WIDTH not in found.arms["batch"].measures
     assert sentences(found) == ["With BatchNorm 100% [100, 100] of the grid trains."]
+
+
+def test_one_initialisation_is_not_averaged_over() -> None:
+    trials = [t for t in grid_trials() if t.init == 0.1 and t.seed < 3]
+    text = " ".join(sentences(findings(trials, 2.3)))
+    assert "With BatchNorm ≥ 3.00 decades [3.00, 3.00] of learning rate train, without" in text
+    assert "The largest rate that trains is the same with BatchNorm." in text
+    assert "initialisation" not in text
+    one_arm = [t for t in trials if t.arm == "batch"]
+    assert sentences(findings(one_arm, 2.3))[1] == (
+        "≥ 3.00 decades [3.00, 3.00] of learning rate train."
+    )
+
+
+def test_another_level_is_in_every_number_and_said() -> None:
+    trials = [
+        Trial(t.arm, t.init, t.lr, t.seed, 0.8 if t.accuracy > 0.9 else 0.5, t.loss, t.diverged)
+        for t in grid_trials()
+    ]
+    levels = Levels.of(2, 0.75)
+    found, usual = findings(trials, 0.7, levels=levels), findings(grid_trials(), 0.7)
+    for name in ("batch", "none"):
+        assert found.arms[name].measures == usual.arms[name].measures
+        assert found.arms[name].outcomes == usual.arms[name].outcomes
+        for one, other in zip(found.arms[name].inits, usual.arms[name].inits, strict=True):
+            assert repr(one) == repr(other)  # NaN is not equal to itself
+    assert found.comparisons[0].differences == usual.comparisons[0].differences
+    assert "A cell trains here from accuracy 0.75 on." in found.notes
+    assert not any("accuracy" in note for note in usual.notes)
+
+
+def test_when_no_cell_trains_it_says_how_far_they_came() -> None:
+    trials = [Trial(t.arm, t.init, t.lr, t.seed, 0.6, t.loss) for t in grid_trials()]
+    (note,) = (note for note in findings(trials, 2.3).notes if "No cell trains" in note)
+    assert "the best accuracy is 0.600, and 0.90 is asked for. `--threshold`" in note
 
 
 def test_an_arm_that_diverged_everywhere() -> None:

@@ -10,6 +10,8 @@ from bn_lightning.sweeps.provenance import (
     BUDGET,
     DATA,
     chance_loss,
+    classes_of,
+    facts_of,
     is_planned,
     mixed,
     with_provenance,
@@ -53,6 +55,12 @@ def test_facts_are_counted_and_directories_are_relative(tmp_path: Path) -> None:
     assert chance_loss(table.about) == pytest.approx(math.log(4))
     assert chance_loss({}) == pytest.approx(math.log(10))
     assert not mixed(table.rows)
+
+
+def test_the_data_know_their_classes_where_the_model_does_not(tmp_path: Path) -> None:
+    record = {"data": {"source": "placement", "classes": 2}, "config": {"model": {}}}
+    assert facts_of(record)["classes"] == "2"
+    assert classes_of({"runs": {"classes": {"2": 5}}}) == 2
 
 
 def test_a_sweep_that_was_moved(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as npst
 from bn_lightning.sweeps.tolerance import (
     Estimate,
     Grid,
+    Levels,
     Outcome,
     Trial,
     estimate,
@@ -117,6 +118,33 @@ class TestByHand:
         ]
         assert grid.arms["with"].missing == 0 and grid.arms["without"].missing == 3
         assert grid.arms["without"].outcomes()[1, 1, 0] == Outcome.MISSING
+
+    def test_another_level(self):
+        # Seed 1: .93 .95 .96 .97 of 8 reach .93; seed 2: .95 of 7.
+        np.testing.assert_allclose(share_trained(ACCURACY, 0.93), [4 / 8, 1 / 7])
+        np.testing.assert_allclose(share_at_chance(ACCURACY, 0.15), [3 / 8, 1 / 7])
+        np.testing.assert_allclose(widths(ACCURACY, RATES, 0.93)[0], [[2, 0], [2, 1]])
+        np.testing.assert_allclose(mean_width(ACCURACY, RATES, 0.93), [2, 0.5])
+        np.testing.assert_allclose(inits_that_train(ACCURACY, 0.93), [2, 1])
+        np.testing.assert_allclose(largest_rate(ACCURACY, RATES, 0.96), [[0.1, NAN], [10, NAN]])
+
+    @pytest.mark.parametrize(
+        ("classes", "at_chance"), [(10, 0.2), (2, 0.6), (3, 1 / 3 + 0.1), (100, 0.02)]
+    )
+    def test_chance_is_that_of_the_number_of_classes(self, classes, at_chance):
+        levels = Levels.of(classes)
+        assert (levels.trained, levels.at_chance) == (0.9, pytest.approx(at_chance))
+        assert Levels.of(10) == Levels()
+
+    def test_outcomes_at_another_level(self):
+        accuracies = {0.1: 0.59, 1.0: 0.61, 10.0: 0.75}
+        trials = [Trial("with", 0.1, lr, 1, a, 0.6) for lr, a in accuracies.items()]
+        grid = Grid.of(trials, Levels.of(2, 0.75))
+        assert grid.arms["with"].outcomes()[0, :, 0].tolist() == [
+            Outcome.CHANCE,
+            Outcome.SLOW,
+            Outcome.TRAINED,
+        ]
 
     def test_named_initialisations_come_after_numbers(self):
         trials = [Trial("a", init, 1.0, 1, 0.5, 1.0) for init in ("zeros", 10.0, "he", 0.1)]
@@ -229,6 +257,11 @@ class TestBadInput:
         trial = Trial("with", 0.1, 1.0, 1, 0.5, 1.0)
         with pytest.raises(ValueError, match="expected one trial for each place"):
             Grid.of([trial, trial])
+
+    @pytest.mark.parametrize("trained", [0.6, 1.01, NAN])
+    def test_levels_out_of_order(self, trained):
+        with pytest.raises(ValueError, match="`--threshold` expected an accuracy above 0.6"):
+            Levels.of(2, trained)
 
     @pytest.mark.parametrize("rates", [(1.0,), (1.0, 1.0), (10.0, 1.0)], ids=str)
     def test_rates_out_of_order(self, rates):

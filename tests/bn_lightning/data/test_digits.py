@@ -35,6 +35,7 @@ def test_info_pins_the_data() -> None:
             "images": "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3",
             "targets": "8ba4f891220f5e4c9c819638d1602d74b83618f167043c6da52a2a247841ddf0",
         },
+        "classes": 10,
         "train": 1317,
         "validation": 120,
         "test": 360,

@@ -100,6 +100,7 @@ class TestFiles:
             "source": "tiny",
             "root": str(folder.parent),
             "sha256": TinyMNIST.sha256,
+            "classes": 10,
             "train": 22,
             "validation": 2,
             "test": 6,

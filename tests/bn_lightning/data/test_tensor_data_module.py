@@ -133,6 +133,7 @@ class TestInfo:
             "source": "numbers",
             "root": "memory",
             "sha256": {"numbers": "0" * 64},
+            "classes": 10,
             "train": 44,
             "validation": 4,
             "test": 10,

@@ -1,0 +1,237 @@
+"""Tables: the law they are drawn by, CSV files, and all that can be wrong with one."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bn_lightning.data import TabularDataModule
+from bn_lightning.data.errors import DataError, DataUnavailableError
+from bn_lightning.data.tabular import generate, parse_csv
+
+DEFAULTS: dict[str, Any] = {
+    "path": None,
+    "features": ["cgpa", "iq"],
+    "target": "placement",
+    "law": "linear",
+    "samples": 200,
+    "noise": 0.5,
+    "standardize": False,
+    "test_fraction": 0.2,
+    "batch_size": 16,
+    "eval_batch_size": 50,
+    "validation_fraction": 0.125,
+    "seed": 1,
+}
+HEADER = "name,cgpa,iq,placement\n"
+
+
+def module(**options: Any) -> TabularDataModule:
+    return TabularDataModule(**{**DEFAULTS, **options})
+
+
+def ready(**options: Any) -> TabularDataModule:
+    made = module(**options)
+    made.setup("fit")
+    return made
+
+
+def rows(count: int) -> str:
+    """Lines whose class is that of the row's number."""
+    return "".join(f"n{i},{i / 10},{90 + i},{i % 2}\n" for i in range(count))
+
+
+def parsed(text: str | bytes, features=("cgpa", "iq")):
+    payload = text if isinstance(text, bytes) else text.encode()
+    return parse_csv(payload, features, "placement", "table.csv")
+
+
+class TestGenerated:
+    def test_ranges(self) -> None:
+        inputs, targets = generate("linear", 20_000, 0.5)
+        assert inputs[:, 0].min() >= 0 and inputs[:, 0].max() <= 10
+        assert inputs.mean(axis=0) == pytest.approx([7, 100], rel=0.01)
+        # Cutting grades off at 10, two deviations above their mean, takes 2% of the deviation.
+        assert inputs.std(axis=0) == pytest.approx([1.47, 15], rel=0.02)
+        assert set(targets.tolist()) == {0, 1}
+
+    @pytest.mark.parametrize("law", ["linear", "nonlinear"])
+    def test_the_share_that_is_placed_is_what_the_law_says(self, law: str) -> None:
+        inputs, targets = generate(law, 200_000, 0.5)
+        u, v = (inputs[:, 0] - 7) / 1.5, (inputs[:, 1] - 100) / 15
+        score = (u + v) / math.sqrt(2) if law == "linear" else 1 + v - u**2
+        for low in (-2, -0.5, 0, 0.5):
+            there = (score >= low) & (score < low + 0.1)
+            expected = 1 / (1 + math.exp(-(low + 0.05) / 0.5))
+            # Five standard errors of the share.
+            assert targets[there].mean() == pytest.approx(
+                expected, abs=5 * math.sqrt(0.25 / there.sum())
+            )
+
+    def test_no_noise_to_speak_of(self) -> None:
+        inputs, targets = generate("linear", 1000, 1e-300)
+        score = (inputs[:, 0] - 7) / 1.5 + (inputs[:, 1] - 100) / 15
+        assert (targets == (score > 0)).all()
+
+    def test_the_table_and_its_split_do_not_depend_on_the_seed(self) -> None:
+        one, other = (ready(seed=seed).test_dataloader() for seed in (1, 2))
+        assert torch.equal(one.inputs, other.inputs) and torch.equal(one.targets, other.targets)
+
+    def test_sizes_and_types(self) -> None:
+        info = ready().info
+        assert (info["train"], info["validation"], info["test"]) == (140, 20, 40)
+        assert (info["source"], info["classes"], info["positive"]) == (
+            "placement (linear law)",
+            2,
+            "placed",
+        )
+        x, target = next(iter(ready().train_dataloader()))
+        assert (x.shape, x.dtype, target.shape, target.dtype) == (
+            (16, 2),
+            torch.float32,
+            (16,),
+            torch.int64,
+        )
+
+    def test_standardize_by_what_is_not_the_test_set(self) -> None:
+        raw, scaled = ready(), ready(standardize=True)
+        seen = torch.cat([raw._splits[s][0] for s in ("train", "validation")]).double()
+        mean, deviation = seen.mean(0), seen.std(0, correction=0)
+        expected = (raw.test_dataloader().inputs - mean) / deviation
+        torch.testing.assert_close(
+            scaled.test_dataloader().inputs.double(), expected, atol=1e-4, rtol=0
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"law": "cubic"}, "`law` to be one of linear, nonlinear, but got 'cubic'"),
+            ({"samples": 9}, "`samples`"),
+            ({"noise": 0}, "`noise` to be a number above 0, but got 0"),
+            ({"test_fraction": 1.0}, r"`test_fraction` in \(0, 1\)"),
+            ({"features": []}, "at least one feature and the target"),
+            ({"features": ["iq", "iq"]}, "each once, but got iq, iq, placement"),
+        ],
+        ids=["law", "samples", "noise", "fraction", "no feature", "twice"],
+    )
+    def test_bad_arguments(self, options: dict[str, Any], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            module(**options)
+
+
+class TestFile:
+    def test_a_table(self, tmp_path: Path) -> None:
+        path = tmp_path / "students.csv"
+        path.write_text(HEADER + rows(40))
+        made = ready(path=path)
+        info = made.info
+        assert (info["train"], info["validation"], info["test"]) == (28, 4, 8)
+        assert (info["source"], info["root"]) == ("students.csv", str(tmp_path))
+        assert info["positive"] == "1" and set(info["sha256"]) == {"students.csv"}
+        # Each row is in one split, and its features belong to its class.
+        inputs = torch.cat([x for x, _ in made._splits.values()])
+        targets = torch.cat([y for _, y in made._splits.values()])
+        number = (inputs[:, 1] - 90).round().long()
+        assert sorted(number.tolist()) == list(range(40))
+        assert torch.equal(targets, number % 2)
+        torch.testing.assert_close(inputs[:, 0], number / 10)
+
+    def test_columns_are_named_by_their_header(self) -> None:
+        inputs, targets, positive = parsed(HEADER + "a,7,100,no\nb,8,90,yes\n", ("iq",))
+        assert inputs.tolist() == [[100], [90]] and targets.tolist() == [0, 1]
+        assert positive == "yes"
+
+    @pytest.mark.parametrize(
+        ("values", "targets", "positive"),
+        [
+            (("0", "1", "1.0"), [0, 1, 1], "1.0"),
+            (("2", "10", "2"), [0, 1, 0], "10"),
+            (("placed", "not", "not"), [1, 0, 0], "placed"),
+            (("1", "no", "1"), [0, 1, 0], "no"),
+        ],
+        ids=["numbers", "not as texts", "texts", "mixed"],
+    )
+    def test_classes(self, values, targets, positive) -> None:
+        found = parsed(HEADER + "".join(f"a,1,2,{value}\n" for value in values))
+        assert (found[1].tolist(), found[2]) == (targets, positive)
+
+    def test_what_spreadsheets_write(self) -> None:
+        text = '\ufeffname, cgpa ,iq,placement\r\n"Doe, J.",7.5,1e2,1\r\n\r\nx,8,90,0\r\n'
+        assert parsed(text)[0].tolist() == [[7.5, 100], [8, 90]]
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"", "but the file is empty"),
+            (HEADER, "expected rows after the header, but there are none"),
+            (
+                "grade;iq;placement\n7;100;1\n",
+                "cgpa, iq, placement is not there once among grade;iq;placement; set `data.feat",
+            ),
+            ("cgpa,iq,iq,placement\n1,2,3,0\n", "iq is not there once among cgpa, iq, iq, plac"),
+            (
+                HEADER + "a,7,100,1\nb,high,90,0\n",
+                "in each cell of cgpa, but line 3 has 'high'",
+            ),
+            (HEADER + "a,7,100,1\nb,inf,90,0\n", "line 3 has 'inf'"),
+            (
+                HEADER + "a,7,100,1\nb,,90,0\nc,8,NA,0\nd,9,95,nan\n",
+                "but 3 rows lack one, the first of them in line 3, 4, 5",
+            ),
+            (HEADER + "a,7,100,1\nb,8,90,1\n", "two classes, but got 1 in 2 rows: 1"),
+            (
+                HEADER + "a,7,100,1\nb,8,90,2\nc,8,90,0\n",
+                "two values in placement, .* got 3 in 3 rows: 1, 2, 0",
+            ),
+            (HEADER + "a,7,100,1\nb,8,90\n", "expected 4 cells in each line, .* line 3 has 3"),
+            (HEADER.encode() + "Jos\u00e9,7,100,1\n".encode("latin-1"), "line 2 has the byte 0xe9"),
+            (HEADER + 'a,7,100,1\nb,"8"x,90,0\n', "expected a CSV file, but line 3"),
+        ],
+        ids=[
+            "empty",
+            "header only",
+            "other columns",
+            "a column twice",
+            "text",
+            "infinite",
+            "missing",
+            "one class",
+            "three classes",
+            "short line",
+            "not UTF-8",
+            "quotes",
+        ],
+    )
+    def test_errors_name_the_file_and_the_line(self, content: str | bytes, words: str) -> None:
+        with pytest.raises(DataError, match=words) as raised:
+            parsed(content)
+        assert str(raised.value).startswith("table.csv: expected")
+        assert "\n" not in str(raised.value)
+
+    @pytest.mark.parametrize("name", ["nowhere.csv", ""], ids=["absent", "a folder"])
+    def test_no_file(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(DataUnavailableError, match="`data.path` expected a CSV file"):
+            ready(path=tmp_path / name)
+
+    def test_a_split_without_one_of_the_classes(self, tmp_path: Path) -> None:
+        path = tmp_path / "rare.csv"
+        path.write_text(HEADER + "".join(f"n,7,{i},{int(i == 0)}\n" for i in range(40)))
+        made = module(path=path)
+        with pytest.raises(DataError, match="rows of both classes in each split, but all"):
+            made.setup("fit")
+        assert not made.is_loaded
+
+    def test_too_few_rows_for_a_test(self, tmp_path: Path) -> None:
+        path = tmp_path / "few.csv"
+        path.write_text(HEADER + rows(2))
+        with pytest.raises(DataError, match="`test_fraction` to leave rows .* 0.2 of 2 rows"):
+            ready(path=path)
+
+    def test_a_feature_that_does_not_vary(self, tmp_path: Path) -> None:
+        path = tmp_path / "same.csv"
+        path.write_text(HEADER + "".join(f"n,7,{i},{i % 2}\n" for i in range(40)))
+        inputs = ready(path=path, standardize=True).test_dataloader().inputs
+        assert np.isfinite(inputs.numpy()).all() and (inputs[:, 0] == 0).all()
