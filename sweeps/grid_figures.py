@@ -118,7 +118,8 @@ def rates_figure(grid: Grid, arms: Mapping[str, str], caption: str) -> Figure:
     chosen = in_panels(len(grid.inits))
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.2 * rows + 0.8), layout="constrained")
+    # One panel alone would leave no room for the legend above it.
+    figure = Figure(figsize=(2.6 * max(columns, 2), 2.2 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for panel, i in zip(panels, chosen, strict=False):
         for name, label in arms.items():
