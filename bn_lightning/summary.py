@@ -59,7 +59,7 @@ def print_batch_norms(state: Mapping[str, "Tensor"], norm: Mapping[str, Any] | N
         norm: with `eps` and `momentum` of all layers, which no `state_dict` holds; None if not
             known.
     """
-    console = Console()
+    console = Console(markup=False, highlight=False)  # names of layers are a stranger's
     suffix = ".running_var"
     names = [key.removesuffix(suffix) for key in state if key.endswith(suffix)]
     names = [name for name in names if f"{name}.running_mean" in state]
@@ -97,18 +97,11 @@ def _caption(
 def _batch_norm_table(layer: Mapping[str, "Tensor"]) -> Table:
     table = Table()
     table.add_column("channel")
-    for _, (heading, _, _) in _KEPT.items():
+    for heading, _, _ in _KEPT.values():
         table.add_column(heading, justify="right")
-    there = [key in layer for key in _KEPT]
-    for row, values in (
-        ("trained", [trained for _, trained, _ in _KEPT.values()]),
-        ("begins at", [first for _, _, first in _KEPT.values()]),
-    ):
-        table.add_row(
-            row,
-            *[v if is_there else "none" for v, is_there in zip(values, there, strict=True)],
-            end_section=row == "begins at",
-        )
+    facts = [_KEPT[key][1:] if key in layer else ("none", "none") for key in _KEPT]
+    table.add_row("trained", *[trained for trained, _ in facts])
+    table.add_row("begins at", *[first for _, first in facts], end_section=True)
     channels = layer["running_var"].numel()
     if channels <= _MOST_CHANNELS:
         rows = [str(i) for i in range(channels)]

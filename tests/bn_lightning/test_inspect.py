@@ -78,6 +78,12 @@ def test_the_checkpoint_of_a_stranger(command, tmp_path) -> None:
     assert "3 batches seen, eps not in the checkpoint, momentum not in" in result.out
 
 
+def test_names_are_printed_as_they_are(capsys) -> None:
+    state = nn.BatchNorm1d(2).state_dict()
+    print_batch_norms({f"[/red]{'x' * 90}.{key}": value for key, value in state.items()})
+    assert f"[/red]{'x' * 90}: 2 channels" in capsys.readouterr().out
+
+
 def test_many_channels_without_scale_and_shift(capsys) -> None:
     layer = nn.BatchNorm2d(101, affine=False)
     layer.running_mean.copy_(torch.arange(101.0).flip(0))
