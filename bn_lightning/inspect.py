@@ -5,9 +5,9 @@ Any Lightning checkpoint will do: only tensors and plain values are read, nothin
 
 from omegaconf import DictConfig
 
+from bn_lightning.batch_norm_table import print_batch_norms
 from bn_lightning.checkpoint import CONFIG_KEY, load_checkpoint
 from bn_lightning.command import hydra_command
-from bn_lightning.summary import print_batch_norms
 
 
 def inspect(config: DictConfig) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from bn_lightning.batch_norm_table import print_batch_norms
 from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
 from bn_lightning.interruption import Interrupted
 from bn_lightning.run_directory import LAST
 from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
-from bn_lightning.summary import print_batch_norms, print_summary
+from bn_lightning.summary import print_summary
 from bn_lightning.sweeps.engine.environment import in_trial
 
 # A run is one configuration: resuming may change how it is run and watched, not what is trained.

@@ -24,6 +24,7 @@ ORDER = {
     "run_record": 2,
     "checkpoint": 2,
     "summary": 2,
+    "batch_norm_table": 2,
     "no_profiler": 2,
     "metrics_csv": 3,
     "sweeps": 4,  # reads what runs leave, never what trains them

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bn_lightning import inspect, train
-from bn_lightning.summary import print_batch_norms
+from bn_lightning.batch_norm_table import print_batch_norms
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
