@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bn_lightning.metrics_csv import read_metrics
+
 
 def print_summary(record: dict[str, Any], directory: str | Path) -> None:
     """Print a run's result and where its files are, as a short table."""
@@ -21,7 +23,9 @@ def print_summary(record: dict[str, Any], directory: str | Path) -> None:
     for name in ("val/accuracy", "test/accuracy", "test/accuracy_top5", "test/auroc", "test/loss"):
         if name in record["metrics"]:
             value = record["metrics"][name]
-            rows[name] = "not a number" if value is None else f"{value:.4f}"
+            # The cross-entropy of the predicted classes in nats, which is their log loss.
+            label = f"{name} (log loss)" if name == "test/loss" else name
+            rows[label] = "not a number" if value is None else f"{value:.4f}"
     rows["steps"] = f"{record['steps']:,}"
     if "seconds" in record:
         rows["time"] = f"{record['seconds']:.1f} s, {record['steps_per_second']:.0f} steps/s"
@@ -31,3 +35,20 @@ def print_summary(record: dict[str, Any], directory: str | Path) -> None:
     Console().print(table)
     # Outside the table, which would break a long path over lines.
     print(directory)
+
+
+def print_steps(directory: str | Path) -> None:
+    """Print validation loss and accuracy of each evaluation of a run, from its metrics.csv.
+
+    Nothing where the run logged none.
+    """
+    metrics = read_metrics(directory)
+    losses, accuracies = (dict(metrics.get(f"val/{name}", ())) for name in ("loss", "accuracy"))
+    if not losses:
+        return
+    table = Table()
+    for heading in ("step", "val/loss", "val/accuracy"):
+        table.add_column(heading, justify="right")
+    for step, loss in losses.items():
+        table.add_row(f"{step:,}", f"{loss:.4f}", f"{accuracies[step]:.4f}")
+    Console().print(table)

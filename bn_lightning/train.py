@@ -15,7 +15,7 @@ from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightn
 from bn_lightning.interruption import Interrupted
 from bn_lightning.run_directory import LAST
 from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
-from bn_lightning.summary import print_summary
+from bn_lightning.summary import print_steps, print_summary
 from bn_lightning.sweeps.engine.environment import in_trial
 
 # A run is one configuration: resuming may change how it is run and watched, not what is trained.
@@ -170,6 +170,8 @@ def _fit_and_test(
             draw_run(directory)
         if config.extras.batch_norms:
             print_batch_norms(model.state_dict(), record.content["config"].get("norm"))
+        if config.extras.step_table:
+            print_steps(directory)
         print_summary(record.content, directory)
 
 

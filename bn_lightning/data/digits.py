@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits as sklearn_digits
 from torch.nn.functional import interpolate
 from typing_extensions import override
 
+from bn_lightning.data.binarize import binarized, check_threshold
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
 
 IMAGE_SIZE = 28  # pixels, MNIST's
@@ -28,6 +29,7 @@ class DigitsDataModule(TensorDataModule):
         validation_fraction: share of the 1,437 training samples cut off for validation, in (0, 1).
         seed: of the order of the training batches, at least 0. It does not change the split.
         test_curve: let `val_dataloader` return the test set too, second.
+        binarize: as in `MNISTDataModule`.
 
     Raises:
         TypeError: an integer was expected and something else came.
@@ -36,9 +38,22 @@ class DigitsDataModule(TensorDataModule):
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """
 
+    def __init__(
+        self,
+        batch_size: int,
+        eval_batch_size: int,
+        validation_fraction: float,
+        seed: int,
+        test_curve: bool = False,
+        binarize: float | None = None,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
+        check_threshold(binarize)
+        self.binarize = binarize
+
     @override
     def load(self) -> Arrays:
-        return load_digits()
+        return binarized(load_digits(), self.binarize)
 
 
 def load_digits() -> Arrays:

@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from bn_lightning.data.binarize import binarized, check_threshold
 from bn_lightning.data.digits import load_digits
 from bn_lightning.data.download import download
 from bn_lightning.data.errors import DataError, DataFallbackWarning, DataUnavailableError
@@ -37,6 +38,8 @@ class MNISTDataModule(TensorDataModule):
             others are always an error.
         download: download what is absent; without, only look.
         test_curve: let `val_dataloader` return the test set too, second.
+        binarize: threshold in (0, 1): pixels above it become 1, the others 0; `None` leaves them
+            grey.
 
     Raises:
         TypeError: an integer was expected and something else came.
@@ -75,13 +78,16 @@ class MNISTDataModule(TensorDataModule):
         fallback: str | None,
         download: bool = True,
         test_curve: bool = False,
+        binarize: float | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
+        check_threshold(binarize)
         if fallback not in (None, "digits"):
             raise ValueError(f"Expected `fallback` to be 'digits' or None, but got {fallback!r}")
         self.folder = Path(root).expanduser().absolute() / self.source
         self.fallback = fallback
         self.download = download
+        self.binarize = binarize
         self._refusal: DataUnavailableError | None = None
 
     @override
@@ -98,6 +104,9 @@ class MNISTDataModule(TensorDataModule):
 
     @override
     def load(self) -> Arrays:
+        return binarized(self._grey(), self.binarize)
+
+    def _grey(self) -> Arrays:
         absent = self._absent()
         if len(absent) == len(self.sha256) and self.fallback == "digits":
             rank_zero_warn(

@@ -1,7 +1,9 @@
 """A fully connected network with BatchNorm before the activation, after it, or not at all."""
 
 from collections import OrderedDict
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,6 +23,31 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 NormPosition = Literal["before", "after"]
 
+ActivationFactory = Callable[[], nn.Module]
+
+
+def activation_factory(name: str, options: Mapping[str, Any] | None = None) -> ActivationFactory:
+    """What builds an activation of this name, one for each layer.
+
+    Args:
+        name: a key of `ACTIVATIONS`.
+        options: arguments of its class, `{"negative_slope": 0.3}` for leaky_relu; None for none.
+
+    Raises:
+        ValueError: an unknown name, or an option that the class does not take.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"`activation` expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    options = dict(options or {})
+    factory = partial(ACTIVATIONS[name], **options)
+    try:
+        factory()
+    except TypeError as error:
+        raise ValueError(
+            f"`activation_options` expected arguments of {name}, got {options}: {error}"
+        ) from error
+    return factory
+
 
 class HiddenLayer(nn.Sequential):
     """Linear layer, normalisation and activation: (N, in_features) -> (N, width).
@@ -34,13 +61,13 @@ class HiddenLayer(nn.Sequential):
         self,
         in_features: int,
         width: int,
-        activation: str,
+        activation: ActivationFactory,
         norm: NormFactory | None,
         norm_position: NormPosition,
     ) -> None:
         modules: dict[str, nn.Module] = {
             "linear": nn.Linear(in_features, width),
-            "activation": ACTIVATIONS[activation](),
+            "activation": activation(),
         }
         order = ["linear", "activation"]
         if norm is not None:
@@ -50,7 +77,7 @@ class HiddenLayer(nn.Sequential):
 
 
 class MLP(nn.Module):
-    """Multilayer perceptron: flatten, hidden layers, linear output.
+    """Multilayer perceptron: flatten, normalisation of the input if wanted, hidden layers, output.
 
     The network of Ioffe & Szegedy 2015, section 4.1, is `MLP(784, [100, 100, 100], 10, "sigmoid",
     norm, "before")`.
@@ -62,9 +89,12 @@ class MLP(nn.Module):
         activation: name of the hidden layers' activation, a key of `ACTIVATIONS`.
         norm: builds each hidden layer's normalisation; None for a network without.
         norm_position: "before" the activation or "after" it.
+        activation_options: arguments of the activation; see `activation_factory`.
+        input_norm: builds the normalisation of the flattened input; None for none.
 
     Raises:
-        ValueError: a size that is not a positive integer, an unknown activation or position.
+        ValueError: a size that is not a positive integer, an unknown activation, option or
+            position.
     """
 
     def __init__(
@@ -75,6 +105,8 @@ class MLP(nn.Module):
         activation: str,
         norm: NormFactory | None,
         norm_position: NormPosition,
+        activation_options: Mapping[str, Any] | None = None,
+        input_norm: NormFactory | None = None,
     ) -> None:
         sizes = [in_features, *widths, out_features]
         if any(type(size) is not int or size < 1 for size in sizes):
@@ -82,20 +114,18 @@ class MLP(nn.Module):
                 "`in_features`, `widths` and `out_features` expected positive integers, "
                 f"got {in_features!r}, {list(widths)!r} and {out_features!r}"
             )
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"`activation` expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
+        factory = activation_factory(activation, activation_options)
         if norm_position not in get_args(NormPosition):
             raise ValueError(f"`norm_position` expected before or after, got {norm_position!r}")
         super().__init__()
+        self.input_norm = nn.Identity() if input_norm is None else input_norm(in_features)
         self.hidden = nn.Sequential(
             *(
-                HiddenLayer(fan_in, width, activation, norm, norm_position)
+                HiddenLayer(fan_in, width, factory, norm, norm_position)
                 for fan_in, width in zip(sizes[:-2], widths, strict=True)
             )
         )
         self.output = nn.Linear(sizes[-2], out_features)
 
     def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N K"]:
-        return self.output(self.hidden(x.flatten(1)))
+        return self.output(self.hidden(self.input_norm(x.flatten(1))))
