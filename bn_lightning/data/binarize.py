@@ -42,4 +42,4 @@ def binarized(arrays: Arrays, threshold: float | None) -> Arrays:
 
 def _binary(inputs: np.ndarray, threshold: float) -> np.ndarray:
     full = 255 if inputs.dtype == np.uint8 else 1
-    return np.where(inputs > threshold * full, full, 0).astype(inputs.dtype)
+    return (inputs > threshold * full).astype(inputs.dtype) * inputs.dtype.type(full)
