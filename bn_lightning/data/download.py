@@ -15,7 +15,7 @@ _TIMEOUT = 10.0  # seconds to connect, and between two chunks: an offline machin
 _CHUNK = 1 << 16  # bytes
 
 
-def download(target: Path, mirrors: Sequence[str], sha256: str, timeout: float = _TIMEOUT) -> None:
+def download(target: Path, mirrors: Sequence[str], digest: str, timeout: float = _TIMEOUT) -> None:
     """Downloads `target` unless it is there, and checks it in either case.
 
     The file is written into a temporary folder beside `target`, checked, flushed to disk and only
@@ -24,7 +24,7 @@ def download(target: Path, mirrors: Sequence[str], sha256: str, timeout: float =
     Args:
         target: where the file belongs; its name is also its name on the mirrors.
         mirrors: base URLs ending in a slash, tried in this order.
-        sha256: hexadecimal SHA-256 of the file's decompressed payload.
+        digest: of the file's decompressed payload, as in `published.py`.
         timeout: seconds to wait for a connection and for each chunk of data.
 
     Raises:
@@ -33,7 +33,7 @@ def download(target: Path, mirrors: Sequence[str], sha256: str, timeout: float =
         DataUnavailableError: no mirror gave the right file.
     """
     if target.exists():
-        idx_payload(target, sha256)
+        idx_payload(target, digest)
         return
     new_folders = [path for path in target.parents if not path.exists()]
     try:
@@ -52,7 +52,7 @@ def download(target: Path, mirrors: Sequence[str], sha256: str, timeout: float =
             url = mirror + target.name
             try:
                 fetch(url, str(part), None)
-                idx_payload(part, sha256)
+                idx_payload(part, digest)
                 with part.open("rb+") as file:
                     os.fsync(file.fileno())
                 part.replace(target)

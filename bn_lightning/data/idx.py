@@ -7,7 +7,6 @@ Source: http://yann.lecun.com/exdb/mnist/, "The IDX file format".
 """
 
 import gzip
-import hashlib
 import math
 import os
 import struct
@@ -17,18 +16,20 @@ from pathlib import Path
 import numpy as np
 
 from bn_lightning.data.errors import DataError
+from bn_lightning.data.published import mismatch
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _REMEDY = "remove it and run again to download it anew"
 
 
-def idx_payload(path: str | os.PathLike[str], sha256: str | None = None) -> bytes:
+def idx_payload(path: str | os.PathLike[str], digest: str | None = None) -> bytes:
     """Reads a file whole, decompressed if its first bytes say gzip, whatever its name says.
 
     Args:
         path: the file.
-        sha256: hexadecimal SHA-256 the decompressed payload must have; `None` checks nothing.
+        digest: what the decompressed payload must have, as in `published.py`; `None` checks
+            nothing.
 
     Returns:
         The decompressed payload.
@@ -48,11 +49,8 @@ def idx_payload(path: str | os.PathLike[str], sha256: str | None = None) -> byte
             payload = path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: expected a whole gzip file, got: {error}; {_REMEDY}") from error
-    if sha256 is not None and (digest := hashlib.sha256(payload).hexdigest()) != sha256:
-        raise DataError(
-            f"{path}: expected SHA-256 {sha256} of the decompressed payload, got {digest}"
-            f" ({len(payload)} bytes); {_REMEDY}"
-        )
+    if digest is not None and (wrong := mismatch(payload, digest)):
+        raise DataError(f"{path}: {wrong}; {_REMEDY}")
     return payload
 
 
@@ -97,12 +95,12 @@ def parse_idx(payload: bytes, path: str | os.PathLike[str]) -> np.ndarray:
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 
-def read_idx(path: str | os.PathLike[str], sha256: str | None = None) -> np.ndarray:
+def read_idx(path: str | os.PathLike[str], digest: str | None = None) -> np.ndarray:
     """Reads an IDX file, gzip or raw.
 
     Args:
         path: the file.
-        sha256: hexadecimal SHA-256 the decompressed payload must have; `None` checks nothing.
+        digest: as for `idx_payload`.
 
     Returns:
         The array, in the file's dtype and shape; read-only for one-byte types.
@@ -111,4 +109,4 @@ def read_idx(path: str | os.PathLike[str], sha256: str | None = None) -> np.ndar
         DataError: the file is truncated, corrupt, not IDX, too long, or has another digest.
         OSError: the file is absent or cannot be read.
     """
-    return parse_idx(idx_payload(path, sha256), path)
+    return parse_idx(idx_payload(path, digest), path)

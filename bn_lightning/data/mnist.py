@@ -12,7 +12,8 @@ from bn_lightning.data.binarize import binarized, check_threshold
 from bn_lightning.data.digits import load_digits
 from bn_lightning.data.download import download
 from bn_lightning.data.errors import DataError, DataFallbackWarning, DataUnavailableError
-from bn_lightning.data.idx import read_idx
+from bn_lightning.data.idx import idx_payload, parse_idx
+from bn_lightning.data.published import MNIST, algorithm_of, digest_of
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
 
 
@@ -21,10 +22,10 @@ class MNISTDataModule(TensorDataModule):
 
     The four IDX files are looked for in `<root>/mnist/`, raw (`train-images-idx3-ubyte`) or in
     gzip (`train-images-idx3-ubyte.gz`), and those that are absent are downloaded. Each must have
-    the published SHA-256, decompressed; one that has not is an error, whatever `fallback` says,
+    the published digest, decompressed; one that has not is an error, whatever `fallback` says,
     and is left as it is. Targets are int64 in [0, 10).
 
-    A data set of the same format needs only its own `source`, `mirrors` and `sha256`.
+    A data set of the same format needs only its own `source`, `mirrors` and `digests`.
 
     Args:
         root: folder of all data sets.
@@ -53,20 +54,7 @@ class MNISTDataModule(TensorDataModule):
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
     )
-    sha256: ClassVar[dict[str, str]] = {
-        "train-images-idx3-ubyte": (
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
-        ),
-        "train-labels-idx1-ubyte": (
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
-        ),
-        "t10k-images-idx3-ubyte": (
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"
-        ),
-        "t10k-labels-idx1-ubyte": (
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
-        ),
-    }
+    digests: ClassVar[dict[str, str]] = MNIST
 
     def __init__(
         self,
@@ -97,7 +85,7 @@ class MNISTDataModule(TensorDataModule):
             return
         try:
             for name in self._absent():
-                download(self.folder / f"{name}.gz", self.mirrors, self.sha256[name])
+                download(self.folder / f"{name}.gz", self.mirrors, self.digests[name])
         except DataUnavailableError as error:
             # `load` decides, because it runs on every rank: all fall back, or all end.
             self._refusal = error
@@ -108,7 +96,7 @@ class MNISTDataModule(TensorDataModule):
 
     def _grey(self) -> Arrays:
         absent = self._absent()
-        if len(absent) == len(self.sha256) and self.fallback == "digits":
+        if len(absent) == len(self.digests) and self.fallback == "digits":
             rank_zero_warn(
                 f"`data.fallback=digits`: {self._explain(absent)}. This run is on scikit-learn's"
                 " digits, rescaled to 28x28: its numbers are not those of"
@@ -117,13 +105,16 @@ class MNISTDataModule(TensorDataModule):
             )
             return load_digits()
         if absent:
-            remedy = ", or set `data.fallback=digits`" if len(absent) == len(self.sha256) else ""
+            remedy = ", or set `data.fallback=digits`" if len(absent) == len(self.digests) else ""
             raise DataUnavailableError(self._explain(absent) + remedy) from self._refusal
         # In the order of the table: training images and labels, test images and labels.
-        train_images, train_labels, test_images, test_labels = (
-            read_idx(path, digest)
-            for path, digest in zip(self._found().values(), self.sha256.values(), strict=True)
-        )
+        arrays, sha256 = [], {}
+        for name, path in self._found().items():
+            digest = self.digests[name]
+            payload = idx_payload(path, digest)
+            arrays.append(parse_idx(payload, path))
+            sha256[name] = digest if algorithm_of(digest) == "sha256" else digest_of(payload)
+        train_images, train_labels, test_images, test_labels = arrays
         return Arrays(
             train_inputs=self._with_channel(train_images),
             train_targets=train_labels,
@@ -132,20 +123,20 @@ class MNISTDataModule(TensorDataModule):
             classes=10,
             source=self.source,
             root=str(self.folder.parent),
-            sha256=dict(self.sha256),
+            sha256=sha256,
         )
 
     def _found(self) -> dict[str, Path]:
         """Name -> path of the files that are there, raw before gzip, in the table's order."""
         return {
             name: path
-            for name in self.sha256
+            for name in self.digests
             for path in (self.folder / f"{name}.gz", self.folder / name)
             if path.exists()
         }
 
     def _absent(self) -> list[str]:
-        return [name for name in self.sha256 if name not in self._found()]
+        return [name for name in self.digests if name not in self._found()]
 
     def _explain(self, absent: list[str]) -> str:
         if self._refusal is not None:

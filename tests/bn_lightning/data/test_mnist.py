@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from bn_lightning.data import DigitsDataModule, MNISTDataModule
 from bn_lightning.data.errors import DataError, DataFallbackWarning, DataUnavailableError
 
-NAMES = list(MNISTDataModule.sha256)
+NAMES = list(MNISTDataModule.digests)
 REFUSED = "http://127.0.0.1:9/"  # the discard port, where nothing listens
 
 
@@ -45,7 +45,7 @@ class TinyMNIST(MNISTDataModule):
 
     source = "tiny"
     mirrors = (REFUSED,)
-    sha256 = {name: hashlib.sha256(FILES[name]).hexdigest() for name in NAMES}
+    digests = {name: hashlib.sha256(FILES[name]).hexdigest() for name in NAMES}
 
 
 def tiny(root: Path, **options: Any) -> TinyMNIST:
@@ -101,6 +101,7 @@ class TestFiles:
             "root": str(folder.parent),
             "sha256": TinyMNIST.sha256,
             "classes": 10,
+            "sha256": TinyMNIST.digests,
             "train": 22,
             "validation": 2,
             "test": 6,
@@ -139,10 +140,36 @@ class TestFiles:
         wide = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (6, 14, 56))
         payload = wide + FILES[NAMES[2]][16:]
         (folder / f"{NAMES[2]}.gz").write_bytes(gzip.compress(payload))
-        digests = {**TinyMNIST.sha256, NAMES[2]: hashlib.sha256(payload).hexdigest()}
-        monkeypatch.setattr(TinyMNIST, "sha256", digests)
+        digests = {**TinyMNIST.digests, NAMES[2]: hashlib.sha256(payload).hexdigest()}
+        monkeypatch.setattr(TinyMNIST, "digests", digests)
         with pytest.raises(DataError, match=r"\(6, 14, 56\)"):
             tiny(folder.parent)
+
+
+class TestBinary:
+    def test_pixels_above_the_threshold_are_one(self, folder: Path) -> None:
+        """Image k has the value k / 255 everywhere: those above 3 / 255 become 1."""
+        module = tiny(folder.parent, binarize=3.5 / 255)
+        inputs = module.test_dataloader().inputs
+        assert inputs.dtype == torch.float32 and inputs.shape == (6, 1, 28, 28)
+        assert inputs[:, 0, 3, 5].tolist() == [0, 0, 0, 0, 1, 1]
+        assert module.info == tiny(folder.parent).info
+
+    def test_the_fallback_is_binary_too(self, tmp_path: Path) -> None:
+        with pytest.warns(DataFallbackWarning):
+            fallback = tiny(tmp_path, fallback="digits", binarize=0.5).test_dataloader().inputs
+        digits = DigitsDataModule(4, 6, 1 / 12, 0, binarize=0.5)
+        digits.setup("fit")
+        assert torch.equal(fallback, digits.test_dataloader().inputs)
+        grey = DigitsDataModule(4, 6, 1 / 12, 0)
+        grey.setup("fit")
+        assert torch.equal(fallback, (grey.test_dataloader().inputs > 0.5).float())
+
+    @pytest.mark.parametrize("threshold", [0, 1, -0.5, "half", True])
+    def test_no_threshold(self, tmp_path: Path, threshold: Any) -> None:
+        for make in (tiny, lambda _, **options: DigitsDataModule(4, 6, 1 / 12, 0, **options)):
+            with pytest.raises(ValueError, match=f"`binarize` in .0, 1.*{threshold!r}"):
+                make(tmp_path, binarize=threshold)
 
 
 class TestDownload:
@@ -200,16 +227,16 @@ class TestFallback:
 
 
 class TestConfig:
-    @pytest.mark.parametrize("name", ["mnist", "digits"])
+    @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "digits"])
     def test_it_instantiates(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("BN_LIGHTNING_DATA", "/some/where")
         path = Path(__file__).parents[3] / "conf" / "data" / f"{name}.yaml"
         config = OmegaConf.create({"seed": 3, "data": OmegaConf.load(path)})
         module = instantiate(config.data)
         assert (module.batch_size, module.seed, module.test_curve) == (60, 3, True)
-        if name == "mnist":
-            assert module.folder == Path("/some/where/mnist")
-            assert module.fallback == "digits"
+        if name != "digits":
+            assert module.folder == Path("/some/where") / name
+            assert module.fallback == ("digits" if name == "mnist" else None)
 
 
 DATA = Path(os.environ.get("BN_LIGHTNING_DATA", "data"))
@@ -232,7 +259,7 @@ class TestRealFiles:
         info = mnist.info
         assert (info["train"], info["validation"], info["test"]) == (55_000, 5_000, 10_000)
         assert info["source"] == "mnist"
-        assert info["sha256"] == MNISTDataModule.sha256
+        assert info["sha256"] == MNISTDataModule.digests
 
     def test_pixels(self, mnist: MNISTDataModule) -> None:
         train = mnist.train_dataloader()
