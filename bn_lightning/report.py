@@ -28,7 +28,7 @@ from bn_lightning.sweeps.provenance import (
     with_provenance,
 )
 from bn_lightning.sweeps.roles import NoGrid, Roles, Scored, scored
-from bn_lightning.sweeps.runs import Run, read_runs, width_growth
+from bn_lightning.sweeps.runs import Run, read_runs, runtime_sentences, runtimes, width_growth
 from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, runs_in
 from bn_lightning.sweeps.study_plots import optuna_plots
 from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
@@ -229,14 +229,16 @@ def _report_runs(directories: list[Path], options: Options) -> Path:
                 "steps": run.record.get("steps"),
                 "metrics": run.record.get("metrics") or {},
                 "width_growth": width_growth(run),
+                "seconds": run.record.get("seconds"),
                 "steps_per_second": run.record.get("steps_per_second"),
             }
             for run in runs
         ],
+        "seconds": runtimes(runs),
         "notes": notes,
     }
     _draw_runs(runs, output, with_paper)
-    said = [str(output / "comparison.png")]
+    said = [*runtime_sentences(runtimes(runs)), str(output / "comparison.png")]
     return _write(output, table, content, runs_page(runs, table, with_paper, notes), said)
 
 

@@ -18,6 +18,8 @@ from bn_lightning.sweeps.paper import SOURCE
 from bn_lightning.sweeps.run_plots import run_plots
 from bn_lightning.sweeps.runs import Run, width_growth
 from bn_lightning.sweeps.tolerance import Levels
+from bn_lightning.sweeps.runs import Run, runtime_sentences, runtimes, width_growth
+from bn_lightning.sweeps.tolerance import AT_CHANCE, TRAINED
 from bn_lightning.sweeps.trials import Row, Table
 
 MOST_FAILED = 50
@@ -141,6 +143,7 @@ def runs_page(runs: Sequence[Run], study: Table, with_paper: bool, notes: Sequen
             "Loss in nats; width ×: how much wider the 15th to 85th percentile of the last "
             "activation's inputs became, the median over its units",
         ),
+        *[tag("p", text) for text in runtime_sentences(runtimes(runs))],
         figures(drawn, "26rem"),
         *_measured(study),
     ]

@@ -26,7 +26,8 @@ def paper_accuracy() -> dict[str, tuple[tuple[int, float], ...]]:
 def is_paper_experiment(record: Mapping[str, Any]) -> bool:
     """Whether a run is the experiment of the paper's Figure 1.
 
-    MNIST, three hidden layers of 100 sigmoid units, 60 examples a step.
+    MNIST, three hidden layers of 100 sigmoid units, 60 examples a step, and BatchNorm, if any,
+    before the sigmoids.
 
     Args:
         record: the run's run.json.
@@ -37,5 +38,6 @@ def is_paper_experiment(record: Mapping[str, Any]) -> bool:
         (record.get("data") or {}).get("source") == "mnist"
         and list(network.get("widths") or []) == [100, 100, 100]
         and network.get("activation") == "sigmoid"
+        and network.get("norm_position") == "before"
         and (config.get("data") or {}).get("batch_size") == 60
     )

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bn_lightning.metrics_csv import read_metrics
@@ -109,6 +110,42 @@ def width_growth(run: Run) -> float | None:
     low, high = (run.metrics[f"activation/p{number}{suffix}"] for number in (15, 85))
     first, last = (high[i][1] - low[i][1] for i in (0, -1))
     return last / first if first > 0 else None
+
+
+def runtimes(runs: Sequence[Run]) -> dict[str, float]:
+    """Arm -> seconds of training, evaluations included, the mean over its runs.
+
+    Of completed runs that were never interrupted; empty unless all of them took as many steps.
+    """
+    whole = [
+        run
+        for run in runs
+        if run.record["status"] == "completed"
+        and not run.record.get("resumed_at")
+        and "seconds" in run.record
+    ]
+    if len({run.record.get("steps") for run in whole}) != 1:
+        return {}
+    seconds: dict[str, list[float]] = {}
+    for run in whole:
+        seconds.setdefault(run.arm, []).append(run.record["seconds"])
+    return {arm: fmean(values) for arm, values in seconds.items()}
+
+
+def runtime_sentences(times: Mapping[str, float]) -> list[str]:
+    """The seconds of each arm, and of each arm with normalisation how many times those without.
+
+    Args:
+        times: from `runtimes`.
+    """
+    if not times:
+        return []
+    texts = [", ".join(f"{label_of(arm)} {value:.2f} s" for arm, value in times.items())]
+    base = times.get(BASELINE)
+    for arm, value in times.items():
+        if base and arm != BASELINE:
+            texts.append(f"{label_of(arm)} / {label_of(BASELINE)}: {value / base:.2f}")
+    return [f"Time of training: {'; '.join(texts)}"]
 
 
 def _labels(arms: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[str]:

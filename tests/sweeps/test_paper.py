@@ -25,8 +25,9 @@ def test_points_of_the_table_in_the_paper() -> None:
         ({"widths": [100, 100]}, False),
         ({"activation": "relu"}, False),
         ({"batch_size": 64}, False),
+        ({"norm_position": "after"}, False),
     ],
-    ids=["it is", "digits", "two layers", "relu", "batches of 64"],
+    ids=["it is", "digits", "two layers", "relu", "batches of 64", "after"],
 )
 def test_which_experiment_is_the_papers(change: dict[str, Any], is_it: bool) -> None:
     values: dict[str, Any] = {
@@ -34,8 +35,9 @@ def test_which_experiment_is_the_papers(change: dict[str, Any], is_it: bool) -> 
         "widths": [100, 100, 100],
         "activation": "sigmoid",
         "batch_size": 60,
+        "norm_position": "before",
     } | change
-    network = {key: values[key] for key in ("widths", "activation")}
+    network = {key: values[key] for key in ("widths", "activation", "norm_position")}
     config = {"model": {"network": network}, "data": {"batch_size": values["batch_size"]}}
     record = {"data": {"source": values["source"]}, "config": config}
     assert is_paper_experiment(record) is is_it

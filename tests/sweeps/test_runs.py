@@ -2,10 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bn_lightning.sweeps.runs import arm_of, read_runs, width_growth
+from bn_lightning.run_record import read_run, write_json
+from bn_lightning.sweeps.runs import (
+    arm_of,
+    read_runs,
+    runtime_sentences,
+    runtimes,
+    width_growth,
+)
 
 BATCH = {"_target_": "bn_lightning.models.normalization.batch_norm"}
 TORCH = {"_target_": "bn_lightning.models.normalization.torch_batch_norm"}
@@ -44,3 +52,35 @@ def test_width_growth(
 ) -> None:
     (read,) = read_runs([make_run(tmp_path / "a", None, spread=spread)])
     assert width_growth(read) == pytest.approx(growth)
+
+
+def timed(make_run: Callable[..., Path], directory: Path, norm: Any, **record: Any) -> Path:
+    run = make_run(directory, norm)
+    write_json(run / "run.json", read_run(run) | record)
+    return run
+
+
+def test_runtimes_of_the_arms(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    times = (("a", BATCH, 30.0), ("b", BATCH, 40.0), ("c", None, 28.0))
+    runs = [timed(make_run, tmp_path / name, norm, seconds=s) for name, norm, s in times]
+    # A run that was resumed knows the time since then alone; one that failed has not run through.
+    runs.append(timed(make_run, tmp_path / "d", None, seconds=3.0, resumed_at=[1]))
+    runs.append(timed(make_run, tmp_path / "e", None, seconds=4.0, status="failed", steps=1))
+    found = runtimes(read_runs(runs))
+    assert found == {"batch": 35.0, "none": 28.0}
+    assert runtime_sentences(found) == [
+        "Time of training: with BatchNorm 35.00 s, without BatchNorm 28.00 s; "
+        "with BatchNorm / without BatchNorm: 1.25"
+    ]
+    assert runtime_sentences({"batch": 35.0}) == ["Time of training: with BatchNorm 35.00 s"]
+
+
+def test_runtimes_of_different_budgets_say_nothing(
+    tmp_path: Path, make_run: Callable[..., Path]
+) -> None:
+    runs = [
+        timed(make_run, tmp_path / "a", BATCH, seconds=30.0),
+        timed(make_run, tmp_path / "b", None, seconds=3.0, steps=1),
+    ]
+    assert runtimes(read_runs(runs)) == {}
+    assert runtime_sentences({}) == []
