@@ -10,6 +10,7 @@ from bn_lightning.batch_norm import BatchNorm1d
 from bn_lightning.callbacks import activation_percentiles as percentiles
 from bn_lightning.data.batches import TensorBatches
 from bn_lightning.models.classifier import Classifier
+from bn_lightning.models.cnn import CNN
 from bn_lightning.models.mlp import MLP
 
 checked = jaxtyped(typechecker=beartype)
@@ -25,6 +26,13 @@ def test_network():
     assert forward(network(), torch.randn(6, 3, 4)).shape == (6, 3)
     with pytest.raises(REFUSED):
         forward(network(), torch.zeros(6, 12, dtype=torch.int64))
+
+
+def test_convolutions():
+    forward, cnn = checked(CNN.forward), CNN(1, 8, [2], 3, [5], 4, "relu", None, None, 0.0)
+    assert forward(cnn, torch.randn(6, 1, 8, 8)).shape == (6, 4)
+    with pytest.raises(REFUSED):
+        forward(cnn, torch.zeros(6, 64))
 
 
 def test_classifier():

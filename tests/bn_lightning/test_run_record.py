@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from bn_lightning.metrics_csv import MetricsCSVLogger
 from bn_lightning.run_record import (
     SCHEMA_VERSION,
     STATUSES,
@@ -27,7 +28,7 @@ from bn_lightning.run_record import (
     write_atomically,
     write_json,
 )
-from bn_lightning.summary import print_summary
+from bn_lightning.summary import print_steps, print_summary
 
 CONFIG = {"seed": 3, "task_name": "mnist_bn", "norm": None}
 DATA = {"source": "digits", "train": 1317, "validation": 120, "test": 360}
@@ -295,3 +296,23 @@ class TestSummary:
     ) -> None:
         print_summary(ended(tmp_path).content, tmp_path / name)
         assert capsys.readouterr().out.strip().splitlines()[-1] == str(tmp_path / name)
+
+    def test_the_evaluations_step_by_step(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        logger = MetricsCSVLogger(tmp_path)
+        for step, loss, accuracy in ((200, 0.1234, 0.95), (1400, math.nan, 0.1)):
+            logger.log_metrics({"val/loss": loss, "val/accuracy": accuracy}, step)
+            logger.log_metrics({"train/loss": 7.0}, step)
+        logger.save()
+        print_steps(tmp_path)
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["│", "200", "│", "0.1234", "│", "0.9500", "│"] in rows
+        assert ["│", "1,400", "│", "nan", "│", "0.1000", "│"] in rows
+        assert len([row for row in rows if row[0] == "│"]) == 2
+
+    def test_a_run_without_evaluations_has_no_such_table(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        print_steps(tmp_path)
+        assert capsys.readouterr().out == ""

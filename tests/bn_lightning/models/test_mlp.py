@@ -70,6 +70,24 @@ class TestOrder:
         assert torch.equal(network(torch.randn(3, 12)), torch.full((3, 4), -2.0))
 
 
+class TestInput:
+    def test_it_is_normalised_whole(self) -> None:
+        """As by BatchNorm on the flattened input, before the first layer."""
+        torch.manual_seed(0)
+        network, plain = mlp(input_norm=norm), mlp()
+        plain.load_state_dict(network.state_dict(), strict=False)
+        x = 5 * torch.randn(7, 3, 4) + 2
+        flat = x.flatten(1)
+        standard = (flat - flat.mean(0)) / (flat.var(0, correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(network(x), plain(standard))
+
+    def test_no_normalisation_is_none(self) -> None:
+        assert (
+            mlp(norm=None, input_norm=None).state_dict().keys()
+            == mlp(norm=None).state_dict().keys()
+        )
+
+
 class TestShapes:
     @pytest.mark.parametrize("shape", [(6, 12), (6, 1, 3, 4), (6, 3, 4)], ids=str)
     def test_inputs_are_flattened(self, shape: tuple[int, ...]) -> None:
@@ -159,6 +177,16 @@ class TestArguments:
     def test_unknown_activation(self) -> None:
         with pytest.raises(ValueError, match="`activation`.*sigmoid.*'swoosh'"):
             mlp(activation="swoosh")
+
+    def test_options_of_the_activation(self) -> None:
+        network = mlp(activation="leaky_relu", activation_options={"negative_slope": 0.3})
+        slopes = [layer.activation.negative_slope for layer in network.hidden]
+        assert slopes == [0.3, 0.3]
+        assert network.hidden[0].activation is not network.hidden[1].activation
+
+    def test_unknown_option(self) -> None:
+        with pytest.raises(ValueError, match="`activation_options` .*leaky_relu.*{'slope': 0.3}"):
+            mlp(activation="leaky_relu", activation_options={"slope": 0.3})
 
     def test_unknown_position(self) -> None:
         with pytest.raises(ValueError, match="`norm_position`.*before or after.*'between'"):
