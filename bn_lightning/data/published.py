@@ -12,7 +12,8 @@ MNIST = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-# No SHA-256 of these payloads was found published; their MD5 is, beside that of the gzip files.
+# No SHA-256 of these payloads was found published. Their MD5 are keys of the git-annex repository
+# github.com/datasets-mila/datasets--fashionmnist, as those of Zalando's gzip files are.
 FASHION_MNIST = {
     "train-images-idx3-ubyte": "md5:f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "md5:9018921c3c673c538a1fc5bad174d6f9",
@@ -26,7 +27,7 @@ _LABELS = {"sha256": "SHA-256", "md5": "MD5"}
 
 
 def algorithm_of(digest: str) -> str:
-    """ "sha256" or "md5", the algorithm that a digest says it is of.
+    """The algorithm that a digest says it is of: "sha256" or "md5".
 
     Raises:
         ValueError: it names another.
@@ -60,7 +61,7 @@ def mismatch(payload: bytes, digest: str) -> str | None:
 
 
 def recognised(payload: bytes) -> str | None:
-    """ "FOLDER/FILE" of the published file with this payload, None if it is none of them."""
+    """Folder and name of the published file with this payload, None if it is none of them."""
     found = {algorithm: digest_of(payload, algorithm) for algorithm in _LABELS}
     for source, digests in PUBLISHED.items():
         for name, digest in digests.items():
