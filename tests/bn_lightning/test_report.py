@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from bn_lightning.metrics_csv import MetricsCSVLogger
 from bn_lightning.report import Options, main, report
-from bn_lightning.run_record import RunRecord
+from bn_lightning.run_record import RunRecord, read_run, write_json
 from bn_lightning.sweeps import figures
 from bn_lightning.sweeps.roles import Roles
 
@@ -283,6 +283,18 @@ class TestRuns:
         assert runs_drawn["with BatchNorm"]["test/accuracy"] == [(1, 0.9), (2, 0.9)]
         assert "percentiles-1" in page and "the paper" not in page
         assert [found["label"] for found in summary(output)["runs"]] == list(runs_drawn)
+
+    def test_how_long_each_arm_trained(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        runs = [run(tmp_path / "a", {"_target_": "x"}), run(tmp_path / "b")]
+        for directory, seconds in zip(runs, (37.5, 28.55), strict=True):
+            write_json(directory / "run.json", read_run(directory) | {"seconds": seconds})
+        page = report([*map(str, runs)], Options(tmp_path / "out")).read_text()
+        line = capsys.readouterr().out.splitlines()[0]
+        assert "without BatchNorm 28.55 s; with BatchNorm / without BatchNorm: 1.31" in line
+        assert line in page
+        assert summary(tmp_path / "out")["seconds"] == {"batch": 37.5, "none": 28.55}
 
     def test_a_folder_of_runs_also_the_second_time(self, tmp_path: Path, drawn: list[Any]) -> None:
         for name in ("0", "1", "10", "2"):
