@@ -16,10 +16,8 @@ from bn_lightning.sweeps.grid_figures import init_label, init_name
 from bn_lightning.sweeps.page import Content, Html, Plot, definitions, figures, page, table, tag
 from bn_lightning.sweeps.paper import SOURCE
 from bn_lightning.sweeps.run_plots import run_plots
-from bn_lightning.sweeps.runs import Run, width_growth
-from bn_lightning.sweeps.tolerance import Levels
 from bn_lightning.sweeps.runs import Run, runtime_sentences, runtimes, width_growth
-from bn_lightning.sweeps.tolerance import AT_CHANCE, TRAINED
+from bn_lightning.sweeps.tolerance import Levels
 from bn_lightning.sweeps.trials import Row, Table
 
 MOST_FAILED = 50

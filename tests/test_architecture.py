@@ -23,7 +23,6 @@ ORDER = {
     "run_directory": 2,
     "run_record": 2,
     "checkpoint": 2,
-    "summary": 2,
     "batch_norm_table": 2,
     "no_profiler": 2,
     "metrics_csv": 3,

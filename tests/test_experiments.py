@@ -32,6 +32,7 @@ FEW_CHANNELS = (*DIGITS, "model.network.channels=[4,8]")
 OVERRIDES: dict[str, tuple[str, ...]] = {
     "mnist_cnn": FEW_CHANNELS,
     "mnist_cnn_source": FEW_CHANNELS,
+    "placement": ("scheduler.T_max=20",),  # not max_steps, which a resumed run may raise
 }
 
 TWENTY_STEPS = (

@@ -5,5 +5,9 @@ from bn_lightning.data.fashion_mnist import FashionMNISTDataModule
 from bn_lightning.data.mnist import MNISTDataModule
 from bn_lightning.data.tabular import TabularDataModule
 
-__all__ = ["DigitsDataModule", "MNISTDataModule", "TabularDataModule"]
-__all__ = ["DigitsDataModule", "FashionMNISTDataModule", "MNISTDataModule"]
+__all__ = [
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "MNISTDataModule",
+    "TabularDataModule",
+]

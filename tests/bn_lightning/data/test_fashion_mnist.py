@@ -71,6 +71,7 @@ def test_it_is_read_as_mnist_is(root: Path) -> None:
         "root": str(root),
         # Of the payloads, whatever the digest that they are known by.
         "sha256": {name: hashlib.sha256(CLOTHES[name]).hexdigest() for name in NAMES},
+        "classes": 10,
         "train": 22,
         "validation": 2,
         "test": 6,

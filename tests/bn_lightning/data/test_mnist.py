@@ -99,9 +99,8 @@ class TestFiles:
         assert module.info == {
             "source": "tiny",
             "root": str(folder.parent),
-            "sha256": TinyMNIST.sha256,
-            "classes": 10,
             "sha256": TinyMNIST.digests,
+            "classes": 10,
             "train": 22,
             "validation": 2,
             "test": 6,
