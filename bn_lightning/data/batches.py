@@ -1,18 +1,26 @@
-"""Batches cut from whole tensors by index: no workers, no per-sample collation, resumable."""
+"""Batches by index, resumable: which samples make each one, and those cut from whole tensors."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils.data import SequentialSampler
+from typing_extensions import override
+
+Batch = tuple[Float[Tensor, "B ..."], Int[Tensor, "B"]]
+"""Inputs and targets."""
+
+Transform = Callable[[Tensor, Tensor, int], Tensor]
+"""From the inputs of a batch, their indices and the epoch to what the batch holds."""
 
 
-class TensorBatches:
-    """Iterates over `(inputs[index], targets[index])`, every sample at most once an epoch.
+class Batches(ABC):
+    """Iterates over `(inputs, targets)`, every sample at most once an epoch.
 
     The order of a shuffled epoch depends on `seed` and the epoch alone: not on the device, not on
     the global random stream, not on earlier epochs. As with torch's `DistributedSampler` it is
@@ -26,11 +34,8 @@ class TensorBatches:
     dealt evenly over the fewest batches that hold them all, so that no batch is left with the one
     sample that BatchNorm cannot normalise.
 
-    Without `shuffle` the batches are views of the tensors, not copies.
-
     Args:
-        inputs: all inputs, on any device.
-        targets: all targets, on the same device.
+        samples: number of samples.
         batch_size: the most samples a batch of one rank has, at least 1.
         shuffle: permute the samples anew in each epoch.
         seed: of the permutations, at least 0.
@@ -45,8 +50,7 @@ class TensorBatches:
 
     def __init__(
         self,
-        inputs: Float[Tensor, "N ..."],
-        targets: Int[Tensor, "N ..."],
+        samples: int,
         batch_size: int,
         *,
         shuffle: bool = False,
@@ -61,11 +65,6 @@ class TensorBatches:
             raise ValueError(
                 f"Expected `rank` in [0, {world_size}), the `world_size`, but got {rank}"
             )
-        samples = len(inputs)
-        if len(targets) != samples:
-            raise ValueError(
-                f"Expected as many `targets` as `inputs`, but got {len(targets)} and {samples}"
-            )
         together = batch_size * world_size
         length = samples // together if drop_last else -(-samples // together)
         used = length * together if drop_last else samples
@@ -75,7 +74,7 @@ class TensorBatches:
                 f" but got `batch_size` {batch_size} and `world_size` {world_size}"
                 f" for {samples} samples"
             )
-        self.inputs, self.targets = inputs, targets
+        self.samples = samples
         self.batch_size, self.seed = batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last
         self.rank, self.world_size = rank, world_size
@@ -88,28 +87,25 @@ class TensorBatches:
         """Number of batches in a whole epoch, the same on every rank."""
         return self._length
 
-    def __iter__(self) -> Iterator[tuple[Float[Tensor, "B ..."], Int[Tensor, "B ..."]]]:
+    def __iter__(self) -> Iterator[Batch]:
         # A generator's body waits for the first `next`. It must: Lightning creates its iterator
         # before it calls `set_epoch`, and creates one more only to see whether it can.
         self._position, self._start = self._start, 0
-        inputs, targets = self.inputs, self.targets
-        if self.shuffle:
-            for index in islice(self._parts(self._permutation()), self._position, None):
-                self._position += 1  # before `yield`, so that it counts the batch now in use
-                yield inputs.index_select(0, index), targets.index_select(0, index)
-        else:
-            batches = zip(self._parts(inputs), self._parts(targets), strict=True)
-            for batch in islice(batches, self._position, None):
-                self._position += 1
-                yield batch
+        for batch in self._from(self._position):
+            self._position += 1  # before `yield`, so that it counts the batch now in use
+            yield batch
+
+    @abstractmethod
+    def _from(self, position: int) -> Iterator[Batch]:
+        """This rank's batches of the epoch, without the first `position`."""
 
     @property
-    def sampler(self) -> "TensorBatches | SequentialSampler":
+    def sampler(self) -> "Batches | SequentialSampler":
         """Where Lightning looks for `set_epoch`, and for the kind of order."""
-        return self if self.shuffle else SequentialSampler(range(len(self.inputs)))
+        return self if self.shuffle else SequentialSampler(range(self.samples))
 
     @property
-    def batch_sampler(self) -> "TensorBatches":
+    def batch_sampler(self) -> "Batches":
         """Lightning takes whatever has a `sampler` for a loader that has this as well."""
         return self
 
@@ -153,7 +149,7 @@ class TensorBatches:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "samples": len(self.inputs),
+            "samples": self.samples,
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "seed": self.seed,
@@ -162,16 +158,70 @@ class TensorBatches:
         }
 
     def _permutation(self) -> Int[Tensor, "N"]:
-        # SeedSequence mixes both numbers: seed 0 in epoch 1 is not seed 1 in epoch 0. Drawn on
-        # the CPU, because a GPU's generator would give another order.
-        mixed = np.random.SeedSequence([self.seed, self._epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        return torch.randperm(len(self.inputs), generator=generator).to(self.inputs.device)
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self._epoch))
+        return torch.randperm(self.samples, generator=generator)
 
     def _parts(self, whole: Tensor) -> tuple[Tensor, ...]:
         """This rank's batches of `whole`, as views."""
         parts = whole[: self._used].tensor_split(self._length * self.world_size)
         return parts[self.rank :: self.world_size]
+
+
+class TensorBatches(Batches):
+    """Batches of `(inputs[index], targets[index])`: no workers, no per-sample collation.
+
+    Without `shuffle` and `transform` they are views of the tensors, not copies.
+
+    Args:
+        inputs: all inputs, on any device.
+        targets: all targets, on the same device.
+        batch_size: as the rest, see `Batches`.
+        transform: called with the inputs of a batch, their indices, both on the device, and the
+            epoch; returns what the batch holds instead.
+
+    Raises:
+        ValueError: not as many targets as inputs, and see `Batches`.
+    """
+
+    def __init__(
+        self,
+        inputs: Shaped[Tensor, "N ..."],
+        targets: Int[Tensor, "N ..."],
+        batch_size: int,
+        *,
+        transform: Transform | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(len(inputs), batch_size, **options)
+        if len(targets) != len(inputs):
+            raise ValueError(
+                f"Expected as many `targets` as `inputs`, but got {len(targets)} and {len(inputs)}"
+            )
+        self.inputs, self.targets = inputs, targets
+        self.transform = transform
+
+    @override
+    def _from(self, position: int) -> Iterator[Batch]:
+        inputs, targets = self.inputs, self.targets
+        if not self.shuffle and self.transform is None:
+            parts = zip(self._parts(inputs), self._parts(targets), strict=True)
+            yield from islice(parts, position, None)
+            return
+        order = self._permutation() if self.shuffle else torch.arange(self.samples)
+        for index in self._parts(order.to(inputs.device))[position:]:
+            batch = inputs.index_select(0, index)
+            if self.transform is not None:
+                batch = self.transform(batch, index, self._epoch)
+            yield batch, targets.index_select(0, index)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed of 64 bits from several numbers: (0, 1) and (1, 0) give different ones.
+
+    Args:
+        numbers: each at least 0.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def check_integer(name: str, value: object, least: int) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from lightning.pytorch import LightningDataModule
+from jaxtyping import Int, Shaped
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from bn_lightning.data.batches import TensorBatches, check_integer
+from bn_lightning.data.batches import TensorBatches, Transform, check_integer
 from bn_lightning.data.errors import DataError
 
 # The cut is a property of the data, not of a run: whatever `seed` a run has, it trains and
@@ -86,6 +86,7 @@ class TensorDataModule(LightningDataModule, ABC):
         self.test_curve = test_curve
         self._splits: dict[str, tuple[Tensor, Tensor]] = {}
         self._info: dict[str, Any] = {}
+        self._num_classes = 0
 
     @abstractmethod
     def load(self) -> Arrays:
@@ -94,6 +95,13 @@ class TensorDataModule(LightningDataModule, ABC):
         Raises:
             DataError: what is there cannot be trusted, or nothing is there.
         """
+
+    def transform(self, split: str) -> Transform | None:
+        """What the inputs of each batch of "train", "validation" or "test" go through.
+
+        With one, inputs are kept as `load` returned them, bytes as bytes.
+        """
+        return None
 
     @override
     def setup(self, stage: str) -> None:
@@ -109,15 +117,18 @@ class TensorDataModule(LightningDataModule, ABC):
             return
         arrays = self.load()
         check_arrays(arrays)
-        self._check_same_on_all_ranks(arrays)
+        check_same_on_all_ranks(self.trainer, arrays.source, arrays.root, arrays.sha256)
         train, validation = split_validation(len(arrays.train_inputs), self.validation_fraction)
-        self._splits = {
-            "train": _tensors(arrays.train_inputs[train], arrays.train_targets[train]),
-            "validation": _tensors(
-                arrays.train_inputs[validation], arrays.train_targets[validation]
-            ),
-            "test": _tensors(arrays.test_inputs, arrays.test_targets),
+        parts = {
+            "train": (arrays.train_inputs[train], arrays.train_targets[train]),
+            "validation": (arrays.train_inputs[validation], arrays.train_targets[validation]),
+            "test": (arrays.test_inputs, arrays.test_targets),
         }
+        self._splits = {
+            split: _tensors(*part, scaled=self.transform(split) is None)
+            for split, part in parts.items()
+        }
+        self._num_classes = arrays.classes
         self._info = {
             "source": arrays.source,
             "root": arrays.root,
@@ -130,6 +141,11 @@ class TensorDataModule(LightningDataModule, ABC):
     def is_loaded(self) -> bool:
         """Whether `setup` has run in this process."""
         return bool(self._splits)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, known after `setup`."""
+        return self._num_classes
 
     @property
     def info(self) -> dict[str, Any]:
@@ -186,6 +202,7 @@ class TensorDataModule(LightningDataModule, ABC):
             inputs,
             targets,
             batch_size,
+            transform=self.transform(split),
             shuffle=shuffle,
             seed=self.seed,
             drop_last=drop_last,
@@ -193,16 +210,28 @@ class TensorDataModule(LightningDataModule, ABC):
             world_size=ranks["num_replicas"] if ranks else 1,
         )
 
-    def _check_same_on_all_ranks(self, arrays: Arrays) -> None:
-        if self.trainer is None or self.trainer.world_size == 1:
-            return
-        first = self.trainer.strategy.broadcast(arrays.sha256)
-        if first != arrays.sha256:
-            raise DataError(
-                f"Expected the same data on all ranks, but rank {self.trainer.global_rank} found"
-                f" {arrays.source!r} in {arrays.root} and rank 0 other files; place the same files"
-                " on each machine"
-            )
+
+def check_same_on_all_ranks(
+    trainer: Trainer | None, source: str, root: str, sha256: dict[str, str]
+) -> None:
+    """Refuses ranks that found other files than rank 0.
+
+    Args:
+        trainer: the data module's, or None, which is one process.
+        source: name of the data, for the message.
+        root: where they lie, for the message.
+        sha256: what tells the files apart.
+
+    Raises:
+        DataError: on the ranks that differ.
+    """
+    if trainer is None or trainer.world_size == 1:
+        return
+    if trainer.strategy.broadcast(sha256) != sha256:
+        raise DataError(
+            f"Expected the same data on all ranks, but rank {trainer.global_rank} found"
+            f" {source!r} in {root} and rank 0 other files; place the same files on each machine"
+        )
 
 
 def split_validation(samples: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -269,11 +298,13 @@ def _few(indices: np.ndarray) -> str:
 
 
 def _tensors(
-    inputs: np.ndarray, targets: np.ndarray
-) -> tuple[Float[Tensor, "N ..."], Int[Tensor, "N"]]:
+    inputs: np.ndarray, targets: np.ndarray, scaled: bool
+) -> tuple[Shaped[Tensor, "N ..."], Int[Tensor, "N"]]:
+    if not scaled:
+        return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.int64))
     if inputs.dtype == np.uint8:
         # Into the result at once: a float copy of its own would cost MNIST 172 MB.
-        scaled = np.divide(inputs, 255, dtype=np.float32)
+        values = np.divide(inputs, 255, dtype=np.float32)
     else:
-        scaled = np.array(inputs, dtype=np.float32)
-    return torch.from_numpy(scaled), torch.from_numpy(targets.astype(np.int64))
+        values = np.array(inputs, dtype=np.float32)
+    return torch.from_numpy(values), torch.from_numpy(targets.astype(np.int64))
