@@ -77,6 +77,24 @@ class Classifier(LightningModule):
             super().__setattr__(name, value)
 
     @override
+    def setup(self, stage: str) -> None:
+        """Refuses data with more classes than the network can tell apart.
+
+        Args:
+            stage: ignored.
+
+        Raises:
+            ValueError: the data module's `num_classes` is above this one's.
+        """
+        # The data module has been set up by now. One that does not say how many is not asked.
+        classes = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        if classes is not None and classes > self.num_classes:
+            raise ValueError(
+                f"`num_classes` expected at least the {classes} classes of the data, got"
+                f" {self.num_classes}; set model.num_classes={classes}"
+            )
+
+    @override
     def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N K"]:
         return self.network(x)
 
