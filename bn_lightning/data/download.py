@@ -1,9 +1,10 @@
 """One file from the first of several mirrors that has it right, put in place in one step."""
 
 import contextlib
+import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pooch
@@ -15,7 +16,13 @@ _TIMEOUT = 10.0  # seconds to connect, and between two chunks: an offline machin
 _CHUNK = 1 << 16  # bytes
 
 
-def download(target: Path, mirrors: Sequence[str], digest: str, timeout: float = _TIMEOUT) -> None:
+def download(
+    target: Path,
+    mirrors: Sequence[str],
+    digest: str,
+    timeout: float = _TIMEOUT,
+    check: Callable[[Path, str], object] = idx_payload,
+) -> None:
     """Downloads `target` unless it is there, and checks it in either case.
 
     The file is written into a temporary folder beside `target`, checked, flushed to disk and only
@@ -24,8 +31,10 @@ def download(target: Path, mirrors: Sequence[str], digest: str, timeout: float =
     Args:
         target: where the file belongs; its name is also its name on the mirrors.
         mirrors: base URLs ending in a slash, tried in this order.
-        digest: of the file's decompressed payload, as in `published.py`.
+        digest: of the file, as `check` takes it; of its decompressed payload, as in `published.py`.
         timeout: seconds to wait for a connection and for each chunk of data.
+        check: called with a file and `digest`; raises `DataError` where they do not agree. By
+            default the digest is that of the file's decompressed payload.
 
     Raises:
         DataError: `target` is there with another digest (it is left as it is), or its folder
@@ -33,7 +42,7 @@ def download(target: Path, mirrors: Sequence[str], digest: str, timeout: float =
         DataUnavailableError: no mirror gave the right file.
     """
     if target.exists():
-        idx_payload(target, digest)
+        check(target, digest)
         return
     new_folders = [path for path in target.parents if not path.exists()]
     try:
@@ -52,7 +61,7 @@ def download(target: Path, mirrors: Sequence[str], digest: str, timeout: float =
             url = mirror + target.name
             try:
                 fetch(url, str(part), None)
-                idx_payload(part, digest)
+                check(part, digest)
                 with part.open("rb+") as file:
                     os.fsync(file.fileno())
                 part.replace(target)
@@ -67,6 +76,26 @@ def download(target: Path, mirrors: Sequence[str], digest: str, timeout: float =
         f"{target} is absent and no mirror gave it: {'; '.join(failures)}."
         f" Connect to the network and run again, or place the file into {target.parent} yourself"
     )
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    """Refuses a file of other contents than were published, as they are, compressed or not.
+
+    Args:
+        path: the file.
+        sha256: hexadecimal SHA-256 of the whole file.
+
+    Raises:
+        DataError: the file has another digest.
+        OSError: the file is absent or cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise DataError(
+            f"{path}: expected SHA-256 {sha256}, got {digest} ({path.stat().st_size:,} bytes);"
+            " remove it and run again to download it anew"
+        )
 
 
 def _cause(error: OSError | DataError) -> str:

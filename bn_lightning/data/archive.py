@@ -1,0 +1,59 @@
+"""An archive unpacked into a folder, whole or not at all, and nowhere else."""
+
+import os
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+
+from bn_lightning.data.errors import DataError
+
+
+def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Unpacks a tar archive, compressed or not, to the folder `target`.
+
+    Where the archive holds one folder and nothing else, that folder becomes `target`. It is
+    unpacked beside `target` and renamed when all of it is there: `target` is never partial, and
+    processes that unpack at once do no harm. Members that would lie outside, links that point
+    outside, and devices are refused, as by `tarfile.data_filter`.
+
+    Args:
+        archive: the file.
+        target: the folder to make; where it exists nothing is done.
+
+    Raises:
+        DataError: the archive is absent, none, truncated or unsafe, or the folder of `target`
+            cannot be written.
+    """
+    archive, target = Path(archive), Path(target)
+    if target.exists():
+        return
+    if not archive.is_file():
+        raise DataError(f"{archive}: expected a tar archive, got no such file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise DataError(
+            f"{archive} cannot be unpacked into {target.parent} ({error.strerror}); choose another"
+            " `data.root`"
+        ) from error
+    with folder as temporary:
+        # One folder deeper, so that what is renamed is as readable as any new folder.
+        whole = Path(temporary) / "whole"
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(whole, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise DataError(
+                f"{archive}: expected a whole tar archive that stays in its folder, got: {error};"
+                " get it again, or unpack it yourself"
+            ) from error
+        entries = list(whole.iterdir())
+        if len(entries) == 1 and entries[0].is_dir():
+            whole = entries[0]
+        try:
+            whole.rename(target)
+        except OSError:
+            if not target.exists():  # else another process was faster, with the same files
+                raise

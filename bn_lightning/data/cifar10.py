@@ -1,0 +1,218 @@
+"""CIFAR-10 from its binary files: looked for, downloaded when absent, checked, never altered."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped, UInt8
+from torch import Tensor
+from torch.nn.functional import pad
+from typing_extensions import override
+
+from bn_lightning.data.archive import unpack
+from bn_lightning.data.batches import Transform, mixed_seed
+from bn_lightning.data.download import check_sha256, download
+from bn_lightning.data.errors import DataError, DataUnavailableError
+from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
+
+_SHAPE = (3, 32, 32)
+_RECORD = 1 + 3 * 32 * 32  # bytes: the class, then red, green and blue, row by row
+_PAD = 4  # pixels on each side
+
+
+class CIFAR10DataModule(TensorDataModule):
+    """CIFAR-10, 50,000 training and 10,000 test images, as (N, 3, 32, 32) float32.
+
+    The six files `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin` are looked for in
+    `<root>/cifar10/cifar-10-batches-bin/`. Where that folder is absent, it is unpacked from
+    `<root>/cifar10/cifar-10-binary.tar.gz`, which is downloaded where that is absent, too. Archive
+    and files must have the published SHA-256; one that has not is an error, and is left as it is.
+    The images are kept as bytes; each batch is scaled to [0, 1], then `mean` is taken from each
+    channel and the rest divided by `std`. Targets are int64 in [0, 10).
+
+    Args:
+        root: folder of all data sets.
+        batch_size: training samples in a batch of one rank, at least 1.
+        eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
+        validation_fraction: share of the training images cut off for validation, in (0, 1); 1/10
+            leaves the customary 45,000 and 5,000.
+        seed: of the order and the augmentation of the training batches, at least 0. It does not
+            change the split.
+        augment: move each training image by up to 4 pixels over black and flip half of them, anew
+            in each epoch; what becomes of an image depends on `seed`, the epoch and the image.
+        mean: three numbers.
+        std: three positive numbers.
+        download: download what is absent; without, only look.
+        test_curve: let `val_dataloader` return the test set too, second.
+
+    Raises:
+        TypeError: an integer was expected and something else came.
+        ValueError: a value is out of its range.
+
+    Source: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009; the
+    augmentation is that of He et al. 2015, arXiv 1512.03385, section 4.2.
+    """
+
+    source: ClassVar[str] = "cifar10"
+    mirrors: ClassVar[tuple[str, ...]] = (
+        "https://www.cs.toronto.edu/~kriz/",
+        "https://cave.cs.toronto.edu/kriz/",
+    )
+    archive: ClassVar[str] = "cifar-10-binary.tar.gz"
+    # As TensorFlow Datasets publishes it; the data set's own page has MD5 alone.
+    archive_sha256: ClassVar[str] = (
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+    )
+    # As torchvision-ruby publishes them.
+    sha256: ClassVar[dict[str, str]] = {
+        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+        "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+    }
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        batch_size: int,
+        eval_batch_size: int,
+        validation_fraction: float,
+        seed: int,
+        augment: bool,
+        mean: Sequence[float],
+        std: Sequence[float],
+        download: bool = True,
+        test_curve: bool = False,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(
+                "Expected `mean` to be three numbers and `std` three positive ones, but got"
+                f" {list(mean)} and {list(std)}"
+            )
+        self.folder = Path(root).expanduser().absolute() / self.source / "cifar-10-batches-bin"
+        self.augment = augment
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.download = download
+        self._refusal: DataUnavailableError | None = None
+        self._epoch_moves = -1, torch.empty(0)
+
+    @override
+    def prepare_data(self) -> None:
+        """Downloads and unpacks what is absent; Lightning calls it in one process a machine."""
+        if self.is_loaded or self._refusal is not None or self.folder.exists():
+            return
+        archive = self.folder.parent / self.archive
+        try:
+            if self.download:
+                download(archive, self.mirrors, self.archive_sha256, check=check_sha256)
+            elif archive.exists():
+                check_sha256(archive, self.archive_sha256)
+        except DataUnavailableError as error:
+            self._refusal = error  # which `load` raises, on every rank
+            return
+        if archive.exists():
+            unpack(archive, self.folder)
+
+    @override
+    def load(self) -> Arrays:
+        absent = [name for name in self.sha256 if not (self.folder / name).is_file()]
+        if absent:
+            raise self._refusal or DataUnavailableError(
+                f"{self.folder} lacks {', '.join(absent)}; place these files there yourself, or"
+                " remove the folder and allow `download`"
+            )
+        parts = []
+        for name, digest in self.sha256.items():
+            path = self.folder / name
+            check_sha256(path, digest)
+            parts.append(read_records(path))
+        images = np.concatenate([images for images, _ in parts[:-1]])
+        labels = np.concatenate([labels for _, labels in parts[:-1]])
+        test_images, test_labels = parts[-1]
+        return Arrays(
+            train_inputs=images,
+            train_targets=labels,
+            test_inputs=test_images,
+            test_targets=test_labels,
+            classes=10,
+            source=self.source,
+            root=str(self.folder.parent.parent),
+            sha256=dict(self.sha256),
+        )
+
+    @override
+    def transform(self, split: str) -> Transform:
+        return self._augmented if split == "train" and self.augment else self._normalized
+
+    def _augmented(
+        self, inputs: UInt8[Tensor, "B 3 32 32"], index: Int[Tensor, "B"], epoch: int
+    ) -> Float[Tensor, "B 3 32 32"]:
+        moves = self._moves(epoch)[index.cpu()].to(inputs.device)
+        return self._normalized(moved_and_flipped(inputs, moves), index, epoch)
+
+    def _normalized(
+        self, inputs: UInt8[Tensor, "B 3 32 32"], index: Int[Tensor, "B"], epoch: int
+    ) -> Float[Tensor, "B 3 32 32"]:
+        mean, std = (
+            255 * torch.tensor(values, dtype=torch.float32, device=inputs.device).view(3, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return inputs.float().sub_(mean).div_(std)
+
+    def _moves(self, epoch: int) -> Int[Tensor, "N 3"]:
+        """Of every training image, drawn once an epoch: so no batch or rank can change them."""
+        if self._epoch_moves[0] != epoch:
+            # Not the number that orders the epoch's samples, which is mixed of these two alone.
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, 1))
+            samples = len(self._splits["train"][0])
+            steps = torch.randint(2 * _PAD + 1, (samples, 2), generator=generator)
+            flips = torch.randint(2, (samples, 1), generator=generator)
+            self._epoch_moves = epoch, torch.cat([steps, flips], dim=1)
+        return self._epoch_moves[1]
+
+
+def moved_and_flipped(
+    images: Shaped[Tensor, "B C H W"], moves: Int[Tensor, "B 3"]
+) -> Shaped[Tensor, "B C H W"]:
+    """Cuts each image from itself padded by 4 zeros, and mirrors some.
+
+    Args:
+        images: any dtype and device.
+        moves: first row and column of the cut, in [0, 8], and 1 where left and right change places.
+
+    Returns:
+        New images of the same shape.
+    """
+    height, width = images.shape[2:]
+    windows = pad(images, (_PAD,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    rows, columns, flips = moves.unbind(1)
+    cut = windows[torch.arange(len(images), device=images.device), :, rows, columns]
+    return torch.where(flips.bool().view(-1, 1, 1, 1), cut.flip(3), cut)
+
+
+def read_records(
+    path: Path,
+) -> tuple[UInt8[np.ndarray, "N 3 32 32"], UInt8[np.ndarray, "N"]]:
+    """Reads a binary file of CIFAR-10: for each image its class and its 3,072 values.
+
+    Returns:
+        Images and classes, copies that can be written to.
+
+    Raises:
+        DataError: the file is not made of whole records, or has none.
+        OSError: the file is absent or cannot be read.
+    """
+    payload = np.fromfile(path, np.uint8)
+    if len(payload) == 0 or len(payload) % _RECORD:
+        raise DataError(
+            f"{path}: expected records of {_RECORD:,} bytes each, got {len(payload):,} bytes, which"
+            " is no whole number of them; remove the folder and run again to download it anew"
+        )
+    records = payload.reshape(-1, _RECORD)
+    return records[:, 1:].reshape(-1, *_SHAPE), records[:, 0].copy()

@@ -1,0 +1,141 @@
+"""From a decoded image to the pixels a network sees: crops, flips and distortions, with Pillow."""
+
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageEnhance
+
+# Inception's crops, as Szegedy et al. 2014 describe them in section 6.
+_AREA = (0.08, 1.0)
+_ASPECT = (3 / 4, 4 / 3)
+_TRIES = 10
+
+# Krizhevsky et al. 2012, section 4.1: 224 of the 256 pixels to which the shorter side is scaled.
+_CENTRE = 224 / 256
+
+# He et al. 2015, section 4.2: 4 pixels for an image of 32.
+_PAD = 4 / 32
+
+_DISTORTIONS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+Pixels = UInt8[np.ndarray, "S S 3"]
+
+
+class ImageTransform(Protocol):
+    """Makes the pixels of a square image of any image, by the random stream it is given."""
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Pixels: ...
+
+
+class CentreCrop:
+    """The middle of an image: `share` of its shorter side, scaled to `size`; nothing is random.
+
+    Args:
+        size: of the result, pixels.
+        share: of the shorter side, in (0, 1]. With 224/256, the default, the result is what
+            scaling the shorter side to 256/224 `size` and cutting `size` from it gives.
+    """
+
+    def __init__(self, size: int, share: float = _CENTRE) -> None:
+        self.size, self.share = size, share
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Pixels:
+        side = self.share * min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        return np.asarray(_scaled(image, self.size, (left, top, left + side, top + side)))
+
+
+class ResizedCrop:
+    """A random part of an image, scaled to `size`, flipped half of the time, and distorted.
+
+    The part has 8% to 100% of the area, and an aspect from 3/4 to 4/3 whose logarithm is uniform.
+    Then brightness, contrast and colour are multiplied, in random order, each by a factor drawn
+    from [1 - photometric, 1 + photometric].
+
+    Args:
+        size: of the result, pixels.
+        photometric: strength of the distortion, in [0, 1]; 0.5 is Howard's, without his noise of
+            the lighting.
+
+    Source: C. Szegedy et al., "Going deeper with convolutions", 2014, arXiv 1409.4842, section 6;
+    A. G. Howard, "Some improvements on deep convolutional neural network based image
+    classification", 2013, arXiv 1312.5402, section 2.
+    """
+
+    def __init__(self, size: int, photometric: float) -> None:
+        self.size, self.photometric = size, photometric
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Pixels:
+        part = _scaled(image, self.size, _random_part(image.size, random))
+        if random.random() < 0.5:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(distorted(part, self.photometric, random))
+
+
+class PadCrop:
+    """The middle of an image, moved by up to `size` / 8 pixels, and flipped half of the time.
+
+    For an image of 32x32 and `size` 32: 4 black pixels on each side, 32x32 of these 40x40.
+
+    Args:
+        size: of the result, pixels.
+        photometric: strength of the distortion that follows, in [0, 1]; see `ResizedCrop`.
+
+    Source: K. He et al., "Deep residual learning for image recognition", 2015, arXiv 1512.03385,
+    section 4.2.
+    """
+
+    def __init__(self, size: int, photometric: float) -> None:
+        self.size, self.photometric = size, photometric
+        self._whole = CentreCrop(size, share=1.0)
+
+    def __call__(self, image: Image.Image, random: np.random.Generator) -> Pixels:
+        pad = round(self.size * _PAD)
+        padded = np.pad(self._whole(image, random), ((pad, pad), (pad, pad), (0, 0)))
+        top, left = random.integers(2 * pad + 1, size=2)
+        pixels = padded[top : top + self.size, left : left + self.size]
+        if random.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        if self.photometric == 0:
+            return pixels
+        return np.asarray(distorted(Image.fromarray(pixels.copy()), self.photometric, random))
+
+
+def distorted(image: Image.Image, strength: float, random: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and colour changed in random order, each by a factor of its own.
+
+    Args:
+        image: of mode RGB.
+        strength: the factors are uniform in [1 - strength, 1 + strength]; 0 changes nothing.
+        random: what the order and the factors are drawn from.
+    """
+    if strength == 0:
+        return image
+    factors = random.uniform(1 - strength, 1 + strength, size=len(_DISTORTIONS))
+    for kind in random.permutation(len(_DISTORTIONS)):
+        image = _DISTORTIONS[kind](image).enhance(factors[kind])
+    return image
+
+
+def _random_part(
+    size: tuple[int, int], random: np.random.Generator
+) -> tuple[float, float, float, float]:
+    width, height = size
+    for _ in range(_TRIES):
+        area = random.uniform(*_AREA) * width * height
+        aspect = np.exp(random.uniform(*np.log(_ASPECT)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = random.integers(width - w + 1), random.integers(height - h + 1)
+            return (left, top, left + w, top + h)
+    # An image so long that no such part fits: its middle, as near to it as the shape allows.
+    w = min(width, max(1, round(height * _ASPECT[1])))
+    h = min(height, max(1, round(width / _ASPECT[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return (left, top, left + w, top + h)
+
+
+def _scaled(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:
+    # Pillow's bilinear filter widens with the scale, so that nothing is aliased.
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
