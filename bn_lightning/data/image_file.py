@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -44,7 +43,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             or values that are neither of 8 nor of 16 bits.
         OSError: the file is absent or cannot be read.
     """
-    payload = Path(path).read_bytes()  # here, so that what is raised below is about the content
+    with open(path, "rb") as file:
+        payload = file.read()  # here, so that what is raised below is about the content
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about metadata that nobody asked for

@@ -1,5 +1,7 @@
 """From a decoded image to the pixels a network sees: crops, flips and distortions, with Pillow."""
 
+import math
+from random import Random
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image, ImageEnhance
 # Inception's crops, as Szegedy et al. 2014 describe them in section 6.
 _AREA = (0.08, 1.0)
 _ASPECT = (3 / 4, 4 / 3)
+_LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _TRIES = 10
 
 # Krizhevsky et al. 2012, section 4.1: 224 of the 256 pixels to which the shorter side is scaled.
@@ -23,9 +26,14 @@ Pixels = UInt8[np.ndarray, "S S 3"]
 
 
 class ImageTransform(Protocol):
-    """Makes the pixels of a square image of any image, by the random stream it is given."""
+    """Makes the pixels of a square image of any image, by the random stream it is given.
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Pixels: ...
+    `size` is the square's, in pixels.
+    """
+
+    size: int
+
+    def __call__(self, image: Image.Image, random: Random) -> Pixels: ...
 
 
 class CentreCrop:
@@ -40,7 +48,7 @@ class CentreCrop:
     def __init__(self, size: int, share: float = _CENTRE) -> None:
         self.size, self.share = size, share
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Pixels:
+    def __call__(self, image: Image.Image, random: Random) -> Pixels:
         side = self.share * min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         return np.asarray(_scaled(image, self.size, (left, top, left + side, top + side)))
@@ -66,8 +74,8 @@ class ResizedCrop:
     def __init__(self, size: int, photometric: float) -> None:
         self.size, self.photometric = size, photometric
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Pixels:
-        part = _scaled(image, self.size, _random_part(image.size, random))
+    def __call__(self, image: Image.Image, random: Random) -> Pixels:
+        part = _scaled(image, self.size, random_part(image.size, random))
         if random.random() < 0.5:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(distorted(part, self.photometric, random))
@@ -90,10 +98,10 @@ class PadCrop:
         self.size, self.photometric = size, photometric
         self._whole = CentreCrop(size, share=1.0)
 
-    def __call__(self, image: Image.Image, random: np.random.Generator) -> Pixels:
+    def __call__(self, image: Image.Image, random: Random) -> Pixels:
         pad = round(self.size * _PAD)
         padded = np.pad(self._whole(image, random), ((pad, pad), (pad, pad), (0, 0)))
-        top, left = random.integers(2 * pad + 1, size=2)
+        top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
         pixels = padded[top : top + self.size, left : left + self.size]
         if random.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -102,7 +110,7 @@ class PadCrop:
         return np.asarray(distorted(Image.fromarray(pixels.copy()), self.photometric, random))
 
 
-def distorted(image: Image.Image, strength: float, random: np.random.Generator) -> Image.Image:
+def distorted(image: Image.Image, strength: float, random: Random) -> Image.Image:
     """Brightness, contrast and colour changed in random order, each by a factor of its own.
 
     Args:
@@ -112,22 +120,25 @@ def distorted(image: Image.Image, strength: float, random: np.random.Generator) 
     """
     if strength == 0:
         return image
-    factors = random.uniform(1 - strength, 1 + strength, size=len(_DISTORTIONS))
-    for kind in random.permutation(len(_DISTORTIONS)):
-        image = _DISTORTIONS[kind](image).enhance(factors[kind])
+    for kind in random.sample(_DISTORTIONS, len(_DISTORTIONS)):
+        image = kind(image).enhance(random.uniform(1 - strength, 1 + strength))
     return image
 
 
-def _random_part(
-    size: tuple[int, int], random: np.random.Generator
-) -> tuple[float, float, float, float]:
+def random_part(size: tuple[int, int], random: Random) -> tuple[float, float, float, float]:
+    """A box (left, top, right, bottom) of 8% to 100% of the area, as `ResizedCrop` takes it.
+
+    Args:
+        size: width and height of the image, pixels.
+        random: what the box is drawn from.
+    """
     width, height = size
     for _ in range(_TRIES):
         area = random.uniform(*_AREA) * width * height
-        aspect = np.exp(random.uniform(*np.log(_ASPECT)))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        aspect = math.exp(random.uniform(*_LOG_ASPECT))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = random.integers(width - w + 1), random.integers(height - h + 1)
+            left, top = random.randint(0, width - w), random.randint(0, height - h)
             return (left, top, left + w, top + h)
     # An image so long that no such part fits: its middle, as near to it as the shape allows.
     w = min(width, max(1, round(height * _ASPECT[1])))
