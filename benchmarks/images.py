@@ -9,7 +9,7 @@ their sizes and their detail, not of their contents. In turn, on two processes e
 - `pillow`: opens each file, converts it to RGB, cuts and scales it with one `resize`, flips half of
   them, makes an array, and drops it;
 - `pipeline`: `ImageFolderDataModule.train_dataloader()` with two workers, which cuts the same
-  parts of the same files, and hands over float batches of 32;
+  parts of the same files, and hands over float batches of 32, of the small images 128;
 - `distorted`: the same with `photometric=0.5`.
 
 Both are warm: processes run already. Prints the medians over rounds, and appends a row for each
@@ -43,7 +43,7 @@ from bn_lightning.data.image_transforms import random_part
 from bn_lightning.run_record import git_commit, hardware
 
 RESULTS = Path(__file__).parent / "results" / "images.csv"
-BATCH = 32
+BATCH_SIZE = {224: 32, 32: 128}
 WORKERS = 2
 GROWTH_IMAGES = 5000
 Job = tuple[str, tuple[float, float, float, float], bool, int]
@@ -94,8 +94,8 @@ def module(folder: Path, size: int, photometric: float) -> ImageFolderDataModule
         name=folder.name,
         archive=None,
         image_size=size,
-        batch_size=BATCH,
-        eval_batch_size=BATCH,
+        batch_size=BATCH_SIZE[size],
+        eval_batch_size=BATCH_SIZE[size],
         seed=1,
         num_workers=WORKERS,
         augment="resized_crop",

@@ -59,6 +59,20 @@ def check_fits(checkpoint: dict[str, Any], module: nn.Module, path: str | Path) 
             )
 
 
+def check_data(checkpoint: dict[str, Any], datamodule: Any) -> None:
+    """Let a data module compare what the checkpoint keeps of the one it was trained with.
+
+    Nothing is compared where that was one of another class.
+
+    Raises:
+        ValueError: the data module's own, now or when it is set up.
+    """
+    # Where Lightning keeps it.
+    state = checkpoint.get(type(datamodule).__qualname__)
+    if state is not None:
+        datamodule.load_state_dict(state)
+
+
 def trusted_config(
     checkpoint: dict[str, Any], trusted: tuple[str, ...], path: str
 ) -> dict[str, Any]:

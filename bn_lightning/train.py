@@ -160,7 +160,11 @@ def _fit_and_test(
     diverged_at = next((guard.diverged_at for guard in guards if guard.diverged_at), None)
     if diverged_at is None:
         trainer.test(model, datamodule=datamodule, verbose=False)
-        record.end("completed", metrics=metrics | logged_numbers(trainer.callback_metrics))
+        record.end(
+            "completed",
+            data=getattr(datamodule, "info", None),  # the test, too, may have skipped images
+            metrics=metrics | logged_numbers(trainer.callback_metrics),
+        )
     else:
         record.end("diverged", metrics=metrics | model.chance_metrics(), diverged_at=diverged_at)
     if trainer.is_global_zero and not in_trial():
@@ -199,7 +203,8 @@ def _go_on(record: RunRecord, directory: Path, ckpt_path: Path, max_steps: int) 
     )
     for config in (old, new):
         # The same files may lie elsewhere by now; their hashes are in the record.
-        config["data"] = {k: v for k, v in config["data"].items() if k != "root"}
+        free = ("root", "num_workers")
+        config["data"] = {k: v for k, v in config["data"].items() if k not in free}
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if changed:
         raise ValueError(

@@ -6,7 +6,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin
 
 from bn_lightning.data.errors import DataError
 
@@ -17,7 +17,12 @@ MAX_PIXELS = 89_478_485
 """Pillow's own bound, 256 MiB of RGB; ImageNet's largest image has two thirds of it."""
 
 # Only formats that are pixels: Pillow would hand others, such as EPS, to programs of the system.
-_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# It has to have imported the less usual ones.
+_FORMATS = (
+    *("JPEG", "PNG", "BMP", "GIF", "PPM"),
+    TiffImagePlugin.TiffImageFile.format,
+    WebPImagePlugin.WebPImageFile.format,
+)
 
 
 class ImageFileError(DataError):
