@@ -224,8 +224,8 @@ def resident_mib() -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_does_not_grow(folder: Path) -> None:
-    """5,000 images, at most 50 MiB; a batch has 6 MiB of floats."""
-    batches = train_batches(folder, image_size=160, batch_size=20, photometric=0, num_workers=1)
+    """5,000 images, at most 50 MiB; a batch has 2 MiB of floats."""
+    batches = train_batches(folder, image_size=96, batch_size=20, photometric=0, num_workers=1)
     for number, _ in enumerate(itertools.chain.from_iterable(itertools.repeat(batches))):
         if number == 25:
             before = resident_mib()

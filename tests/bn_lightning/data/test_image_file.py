@@ -69,7 +69,26 @@ def read(tmp_path: Path):
         (encoded(solid("RGB", RED), "TIFF"), RED),
         (encoded(palette(), "GIF"), RED),
     ],
-    ids=["rgb", "grey", "bilevel", "palette", "transparent_palette", "transparent_colour", "rgba", "transparent", "grey_alpha", "cmyk", "grey16_png", "grey16_tiff", "white16", "dark16", "webp", "bmp", "tiff", "gif"],
+    ids=[
+        "rgb",
+        "grey",
+        "bilevel",
+        "palette",
+        "transparent_palette",
+        "transparent_colour",
+        "rgba",
+        "transparent",
+        "grey_alpha",
+        "cmyk",
+        "grey16_png",
+        "grey16_tiff",
+        "white16",
+        "dark16",
+        "webp",
+        "bmp",
+        "tiff",
+        "gif",
+    ],
 )
 def test_modes_become_rgb(read, payload: bytes, colour: tuple[int, int, int]) -> None:
     pixels = read(payload)
@@ -147,7 +166,18 @@ JPEG = encoded(Image.open(io.BytesIO(WHOLE)), "JPEG")
         (encoded(Image.fromarray(np.ones((4, 5), np.float32)), "TIFF"), "floating point"),
         (encoded(Image.fromarray(np.full((4, 5), 70_000, np.int32)), "TIFF"), "values of 32 bits"),
     ],
-    ids=(["empty", "html", "postscript", "png", "jpeg", "altered", "bomb", "little_bomb", "float", "int32"]),
+    ids=[
+        "empty",
+        "html",
+        "postscript",
+        "png",
+        "jpeg",
+        "altered",
+        "bomb",
+        "little_bomb",
+        "float",
+        "int32",
+    ],
 )
 def test_what_is_no_whole_image_is_refused(tmp_path: Path, payload: bytes, message: str) -> None:
     path = tmp_path / "picture.png"
