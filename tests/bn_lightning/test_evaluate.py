@@ -1,11 +1,14 @@
 """`python -m bn_lightning.evaluate`: the metrics of a checkpoint."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from image_folders import write_images
 
 from bn_lightning import evaluate, train
+from bn_lightning.data.image_folder import CorruptImageWarning
 from bn_lightning.run_record import read_run
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
@@ -79,3 +82,50 @@ def test_no_pickle_is_loaded(command, tmp_path):
     torch.save({"state_dict": {}, "trap": Hostile()}, "trap")
     assert command(evaluate.main, "ckpt_path=trap").code == 1
     assert not (tmp_path / "executed").exists()
+
+
+def test_classes_of_images(command, tmp_path):
+    """A run on an image folder, its checkpoint, and folders of other classes."""
+    folder = write_images(tmp_path / "noise")
+    (folder / "train" / "cat" / "001.png").write_bytes(b"not an image")
+    data = (
+        f"data.root={tmp_path}",
+        "data.name=noise",
+        "data.image_size=8",
+        "data.batch_size=6",
+        "data.num_workers=0",
+        "data.corrupt=skip",
+    )
+    arguments = (
+        "data=image_folder",
+        *data,
+        "model.network.in_features=192",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "extras.figures=false",
+    )
+    with pytest.warns(CorruptImageWarning, match=r"cat/001\.png"):
+        result = command(train.main, *arguments, "model.num_classes=2")
+    assert result.code == 0, result.err
+    record = read_run(result.directory)
+    assert record["data"]["corrupt"] == 1
+    assert record["metrics"]["test/accuracy"] == record["metrics"]["val/accuracy"]
+
+    checkpoint = f"ckpt_path={result.directory}/checkpoints/last.ckpt"
+    result = command(evaluate.main, checkpoint)
+    assert result.code == 0, result.err
+    metrics = read_run(result.directory)["metrics"]
+    assert metrics["test/accuracy"] == record["metrics"]["test/accuracy"]
+
+    for split in ("train", "val"):
+        (folder / split / "dog").rename(folder / split / "wolf")
+    result = command(evaluate.main, checkpoint)
+    assert result.code == 1
+    assert "expected the classes of the checkpoint, got without dog and with wolf" in result.err
+
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "wolf", folder / split / "dog")
+    result = command(train.main, *arguments, "model.num_classes=2")
+    assert result.code == 1
+    assert "set model.num_classes=3" in result.err
+    assert result.err.count("\n") == 1

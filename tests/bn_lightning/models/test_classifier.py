@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -339,3 +339,20 @@ class TestUse:
         assert "head.weight" in module.state_dict()
         with pytest.raises(TypeError, match="cannot assign"):
             module.head = 3.0
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_data_with_more_classes_than_outputs(tmp_path: Path, stage: str) -> None:
+    """Refused before the first batch is asked for."""
+
+    class Data(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            pytest.fail("asked for batches")
+
+        val_dataloader = test_dataloader = train_dataloader
+
+    data = Data()
+    data.num_classes = CLASSES + 1
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="at least the 8 classes of the data, got 7; set"):
+        getattr(trainer, stage)(classifier(), datamodule=data)
