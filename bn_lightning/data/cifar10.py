@@ -16,6 +16,7 @@ from bn_lightning.data.archive import unpack
 from bn_lightning.data.batches import Transform, mixed_seed
 from bn_lightning.data.download import check_sha256, download
 from bn_lightning.data.errors import DataError, DataUnavailableError
+from bn_lightning.data.image_transforms import check_statistics
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
 
 _SHAPE = (3, 32, 32)
@@ -90,11 +91,7 @@ class CIFAR10DataModule(TensorDataModule):
         test_curve: bool = False,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise ValueError(
-                "Expected `mean` to be three numbers and `std` three positive ones, but got"
-                f" {list(mean)} and {list(std)}"
-            )
+        check_statistics(mean, std)
         self.folder = Path(root).expanduser().absolute() / self.source / "cifar-10-batches-bin"
         self.augment = augment
         self.mean, self.std = tuple(mean), tuple(std)

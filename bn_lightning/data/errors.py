@@ -11,3 +11,7 @@ class DataUnavailableError(DataError):
 
 class DataFallbackWarning(UserWarning):
     """Other data than was asked for is in use."""
+
+
+class CorruptImageWarning(UserWarning):
+    """Images that cannot be read are left out."""

@@ -14,7 +14,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", "
 """What the names of image files end in, in lower case."""
 
 MAX_PIXELS = 89_478_485
-"""Pillow's own bound, 256 MiB of RGB; ImageNet's largest image has two thirds of it."""
+"""Pillow's own bound: 256 MiB of RGB."""
 
 # Only formats that are pixels: Pillow would hand others, such as EPS, to programs of the system.
 # It has to have imported the less usual ones.

@@ -14,10 +14,16 @@ from typing_extensions import override
 
 from bn_lightning.data.archive import unpack
 from bn_lightning.data.batches import check_integer
-from bn_lightning.data.errors import DataError, DataUnavailableError
+from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavailableError
 from bn_lightning.data.image_batches import DecodedBatches, ImageBatches, ImageFiles
 from bn_lightning.data.image_file import SUFFIXES, ImageFileError
-from bn_lightning.data.image_transforms import CentreCrop, ImageTransform, PadCrop, ResizedCrop
+from bn_lightning.data.image_transforms import (
+    CentreCrop,
+    ImageTransform,
+    PadCrop,
+    ResizedCrop,
+    check_statistics,
+)
 from bn_lightning.data.tensor_data_module import check_same_on_all_ranks
 
 _CHOICES = {
@@ -25,10 +31,6 @@ _CHOICES = {
     "shuffle": ("samples", "batches"),
     "corrupt": ("error", "skip"),
 }
-
-
-class CorruptImageWarning(UserWarning):
-    """Images that cannot be read are left out."""
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -106,11 +108,7 @@ class ImageFolderDataModule(LightningDataModule):
                 raise ValueError(f"Expected `{key}` to be one of {expected}, but got {value!r}")
         if not 0 <= photometric <= 1:
             raise ValueError(f"Expected `photometric` in [0, 1], but got {photometric}")
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise ValueError(
-                "Expected `mean` to be three numbers and `std` three positive ones, but got"
-                f" {list(mean)} and {list(std)}"
-            )
+        check_statistics(mean, std)
         self.folder = Path(root).expanduser().absolute() / name
         self.archive = None if archive is None else Path(archive).expanduser().absolute()
         self.image_size = image_size

@@ -1,6 +1,7 @@
 """From a decoded image to the pixels a network sees: crops, flips and distortions, with Pillow."""
 
 import math
+from collections.abc import Sequence
 from random import Random
 from typing import Protocol
 
@@ -145,6 +146,24 @@ def random_part(size: tuple[int, int], random: Random) -> tuple[float, float, fl
     h = min(height, max(1, round(width / _ASPECT[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return (left, top, left + w, top + h)
+
+
+def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuses what no images of three channels can be normalised with.
+
+    Args:
+        mean: of each channel.
+        std: of each channel.
+
+    Raises:
+        ValueError: they are not three finite numbers and three positive ones.
+    """
+    finite = all(math.isfinite(value) for value in (*mean, *std))
+    if len(mean) != 3 or len(std) != 3 or not finite or min(std) <= 0:
+        raise ValueError(
+            "Expected `mean` to be three numbers and `std` three positive ones, but got"
+            f" {list(mean)} and {list(std)}"
+        )
 
 
 def _scaled(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:

@@ -8,7 +8,7 @@ import torch
 from image_folders import write_images
 
 from bn_lightning import evaluate, train
-from bn_lightning.data.image_folder import CorruptImageWarning
+from bn_lightning.data.errors import CorruptImageWarning
 from bn_lightning.run_record import read_run
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from bn_lightning import Classifier
 from bn_lightning.data import ImageFolderDataModule
-from bn_lightning.data.errors import DataError, DataUnavailableError
+from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavailableError
 from bn_lightning.data.image_file import ImageFileError
-from bn_lightning.data.image_folder import CorruptImageWarning
 
 # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -290,6 +289,33 @@ class TestRuns:
         (test,) = fit.test(fit.lightning_module, data, verbose=False)
         # No folder of its own: the same images.
         assert test["test/accuracy"] == pytest.approx(float(validation))
+
+    def test_ranks_divide_every_split(self, folder: Path) -> None:
+        class Strategy:
+            root_device = torch.device("cpu")
+
+            def broadcast(self, value: Any) -> Any:
+                return value
+
+        class Ranked:
+            """What a data module sees of a trainer on one of two ranks."""
+
+            strategy, world_size = Strategy(), 2
+
+            def __init__(self, rank: int) -> None:
+                self.global_rank = rank
+                self.distributed_sampler_kwargs = {"num_replicas": 2, "rank": rank}
+
+        train, val = [], []
+        for rank in range(2):
+            module = ImageFolderDataModule(**folder_options(folder))
+            module.trainer = Ranked(rank)
+            module.setup("fit")
+            train.append(torch.cat(list(module.train_dataloader().indices())))
+            val.append(torch.cat(list(module.val_dataloader().indices())))
+        assert len(train[0]) == len(train[1]) == 6
+        assert torch.cat(train).sort().values.tolist() == list(range(12))
+        assert torch.cat(val).sort().values.tolist() == list(range(6))
 
     def test_more_classes_than_outputs(self, tmp_path: Path) -> None:
         folder = write_images(tmp_path / "noise", classes=("cat", "cow", "dog"))
