@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
@@ -176,15 +176,17 @@ class ImageBatches(Batches):
                     f"none of the {len(decoded.failures)} images of a batch can be read, the first"
                     f" of them: {decoded.failures[0][1]}"
                 )
-            if self.device.type == "cpu":
-                pixels = torch.from_numpy(self._buffers.take(decoded.pixels.shape))
-                pixels.copy_(decoded.pixels)
-            else:
-                pixels = decoded.pixels.to(self.device, non_blocking=True).float()
-            yield (
-                pixels.sub_(self._mean).mul_(self._scale),
-                decoded.targets.to(self.device, non_blocking=True),
-            )
+            targets = decoded.targets.to(self.device, non_blocking=True)
+            yield self._normalized(decoded.pixels), targets
+
+    def _normalized(self, pixels: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
+        if self.device.type != "cpu":
+            inputs = pixels.to(self.device, non_blocking=True).float()
+            return inputs.sub_(self._mean).mul_(self._scale)
+        inputs = torch.from_numpy(self._buffers.take(pixels.shape))
+        for image, result in zip(pixels, inputs, strict=True):  # an image stays in the cache
+            result.copy_(image).sub_(self._mean).mul_(self._scale)
+        return inputs
 
     @override
     def _identity(self) -> dict[str, Any]:
