@@ -359,14 +359,14 @@ ARCHIVE = Path(os.environ.get("BN_LIGHTNING_DATA", "data")) / "cifar10_imagefold
 
 
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE} is absent (BN_LIGHTNING_DATA)")
-@pytest.mark.parametrize("size", [32, 64, 224])
-def test_real_photographs(tmp_path: Path, size: int) -> None:
-    module = image_module(
-        tmp_path / "photographs", archive=ARCHIVE, image_size=size, batch_size=8, num_workers=2
-    )
-    assert (module.info["train"], module.info["validation"]) == (4000, 1000)
-    assert module.num_classes == 10
-    inputs, targets = next(iter(module.train_dataloader()))
-    assert inputs.shape == (8, 3, size, size)
-    assert 0.2 < inputs.mean() < 0.8
-    assert len(set(targets.tolist())) > 2
+def test_real_photographs(tmp_path: Path) -> None:
+    for size in (32, 64, 224):
+        module = image_module(
+            tmp_path / "photographs", archive=ARCHIVE, image_size=size, batch_size=8, num_workers=2
+        )
+        assert (module.info["train"], module.info["validation"]) == (4000, 1000)
+        assert module.num_classes == 10
+        inputs, targets = next(iter(module.train_dataloader()))
+        assert inputs.shape == (8, 3, size, size)
+        assert 0.2 < inputs.mean() < 0.8
+        assert len(set(targets.tolist())) > 2
