@@ -1,10 +1,13 @@
 """Reading checkpoints: never a pickle, and never into a network they do not fit."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bn_lightning.trust import OF_CHECKPOINTS, check_trusted
 
 CONFIG_KEY = "config"
 """The hyperparameter under which `train.py` keeps the run's resolved configuration."""
@@ -73,18 +76,17 @@ def check_data(checkpoint: dict[str, Any], datamodule: Any) -> None:
         datamodule.load_state_dict(state)
 
 
-def trusted_config(
-    checkpoint: dict[str, Any], trusted: tuple[str, ...], path: str
-) -> dict[str, Any]:
+def trusted_config(checkpoint: dict[str, Any], trusted: Sequence[str], path: str) -> dict[str, Any]:
     """The configuration of the run that wrote a checkpoint, whose data and network are trusted.
 
     Args:
         checkpoint: from `load_checkpoint`.
-        trusted: beginnings of the names that it may build.
+        trusted: what it may build beside `OF_CHECKPOINTS`, see `check_trusted`.
         path: of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: `bn_lightning.train` did not write it, or it would build something else.
+        CheckpointError: `bn_lightning.train` did not write it.
+        UntrustedError: it would build something that it may not.
     """
     config = checkpoint.get("hyper_parameters", {}).get(CONFIG_KEY)
     if config is None:
@@ -92,27 +94,9 @@ def trusted_config(
             f"`ckpt_path` expected a checkpoint that bn_lightning.train wrote, got {path}, which "
             "holds no configuration"
         )
-    check_trusted({key: config[key] for key in ("data", "model")}, trusted, path)
+    built = {key: config[key] for key in ("data", "model")}
+    check_trusted(built, OF_CHECKPOINTS, trusted, path)
     return config
-
-
-def check_trusted(config: Any, trusted: tuple[str, ...], path: str) -> None:
-    """Refuse a configuration that would build something whose name no entry of `trusted` begins.
-
-    Raises:
-        CheckpointError: naming it.
-    """
-    if isinstance(config, dict):
-        target = config.get("_target_")
-        if target is not None and not str(target).startswith(trusted):
-            raise CheckpointError(
-                f"`trusted` expected the beginning of every name that {path} would build, got "
-                f"{', '.join(trusted)}, and {target} there; add it if you trust the file"
-            )
-        config = list(config.values())
-    if isinstance(config, list):
-        for value in config:
-            check_trusted(value, trusted, path)
 
 
 def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:

@@ -18,12 +18,12 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         config: composed from `conf/evaluate.yaml`. `run.json` is written to `paths.output_dir`.
 
     Raises:
-        CheckpointError: the file is no checkpoint of `bn_lightning.train`, or its configuration
-            would build what `trusted` does not name.
+        CheckpointError: the file is no checkpoint of `bn_lightning.train`.
+        UntrustedError: its configuration would build what it may not.
     """
     directory = Path(config.paths.output_dir)
     checkpoint = load_checkpoint(config.ckpt_path)
-    run_config = trusted_config(checkpoint, tuple(config.trusted), config.ckpt_path)
+    run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     resolved["data"] = resolved.get("data") or run_config["data"]
     resolved["model"] = run_config["model"]

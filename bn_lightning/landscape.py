@@ -40,8 +40,8 @@ def landscape(config: DictConfig) -> Path:
         config: composed from `conf/landscape.yaml`; all is written to `paths.output_dir`.
 
     Raises:
-        CheckpointError: the file is no checkpoint of `bn_lightning.train`, or its configuration
-            would build what `trusted` does not name.
+        CheckpointError: the file is no checkpoint of `bn_lightning.train`.
+        UntrustedError: its configuration would build what it may not.
         ValueError: a number of the configuration cannot be used.
     """
     from hydra.utils import instantiate
@@ -51,7 +51,7 @@ def landscape(config: DictConfig) -> Path:
         raise ValueError(f"`batches` expected an integer of at least 1, got {config.batches!r}")
     quiet_lightning()
     checkpoint = load_checkpoint(config.ckpt_path)
-    run_config = trusted_config(checkpoint, tuple(config.trusted), config.ckpt_path)
+    run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     model = instantiate(run_config["model"])
     check_fits(checkpoint, model, config.ckpt_path)

@@ -17,9 +17,19 @@ from bn_lightning.run_directory import LAST
 from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
 from bn_lightning.summary import print_steps, print_summary
 from bn_lightning.sweeps.engine.environment import in_trial
+from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
 
 # A run is one configuration: resuming may change how it is run and watched, not what is trained.
-_FREE_ON_RESUME = {"callbacks", "ckpt_path", "extras", "logger", "paths", "task_name", "trainer"}
+_FREE_ON_RESUME = {
+    "callbacks",
+    "ckpt_path",
+    "extras",
+    "logger",
+    "paths",
+    "task_name",
+    "trainer",
+    "trusted",
+}
 
 _KEPT_ON_RESUME = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
 
@@ -40,6 +50,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
     directory = Path(config.paths.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # set on the function

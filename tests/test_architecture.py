@@ -22,6 +22,7 @@ ORDER = {
     "interruption": 2,
     "run_directory": 2,
     "run_record": 2,
+    "trust": 1,
     "checkpoint": 2,
     "batch_norm_table": 2,
     "no_profiler": 2,

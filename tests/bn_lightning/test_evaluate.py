@@ -63,7 +63,7 @@ def test_errors(command, trained):
         (["ckpt_path=nowhere"], "no such file"),
         (["ckpt_path=text"], "is none or is damaged"),
         (["ckpt_path=tensors"], "no state_dict"),
-        (["ckpt_path=hostile"], "os.system there; add it if you trust the file"),
+        (["ckpt_path=hostile"], "got os.system; if you trust it"),
         (["ckpt_path=bare"], "holds no configuration"),
         ([], "ckpt_path"),
     ):

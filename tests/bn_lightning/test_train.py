@@ -264,7 +264,7 @@ def test_all_ranks_of_a_trial_share_its_configuration(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "bn_lightning.train", *SWEEP, "trainer=ddp_sim", "logger={}",
          "trainer.max_steps=2", "trainer.val_check_interval=1",
-         "+callbacks.spy._target_=rank_spy.RankSpy",
+         "trusted=[rank_spy.]", "+callbacks.spy._target_=rank_spy.RankSpy",
          "+callbacks.spy.folder=${paths.output_dir}", "optimizer.lr=0.125,0.25"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(checkout)},
