@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from hydra_plugins.bn_optuna import register
 from omegaconf import OmegaConf
+from torch import nn
 
 from bn_lightning.sweeps.engine.points import Points, make_pruner
 from bn_lightning.sweeps.engine.space import parse_space, to_overrides
@@ -18,7 +20,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "hydra", "paths", "extras", "sweep")
+    if path.parent.name not in ("experiment", "hydra", "paths", "extras", "sweep", "variant")
     and path.stem != "default"
 )
 
@@ -48,12 +50,9 @@ def test_experiments(tmp_path, experiment):
 def test_options(tmp_path, option):
     config, resolved = composed(tmp_path, option)
     group = option.partition("=")[0]
-    if group == "trainer" and "gpu" in str(resolved["trainer"]["accelerator"]):
-        pytest.importorskip("torch")
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
+    on_gpu = group == "trainer" and "gpu" in str(resolved["trainer"]["accelerator"])
+    if on_gpu and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     if group in ("callbacks", "logger"):
         for node in config[group].values():
             instantiate(node)
@@ -126,6 +125,83 @@ def test_every_experiment_takes_the_sweep_of_learning_rates(tmp_path, experiment
         trial, resolved = composed(tmp_path, *overrides, *to_overrides(params))
         assert trial.optimizer.lr == params["optimizer.lr"] and trial.seed == params["seed"]
         assert (resolved["norm"] is None) == (params["norm"] == "none")
+
+
+# The networks of section 4.2.2, and what 4.2.1 changes: rate, normalised, L2 weight, steps from one
+# decay to the next, dropout, local response normalisation, activation, distortion, order.
+VARIANTS = {
+    "inception": (0.0015, False, 2e-4, 320_000, 0.4, True, "relu", 0.5, "batches"),
+    "bn_baseline": (0.0015, True, 2e-4, 320_000, 0.4, True, "relu", 0.5, "batches"),
+    "bn_x5": (0.0075, True, 4e-5, 53_333, 0.0, False, "relu", 0.25, "samples"),
+    "bn_x30": (0.045, True, 4e-5, 53_333, 0.0, False, "relu", 0.25, "samples"),
+    "bn_x5_sigmoid": (0.0075, True, 4e-5, 53_333, 0.0, False, "sigmoid", 0.25, "samples"),
+}
+
+
+def test_every_variant_is_known():
+    assert {path.stem for path in (CONF / "variant").glob("*.yaml")} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("variant", "values"), VARIANTS.items(), ids=VARIANTS)
+def test_the_variants_of_inception(tmp_path, variant, values):
+    config, _ = composed(tmp_path, "+experiment=imagenet_inception", f"variant={variant}")
+    network = config.model.network
+    assert values == (
+        config.optimizer.lr,
+        config.norm is not None,
+        config.optimizer.weight_decay,
+        config.scheduler.step_size,
+        network.dropout,
+        network.local_response_norm,
+        network.activation,
+        config.data.photometric,
+        config.data.shuffle,
+    )
+    assert config.data.batch_size == 32
+    assert config.optimizer.momentum == 0.9
+    # What is typed counts more than what a variant says.
+    typed = ["norm=none", "optimizer.lr=0.5"]
+    if variant == "inception":
+        typed[0] = "norm=torch"
+    changed, _ = composed(tmp_path, "+experiment=imagenet_inception", f"variant={variant}", *typed)
+    assert (changed.norm is not None) == (variant == "inception")
+    assert changed.optimizer.lr == 0.5
+    assert changed.model.network.dropout == network.dropout
+    instantiate(changed.scheduler)(instantiate(changed.optimizer)([nn.Parameter(torch.zeros(1))]))
+
+
+def test_a_residual_network_is_the_sources(tmp_path):
+    config, _ = composed(tmp_path, "+experiment=cifar_resnet")
+    assert config.model.network.depth == 20
+    assert (config.data.batch_size, config.trainer.max_steps) == (128, 64_000)
+    assert (config.optimizer.lr, config.optimizer.momentum) == (0.1, 0.9)
+    assert config.optimizer.weight_decay == 1e-4
+    optimizer = instantiate(config.optimizer)([nn.Parameter(torch.zeros(1))])
+    scheduler = instantiate(config.scheduler)(optimizer)
+    assert scheduler.milestones == {32_000: 1, 48_000: 1}
+    assert scheduler.gamma == 0.1
+
+
+@pytest.mark.parametrize("experiment", ["imagenet_inception", "cifar_resnet"])
+def test_ways_to_run_are_ordinary_overrides(tmp_path, experiment):
+    config, resolved = composed(
+        tmp_path,
+        f"+experiment={experiment}",
+        "trainer=ddp_sim",
+        "norm=sync",
+        "trainer.precision=bf16-mixed",
+        "trainer.gradient_clip_val=1.0",
+        "model.channels_last=true",
+        "model.compile=true",
+    )
+    assert resolved["trainer"]["strategy"] == "ddp"
+    model = instantiate(config.model)
+    convolutions = [m for m in model.network.modules() if isinstance(m, nn.Conv2d)]
+    assert all(
+        conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions
+    )
+    default, _ = composed(tmp_path, f"+experiment={experiment}")
+    assert default.trainer.gradient_clip_val is None
 
 
 def test_every_sweep_is_known():

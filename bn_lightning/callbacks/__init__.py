@@ -8,6 +8,7 @@ from bn_lightning.callbacks.optuna_pruning import OptunaPruning
 from bn_lightning.callbacks.precise_batch_norm import PreciseBatchNorm
 from bn_lightning.callbacks.run_checkpoints import RunCheckpoints
 from bn_lightning.callbacks.step_progress import StepProgress
+from bn_lightning.callbacks.steps_to_accuracy import StepsToAccuracy
 
 __all__ = [
     "ActivationPercentiles",
@@ -18,4 +19,5 @@ __all__ = [
     "PreciseBatchNorm",
     "RunCheckpoints",
     "StepProgress",
+    "StepsToAccuracy",
 ]

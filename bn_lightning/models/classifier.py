@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class Classifier(LightningModule):
         optimizer: called with the parameters, returns the optimiser.
         scheduler: called with the optimiser, returns a scheduler stepped after every batch.
         num_classes: at least 2.
+        channels_last: keep the network's 4d weights, and with them what its convolutions compute,
+            in the memory format NHWC.
+        compile: compile the network by torch.compile when it is first called; its state_dict stays.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1.
     """
@@ -42,10 +46,17 @@ class Classifier(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         num_classes: int = 10,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"`num_classes` expected at least 2, got {num_classes}")
         super().__init__()
+        if channels_last:
+            # Convolutions take the format of their weights, whatever that of their input.
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            network.compile()
         self.network = network
         self.optimizer_factory = optimizer
         self.scheduler_factory = scheduler

@@ -263,6 +263,34 @@ class TestOptimisation:
         assert rates == pytest.approx([0.1 * 0.5**step for step in range(5)])
 
 
+class TestSpeed:
+    def test_channels_last_reaches_every_layer(self) -> None:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.ReLU())
+        x = torch.randn(2, 2, 5, 5)
+        expected = network(x)
+        got = classifier(network=network, channels_last=True)(x)
+        assert not expected.is_contiguous(memory_format=torch.channels_last)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(got, expected)
+
+    def test_a_compiled_network_has_the_same_checkpoints(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # The graph as it is: to generate code from it would take half a minute.
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        torch.compiler.reset()
+        plain, compiled = classifier(), classifier(compile=True)
+        for module in (plain, compiled):
+            trainer(tmp_path, max_steps=3).fit(module, loader(8))
+        counters = torch._dynamo.utils.counters["stats"]
+        assert counters["unique_graphs"] > 0
+        torch.compiler.reset()
+        assert compiled.state_dict().keys() == plain.state_dict().keys()
+        for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 class TestUse:
     def test_predict_gives_probabilities_in_order(self, tmp_path: Path) -> None:
         module = classifier()
