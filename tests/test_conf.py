@@ -195,6 +195,7 @@ def test_ways_to_run_are_ordinary_overrides(tmp_path, experiment):
         "model.compile=true",
     )
     assert resolved["trainer"]["strategy"] == "ddp"
+    config.model.compile = False  # tests/bn_lightning/models/test_classifier.py compiles
     model = instantiate(config.model)
     convolutions = [m for m in model.network.modules() if isinstance(m, nn.Conv2d)]
     assert all(

@@ -11,7 +11,9 @@ from bn_lightning.callbacks import activation_percentiles as percentiles
 from bn_lightning.data.batches import TensorBatches
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.models.cnn import CNN
+from bn_lightning.models.inception import Inception
 from bn_lightning.models.mlp import MLP
+from bn_lightning.models.resnet import CIFARResNet
 
 checked = jaxtyped(typechecker=beartype)
 REFUSED = (TypeCheckError, BeartypeCallHintViolation)
@@ -33,6 +35,18 @@ def test_convolutions():
     assert forward(cnn, torch.randn(6, 1, 8, 8)).shape == (6, 4)
     with pytest.raises(REFUSED):
         forward(cnn, torch.zeros(6, 64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(Inception, (3, 4, "relu", None, True, 0.0, False)), (CIFARResNet, (8, 3, 4, None, True))],
+    ids=["inception", "resnet"],
+)
+def test_networks_of_images(kind, arguments):
+    forward, images = checked(kind.forward), kind(*arguments)
+    assert forward(images, torch.randn(2, 3, 32, 32)).shape == (2, 4)
+    with pytest.raises(REFUSED):
+        forward(images, torch.randn(3, 32, 32))
 
 
 def test_classifier():

@@ -32,7 +32,7 @@ def image_root(tmp_path_factory) -> Path:
             folder.mkdir(parents=True)
             for index in range(count):
                 pixels = random.integers(0, 128, (32, 32, 3)) + np.eye(3, dtype=int)[target] * 120
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.jpg")
     return root
 
 
