@@ -29,7 +29,13 @@ EXPERIMENTS = sorted(
 # What lets an experiment run here in a second. One without a line runs on the digits, as it is.
 DIGITS = ("data=digits",)
 FEW_CHANNELS = (*DIGITS, "model.network.channels=[4,8]")
+# What image folders have and the digits have not; tests/bn_lightning/test_image_experiments.py runs
+# the same on a folder.
+ONE_CHANNEL = (*DIGITS, "model.network.in_channels=1")
+NOT_OF_DIGITS = ("~data.image_size", "~data.photometric", "~data.shuffle")
 OVERRIDES: dict[str, tuple[str, ...]] = {
+    "cifar_resnet": (*ONE_CHANNEL, "model.network.depth=8", "optimizer.lr=0.01"),
+    "imagenet_inception": (*ONE_CHANNEL, *NOT_OF_DIGITS, "data.batch_size=4"),
     "mnist_cnn": FEW_CHANNELS,
     "mnist_cnn_source": FEW_CHANNELS,
     "placement": ("scheduler.T_max=20",),  # not max_steps, which a resumed run may raise
