@@ -1,11 +1,10 @@
-"""The experiments on images, from the command line: a few steps of each on made-up pictures."""
+"""The experiments on images, from the command line: a few steps of each on pictures of noise."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_folders import write_images
 
 from bn_lightning.evaluate import main as evaluate
 from bn_lightning.metrics_csv import read_metrics
@@ -18,21 +17,13 @@ pytestmark = [
 ]
 
 VARIANTS = ["inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid"]
-CLASSES = 3
+CLASSES = ("cat", "dog", "owl")
 
 
 @pytest.fixture(scope="module")
-def image_root(tmp_path_factory) -> Path:
-    """A folder `images` of three classes, 12 training and 4 validation images of 32x32 in each."""
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
-    random = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for target in range(CLASSES):
-            folder = root / "images" / split / f"class{target}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(0, 128, (32, 32, 3)) + np.eye(3, dtype=int)[target] * 120
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.jpg")
+    write_images(root / "images", CLASSES, train=12, val=4, size=(32, 32))
     return root
 
 
@@ -45,7 +36,7 @@ def short(root: Path, experiment: str) -> tuple[str, ...]:
         "data.image_size=32",
         "data.batch_size=4",
         "data.num_workers=0",
-        f"model.num_classes={CLASSES}",
+        "model.num_classes=3",
         "trainer.max_steps=20",
         "trainer.val_check_interval=10",
         "trainer.log_every_n_steps=1",
@@ -85,14 +76,6 @@ def test_a_residual_network(command, image_root, norm):
     options = short(image_root, "cifar_resnet")
     small = ("model.network.depth=8", "optimizer.lr=0.01", f"norm={norm}")
     check_trains_resumes_and_evaluates(command, *options, *small)
-
-
-def test_the_network_learns(command, image_root):
-    """The made-up classes differ in colour: a network that trains tells them apart."""
-    options = short(image_root, "cifar_resnet")
-    more = ("data.batch_size=12", "data.augment=none", "trainer.max_steps=60")
-    directory = command(train, *options, "model.network.depth=8", *more).directory
-    assert read_run(directory)["metrics"]["test/accuracy"] == 1
 
 
 def test_bf16_channels_last_and_clipping(command, image_root):
