@@ -84,11 +84,6 @@ def test_the_network_of_the_experiment() -> None:
     assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)
 
 
-def test_convolutions_are_channels_last() -> None:
-    seen = cnn(channels=[4, 8]).convolutions(torch.randn(2, 1, 9, 9))
-    assert seen.is_contiguous(memory_format=torch.channels_last) and not seen.is_contiguous()
-
-
 def test_dropout_is_of_the_last_dense_layer_and_of_training() -> None:
     network = cnn(dropout=1.0)
     nn.init.constant_(network.output.bias, 2.0)
@@ -104,6 +99,7 @@ def test_dropout_is_of_the_last_dense_layer_and_of_training() -> None:
         ({"channels": [2, 0]}, "positive integers"),
         ({"widths": [-5]}, "positive integers"),
         ({"kernel_size": 2.5}, "positive integers"),
+        ({"kernel_size": 4}, "`kernel_size` expected an odd number of pixels, got 4"),
         ({"image_size": 3}, "`image_size` expected at least 4 pixels for 2 convolutions.*got 3"),
         ({"activation": "swoosh"}, "`activation` expected one of .*'swoosh'"),
         ({"dropout": 1.5}, "dropout probability .*1.5"),
