@@ -464,7 +464,8 @@ class SyncBatchNorm(_SyncMixin, _BatchNorm):
     Args:
         process_group: over which to synchronise, by keyword; None for all ranks. Pickled or copied
             a module must be without one.
-        others: as `bn_lightning.BatchNorm2d`.
+
+    The other arguments are those of `bn_lightning.BatchNorm2d`.
 
     Raises:
         ValueError: an argument outside its range; in a forward, a process group without this rank,
