@@ -1,6 +1,6 @@
 """A worker killed, the storage killed, the command killed: no trial is lost, and none is twice.
 
-`FAULT_REPETITIONS=5 pytest tests/sweeps/test_faults.py` repeats each.
+`FAULT_REPETITIONS=5 pytest tests/sweeps/engine/test_faults.py` repeats each.
 """
 
 import os
