@@ -110,5 +110,7 @@ def test_the_api_reference_has_every_public_name():
         for page in (ROOT / "docs" / "api").glob("*.md")
         for module in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    homes = {getattr(p, name).__module__ for p in (bn_lightning, callbacks, data) for name in p.__all__}
+    homes = {
+        getattr(p, name).__module__ for p in (bn_lightning, callbacks, data) for name in p.__all__
+    }
     assert homes - pages == set()
