@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra_plugins.bn_optuna import register
 
@@ -44,7 +43,12 @@ def check_overrides(config_name: str, arguments: list[str]) -> None:
     """Composes the first job that the arguments make."""
     overrides = OverridesParser.create().parse_overrides([a for a in arguments if a != "-m"])
     assert "-m" in arguments or not any(o.is_sweep_override() for o in overrides)
-    first = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0][0]
+    first = [
+        f"{o.get_key_element()}={next(o.sweep_string_iterator())}"
+        if o.is_sweep_override()
+        else o.input_line
+        for o in overrides
+    ]
     compose(config_name, first, return_hydra_config=True)
 
 
