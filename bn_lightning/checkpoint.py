@@ -62,6 +62,40 @@ def check_fits(checkpoint: dict[str, Any], module: nn.Module, path: str | Path) 
             )
 
 
+def trained_model(
+    checkpoint: dict[str, Any], run_config: dict[str, Any], path: str | Path
+) -> Any:
+    """Builds the LightningModule that a checkpoint was written of, and gives it the weights.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        run_config: from `trusted_config`.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: its weights are of another network than its configuration builds.
+    """
+    from hydra.utils import instantiate
+
+    model = instantiate(run_config["model"])
+    check_fits(checkpoint, model, path)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model
+
+
+def class_names(checkpoint: dict[str, Any], datamodule: Any, count: int) -> list[str]:
+    """Names of the outputs: what the checkpoint keeps of its data's classes, else their numbers.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        datamodule: built from its configuration.
+        count: of the outputs; those above the number of classes have numbers.
+    """
+    state = checkpoint.get(type(datamodule).__qualname__) or {}
+    names = [str(name) for name in state.get("classes", ())][:count]
+    return names + [str(i) for i in range(len(names), count)]
+
+
 def check_data(checkpoint: dict[str, Any], datamodule: Any) -> None:
     """Let a data module compare what the checkpoint keeps of the one it was trained with.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.checkpoint import check_data, check_fits, load_checkpoint, trusted_config
+from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
 from bn_lightning.command import hydra_command, one_line, quiet_lightning
 from bn_lightning.run_record import RunRecord, logged_numbers
 from bn_lightning.summary import print_summary
@@ -43,10 +43,8 @@ def _test(config: dict[str, Any], checkpoint: dict[str, Any], record: RunRecord)
 
     quiet_lightning()
     datamodule = instantiate(config["data"])
-    model = instantiate(config["model"])
-    check_fits(checkpoint, model, config["ckpt_path"])
+    model = trained_model(checkpoint, config, config["ckpt_path"])
     check_data(checkpoint, datamodule)
-    model.load_state_dict(checkpoint["state_dict"])
     trainer = instantiate(
         config["trainer"], logger=False, enable_checkpointing=False, enable_progress_bar=False
     )

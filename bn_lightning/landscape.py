@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from bn_lightning.checkpoint import check_data, check_fits, load_checkpoint, trusted_config
+from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
 from bn_lightning.command import hydra_command, quiet_lightning
 from bn_lightning.run_record import write_atomically
 from bn_lightning.sweeps.arms import label_of
@@ -53,9 +53,7 @@ def landscape(config: DictConfig) -> Path:
     checkpoint = load_checkpoint(config.ckpt_path)
     run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
-    model = instantiate(run_config["model"])
-    check_fits(checkpoint, model, config.ckpt_path)
-    model.load_state_dict(checkpoint["state_dict"])
+    model = trained_model(checkpoint, run_config, config.ckpt_path)
     datamodule = instantiate(resolved.get("data") or run_config["data"])
     check_data(checkpoint, datamodule)
     datamodule.prepare_data()

@@ -35,11 +35,14 @@ def binarized(arrays: Arrays, threshold: float | None) -> Arrays:
         return arrays
     return replace(
         arrays,
-        train_inputs=_binary(arrays.train_inputs, threshold),
-        test_inputs=_binary(arrays.test_inputs, threshold),
+        train_inputs=binary(arrays.train_inputs, threshold),
+        test_inputs=binary(arrays.test_inputs, threshold),
     )
 
 
-def _binary(inputs: np.ndarray, threshold: float) -> np.ndarray:
+def binary(inputs: np.ndarray, threshold: float | None) -> np.ndarray:
+    """The images of `binarized`, without their targets."""
+    if threshold is None:
+        return inputs
     full = 255 if inputs.dtype == np.uint8 else 1
     return (inputs > threshold * full).astype(inputs.dtype) * inputs.dtype.type(full)

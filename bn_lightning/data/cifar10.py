@@ -58,6 +58,7 @@ class CIFAR10DataModule(TensorDataModule):
     """
 
     source: ClassVar[str] = "cifar10"
+    input_shape = _SHAPE
     mirrors: ClassVar[tuple[str, ...]] = (
         "https://www.cs.toronto.edu/~kriz/",
         "https://cave.cs.toronto.edu/kriz/",

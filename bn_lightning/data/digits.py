@@ -5,10 +5,11 @@ import hashlib
 import numpy as np
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
+from torch import Tensor
 from torch.nn.functional import interpolate
 from typing_extensions import override
 
-from bn_lightning.data.binarize import binarized, check_threshold
+from bn_lightning.data.binarize import binarized, binary, check_threshold
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
 
 IMAGE_SIZE = 28  # pixels, MNIST's
@@ -38,6 +39,8 @@ class DigitsDataModule(TensorDataModule):
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """
 
+    input_shape = (1, IMAGE_SIZE, IMAGE_SIZE)
+
     def __init__(
         self,
         batch_size: int,
@@ -54,6 +57,10 @@ class DigitsDataModule(TensorDataModule):
     @override
     def load(self) -> Arrays:
         return binarized(load_digits(), self.binarize)
+
+    @override
+    def evaluated(self, inputs: np.ndarray) -> Tensor:
+        return super().evaluated(binary(inputs, self.binarize))
 
 
 def load_digits() -> Arrays:

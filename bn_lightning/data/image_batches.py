@@ -121,6 +121,7 @@ class ImageBatches(Batches):
         device: where the batches go.
         keep_workers: let them live from one epoch to the next.
         fixed_batches: permute whole batches, not samples.
+        skip_empty: leave out a batch of which no image can be read, in place of raising.
         options: `shuffle`, `seed`, `drop_last`, `rank` and `world_size` of `Batches`.
 
     Raises:
@@ -140,12 +141,13 @@ class ImageBatches(Batches):
         device: torch.device | str = "cpu",
         keep_workers: bool = False,
         fixed_batches: bool = False,
+        skip_empty: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(len(decoded.files), batch_size, **options)
         check_integer("num_workers", num_workers, 0)
         self.num_workers, self.keep_workers = num_workers, keep_workers
-        self.fixed_batches = fixed_batches
+        self.fixed_batches, self.skip_empty = fixed_batches, skip_empty
         self.device = torch.device(device)
         self.decoded, self._on_failures = decoded, on_failures
         shape = (3, 1, 1)
@@ -172,6 +174,8 @@ class ImageBatches(Batches):
             if decoded.failures:
                 self._on_failures(decoded.failures)
             if len(decoded.targets) == 0:
+                if self.skip_empty:
+                    continue
                 raise ImageFileError(
                     f"none of the {len(decoded.failures)} images of a batch can be read, the first"
                     f" of them: {decoded.failures[0][1]}"

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.folder = Path(root).expanduser().absolute() / name
         self.archive = None if archive is None else Path(archive).expanduser().absolute()
         self.image_size = image_size
+        self.input_shape = (3, image_size, image_size)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
         self.augment, self.photometric = augment, photometric
@@ -268,6 +269,29 @@ class ImageFolderDataModule(LightningDataModule):
     ) -> Any:
         """The batch as it is: `ImageBatches` has put it there."""
         return batch
+
+    def evaluation_batches(
+        self, files: ImageFiles, on_failures: Callable[[list[tuple[str, str]]], None]
+    ) -> ImageBatches:
+        """Batches of other images, as `test_dataloader` makes them of its own.
+
+        It needs no `setup`, and none of the data's own files.
+
+        Args:
+            files: the images; what they have for targets is handed out beside them.
+            on_failures: called with name and error of each image of a batch that cannot be read;
+                what it does not raise for is left out.
+        """
+        return ImageBatches(
+            DecodedBatches(files, self._evaluation_transform(), self.seed),
+            self.eval_batch_size,
+            on_failures=on_failures,
+            mean=self.mean,
+            std=self.std,
+            # One batch is decoded before a worker has begun.
+            num_workers=self.num_workers if len(files) > self.eval_batch_size else 0,
+            skip_empty=True,
+        )
 
     def _training_transform(self) -> ImageTransform:
         if self.augment == "resized_crop":

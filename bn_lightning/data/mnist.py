@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
-from bn_lightning.data.binarize import binarized, check_threshold
+from bn_lightning.data.binarize import binarized, binary, check_threshold
 from bn_lightning.data.digits import load_digits
 from bn_lightning.data.download import download
 from bn_lightning.data.errors import DataError, DataFallbackWarning, DataUnavailableError
@@ -50,6 +51,7 @@ class MNISTDataModule(TensorDataModule):
     """
 
     source: ClassVar[str] = "mnist"
+    input_shape = (1, 28, 28)
     mirrors: ClassVar[tuple[str, ...]] = (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -93,6 +95,10 @@ class MNISTDataModule(TensorDataModule):
     @override
     def load(self) -> Arrays:
         return binarized(self._grey(), self.binarize)
+
+    @override
+    def evaluated(self, inputs: np.ndarray) -> Tensor:
+        return super().evaluated(binary(inputs, self.binarize))
 
     def _grey(self) -> Arrays:
         absent = self._absent()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from torch import Tensor
 from typing_extensions import override
 
 from bn_lightning.data.batches import check_integer
@@ -19,6 +20,7 @@ from bn_lightning.data.errors import DataError, DataUnavailableError
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
 
 LAWS = ("linear", "nonlinear")
+_PLACEMENT = ("not placed", "placed")  # the classes of the generated table
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none"})
 """Cells, in lower case, that hold no value."""
 
@@ -101,14 +103,15 @@ class TabularDataModule(TensorDataModule):
         self.features, self.target = list(features), target
         self.law, self.samples, self.noise = law, samples, noise
         self.standardize, self.test_fraction = standardize, test_fraction
-        self._positive = "placed"
+        self.input_shape = (len(self.features),)
+        self._kept: dict[str, Any] = {}
 
     @override
     def setup(self, stage: str) -> None:
         if self.is_loaded:
             return
         super().setup(stage)
-        self._info["positive"] = self._positive
+        self._info["positive"] = self._kept["classes"][1]
         for split, (_, targets) in self._splits.items():
             if len(targets.unique()) < 2:
                 self._splits = {}
@@ -122,13 +125,12 @@ class TabularDataModule(TensorDataModule):
     def load(self) -> Arrays:
         if self.path is None:
             inputs, targets = generate(self.law, self.samples, self.noise)
+            classes = _PLACEMENT
             source, root = f"placement ({self.law} law)", "generated"
             sha256 = {"table": hashlib.sha256(inputs.tobytes() + targets.tobytes()).hexdigest()}
         else:
             payload = _payload(self.path)
-            inputs, targets, self._positive = parse_csv(
-                payload, self.features, self.target, self.path
-            )
+            inputs, targets, classes = parse_csv(payload, self.features, self.target, self.path)
             source, root = self.path.name, str(self.path.parent)
             sha256 = {self.path.name: hashlib.sha256(payload).hexdigest()}
         count = round(len(inputs) * self.test_fraction)
@@ -139,10 +141,13 @@ class TabularDataModule(TensorDataModule):
             )
         order = np.random.default_rng(_CUT_SEED).permutation(len(inputs))
         train, test = np.sort(order[count:]), np.sort(order[:count])
+        self._kept = {
+            "classes": list(classes),
+            "mean": inputs[train].mean(axis=0).tolist(),
+            "deviation": inputs[train].std(axis=0).tolist(),
+        }
         if self.standardize:
-            deviation = inputs[train].std(axis=0)
-            # A feature that is the same in all rows has nothing to scale.
-            inputs = (inputs - inputs[train].mean(axis=0)) / np.where(deviation, deviation, 1)
+            inputs = self._standardized(inputs)
         return Arrays(
             train_inputs=inputs[train],
             train_targets=targets[train],
@@ -153,6 +158,50 @@ class TabularDataModule(TensorDataModule):
             root=root,
             sha256=sha256,
         )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the classes' names, and `mean` and `deviation` of each feature.
+
+        They are those of the rows outside the test set; deviations are biased.
+        """
+        return dict(self._kept)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what a checkpoint keeps, until `setup` has read a table.
+
+        Args:
+            state_dict: from `state_dict`.
+        """
+        if not self.is_loaded:
+            self._kept = state_dict
+
+    @override
+    def evaluated(self, inputs: Float[np.ndarray, "N F"]) -> Float[Tensor, "N F"]:
+        return super().evaluated(self._standardized(inputs) if self.standardize else inputs)
+
+    def around_mean(self, deviations: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
+        """Makes rows as they stand in a table of numbers of deviations from the features' means.
+
+        Raises:
+            DataError: neither a table nor the state of a checkpoint has been read.
+        """
+        mean, deviation = self._statistics()
+        return mean + deviation * deviations
+
+    def _standardized(self, inputs: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
+        mean, deviation = self._statistics()
+        # A feature that is the same in all rows has nothing to scale.
+        return (inputs - mean) / np.where(deviation, deviation, 1)
+
+    def _statistics(self) -> tuple[Float[np.ndarray, "F"], Float[np.ndarray, "F"]]:
+        if not self._kept:
+            raise DataError(
+                "Expected the means and deviations of the features, but neither a table nor a"
+                " checkpoint that keeps them has been read; train again"
+            )
+        return np.array(self._kept["mean"]), np.array(self._kept["deviation"])
 
 
 def generate(
@@ -175,7 +224,7 @@ def generate(
 
 def parse_csv(
     payload: bytes, features: Sequence[str], target: str, path: str | os.PathLike[str]
-) -> tuple[Float[np.ndarray, "N F"], Int[np.ndarray, "N"], str]:
+) -> tuple[Float[np.ndarray, "N F"], Int[np.ndarray, "N"], tuple[str, str]]:
     """Reads features and classes from the text of a CSV file.
 
     Args:
@@ -185,11 +234,30 @@ def parse_csv(
         path: named in errors.
 
     Returns:
-        Features, classes 0 and 1, and the value of the target that is class 1.
+        Features, classes 0 and 1, and the values of the target that these are.
 
     Raises:
         DataError: the text is not such a table; it names the line, counted from 1.
     """
+    remedy = "set `data.features` and `data.target`"
+    rows = _cells(payload, [*features, target], path, remedy)
+    inputs = _numbers(rows, features, path)
+    targets, classes = _classes([cells[-1] for _, cells in rows], target, path)
+    return inputs, targets, classes
+
+
+def parse_features(
+    payload: bytes, features: Sequence[str], path: str | os.PathLike[str]
+) -> Float[np.ndarray, "N F"]:
+    """Reads features alone, as `parse_csv` does; a column of classes may be there or not."""
+    remedy = "give the columns that the network was trained on"
+    return _numbers(_cells(payload, features, path, remedy), features, path)
+
+
+def _cells(
+    payload: bytes, wanted: Sequence[str], path: str | os.PathLike[str], remedy: str
+) -> list[tuple[int, list[str]]]:
+    """Of each row the number of its line and what stands in these columns, none of it missing."""
     try:
         text = payload.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -211,13 +279,11 @@ def parse_csv(
     if not table:
         raise DataError(f"{path}: expected a header line and rows, but the file is empty")
     (_, header), *rows = table
-    wanted = [*features, target]
     absent = [name for name in wanted if header.count(name) != 1]
     if absent:
         raise DataError(
             f"{path}: expected the columns {', '.join(wanted)}, each once, separated by commas, but"
-            f" {', '.join(absent)} is not there once among {', '.join(header)}; set"
-            " `data.features` and `data.target`"
+            f" {', '.join(absent)} is not there once among {', '.join(header)}; {remedy}"
         )
     if not rows:
         raise DataError(f"{path}: expected rows after the header, but there are none")
@@ -235,17 +301,21 @@ def parse_csv(
             f" one, the first of them in line {', '.join(map(str, missing[:5]))}; fill them in, or"
             " take these rows out"
         )
-    inputs = np.array(
+    return [(line, [cells[i] for i in places]) for line, cells in rows]
+
+
+def _numbers(
+    rows: Sequence[tuple[int, list[str]]], features: Sequence[str], path: Any
+) -> Float[np.ndarray, "N F"]:
+    return np.array(
         [
             [
-                _finite(cells[place], name, line, path)
-                for place, name in zip(places, features, strict=False)
+                _finite(cell, name, line, path)
+                for cell, name in zip(cells, features, strict=False)  # a target may come after
             ]
             for line, cells in rows
         ]
     )
-    targets, positive = _classes([cells[places[-1]] for _, cells in rows], target, path)
-    return inputs, targets, positive
 
 
 def _payload(path: Path) -> bytes:
@@ -271,8 +341,10 @@ def _finite(cell: str, column: str, line: int, path: Any) -> float:
     return number
 
 
-def _classes(values: Sequence[str], target: str, path: Any) -> tuple[Int[np.ndarray, "N"], str]:
-    """1 where the value is the larger of two, and that value."""
+def _classes(
+    values: Sequence[str], target: str, path: Any
+) -> tuple[Int[np.ndarray, "N"], tuple[str, str]]:
+    """1 where the value is the larger of two, and both, the smaller first."""
     keys: Sequence[float | str] = values
     with contextlib.suppress(ValueError):
         keys = [float(value) for value in values]  # 1 and 1.0 are the same class
@@ -283,5 +355,6 @@ def _classes(values: Sequence[str], target: str, path: Any) -> tuple[Int[np.ndar
             f"{path}: expected two values in {target}, the two classes, but got {len(found)} in"
             f" {len(values)} rows: {shown}"
         )
-    larger = max(found)  # all are numbers, or all are texts
-    return np.array([int(key == larger) for key in keys]), found[larger]
+    smaller, larger = sorted(found)  # all are numbers, or all are texts
+    targets = np.array([int(key == larger) for key in keys])
+    return targets, (found[smaller], found[larger])

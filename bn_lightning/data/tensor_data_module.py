@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from typing_extensions import override
@@ -65,6 +65,9 @@ class TensorDataModule(LightningDataModule, ABC):
         ValueError: a value is out of its range.
     """
 
+    input_shape: tuple[int, ...] | None = None
+    """Of one input, (channels, rows, columns) of an image; None where the data alone know it."""
+
     def __init__(
         self,
         batch_size: int,
@@ -102,6 +105,21 @@ class TensorDataModule(LightningDataModule, ABC):
         With one, inputs are kept as `load` returned them, bytes as bytes.
         """
         return None
+
+    def evaluated(self, inputs: np.ndarray) -> Tensor:
+        """Makes of other samples what a test batch holds of the data's own.
+
+        Args:
+            inputs: (N, ...), uint8 or floating point, as the data have them before anything that
+                an argument of this class says is done to them.
+
+        Returns:
+            Inputs for the network, (N, ...) float32.
+        """
+        transform = self.transform("test")
+        if transform is None:
+            return _scaled(inputs)
+        return transform(torch.from_numpy(inputs), torch.arange(len(inputs)), 0)
 
     @override
     def setup(self, stage: str) -> None:
@@ -300,11 +318,12 @@ def _few(indices: np.ndarray) -> str:
 def _tensors(
     inputs: np.ndarray, targets: np.ndarray, scaled: bool
 ) -> tuple[Shaped[Tensor, "N ..."], Int[Tensor, "N"]]:
-    if not scaled:
-        return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.int64))
+    values = _scaled(inputs) if scaled else torch.from_numpy(inputs)
+    return values, torch.from_numpy(targets.astype(np.int64))
+
+
+def _scaled(inputs: np.ndarray) -> Float[Tensor, "N ..."]:
     if inputs.dtype == np.uint8:
         # Into the result at once: a float copy of its own would cost MNIST 172 MB.
-        values = np.divide(inputs, 255, dtype=np.float32)
-    else:
-        values = np.array(inputs, dtype=np.float32)
-    return torch.from_numpy(values), torch.from_numpy(targets.astype(np.int64))
+        return torch.from_numpy(np.divide(inputs, 255, dtype=np.float32))
+    return torch.from_numpy(np.array(inputs, dtype=np.float32))
