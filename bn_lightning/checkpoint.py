@@ -62,9 +62,7 @@ def check_fits(checkpoint: dict[str, Any], module: nn.Module, path: str | Path) 
             )
 
 
-def trained_model(
-    checkpoint: dict[str, Any], run_config: dict[str, Any], path: str | Path
-) -> Any:
+def trained_model(checkpoint: dict[str, Any], run_config: dict[str, Any], path: str | Path) -> Any:
     """Builds the LightningModule that a checkpoint was written of, and gives it the weights.
 
     Args:

@@ -28,6 +28,9 @@ ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
+# What optimisers log of each graph, and what torchvision has where that is absent.
+_QUIET = {"onnx_ir": logging.WARNING, "onnxscript": logging.WARNING, "torch.onnx": logging.ERROR}
+
 # Two batch sizes, neither of them the one that is traced.
 _TRACED, _CHECKED = 2, (1, 63)
 
@@ -59,7 +62,8 @@ def export(config: DictConfig) -> Path:
     tolerance = config.tolerance[config.format]
     if not tolerance > 0:
         raise ValueError(f"`tolerance.{config.format}` expected a positive number, got {tolerance}")
-    output = Path(config.output or Path(config.paths.output_dir) / f"network{ENDINGS[config.format]}")
+    name = f"network{ENDINGS[config.format]}"
+    output = Path(config.output or Path(config.paths.output_dir) / name)
     if output.is_dir():
         raise ValueError(f"`output` expected the name of a file, got the folder {output}")
     if config.format == "onnx":
@@ -69,6 +73,8 @@ def export(config: DictConfig) -> Path:
     run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
     datamodule = instantiate(run_config["data"])
     check_data(checkpoint, datamodule)
+    # Compiled, the network would take longer to compare with than to export.
+    run_config["model"].pop("compile", None)
     network = trained_model(checkpoint, run_config, config.ckpt_path).network.eval()
     shape = config.input_shape or getattr(datamodule, "input_shape", None)
     if shape is None:
@@ -79,12 +85,13 @@ def export(config: DictConfig) -> Path:
     program = network
     if config.fold:
         plan = find_foldable(network)
-        print(plan)
         if plan.folded:
-            program = fold_batchnorm(network)
+            program = fold_batchnorm(network)  # logs the plan
+        else:
+            print(plan)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        path = Path(folder) / f"network{ENDINGS[config.format]}"
+        path = Path(folder) / name
         _write(program, sample_inputs(datamodule, (_TRACED, *shape)), path)
         inputs = [sample_inputs(datamodule, (size, *shape)) for size in _CHECKED]
         difference = largest_difference(read_program(path), network, inputs)
@@ -134,7 +141,7 @@ def sample_inputs(datamodule: Any, shape: Sequence[int]) -> Float[Tensor, "N ...
     from bn_lightning.data.tabular import TabularDataModule
 
     values = np.random.default_rng(0).standard_normal(shape)
-    if isinstance(datamodule, TabularDataModule):
+    if isinstance(datamodule, TabularDataModule) and values.shape[1:] == datamodule.input_shape:
         return datamodule.evaluated(datamodule.around_mean(values))
     return torch.from_numpy(values).float()
 
@@ -185,8 +192,8 @@ def _write(network: nn.Module, x: Tensor, path: Path) -> None:
             program = torch.export.export(network, (x,), dynamic_shapes=({0: batch},))
             torch.export.save(program, path)
             return
-        # It names each operator of torchvision's that it cannot register, where that is absent.
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        for name, level in _QUIET.items():
+            logging.getLogger(name).setLevel(level)
         torch.onnx.export(
             network,
             (x,),

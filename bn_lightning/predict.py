@@ -129,7 +129,7 @@ class _Samples:
             return [index + 1 for index in self._indices]
         # A name need not be UTF-8, and the table is.
         return [
-            os.fsencode(self._files.path(index)).decode("utf-8", "backslashreplace")
+            os.fsencode(Path(self._files.path(index))).decode("utf-8", "backslashreplace")
             for index in self._indices
         ]
 

@@ -4,6 +4,7 @@ Composes the configuration, seeds, fits, tests, and leaves a run (see run_record
 """
 
 import gc
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         if is_first_rank:  # the others end as after any run
             raise
     finally:
+        if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+            # W&B has one run a process: the next job of a sweep would go on with this one.
+            sys.modules["wandb"].finish(exit_code=record.content["status"] == "failed")
         if in_sweep():
             # Lightning's reference cycles keep the data alive until a full collection, and a sweep
             # is many runs in one process.
@@ -127,7 +131,7 @@ def _fit_and_test(
     trainer = instantiate(
         config.trainer,
         callbacks=callbacks,
-        logger=[instantiate(node) for node in config.logger.values() if node is not None],
+        logger=_loggers(config.logger),
         # Without this, Lightning adds a bar of its own.
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
@@ -153,6 +157,8 @@ def _fit_and_test(
         datamodule.setup("fit")
         record.update(data=getattr(datamodule, "info", None))
 
+    for logger in trainer.loggers:
+        logger.log_hyperparams(record.content["config"])
     started = time.perf_counter()
     try:
         trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
@@ -188,6 +194,24 @@ def _fit_and_test(
         if config.extras.step_table:
             print_steps(directory)
         print_summary(record.content, directory)
+
+
+def _loggers(config: DictConfig) -> list[Any]:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    loggers = []
+    for name, node in config.items():
+        try:
+            loggers += [] if node is None else [instantiate(node)]
+        except InstantiationException as error:
+            if not isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            raise ValueError(
+                f"`logger={name}` expected its package to be installed, and it is not; pip install"
+                f' -c constraints.txt -e ".[{name}]"'
+            ) from error
+    return loggers
 
 
 def _go_on(record: RunRecord, directory: Path, ckpt_path: Path, max_steps: int) -> None:

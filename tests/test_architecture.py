@@ -39,6 +39,8 @@ ORDER = {
     "report": 7,
     "landscape": 7,
     "inspect": 7,
+    "predict": 7,
+    "export": 7,
 }
 
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 register()  # before Hydra looks for configurations
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-HYDRA_COMMANDS = ("train", "evaluate", "landscape", "inspect")
+HYDRA_COMMANDS = ("train", "evaluate", "predict", "export", "landscape", "inspect")
 SCREEN = 50, 100  # rows, and characters of one
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bn_lightning.data import TabularDataModule
 from bn_lightning.data.errors import DataError, DataUnavailableError
-from bn_lightning.data.tabular import generate, parse_csv
+from bn_lightning.data.tabular import generate, parse_csv, parse_features
 
 DEFAULTS: dict[str, Any] = {
     "path": None,
@@ -140,23 +140,30 @@ class TestFile:
         torch.testing.assert_close(inputs[:, 0], number / 10)
 
     def test_columns_are_named_by_their_header(self) -> None:
-        inputs, targets, positive = parsed(HEADER + "a,7,100,no\nb,8,90,yes\n", ("iq",))
+        inputs, targets, classes = parsed(HEADER + "a,7,100,no\nb,8,90,yes\n", ("iq",))
         assert inputs.tolist() == [[100], [90]] and targets.tolist() == [0, 1]
-        assert positive == "yes"
+        assert classes == ("no", "yes")
 
     @pytest.mark.parametrize(
-        ("values", "targets", "positive"),
+        ("values", "targets", "classes"),
         [
-            (("0", "1", "1.0"), [0, 1, 1], "1.0"),
-            (("2", "10", "2"), [0, 1, 0], "10"),
-            (("placed", "not", "not"), [1, 0, 0], "placed"),
-            (("1", "no", "1"), [0, 1, 0], "no"),
+            (("0", "1", "1.0"), [0, 1, 1], ("0", "1.0")),
+            (("2", "10", "2"), [0, 1, 0], ("2", "10")),
+            (("placed", "not", "not"), [1, 0, 0], ("not", "placed")),
+            (("1", "no", "1"), [0, 1, 0], ("1", "no")),
         ],
         ids=["numbers", "not as texts", "texts", "mixed"],
     )
-    def test_classes(self, values, targets, positive) -> None:
+    def test_classes(self, values, targets, classes) -> None:
         found = parsed(HEADER + "".join(f"a,1,2,{value}\n" for value in values))
-        assert (found[1].tolist(), found[2]) == (targets, positive)
+        assert (found[1].tolist(), found[2]) == (targets, classes)
+
+    def test_features_alone(self) -> None:
+        for text in ("iq,cgpa\n100,7\n", "cgpa,placement,iq\n7,,100\n"):
+            found = parse_features(text.encode(), ("cgpa", "iq"), "table.csv")
+            assert found.tolist() == [[7, 100]]
+        with pytest.raises(DataError, match="iq is not there once .*that the network was trained"):
+            parse_features(b"cgpa,IQ\n7,100\n", ("cgpa", "iq"), "table.csv")
 
     def test_what_spreadsheets_write(self) -> None:
         text = '\ufeffname, cgpa ,iq,placement\r\n"Doe, J.",7.5,1e2,1\r\n\r\nx,8,90,0\r\n'
@@ -235,3 +242,29 @@ class TestFile:
         path.write_text(HEADER + "".join(f"n,7,{i},{i % 2}\n" for i in range(40)))
         inputs = ready(path=path, standardize=True).test_dataloader().inputs
         assert np.isfinite(inputs.numpy()).all() and (inputs[:, 0] == 0).all()
+
+
+class TestState:
+    """What a checkpoint keeps, for rows that come without a table."""
+
+    @pytest.mark.parametrize("standardize", [False, True])
+    def test_other_rows_become_what_the_test_rows_are(self, standardize: bool) -> None:
+        made, other = ready(standardize=standardize), module(standardize=standardize)
+        plain = ready().test_dataloader().inputs.double().numpy()
+        other.load_state_dict(made.state_dict())
+        expected = made.test_dataloader().inputs
+        torch.testing.assert_close(other.evaluated(plain), expected, rtol=1e-5, atol=1e-5)
+        assert made.state_dict()["classes"] == ["not placed", "placed"]
+        assert other.around_mean(np.zeros((1, 2)))[0] == pytest.approx([7, 100], rel=0.05)
+
+    def test_nothing_is_made_up(self) -> None:
+        made = module(standardize=True)
+        assert made.state_dict() == {}
+        with pytest.raises(DataError, match="neither a table nor a checkpoint that keeps them"):
+            made.evaluated(np.zeros((1, 2)))
+
+    def test_a_table_that_was_read_counts_more(self) -> None:
+        made = ready()
+        before = made.state_dict()
+        made.load_state_dict({"classes": ["a", "b"], "mean": [0, 0], "deviation": [1, 1]})
+        assert made.state_dict() == before
