@@ -80,7 +80,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     finally:
         if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
             # W&B has one run a process: the next job of a sweep would go on with this one.
-            sys.modules["wandb"].finish(exit_code=record.content["status"] == "failed")
+            broken = record.content["status"] in ("failed", "interrupted")
+            sys.modules["wandb"].finish(exit_code=int(broken))
         if in_sweep():
             # Lightning's reference cycles keep the data alive until a full collection, and a sweep
             # is many runs in one process.

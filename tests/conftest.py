@@ -17,6 +17,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+# Loggers that would otherwise send something, to be set before they are imported.
+os.environ |= {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+}
+
 
 @pytest.fixture(scope="session")
 def device() -> str:

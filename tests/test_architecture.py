@@ -27,6 +27,7 @@ ORDER = {
     "batch_norm_table": 2,
     "no_profiler": 2,
     "metrics_csv": 3,
+    "mlflow_logger": 3,
     "summary": 4,
     "sweeps": 4,  # reads what runs leave, never what trains them
     "callbacks": 5,

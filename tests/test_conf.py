@@ -29,7 +29,9 @@ SWEEPS = {"lr_init": 594, "schemes": 396, "lr": 66, "quick": 24, "tuned": 50}
 
 
 @pytest.fixture(autouse=True)
-def conf(tmp_path):
+def conf(tmp_path, monkeypatch):
+    # A server that is asked nothing: the tables of a database would take seconds to make.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with initialize_config_module("bn_lightning.conf", version_base="1.3"):
         yield
 
@@ -48,7 +50,7 @@ def test_experiments(tmp_path, experiment):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(tmp_path, option):
-    config, resolved = composed(tmp_path, option)
+    config, resolved = composed(tmp_path, option, f"paths.log_dir={tmp_path}")
     group = option.partition("=")[0]
     on_gpu = group == "trainer" and "gpu" in str(resolved["trainer"]["accelerator"])
     if on_gpu and not torch.cuda.is_available():
