@@ -197,12 +197,12 @@ def _fit_and_test(
         print_summary(record.content, directory)
 
 
-def _loggers(config: DictConfig) -> list[Any]:
+def _loggers(config: Any) -> list[Any]:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     loggers = []
-    for name, node in config.items():
+    for name, node in config.items():  # the names are those of the options and of the extras
         try:
             loggers += [] if node is None else [instantiate(node)]
         except InstantiationException as error:

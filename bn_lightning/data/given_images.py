@@ -41,7 +41,8 @@ def find_images(path: Path) -> ImageFiles:
             f"`input` expected an image or a folder of images, got {path}: no such file; give its"
             " path"
         )
-    names, others = [], []
+    names: list[bytes] = []
+    others: list[bytes] = []
     for folder, folders, files in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in files:
@@ -75,7 +76,7 @@ def image_batches(datamodule: Any, files: ImageFiles, on_failures: Failures) -> 
     """
     if isinstance(datamodule, ImageFolderDataModule):
         return datamodule.evaluation_batches(files, on_failures)
-    shape = getattr(datamodule, "input_shape", None) or ()
+    shape: tuple[int, ...] = getattr(datamodule, "input_shape", None) or ()
     if not isinstance(datamodule, TensorDataModule) or len(shape) != 3 or shape[0] not in (1, 3):
         raise DataError(
             "`input` expected a checkpoint trained on images of this package's data modules, got"
