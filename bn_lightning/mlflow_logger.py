@@ -15,14 +15,23 @@ class RunMLFlowLogger(MLFlowLogger):
     The address of a server may hold a password, so it is read here and is in no configuration.
 
     Args:
+        directory: the run's; its last two names are the run's name in MLflow, which would draw one
+            by the seed, the same for all runs of a seed. The whole is the tag `directory`.
         database: of all runs where the environment names no server; it is made if it is absent.
-        options: those of Lightning's MLFlowLogger but `tracking_uri`.
+        options: those of Lightning's MLFlowLogger but `tracking_uri`, `run_name` and `tags`.
     """
 
-    def __init__(self, database: str | os.PathLike[str], **options: Any) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], database: str | os.PathLike[str], **options: Any
+    ) -> None:
         address = os.environ.get(SERVER)
         if not address:
             path = Path(database).absolute()
             path.parent.mkdir(parents=True, exist_ok=True)
             address = f"sqlite:///{path}"
-        super().__init__(tracking_uri=address, **options)
+        super().__init__(
+            tracking_uri=address,
+            run_name="/".join(Path(directory).parts[-2:]),
+            tags={"directory": str(directory)},
+            **options,
+        )

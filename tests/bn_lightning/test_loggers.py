@@ -50,6 +50,7 @@ def test_percentiles_and_batch_norm_statistics_arrive(command, monkeypatch):
     assert [Path(run.data.tags["directory"]) for run in runs] == [d.absolute() for d in directories]
     for run, directory in zip(runs, directories, strict=True):
         assert run.info.status == "FINISHED"
+        assert run.info.run_name == f"{directory.parent.name}/{directory.name}"
         metrics = read_metrics(directory)
         assert metrics.keys() >= WATCHED
         for name, points in metrics.items():
@@ -88,7 +89,7 @@ def test_a_server_is_in_no_file(command, monkeypatch):
     from bn_lightning.mlflow_logger import RunMLFlowLogger
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
-    logger = RunMLFlowLogger("absent/mlflow.db")
+    logger = RunMLFlowLogger("a/b/c", "absent/mlflow.db")
     assert logger._tracking_uri == "http://user:secret@127.0.0.1:9"
     assert not Path("absent").exists()
 
