@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from hydra_plugins.bn_optuna import register
@@ -154,7 +155,7 @@ def one_line(error: BaseException) -> str:
     text = str(error).partition("Config search path")[0].partition("full_key:")[0]
     text = re.sub(r"\s+", " ", text).strip()
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override {error.override!r}: {text}"
+        return f"cannot read the override {error.override!r}: {text}{_quoting(error.override)}"
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return f"`{error.full_key}` is no key of the configuration{_nearest(error)}"
     if isinstance(error, InterpolationResolutionError):
@@ -162,9 +163,22 @@ def one_line(error: BaseException) -> str:
         return text.partition("raised while resolving interpolation: ")[2] or text
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; choose another place, or mend this one"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror} ({FULL_ERROR}=1 shows where); make room, or mend this place"
     if isinstance(error, ValueError | HydraException | OmegaConfBaseException) and text:
         return text
     return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
+
+
+def _quoting(override: str | None) -> str:
+    key, equals, value = (override or "").partition("=")
+    if not equals or value[:1] in ("'", '"', "[", "{"):
+        return ""
+    quoted = QuotedString(value, Quote.double).with_quotes()
+    return (
+        f"; a value with = , ( ) [ ] {{ }} or quotes stands in quotes, {key}={quoted}, and those in"
+        " the shell's"
+    )
 
 
 def _nearest(error: OmegaConfBaseException) -> str:

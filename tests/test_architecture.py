@@ -26,6 +26,7 @@ ORDER = {
     "checkpoint": 2,
     "batch_norm_table": 2,
     "no_profiler": 2,
+    "checkpoint_file": 3,
     "metrics_csv": 3,
     "summary": 4,
     "sweeps": 4,  # reads what runs leave, never what trains them
@@ -34,6 +35,7 @@ ORDER = {
     "data": 5,
     "config_check": 5,
     "command": 6,
+    "run_lock": 7,
     "train": 7,
     "evaluate": 7,
     "report": 7,
