@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
     # Read by Triton when it is imported, so it is set before any test module is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each of several processes has one core, and so has what it starts.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def device() -> str:

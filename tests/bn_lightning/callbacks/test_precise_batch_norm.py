@@ -309,7 +309,9 @@ class TestStatistics:
         average = plain_average(network, other)
         assert_close(statistics(state_of(network)), average, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("pack", [tuple, list, lambda batch: batch[0]], ids=str)
+    @pytest.mark.parametrize(
+        "pack", [tuple, list, lambda batch: batch[0]], ids=["tuple", "list", "input"]
+    )
     def test_a_batch_may_be_the_input_alone(
         self, tmp_path: Path, pack: Callable[[Any], Any]
     ) -> None:
