@@ -165,7 +165,8 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}; choose another place, or mend this one"
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.strerror} ({FULL_ERROR}=1 shows where); make room, or mend this place"
-    if isinstance(error, ValueError | HydraException | OmegaConfBaseException) and text:
+    is_own = type(error).__module__.startswith("bn_lightning.")
+    if text and (is_own or isinstance(error, ValueError | HydraException | OmegaConfBaseException)):
         return text
     return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
 

@@ -57,6 +57,10 @@ class RunLock(Callback):
             for folder in (directory, directory / LAST.parent):
                 remove_unfinished(folder)
 
+    @override
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        _release()
+
 
 def _refuse(message: str) -> None:
     # Hydra makes a warning of any other exception of a callback.

@@ -5,6 +5,7 @@ Composes the configuration, seeds, fits, tests, and leaves a run (see run_record
 
 import contextlib
 import gc
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,10 @@ _FREE_ON_RESUME = {
 _FREE_DATA = ("root", "num_workers")
 
 _KEPT_ON_RESUME = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
+
+
+class RankLostError(RuntimeError):
+    """One of several processes that train together has ended before the others."""
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -175,6 +180,14 @@ def _fit_and_test(
             ckpt_path=None if start is None else start.path,
             weights_only=True,
         )
+    except RuntimeError as error:
+        # The words of gloo for a collective whose other end is gone.
+        if trainer.world_size > 1 and re.search(r"gloo.*(by peer|timed out)", str(error), re.I):
+            raise RankLostError(
+                "another rank of this run has ended, for the reason above if it could say one; the "
+                "same command with ckpt_path=last goes on from the last checkpoint"
+            ) from error
+        raise
     finally:
         seconds = time.perf_counter() - started
         record.content.update(

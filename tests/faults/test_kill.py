@@ -19,7 +19,7 @@ from bn_lightning.train import main
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
 
-STEPS = 400
+STEPS = 200
 ARGUMENTS = (*SMALL, f"trainer.max_steps={STEPS}")
 SEED = 8
 
