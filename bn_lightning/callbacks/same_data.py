@@ -54,14 +54,13 @@ class SameData(Callback):
         names = sorted(before.keys() | self._sha256.keys())
         changed = [name for name in names if before.get(name) != self._sha256.get(name)]
         what = (
-            f"expected the data that the checkpoint was made with, got another {', '.join(changed)}"
-            " (by SHA-256)"
+            "`ckpt_path` expected the data that the checkpoint was made with, got another"
+            f" {', '.join(changed)} (by SHA-256)"
         )
         if not self.allow_changed:
             raise ChangedDataError(
-                f"`ckpt_path` {what}; restore the data, start a new run, or set"
-                " resume.allow_changed_data=true"
+                f"{what}; restore the data, start a new run, or set resume.allow_changed_data=true"
             )
-        rank_zero_warn(f"`resume.allow_changed_data`: {what}; the epoch's batches begin anew")
+        rank_zero_warn(f"{what}; as allow_changed_data is true, the epoch's batches begin anew")
         # Lightning then begins with the loader's first batch.
         checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = []

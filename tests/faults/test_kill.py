@@ -14,6 +14,7 @@ import pytest
 from run_process import SMALL, check_same_end, check_whole, finish, run, start
 
 from bn_lightning.checkpoint import load_checkpoint
+from bn_lightning.run_record import read_run
 from bn_lightning.train import main
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
@@ -55,9 +56,13 @@ class Chain:
         runs = list(self.folder.glob("logs/*/runs/*"))
         for directory in runs:
             check_whole(directory)
-        if code == 0:
+        if any(read_run(p.parent)["status"] == "completed" for p in self.folder.rglob("run.json")):
+            if code:
+                self.where["after its end"] += 1
+                print(f"killed after {moment:.2f} s: at its end")
             self.check_end()
             return
+        assert code, "the run ended and its run.json does not say so"
         lasts = [directory / "checkpoints/last.ckpt" for directory in runs]
         steps = max((load_checkpoint(p)["global_step"] for p in lasts if p.exists()), default=0)
         parts = len(list(self.folder.rglob("*.part")))
