@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.batch_norm_table import print_batch_norms
 from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
-from bn_lightning.interruption import Interrupted
+from bn_lightning.interruption import Interrupted, RankLostError
 from bn_lightning.run_directory import LAST
 from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
 from bn_lightning.summary import print_steps, print_summary
@@ -38,10 +38,6 @@ _FREE_ON_RESUME = {
 _FREE_DATA = ("root", "num_workers")
 
 _KEPT_ON_RESUME = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
-
-
-class RankLostError(RuntimeError):
-    """One of several processes that train together has ended before the others."""
 
 
 def train(config: DictConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_process import SMALL, check_same_end, check_whole, finish, run, start
 
-ARGUMENTS = (*SMALL, "trainer=ddp_sim", "norm=sync", "data.batch_size=30", "trainer.max_steps=300")
+ARGUMENTS = (*SMALL, "trainer=ddp_sim", "norm=sync", "data.batch_size=30", "trainer.max_steps=100")
 ARGUMENTS += ("trainer.val_check_interval=10",)
 LONGEST = 60  # seconds until all have ended, on a machine that does much else
 
