@@ -4,6 +4,7 @@ Composes the configuration, seeds, fits, tests, and leaves a run (see run_record
 """
 
 import contextlib
+import copy
 import gc
 import re
 import time
@@ -53,6 +54,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
+    from bn_lightning.callbacks import ChangedDataError
+
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
@@ -75,6 +78,10 @@ def train(config: DictConfig) -> dict[str, Any]:
                 print("the same command with ckpt_path=last goes on from its last checkpoint")
         raise
     except Exception as error:
+        if isinstance(error, ChangedDataError) and start is not None and start.record is not None:
+            record.content = start.record  # the run stays as it was
+            record.update()
+            raise
         if not _is_pruned(error):
             # A disk that is full, or gone, takes no record either: the first error says more.
             with contextlib.suppress(OSError):
@@ -105,6 +112,7 @@ class _Start:
 
     path: Path
     content: dict[str, Any]
+    record: dict[str, Any] | None  # of the run that goes on, None for a new one
 
 
 def _fit_and_test(
@@ -112,7 +120,8 @@ def _fit_and_test(
 ) -> None:
     from hydra.utils import instantiate
     from lightning import seed_everything
-    from lightning.pytorch.callbacks import ProgressBar
+    from lightning.pytorch.callbacks import LambdaCallback, ProgressBar
+    from lightning.pytorch.utilities import rank_zero_only
 
     from bn_lightning.callbacks import DivergenceGuard, RunCheckpoints
     from bn_lightning.checkpoint import CONFIG_KEY, METRICS_KEY, check_fits
@@ -139,6 +148,11 @@ def _fit_and_test(
             if isinstance(callback, RunCheckpoints):
                 # Ctrl-C is the sweeper's: it lets running trials end.
                 callback.handles_signals = False
+    if start is not None:
+        # Once the checkpoint is loaded: whoever is refused leaves the run as it was.
+        last_step = start.content["global_step"]
+        truncate = rank_zero_only(lambda *_: truncate_metrics(directory, last_step))
+        callbacks.append(LambdaCallback(on_fit_start=truncate))
     trainer = instantiate(
         config.trainer,
         callbacks=callbacks,
@@ -160,7 +174,6 @@ def _fit_and_test(
         first_step = start.content["global_step"]
         metrics_before = start.content.get(METRICS_KEY, {})
         print(f"going on from step {first_step:,}: {directory}")
-        truncate_metrics(directory, first_step)
         record.content["resumed_at"].append(first_step)
     if trainer.world_size == 1:
         # Before the clock starts. On several ranks it is Lightning who says which one downloads.
@@ -236,8 +249,8 @@ def _go_on(config: DictConfig, record: RunRecord, directory: Path) -> _Start:
 
     path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
     checkpoint = load_checkpoint(path)
-    start = _Start(path, checkpoint)
     before = read_run(directory) if (directory / "run.json").exists() else None
+    start = _Start(path, checkpoint, copy.deepcopy(before))
     steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
     # With all its steps and without its test, a run was stopped in between.
     is_over = before is None or before["status"] in ("completed", "diverged", "pruned")
