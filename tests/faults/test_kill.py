@@ -30,6 +30,7 @@ class Chain:
 
     def __init__(self, folder: Path, whole: Path, seconds: float) -> None:
         self.folder, self.whole, self.seconds = folder, whole, seconds
+        self.training = read_run(whole)["seconds"]
         self.random = random.Random(SEED)
         self.where: Counter[str] = Counter()
         self.finished = 0
@@ -42,10 +43,19 @@ class Chain:
         goes_on = list(self.folder.glob("logs/*/runs/*/checkpoints/last.ckpt"))
         return start(self.folder, *ARGUMENTS, *["ckpt_path=last"] * bool(goes_on))
 
+    def last_time(self) -> int:
+        return max((p.stat().st_mtime_ns for p in self.folder.rglob("last.ckpt")), default=0)
+
     def kill_one(self) -> None:
-        """Kills at a moment of the time that a whole run takes, if it lives as long."""
+        """Kills while it starts, one time in three, else once it trains and writes checkpoints."""
+        before = self.last_time()
         process = self.start()
-        moment = self.random.uniform(0, self.seconds)
+        if self.random.random() < 1 / 3:
+            moment = self.random.uniform(0, self.seconds - self.training)
+        else:
+            while process.poll() is None and self.last_time() == before:
+                time.sleep(0.001)
+            moment = self.random.uniform(0, self.training / 2)
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
