@@ -14,7 +14,10 @@ from bn_lightning.run_record import read_run
 from bn_lightning.train import main
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
 
 ARGUMENTS = (*SMALL, "trainer.max_steps=3")
 
