@@ -13,6 +13,10 @@ CONFIG_KEY = "config"
 """The hyperparameter under which `train.py` keeps the run's resolved configuration."""
 
 
+METRICS_KEY = "metrics"
+"""Where a checkpoint of `RunCheckpoints` holds the metrics known at its step, as plain numbers."""
+
+
 class CheckpointError(ValueError):
     """A file that is no checkpoint, or one that does not fit."""
 

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import io
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from hydra_plugins.bn_optuna import register
@@ -28,6 +30,7 @@ from bn_lightning.run_directory import hydra_directory, run_directory
 from bn_lightning.sweeps.engine.environment import in_trial
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+_ONE_LINE = "BN_LIGHTNING_ONE_LINE"  # tells the ranks of a run that nobody asked for tracebacks
 
 
 def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -67,13 +70,17 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         @functools.wraps(task)
         def command() -> None:
             full_error = os.environ.get(FULL_ERROR)
+            is_wanted = full_error == "1" and _ONE_LINE not in os.environ
             # So that Hydra raises its errors instead of printing them over several lines.
             os.environ[FULL_ERROR] = "1"
+            if not is_wanted:
+                os.environ[_ONE_LINE] = "1"
             try:
-                run_reported(main, full_error=full_error == "1")
+                run_reported(main, full_error=is_wanted)
             finally:
                 if full_error is None:
                     del os.environ[FULL_ERROR]
+                os.environ.pop(_ONE_LINE, None)
 
         return command
 
@@ -99,6 +106,10 @@ def run_reported(command: Callable[[], Any], full_error: bool = False) -> None:
         command: the body.
         full_error: let errors through with their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A path may hold bytes that are no UTF-8: they are printed as they are.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="surrogateescape")
     try:
         with handled_by(raise_interrupted):
             command()
@@ -149,12 +160,14 @@ def one_line(error: BaseException) -> str:
             isinstance(error, HydraException)
             and isinstance(error.__cause__, OmegaConfBaseException)
         )
+        # Of logging, when Hydra lets it open the file of the log.
+        or str(error).startswith("Unable to configure")
     ):
         error = error.__cause__
     text = str(error).partition("Config search path")[0].partition("full_key:")[0]
     text = re.sub(r"\s+", " ", text).strip()
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override {error.override!r}: {text}"
+        return f"cannot read the override {error.override!r}: {text}{_quoting(error.override)}"
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return f"`{error.full_key}` is no key of the configuration{_nearest(error)}"
     if isinstance(error, InterpolationResolutionError):
@@ -162,9 +175,23 @@ def one_line(error: BaseException) -> str:
         return text.partition("raised while resolving interpolation: ")[2] or text
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; choose another place, or mend this one"
-    if isinstance(error, ValueError | HydraException | OmegaConfBaseException) and text:
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror} ({FULL_ERROR}=1 shows where); make room, or mend this place"
+    is_own = type(error).__module__.startswith("bn_lightning.")
+    if text and (is_own or isinstance(error, ValueError | HydraException | OmegaConfBaseException)):
         return text
     return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
+
+
+def _quoting(override: str | None) -> str:
+    key, equals, value = (override or "").partition("=")
+    if not equals or value[:1] in ("'", '"', "[", "{"):
+        return ""
+    quoted = QuotedString(value, Quote.double).with_quotes()
+    return (
+        f"; a value with = , ( ) [ ] {{ }} or quotes stands in quotes, {key}={quoted}, and those in"
+        " the shell's"
+    )
 
 
 def _nearest(error: OmegaConfBaseException) -> str:

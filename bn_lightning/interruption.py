@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception that says which it was."""
+"""What ends a run from outside, as exceptions: SIGINT and SIGTERM, the end of another rank."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -23,6 +23,10 @@ class Interrupted(BaseException):
     def exit_code(self) -> int:
         """128 + the signal's number: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signum
+
+
+class RankLostError(RuntimeError):
+    """One of several processes that train together has ended before the others."""
 
 
 def raise_interrupted(signum: int, frame: FrameType | None) -> NoReturn:

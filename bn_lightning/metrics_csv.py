@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ class MetricsCSVLogger(Logger):
     Lightning's own CSVLogger deletes the file of the run that it resumes; this one goes on with it,
     once `truncate_metrics` has taken out what came after the checkpoint. Whole lines are appended,
     a new column rewrites the file through a temporary one: a killed run leaves every row whole.
+    What a resumed run logs once more of the step it goes on from is not written twice.
 
     Args:
         save_dir: an existing folder.
@@ -35,6 +37,7 @@ class MetricsCSVLogger(Logger):
         self._pending: list[Row] = []
         self._step = 0
         self._columns: list[str] | None = None
+        self._of_last_step: list[dict[str, str]] = []  # rows found in the file, of its last step
 
     @property
     @override
@@ -73,14 +76,26 @@ class MetricsCSVLogger(Logger):
             # A run that was killed while writing may have left half a line.
             self._columns = read_columns(self.path)
             if self._columns:
-                write_rows(self.path, self._columns, read_rows(self.path))
+                found = read_rows(self.path)
+                write_rows(self.path, self._columns, found)
+                last = [row for row in found if row["step"] == found[-1]["step"]]
+                self._of_last_step = [{k: v for k, v in row.items() if v} for row in last]
+        rows = [row for row in rows if _as_read(row) not in self._of_last_step]
         new = dict.fromkeys(name for row in rows for name in row if name not in self._columns)
         self._columns += new
         if new:
             write_rows(self.path, self._columns, [*read_rows(self.path), *rows])
-        else:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
-                file.write(_lines(self._columns, rows))
+        elif rows:
+            self._append(rows)
+
+    def _append(self, rows: list[Row]) -> None:
+        try:
+            # Never a new file: one without a first line would be no table.
+            with open(self.path, "a", encoding="utf-8", newline="", opener=_existing) as file:
+                file.write(_lines(self._columns or [], rows))
+        except OSError as error:
+            # The system leaves the name out where a disk is full.
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     @override
     @rank_zero_only
@@ -128,6 +143,14 @@ def read_columns(path: Path) -> list[str]:
 def write_rows(path: Path, columns: list[str], rows: Iterable[dict[str, Any]]) -> None:
     """Replace the file by one of these columns and rows, in one step."""
     write_atomically(path, _lines(columns, [dict(zip(columns, columns, strict=True)), *rows]))
+
+
+def _existing(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT)
+
+
+def _as_read(row: Row) -> dict[str, str]:
+    return {name: str(value) for name, value in row.items() if str(value)}
 
 
 def _lines(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:

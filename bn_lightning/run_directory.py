@@ -1,8 +1,10 @@
 """Where a run lies: a new directory, or that of the run which `ckpt_path` resumes."""
 
+import os
 from pathlib import Path
 
 LAST = Path("checkpoints", "last.ckpt")
+RESUMED = ".hydra-resumed"
 
 
 def run_directory(ckpt_path: str | None, runs: str, time: str) -> str:
@@ -31,10 +33,25 @@ def run_directory(ckpt_path: str | None, runs: str, time: str) -> str:
     return str(max(found)[1].parent.parent)
 
 
+def make_newest(last: Path) -> None:
+    """Give a last.ckpt that was just written a time after those of all runs beside its own.
+
+    They are in order already, unless the clock was set back.
+    """
+    if last.parts[-2:] != LAST.parts:
+        return
+    times = {path: path.stat().st_mtime_ns for path in last.parents[2].glob(f"*/{LAST}")}
+    own = times.pop(last, 0)
+    newest = max(times.values(), default=0)
+    if own <= newest:
+        later = newest + 1_000_000  # ns: file systems round
+        os.utime(last, ns=(later, later))
+
+
 def hydra_directory(ckpt_path: str | None) -> str:
     """For `hydra.output_subdir`: a resumed run keeps the `.hydra` it began with."""
     is_resumed = ckpt_path is not None and (ckpt_path == "last" or run_of(ckpt_path) is not None)
-    return ".hydra-resumed" if is_resumed else ".hydra"
+    return RESUMED if is_resumed else ".hydra"
 
 
 def run_of(ckpt_path: str) -> Path | None:

@@ -10,6 +10,7 @@ A run's directory holds
     figures/                  accuracy and activation percentiles against steps
 """
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,8 @@ from typing import Any
 SCHEMA_VERSION = 1
 FILE_NAME = "run.json"
 STATUSES = ("running", "completed", "diverged", "pruned", "failed", "interrupted")
+
+_UNFINISHED = ".part"  # how the name of a file ends that is not whole yet
 
 _PACKAGES = ("bn-lightning", "torch", "triton", "lightning", "torchmetrics", "hydra-core", "optuna")
 
@@ -120,20 +123,39 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(finite(content), indent=2, default=str) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file with this text: a reader sees the old one or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """Replace `path` by a file with this content: a reader sees the old one or the new one, whole.
+
+    Raises:
+        OSError: it names `path`, whatever the system refused.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
     try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        handle, temporary = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
+        with open(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files for the user's eyes only; a run's are as readable as its directory's.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # gone with its folder
+                os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` was writing in a folder when its process was killed.
+
+    Nobody may be writing there.
+    """
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        path.unlink()
 
 
 def package_versions() -> dict[str, str | None]:

@@ -3,9 +3,13 @@
 Composes the configuration, seeds, fits, tests, and leaves a run (see run_record.py).
 """
 
+import contextlib
+import copy
 import gc
+import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.batch_norm_table import print_batch_norms
 from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
-from bn_lightning.interruption import Interrupted
+from bn_lightning.interruption import Interrupted, RankLostError
 from bn_lightning.run_directory import LAST
 from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
 from bn_lightning.summary import print_steps, print_summary
@@ -27,10 +31,13 @@ _FREE_ON_RESUME = {
     "extras",
     "logger",
     "paths",
+    "resume",
     "task_name",
     "trainer",
     "trusted",
 }
+
+_FREE_DATA = ("root", "num_workers")
 
 _KEPT_ON_RESUME = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
 
@@ -48,6 +55,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
+    from bn_lightning.callbacks import ChangedDataError
+
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
@@ -56,13 +65,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # set on the function
     record = RunRecord(directory, resolved, write=is_first_rank)
-    ckpt_path = None
+    start = None
     if config.ckpt_path is not None:
-        ckpt_path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
-        _go_on(record, directory, ckpt_path, config.trainer.max_steps)
+        start = _go_on(config, record, directory)
     record.update()
     try:
-        _fit_and_test(config, record, directory, ckpt_path)
+        _fit_and_test(config, record, directory, start)
     except Interrupted as interrupted:
         record.end("interrupted")
         if not in_trial():
@@ -71,8 +79,14 @@ def train(config: DictConfig) -> dict[str, Any]:
                 print("the same command with ckpt_path=last goes on from its last checkpoint")
         raise
     except Exception as error:
+        if isinstance(error, ChangedDataError) and start is not None and start.record is not None:
+            record.content = start.record  # the run stays as it was
+            record.update()
+            raise
         if not _is_pruned(error):
-            record.end("failed", error=one_line(error))
+            # A disk that is full, or gone, takes no record either: the first error says more.
+            with contextlib.suppress(OSError):
+                record.end("failed", error=one_line(error))
             raise
         record.end("pruned")
         if is_first_rank:  # the others end as after any run
@@ -97,15 +111,25 @@ def _is_pruned(error: Exception) -> bool:
     return isinstance(error, TrialPruned)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """The checkpoint from which a run goes on."""
+
+    path: Path
+    content: dict[str, Any]
+    record: dict[str, Any] | None  # of the run that goes on, None for a new one
+
+
 def _fit_and_test(
-    config: DictConfig, record: RunRecord, directory: Path, ckpt_path: Path | None
+    config: DictConfig, record: RunRecord, directory: Path, start: _Start | None
 ) -> None:
     from hydra.utils import instantiate
     from lightning import seed_everything
-    from lightning.pytorch.callbacks import ProgressBar
+    from lightning.pytorch.callbacks import LambdaCallback, ProgressBar
+    from lightning.pytorch.utilities import rank_zero_only
 
     from bn_lightning.callbacks import DivergenceGuard, RunCheckpoints
-    from bn_lightning.checkpoint import CONFIG_KEY, check_fits, load_checkpoint
+    from bn_lightning.checkpoint import CONFIG_KEY, METRICS_KEY, check_fits
     from bn_lightning.config_check import check_config
     from bn_lightning.metrics_csv import truncate_metrics
     from bn_lightning.models.initialization import initialize
@@ -129,6 +153,11 @@ def _fit_and_test(
             if isinstance(callback, RunCheckpoints):
                 # Ctrl-C is the sweeper's: it lets running trials end.
                 callback.handles_signals = False
+    if start is not None:
+        # Once the checkpoint is loaded: whoever is refused leaves the run as it was.
+        last_step = start.content["global_step"]
+        truncate = rank_zero_only(lambda *_: truncate_metrics(directory, last_step))
+        callbacks.append(LambdaCallback(on_fit_start=truncate))
     trainer = instantiate(
         config.trainer,
         callbacks=callbacks,
@@ -144,13 +173,12 @@ def _fit_and_test(
             "command of its own, or leave -m out"
         )
 
-    first_step = 0
-    if ckpt_path is not None:
-        checkpoint = load_checkpoint(ckpt_path)
-        check_fits(checkpoint, model, ckpt_path)
-        first_step = checkpoint["global_step"]
+    first_step, metrics_before = 0, {}
+    if start is not None:
+        check_fits(start.content, model, start.path)
+        first_step = start.content["global_step"]
+        metrics_before = start.content.get(METRICS_KEY, {})
         print(f"going on from step {first_step:,}: {directory}")
-        truncate_metrics(directory, first_step)
         record.content["resumed_at"].append(first_step)
     if trainer.world_size == 1:
         # Before the clock starts. On several ranks it is Lightning who says which one downloads.
@@ -162,14 +190,27 @@ def _fit_and_test(
         logger.log_hyperparams(record.content["config"])
     started = time.perf_counter()
     try:
-        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(
+            model,
+            datamodule=datamodule,
+            ckpt_path=None if start is None else start.path,
+            weights_only=True,
+        )
+    except RuntimeError as error:
+        # The words of gloo for a collective whose other end is gone.
+        if trainer.world_size > 1 and re.search(r"gloo.*(by peer|timed out)", str(error), re.I):
+            raise RankLostError(
+                "another rank of this run has ended, for the reason above if it could say one; the "
+                "same command with ckpt_path=last goes on from the last checkpoint"
+            ) from error
+        raise
     finally:
         seconds = time.perf_counter() - started
         record.content.update(
             steps=trainer.global_step,
             seconds=round(seconds, 3),
             steps_per_second=round((trainer.global_step - first_step) / seconds, 1),
-            metrics=logged_numbers(trainer.callback_metrics),
+            metrics=metrics_before | logged_numbers(trainer.callback_metrics),
         )
 
     record.content["data"] = getattr(datamodule, "info", None)
@@ -178,6 +219,12 @@ def _fit_and_test(
     diverged_at = next((guard.diverged_at for guard in guards if guard.diverged_at), None)
     if diverged_at is None:
         trainer.test(model, datamodule=datamodule, verbose=False)
+    if config.extras.figures and trainer.is_global_zero and not in_trial():
+        from bn_lightning.sweeps.figures import draw_run
+
+        draw_run(directory)
+    # The last thing that a run leaves: what is killed before can be resumed.
+    if diverged_at is None:
         record.end(
             "completed",
             data=getattr(datamodule, "info", None),  # the test, too, may have skipped images
@@ -186,10 +233,6 @@ def _fit_and_test(
     else:
         record.end("diverged", metrics=metrics | model.chance_metrics(), diverged_at=diverged_at)
     if trainer.is_global_zero and not in_trial():
-        if config.extras.figures:
-            from bn_lightning.sweeps.figures import draw_run
-
-            draw_run(directory)
         if config.extras.batch_norms:
             print_batch_norms(model.state_dict(), record.content["config"].get("norm"))
         if config.extras.step_table:
@@ -215,32 +258,45 @@ def _loggers(config: Any) -> list[Any]:
     return loggers
 
 
-def _go_on(record: RunRecord, directory: Path, ckpt_path: Path, max_steps: int) -> None:
+def _go_on(config: DictConfig, record: RunRecord, directory: Path) -> _Start:
     """Take over what the run's record already holds, if there is something to go on with.
 
+    What the configuration derives from the trainer's, such as a schedule over trainer.max_steps,
+    becomes in `config` what it was when the run began.
+
+    Returns:
+        The checkpoint of `config.ckpt_path`.
+
     Raises:
-        ValueError: the checkpoint has all the steps already, or the configuration is another one.
+        ValueError: the run is at its end already, or the configuration is another one.
     """
     from bn_lightning.checkpoint import load_checkpoint
 
-    steps = load_checkpoint(ckpt_path)["global_step"]
-    if steps >= max_steps:
+    path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
+    checkpoint = load_checkpoint(path)
+    before = read_run(directory) if (directory / "run.json").exists() else None
+    start = _Start(path, checkpoint, copy.deepcopy(before))
+    steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
+    # With all its steps and without its test, a run was stopped in between.
+    is_over = before is None or before["status"] in ("completed", "diverged", "pruned")
+    if steps > max_steps or (steps == max_steps and is_over):
         raise ValueError(
             f"`ckpt_path` expected a checkpoint with less than trainer.max_steps={max_steps} "
-            f"steps, got {steps} in {ckpt_path}; raise trainer.max_steps, or leave ckpt_path out "
+            f"steps, got {steps} in {path}; raise trainer.max_steps, or leave ckpt_path out "
             "to start a new run"
         )
-    if not (directory / "run.json").exists():
-        return  # The checkpoint lies outside a run: a new one starts from it.
-    before = read_run(directory)
+    if before is None:
+        return start  # The checkpoint lies outside a run: a new one starts from it.
+    begun = before["config"]
+    with_its_trainer = OmegaConf.merge(config, {"trainer": begun["trainer"]})
+    compared: Any = OmegaConf.to_container(with_its_trainer, resolve=True)
     old, new = (
-        {key: value for key, value in content["config"].items() if key not in _FREE_ON_RESUME}
-        for content in (before, record.content)
+        {key: value for key, value in content.items() if key not in _FREE_ON_RESUME}
+        for content in (begun, compared)
     )
-    for config in (old, new):
-        # The same files may lie elsewhere by now; their hashes are in the record.
-        free = ("root", "num_workers")
-        config["data"] = {k: v for k, v in config["data"].items() if k not in free}
+    for part in (old, new):
+        # The same files may lie elsewhere by now; their hashes are in the checkpoint.
+        part["data"] = {k: v for k, v in part["data"].items() if k not in _FREE_DATA}
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if changed:
         raise ValueError(
@@ -248,7 +304,13 @@ def _go_on(record: RunRecord, directory: Path, ckpt_path: Path, max_steps: int) 
             f"another {', '.join(changed)}; repeat its overrides, or leave ckpt_path out to start "
             "a new run"
         )
+    resolved = record.content["config"]
+    for key in old.keys() - {"data"}:
+        if resolved[key] != begun[key]:
+            resolved[key] = config[key] = begun[key]
+            print(f"{key} stays as the run began with it: {begun[key]}")
     record.content.update({key: before[key] for key in _KEPT_ON_RESUME if key in before})
+    return start
 
 
 main = hydra_command("train")(train)

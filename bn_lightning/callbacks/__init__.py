@@ -7,17 +7,20 @@ from bn_lightning.callbacks.fused_batch_norm import FusedBatchNorm
 from bn_lightning.callbacks.optuna_pruning import OptunaPruning
 from bn_lightning.callbacks.precise_batch_norm import PreciseBatchNorm
 from bn_lightning.callbacks.run_checkpoints import RunCheckpoints
+from bn_lightning.callbacks.same_data import ChangedDataError, SameData
 from bn_lightning.callbacks.step_progress import StepProgress
 from bn_lightning.callbacks.steps_to_accuracy import StepsToAccuracy
 
 __all__ = [
     "ActivationPercentiles",
     "BatchNormMonitor",
+    "ChangedDataError",
     "DivergenceGuard",
     "FusedBatchNorm",
     "OptunaPruning",
     "PreciseBatchNorm",
     "RunCheckpoints",
+    "SameData",
     "StepProgress",
     "StepsToAccuracy",
 ]

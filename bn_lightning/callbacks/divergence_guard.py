@@ -57,6 +57,11 @@ class DivergenceGuard(Callback):
         self._above_since = state_dict.get("above_since")
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is not None and self.diverged_at is not None:
+            trainer.should_stop = True  # it was killed after that, and has come to its end
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

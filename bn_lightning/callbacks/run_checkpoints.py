@@ -1,15 +1,22 @@
 """Keeps `best.ckpt` and `last.ckpt`: from the latter a run goes on as if it had never stopped."""
 
+import os
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from bn_lightning.checkpoint import METRICS_KEY
+from bn_lightning.checkpoint_file import WholeCheckpointIO
 from bn_lightning.interruption import Interrupted, handled_by
+from bn_lightning.run_directory import make_newest
+from bn_lightning.run_record import logged_numbers
 
 
 class RunCheckpoints(ModelCheckpoint):
@@ -19,6 +26,10 @@ class RunCheckpoints(ModelCheckpoint):
     training, SIGINT and SIGTERM wait for the end of the optimiser's step, and of the validation
     that follows it, so that the checkpoint holds a moment from which the run continues bit for bit;
     then `bn_lightning.interruption.Interrupted` is raised. A second signal raises it at once.
+
+    Checkpoints are written by `WholeCheckpointIO`, unless the Trainer was given another than
+    Lightning's. `last.ckpt` is put in place when everything is logged that belongs to its step, and
+    holds the metrics so far: a process killed at any moment loses no row and no metric.
 
     Args:
         dirpath: the folder, made when the first checkpoint is written.
@@ -40,8 +51,11 @@ class RunCheckpoints(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
         self.last_path = Path(dirpath) / "last.ckpt"
+        self._waiting_path = Path(dirpath) / ".last.ckpt.part"
+        self._is_waiting = False
         self._last_step_saved = -1
         self._signum: int | None = None
+        self._stopped_by: int | None = None  # what ends the run once last.ckpt is in place
         self._handlers = ExitStack()
 
     @property
@@ -51,19 +65,42 @@ class RunCheckpoints(ModelCheckpoint):
         return "RunCheckpoints"
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint[METRICS_KEY] = logged_numbers(trainer.callback_metrics)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._signum = None
+        self._is_waiting = False
         # Here and not earlier: just before, Lightning puts a handler of its own in front of others.
         if self.handles_signals and threading.current_thread() is threading.main_thread():
             self._handlers.enter_context(handled_by(self._note))
 
     @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: object
+    ) -> None:
+        self._end_waiting(trainer)
+
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        signum = self._agreed_signal(trainer)
-        wanted = signum is not None or trainer.global_step == trainer.max_steps
+        self._stopped_by = self._agreed_signal(trainer)
+        wanted = self._stopped_by is not None or trainer.global_step == trainer.max_steps
         if wanted and step_is_over(trainer) and not validation_follows(trainer):
-            self._save_last(trainer, signum)
+            # From this moment the run can go on, but Lightning logs the step after this hook.
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+                trainer.save_checkpoint(self._waiting_path)
+            self._is_waiting = True
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,6 +112,7 @@ class RunCheckpoints(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._handlers.close()
+        self._end_waiting(trainer)
         signum = self._agreed_signal(trainer)
         if signum is not None or self._last_step_saved != trainer.global_step:
             self._save_last(trainer, signum)
@@ -103,7 +141,19 @@ class RunCheckpoints(ModelCheckpoint):
     def _save_last(self, trainer: Trainer, signum: int | None) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             trainer.save_checkpoint(self.last_path)
-            self._last_step_saved = trainer.global_step
+        self._saved(trainer, signum)
+
+    def _end_waiting(self, trainer: Trainer) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            if trainer.is_global_zero and self._waiting_path.exists():
+                os.replace(self._waiting_path, self.last_path)
+            self._saved(trainer, self._stopped_by)
+
+    def _saved(self, trainer: Trainer, signum: int | None) -> None:
+        if trainer.is_global_zero and self.last_path.exists():
+            make_newest(self.last_path)
+        self._last_step_saved = trainer.global_step
         if signum is not None:
             raise Interrupted(signum)
 

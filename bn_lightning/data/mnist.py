@@ -29,7 +29,8 @@ class MNISTDataModule(TensorDataModule):
     A data set of the same format needs only its own `source`, `mirrors` and `digests`.
 
     Args:
-        root: folder of all data sets.
+        root: folder of all data sets. There is no fallback for one that is not there, which may be
+            a typing error, unless it is `data` in the working directory.
         batch_size: training samples in a batch of one rank, at least 1.
         eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
         validation_fraction: share of the training images cut off for validation, in (0, 1); 1/12
@@ -102,7 +103,13 @@ class MNISTDataModule(TensorDataModule):
 
     def _grey(self) -> Arrays:
         absent = self._absent()
+        root = self.folder.parent
         if len(absent) == len(self.digests) and self.fallback == "digits":
+            if not root.exists() and root != Path.cwd() / "data":
+                raise DataUnavailableError(
+                    f"`data.root` expected a folder, got {root}, which is not there and nothing"
+                    " could be downloaded into it; correct it, or make that folder to fall back"
+                )
             rank_zero_warn(
                 f"`data.fallback=digits`: {self._explain(absent)}. This run is on scikit-learn's"
                 " digits, rescaled to 28x28: its numbers are not those of"

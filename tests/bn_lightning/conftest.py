@@ -5,26 +5,12 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-
-@dataclass
-class Result:
-    """Exit code and output of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def directory(self) -> Path:
-        """The run's directory: the last line that a run prints."""
-        return Path(self.out.strip().splitlines()[-1])
+from commands import command  # noqa: F401  a fixture
 
 
 @pytest.fixture(autouse=True)
@@ -50,27 +36,6 @@ def fused_calls(monkeypatch) -> list[bool]:
 
     monkeypatch.setattr(module, "batch_norm", watched)
     return seen
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
-    """Runs a command in this process, in an empty folder: `command(main, "data=digits")`."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    monkeypatch.chdir(tmp_path)
-
-    def run(main: Callable[[], None], *arguments: str) -> Result:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["command", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -128,10 +93,10 @@ class Ranks:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         store = self.folder / f"store_{len(list(self.folder.iterdir()))}"
         for rank in range(self.world_size):
-            command = [script, rank, self.world_size, store]
+            arguments = [script, rank, self.world_size, store]
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, *map(str, command)],
+                    [sys.executable, *map(str, arguments)],
                     env=env,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
