@@ -4,12 +4,10 @@ Composes the configuration, seeds, fits, tests, and leaves a run (see run_record
 """
 
 import contextlib
-import copy
 import gc
 import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from bn_lightning.batch_norm_table import print_batch_norms
 from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
 from bn_lightning.interruption import Interrupted, RankLostError
+from bn_lightning.resume import Start, go_on
 from bn_lightning.run_directory import LAST
-from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
+from bn_lightning.run_record import RunRecord, logged_numbers, run_outcome
 from bn_lightning.summary import print_steps, print_summary
 from bn_lightning.sweeps.engine.environment import in_trial
 from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
-
-# A run is one configuration: resuming may change how it is run and watched, not what is trained.
-_FREE_ON_RESUME = {
-    "callbacks",
-    "ckpt_path",
-    "extras",
-    "logger",
-    "paths",
-    "resume",
-    "task_name",
-    "trainer",
-    "trusted",
-}
-
-_FREE_DATA = ("root", "num_workers")
-
-_KEPT_ON_RESUME = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -67,7 +49,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     record = RunRecord(directory, resolved, write=is_first_rank)
     start = None
     if config.ckpt_path is not None:
-        start = _go_on(config, record, directory)
+        start = go_on(config, record, directory)
     record.update()
     try:
         _fit_and_test(config, record, directory, start)
@@ -111,17 +93,8 @@ def _is_pruned(error: Exception) -> bool:
     return isinstance(error, TrialPruned)
 
 
-@dataclass(frozen=True)
-class _Start:
-    """The checkpoint from which a run goes on."""
-
-    path: Path
-    content: dict[str, Any]
-    record: dict[str, Any] | None  # of the run that goes on, None for a new one
-
-
 def _fit_and_test(
-    config: DictConfig, record: RunRecord, directory: Path, start: _Start | None
+    config: DictConfig, record: RunRecord, directory: Path, start: Start | None
 ) -> None:
     from hydra.utils import instantiate
     from lightning import seed_everything
@@ -256,61 +229,6 @@ def _loggers(config: Any) -> list[Any]:
                 f' -c constraints.txt -e ".[{name}]"'
             ) from error
     return loggers
-
-
-def _go_on(config: DictConfig, record: RunRecord, directory: Path) -> _Start:
-    """Take over what the run's record already holds, if there is something to go on with.
-
-    What the configuration derives from the trainer's, such as a schedule over trainer.max_steps,
-    becomes in `config` what it was when the run began.
-
-    Returns:
-        The checkpoint of `config.ckpt_path`.
-
-    Raises:
-        ValueError: the run is at its end already, or the configuration is another one.
-    """
-    from bn_lightning.checkpoint import load_checkpoint
-
-    path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
-    checkpoint = load_checkpoint(path)
-    before = read_run(directory) if (directory / "run.json").exists() else None
-    start = _Start(path, checkpoint, copy.deepcopy(before))
-    steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
-    # With all its steps and without its test, a run was stopped in between.
-    is_over = before is None or before["status"] in ("completed", "diverged", "pruned")
-    if steps > max_steps or (steps == max_steps and is_over):
-        raise ValueError(
-            f"`ckpt_path` expected a checkpoint with less than trainer.max_steps={max_steps} "
-            f"steps, got {steps} in {path}; raise trainer.max_steps, or leave ckpt_path out "
-            "to start a new run"
-        )
-    if before is None:
-        return start  # The checkpoint lies outside a run: a new one starts from it.
-    begun = before["config"]
-    with_its_trainer = OmegaConf.merge(config, {"trainer": begun["trainer"]})
-    compared: Any = OmegaConf.to_container(with_its_trainer, resolve=True)
-    old, new = (
-        {key: value for key, value in content.items() if key not in _FREE_ON_RESUME}
-        for content in (begun, compared)
-    )
-    for part in (old, new):
-        # The same files may lie elsewhere by now; their hashes are in the checkpoint.
-        part["data"] = {k: v for k, v in part["data"].items() if k not in _FREE_DATA}
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if changed:
-        raise ValueError(
-            f"`ckpt_path` expected the configuration that the run in {directory} began with, got "
-            f"another {', '.join(changed)}; repeat its overrides, or leave ckpt_path out to start "
-            "a new run"
-        )
-    resolved = record.content["config"]
-    for key in old.keys() - {"data"}:
-        if resolved[key] != begun[key]:
-            resolved[key] = config[key] = begun[key]
-            print(f"{key} stays as the run began with it: {begun[key]}")
-    record.content.update({key: before[key] for key in _KEPT_ON_RESUME if key in before})
-    return start
 
 
 main = hydra_command("train")(train)

@@ -28,6 +28,8 @@ ORDER = {
     "no_profiler": 2,
     "checkpoint_file": 3,
     "metrics_csv": 3,
+    "metrics_logger": 4,
+    "resume": 3,
     "mlflow_logger": 3,
     "summary": 4,
     "sweeps": 4,  # reads what runs leave, never what trains them

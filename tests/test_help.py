@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from importlib import import_module
@@ -63,3 +64,12 @@ def test_console_scripts_are_the_commands():
         module, function = place.split(":")
         assert callable(getattr(import_module(module), function))
         assert name.startswith("bn-")
+
+
+@pytest.mark.parametrize("command", ["train", "report"])
+def test_help_loads_nothing_large(command):
+    code = (
+        f"import sys, bn_lightning.{command}; print({{'torch', 'lightning'}} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bn_lightning.metrics_csv import (
-    MetricsCSVLogger,
     read_columns,
     read_metrics,
     read_rows,
     truncate_metrics,
     write_rows,
 )
+from bn_lightning.metrics_logger import MetricsCSVLogger
 
 
 def log(folder: Path, *rows: tuple[int, dict[str, float]]) -> None:

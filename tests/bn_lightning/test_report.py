@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from bn_lightning.metrics_csv import MetricsCSVLogger
+from bn_lightning.metrics_logger import MetricsCSVLogger
 from bn_lightning.report import Options, main, report
 from bn_lightning.run_record import RunRecord, read_run, write_json
 from bn_lightning.sweeps import figures

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bn_lightning.metrics_csv import MetricsCSVLogger
+from bn_lightning.metrics_logger import MetricsCSVLogger
 from bn_lightning.run_record import (
     SCHEMA_VERSION,
     STATUSES,

@@ -123,7 +123,7 @@ KILLED = {
 SCRIPT = """
 import os, signal
 from lightning import Trainer
-from bn_lightning.metrics_csv import MetricsCSVLogger
+from bn_lightning.metrics_logger import MetricsCSVLogger
 from bn_lightning.run_record import RunRecord
 from bn_lightning.train import main
 log = MetricsCSVLogger.log_metrics

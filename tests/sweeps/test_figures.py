@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from bn_lightning.metrics_csv import MetricsCSVLogger
+from bn_lightning.metrics_logger import MetricsCSVLogger
 from bn_lightning.sweeps.figures import (
     accuracy_figure,
     batch_norm_figure,

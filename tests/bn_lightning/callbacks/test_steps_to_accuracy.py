@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bn_lightning.callbacks import RunCheckpoints, StepsToAccuracy
 from bn_lightning.data.batches import TensorBatches
-from bn_lightning.metrics_csv import MetricsCSVLogger, read_metrics
+from bn_lightning.metrics_csv import read_metrics
+from bn_lightning.metrics_logger import MetricsCSVLogger
 
 pytestmark = [
     # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
