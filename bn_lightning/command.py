@@ -143,6 +143,7 @@ def one_line(error: BaseException) -> str:
     Configuration errors name the key and the nearest one that exists; an error that Hydra or
     OmegaConf met while building an object is that object's own error.
     """
+    built = ""
     while error.__cause__ is not None and (
         isinstance(error, InstantiationException)
         or (
@@ -150,6 +151,8 @@ def one_line(error: BaseException) -> str:
             and isinstance(error.__cause__, OmegaConfBaseException)
         )
     ):
+        if isinstance(error, InstantiationException):
+            built = str(error).partition("full_key: ")[2].strip()
         error = error.__cause__
     text = str(error).partition("Config search path")[0].partition("full_key:")[0]
     text = re.sub(r"\s+", " ", text).strip()
@@ -164,6 +167,8 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}; choose another place, or mend this one"
     if isinstance(error, ValueError | HydraException | OmegaConfBaseException) and text:
         return text
+    if isinstance(error, TypeError) and built and text:
+        return f"`{built}` cannot be built of these values: {text}"
     return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
 
 

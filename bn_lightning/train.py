@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.batch_norm_table import print_batch_norms
 from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
+from bn_lightning.config_check import check_config, check_nodes
 from bn_lightning.interruption import Interrupted
 from bn_lightning.run_directory import LAST
 from bn_lightning.run_record import RunRecord, logged_numbers, read_run, run_outcome
@@ -47,9 +48,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check_nodes(resolved)
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
     check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
     directory = Path(config.paths.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,6 @@ def _fit_and_test(
 
     from bn_lightning.callbacks import DivergenceGuard, RunCheckpoints
     from bn_lightning.checkpoint import CONFIG_KEY, check_fits, load_checkpoint
-    from bn_lightning.config_check import check_config
     from bn_lightning.metrics_csv import truncate_metrics
     from bn_lightning.models.initialization import initialize
 
