@@ -276,6 +276,7 @@ def serve() -> None:
             config = composed(command, base).copy()
             if field:
                 OmegaConf.update(config, field, value, merge=False)
+            (folder / "run").mkdir()  # as Hydra makes it
             answer = _run(lambda c=command, config=config: tasks[c](config), folder)
             for path in ("run", "logs"):
                 shutil.rmtree(folder / path, ignore_errors=True)
