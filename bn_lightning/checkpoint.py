@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.trust import OF_CHECKPOINTS, check_trusted
+from bn_lightning.trust import OF_CHECKPOINTS, check_plain, check_trusted
 
 CONFIG_KEY = "config"
 """The hyperparameter under which `train.py` keeps the run's resolved configuration."""
@@ -124,13 +124,15 @@ def trusted_config(checkpoint: dict[str, Any], trusted: Sequence[str], path: str
         CheckpointError: `bn_lightning.train` did not write it.
         UntrustedError: it would build something that it may not.
     """
-    config = checkpoint.get("hyper_parameters", {}).get(CONFIG_KEY)
-    if config is None:
+    hyper_parameters = checkpoint.get("hyper_parameters")
+    config = hyper_parameters.get(CONFIG_KEY) if isinstance(hyper_parameters, dict) else None
+    if not isinstance(config, dict) or not {"data", "model"} <= config.keys():
         raise CheckpointError(
             f"`ckpt_path` expected a checkpoint that bn_lightning.train wrote, got {path}, which "
-            "holds no configuration"
+            "holds no configuration of data and model"
         )
     built = {key: config[key] for key in ("data", "model")}
+    check_plain(built, path)
     check_trusted(built, OF_CHECKPOINTS, trusted, path)
     return config
 

@@ -154,6 +154,7 @@ def one_line(error: BaseException) -> str:
     Configuration errors name the key and the nearest one that exists; an error that Hydra or
     OmegaConf met while building an object is that object's own error.
     """
+    built = ""
     while error.__cause__ is not None and (
         isinstance(error, InstantiationException)
         or (
@@ -163,6 +164,8 @@ def one_line(error: BaseException) -> str:
         # Of logging, when Hydra lets it open the file of the log.
         or str(error).startswith("Unable to configure")
     ):
+        if isinstance(error, InstantiationException):
+            built = str(error).partition("full_key: ")[2].strip()
         error = error.__cause__
     text = str(error).partition("Config search path")[0].partition("full_key:")[0]
     text = re.sub(r"\s+", " ", text).strip()
@@ -180,6 +183,8 @@ def one_line(error: BaseException) -> str:
     is_own = type(error).__module__.startswith("bn_lightning.")
     if text and (is_own or isinstance(error, ValueError | HydraException | OmegaConfBaseException)):
         return text
+    if isinstance(error, TypeError) and built and text:
+        return f"`{built}` cannot be built of these values: {text}"
     return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
 
 

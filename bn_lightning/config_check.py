@@ -1,7 +1,8 @@
 """What people type, checked before anything is built from it."""
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +25,67 @@ _NOT_NEGATIVE = _number("a number of at least 0", lambda value: value >= 0)
 
 _ABSENT = object()
 
+_Check = tuple[str, Callable[[Any], bool]]
+
+_TEXT: _Check = ("text", lambda value: isinstance(value, str) and value != "")
+_BOOLEAN: _Check = ("true or false", lambda value: type(value) is bool)
+_GROUP: _Check = ("keys with values", lambda value: isinstance(value, Mapping))
+_BUILT: _Check = (
+    "a `_target_` and its arguments, with `_partial_` true or false",
+    lambda value: (
+        isinstance(value, Mapping)
+        and "_target_" in value
+        and type(value.get("_partial_", False)) is bool
+    ),
+)
+_SEVERAL: _Check = (
+    "names, each null or with a `_target_` and its arguments",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(node is None or _BUILT[1](node) for node in value.values())
+    ),
+)
+
+# More processes or threads help nobody; a few zeros too many would take the machine with them.
+_MOST = max(64, os.cpu_count() or 1)
+
+
+def _or_null(check: _Check) -> _Check:
+    text, allowed = check
+    return f"{text}, or null", lambda value: value is None or allowed(value)
+
+
+_NODES: dict[str, _Check] = {
+    "task_name": _TEXT,
+    "ckpt_path": _or_null(_TEXT),
+    "trusted": (
+        "a list of beginnings of names",
+        lambda value: isinstance(value, list) and all(map(_TEXT[1], value)),
+    ),
+    "paths": _GROUP,
+    "paths.output_dir": _TEXT,
+    "extras": _GROUP,
+    "extras.num_threads": (
+        f"an integer from 1 to {_MOST}, or null",
+        lambda value: value is None or (type(value) is int and 1 <= value <= _MOST),
+    ),
+    "extras.figures": _BOOLEAN,
+    "extras.batch_norms": _BOOLEAN,
+    "extras.step_table": _BOOLEAN,
+    "data": _BUILT,
+    "model": _BUILT,
+    "model.network": _BUILT,
+    "model.optimizer": _or_null(_BUILT),
+    "model.scheduler": _or_null(_BUILT),
+    "norm": _or_null(_BUILT),
+    "init": _BUILT,
+    "optimizer": _BUILT,
+    "scheduler": _or_null(_BUILT),
+    "trainer": _BUILT,
+    "callbacks": _SEVERAL,
+    "logger": _SEVERAL,
+}
+
 _CHECKS = {
     "seed": _integer(0),
     "data.batch_size": _integer(1),
@@ -43,6 +105,23 @@ _CHECKS = {
 }
 
 
+def check_nodes(resolved: Mapping[str, Any]) -> None:
+    """Refuse a configuration that has something else where the command looks for a part of it.
+
+    Args:
+        resolved: composed from `conf/train.yaml`, as plain values.
+
+    Raises:
+        ValueError: naming the key, what was expected and what came.
+    """
+    for key, (expected, allowed) in _NODES.items():
+        value: Any = resolved
+        for name in key.split("."):
+            value = value.get(name)
+        if not allowed(value):
+            raise ValueError(f"`{key}` expected {expected}, got {value!r}")
+
+
 def check_config(config: DictConfig) -> None:
     """Refuse numbers that no run can use, and a GPU that is not there.
 
@@ -55,6 +134,9 @@ def check_config(config: DictConfig) -> None:
         value = OmegaConf.select(config, key, default=_ABSENT)
         if value is not _ABSENT and not allowed(value):
             raise ValueError(f"`{key}` expected {expected}, got {value!r}")
+    devices = config.trainer.get("devices", 1)
+    if type(devices) is int and devices > _MOST:
+        raise ValueError(f"`trainer.devices` expected at most {_MOST}, got {devices}")
     gpu = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
     if config.trainer.accelerator == "gpu" and not gpu:
         raise ValueError(

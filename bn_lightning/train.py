@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.batch_norm_table import print_batch_norms
 from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
+from bn_lightning.config_check import check_config, check_nodes
 from bn_lightning.interruption import Interrupted, RankLostError
 from bn_lightning.resume import Start, go_on
 from bn_lightning.run_directory import LAST
@@ -39,9 +40,10 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     from bn_lightning.callbacks import ChangedDataError
 
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check_nodes(resolved)
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
     check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
     directory = Path(config.paths.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,6 @@ def _fit_and_test(
 
     from bn_lightning.callbacks import DivergenceGuard, RunCheckpoints
     from bn_lightning.checkpoint import CONFIG_KEY, METRICS_KEY, check_fits
-    from bn_lightning.config_check import check_config
     from bn_lightning.metrics_csv import truncate_metrics
     from bn_lightning.models.initialization import initialize
 

@@ -2,7 +2,8 @@
 
 Hydra finds a `_target_` through any attribute, so that `bn_lightning.train.Path` is `pathlib.Path`,
 and a module that imports `os` leads to `os.system`. What counts is therefore where the object that
-was found is defined.
+was found is defined. It also resolves interpolations while it builds, and one of them,
+`${oc.create:...}`, makes new nodes: what a checkpoint says has none.
 """
 
 import inspect
@@ -12,8 +13,11 @@ from typing import Any
 OF_CONFIGURATIONS = ("bn_lightning.", "torch.", "lightning.", "optuna.", "torchmetrics.")
 """Of what one types or writes: beginnings of the names that it may build."""
 
-OF_CHECKPOINTS = ("bn_lightning.", "torch.nn.", "torch.optim.")
-"""Of what somebody else's file says."""
+OF_CHECKPOINTS = (
+    *(f"bn_lightning.{part}." for part in ("batch_norm", "data", "models", "sync")),
+    *("torch.nn.", "torch.optim."),
+)
+"""Of what somebody else's file says: what networks and data are made of."""
 
 # Functions elsewhere do something; those of this package build parts of networks.
 _FUNCTIONS = ("bn_lightning.models.",)
@@ -42,11 +46,13 @@ def check_trusted(
     """
     from hydra.utils import get_object
 
-    for key, target in _targets(config):
-        name = own_name = str(target)
+    for key, value in _leaves(config):
+        if key.rpartition(".")[2] != "_target_" or value is None:
+            continue
+        name = own_name = str(value)
         reason = ""
-        # Looked up, and so imported, only if its name is trusted.
-        if name.startswith((*beginnings, *trusted)):
+        # Looked up, and so imported, only if its name is trusted. This package may be.
+        if name.startswith((*beginnings, *trusted, "bn_lightning.")):
             try:
                 found = get_object(name)
             except Exception as error:
@@ -59,7 +65,10 @@ def check_trusted(
                 continue
             if inspect.isclass(found) and own_name.startswith(tuple(beginnings)):
                 continue
-            reason = f", which is {own_name}" if own_name != name else ", which is no class"
+            if own_name != name:
+                reason = f", which is {own_name}"
+            elif not inspect.isclass(found):
+                reason = ", which is no class"
         raise UntrustedError(
             f"`{key}` in {source} expected a class of {', '.join(beginnings)} or what `trusted` "
             f"names, got {name}{reason}; if you trust it, add the beginning of its name: "
@@ -67,13 +76,33 @@ def check_trusted(
         )
 
 
-def _targets(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every `_target_` and its key, depth first."""
+def check_plain(config: Any, source: str) -> None:
+    """Refuse a configuration with interpolations, which building it would evaluate.
+
+    Args:
+        config: as for `check_trusted`, which sees no node that an interpolation makes.
+        source: where the configuration comes from, for messages.
+
+    Raises:
+        UntrustedError: naming the first.
+    """
+    for key, value in _leaves(config):
+        if isinstance(value, str) and "${" in value:
+            raise UntrustedError(
+                f"`{key}` in {source} expected a plain value, got {value}, which would be evaluated"
+            )
+
+
+def _leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `_target_`, and every value that is no container, with its key; depth first."""
     if isinstance(config, dict):
-        if config.get("_target_") is not None:
+        if "_target_" in config:
             yield f"{path}_target_", config["_target_"]
         for key, value in config.items():
-            yield from _targets(value, f"{path}{key}.")
-    elif isinstance(config, list):
+            if key != "_target_":
+                yield from _leaves(value, f"{path}{key}.")
+    elif isinstance(config, list | tuple):
         for i, value in enumerate(config):
-            yield from _targets(value, f"{path}{i}.")
+            yield from _leaves(value, f"{path}{i}.")
+    else:
+        yield path.removesuffix("."), config

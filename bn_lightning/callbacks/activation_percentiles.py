@@ -12,6 +12,7 @@ from typing_extensions import override
 PERCENTILES = (15, 50, 85)
 
 _MAX_ROWS = 2**24
+_MOST = 1_000_000  # looks, and inputs
 
 
 class ActivationPercentiles(Callback):
@@ -27,8 +28,10 @@ class ActivationPercentiles(Callback):
         `activation/p15_median`, ...: each the median over the layer's units.
 
     Args:
-        probe_size: inputs in the probe set; fewer where the validation set is smaller.
-        points: how often to look in the whole run; `probe_steps` spaces them.
+        probe_size: inputs in the probe set, at most a million; fewer where the validation set is
+            smaller.
+        points: how often to look in the whole run, at most a million times; `probe_steps` spaces
+            them.
         unit: index of the unit that is followed.
         layer: name of the activation module inside the LightningModule, whose last use in a forward
             counts; None for its last one.
@@ -41,8 +44,8 @@ class ActivationPercentiles(Callback):
     ) -> None:
         super().__init__()
         for name, value in (("probe_size", probe_size), ("points", points)):
-            if value < 1:
-                raise ValueError(f"`{name}` expected a positive integer, got {value}")
+            if type(value) is not int or not 1 <= value <= _MOST:
+                raise ValueError(f"`{name}` expected an integer from 1 to {_MOST}, got {value!r}")
         self.probe_size = probe_size
         self.points = points
         self.unit = unit
@@ -52,7 +55,7 @@ class ActivationPercentiles(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A run without max_steps is as long as its epochs; one without end, a million steps.
-        self._steps = probe_steps(int(min(trainer.estimated_stepping_batches, 1e6)), self.points)
+        self._steps = probe_steps(int(min(trainer.estimated_stepping_batches, _MOST)), self.points)
         self._name = self.layer or last_activation(pl_module)
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for each iteration
             probe = first_inputs(trainer.val_dataloaders, self.probe_size)

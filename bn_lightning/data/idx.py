@@ -18,6 +18,10 @@ import numpy as np
 from bn_lightning.data.errors import DataError
 from bn_lightning.data.published import mismatch
 
+LARGEST = 1 << 28
+"""Bytes of the largest payload that is decompressed, five times MNIST's: a bomb ends there."""
+
+_CHUNK = 1 << 20  # bytes
 _GZIP_MAGIC = b"\x1f\x8b"
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _REMEDY = "remove it and run again to download it anew"
@@ -35,23 +39,31 @@ def idx_payload(path: str | os.PathLike[str], digest: str | None = None) -> byte
         The decompressed payload.
 
     Raises:
-        DataError: the gzip stream is truncated or corrupt, or the digest is another one.
+        DataError: the gzip stream is truncated, corrupt or of more than `LARGEST` bytes, or the
+            digest is another one.
         OSError: the file is absent or cannot be read.
     """
     path = Path(path)
     with path.open("rb") as file:
         compressed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
     try:
-        if compressed:
-            with gzip.open(path) as stream:
-                payload = stream.read()
-        else:
-            payload = path.read_bytes()
+        payload = _decompressed(path) if compressed else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: expected a whole gzip file, got: {error}; {_REMEDY}") from error
     if digest is not None and (wrong := mismatch(payload, digest)):
         raise DataError(f"{path}: {wrong}; {_REMEDY}")
     return payload
+
+
+def _decompressed(path: Path) -> bytes:
+    chunks, size = [], 0
+    with gzip.open(path) as stream:
+        while chunk := stream.read(_CHUNK):
+            size += len(chunk)
+            if size > LARGEST:
+                raise DataError(f"{path}: expected at most {LARGEST:,} bytes in gzip; {_REMEDY}")
+            chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def parse_idx(payload: bytes, path: str | os.PathLike[str]) -> np.ndarray:

@@ -56,8 +56,8 @@ class ImageFolderDataModule(LightningDataModule):
         batch_size: training samples in a batch of one rank, at least 1.
         eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
         seed: of the order and the augmentation of the training batches, at least 0.
-        num_workers: processes that decode for training, and as many for an evaluation, at least 0;
-            0 decodes in the training process.
+        num_workers: processes that decode for training, and as many for an evaluation, at least 0,
+            and at most 64 or as many as there are cores; 0 decodes in the training process.
         augment: what training sees. "resized_crop": a random part, `ResizedCrop`; "pad_crop":
             `PadCrop`, for images of about S pixels; "none": what evaluation sees, which is the
             middle, `CentreCrop`, with 224/256 of the shorter side for "resized_crop", else all.
@@ -102,6 +102,9 @@ class ImageFolderDataModule(LightningDataModule):
         check_integer("eval_batch_size", eval_batch_size, 1)
         check_integer("seed", seed, 0)
         check_integer("num_workers", num_workers, 0)
+        if num_workers > (most := max(64, os.cpu_count() or 1)):
+            # They are started before anything else can fail.
+            raise ValueError(f"Expected `num_workers` to be at most {most}, but got {num_workers}")
         for key, value in (("augment", augment), ("shuffle", shuffle), ("corrupt", corrupt)):
             if value not in _CHOICES[key]:
                 expected = ", ".join(map(repr, _CHOICES[key]))

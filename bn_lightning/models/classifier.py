@@ -37,6 +37,9 @@ class Classifier(LightningModule):
             in the memory format NHWC.
         compile: compile the network by torch.compile when it is first called; its state_dict stays.
 
+    Raises:
+        ValueError: a number of classes below 2, or a switch that is neither true nor false.
+
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1.
     """
 
@@ -51,6 +54,9 @@ class Classifier(LightningModule):
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"`num_classes` expected at least 2, got {num_classes}")
+        for name, value in (("channels_last", channels_last), ("compile", compile)):
+            if type(value) is not bool:
+                raise ValueError(f"`{name}` expected true or false, got {value!r}")
         super().__init__()
         if channels_last:
             # Convolutions take the format of their weights, whatever that of their input.
@@ -154,11 +160,12 @@ class Classifier(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.network.parameters())
+        optimizer = _made("optimizer", self.optimizer_factory, self.network.parameters())
         if self.scheduler_factory is None:
             return optimizer
-        scheduler = {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        scheduler = _made("scheduler", self.scheduler_factory, optimizer)
+        lr_scheduler = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
 
     def chance_metrics(self) -> dict[str, float]:
         """The metrics of a guess, the score of a run that diverged: loss ln(num_classes)."""
@@ -220,3 +227,10 @@ class Classifier(LightningModule):
                 metrics.reset()
         # Computed over all ranks already; without sync_dist Lightning would warn that it is not.
         self.log_dict(values, sync_dist=True)
+
+
+def _made(name: str, factory: Callable[[Any], Any], over: Any) -> Any:
+    try:
+        return factory(over)
+    except TypeError as error:
+        raise ValueError(f"`{name}` expected arguments that it takes: {error}") from error

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from bn_lightning.models.convolution import ConvLayer
 from bn_lightning.models.normalization import NormFactory
 
+DEEPEST = 1202
+"""Layers of the deepest network in the source; one of a few zeros more is never built."""
+
 
 class ResidualBlock(nn.Module):
     """y = relu(F(x) + x) with two 3x3 convolutions: (N, inputs, H, W) -> (N, outputs, H', W').
@@ -44,14 +47,15 @@ class CIFARResNet(nn.Module):
     ResNet-20 has 269,722 parameters, ResNet-56 853,018 and ResNet-110 1,727,962.
 
     Args:
-        depth: layers with weights, 8, 14, 20, ...: 6n + 2.
+        depth: layers with weights, 8, 14, 20, ...: 6n + 2, at most `DEEPEST`.
         in_channels: channels of the images.
         num_classes: logits.
         norm: builds the normalisation after each convolution; None for none.
         bias: of the convolutions; kept under BatchNorm so that both arms hold the same weights.
 
     Raises:
-        ValueError: a depth that is not 6n + 2, or a size that is not a positive integer.
+        ValueError: a depth that is not 6n + 2 or is too large, or a size that is no positive
+            integer.
 
     Source: He et al. 2015, arXiv 1512.03385, section 4.2.
     """
@@ -59,8 +63,10 @@ class CIFARResNet(nn.Module):
     def __init__(
         self, depth: int, in_channels: int, num_classes: int, norm: NormFactory | None, bias: bool
     ) -> None:
-        if type(depth) is not int or depth < 8 or depth % 6 != 2:
-            raise ValueError(f"`depth` expected 6n + 2, as 20, 56 or 110, got {depth!r}")
+        if type(depth) is not int or not 8 <= depth <= DEEPEST or depth % 6 != 2:
+            raise ValueError(
+                f"`depth` expected 6n + 2, as 20, 56 or 110, and at most {DEEPEST}, got {depth!r}"
+            )
         sizes = [in_channels, num_classes]
         if any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError(

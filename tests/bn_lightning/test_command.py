@@ -97,6 +97,11 @@ LINES = {
         ),
         ["`batch_size` to be at least 1, but got 0"],
     ),
+    "built_of_bad_types": (
+        instantiate,
+        ({"a": {"b": target("torch.nn.Linear", in_features="x", out_features=1)}},),
+        ["`a.b` cannot be built of these values: ", "str"],
+    ),
     "no_such_target": (instantiate, (target("bn_lightning.Nothing"),), ["bn_lightning.Nothing"]),
 }
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from bn_lightning.config_check import check_config
+from bn_lightning.config_check import check_config, check_nodes
 
 GOOD: dict[str, Any] = {
     "seed": 1,
@@ -107,3 +107,58 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
         with pytest.raises(ValueError, match="expected a GPU, torch sees none; use trainer=cpu"):
             check(**{"trainer.accelerator": "gpu"})
     check(**{"trainer.accelerator": "cpu"})
+
+
+NODES: dict[str, Any] = {
+    "task_name": "train",
+    "ckpt_path": None,
+    "trusted": [],
+    "paths": {"output_dir": "run"},
+    "extras": {"num_threads": None, "figures": True, "batch_norms": False, "step_table": False},
+    "data": {"_target_": "a.Data"},
+    "model": {"_target_": "a.Model", "network": {"_target_": "a.Network"}},
+    "norm": None,
+    "init": {"_target_": "a.init", "_partial_": True},
+    "optimizer": {"_target_": "a.SGD", "_partial_": True},
+    "scheduler": None,
+    "trainer": {"_target_": "a.Trainer"},
+    "callbacks": {"a": None, "b": {"_target_": "a.B"}},
+    "logger": {},
+}
+NO_NODES = {
+    "task_name": ["", 7, None],
+    "ckpt_path": ["", 7, ["a.ckpt"]],
+    "trusted": [None, "os.", [7], [""]],
+    "paths": [None, "logs", []],
+    "paths.output_dir": [None, 7, ""],
+    "extras": [None],
+    "extras.num_threads": [0, -1, 1.0, True, 10**9, "all"],
+    "extras.figures": [0, "yes", None],
+    "data": [None, "mnist", [], {}],
+    "model": [None],
+    "model.network": [None, 7],
+    "model.optimizer": [7],
+    "norm": ["batch"],
+    "init": [{"_target_": "a.init", "_partial_": 1}],
+    "optimizer": [None],
+    "scheduler": [{"step_size": 7}],
+    "trainer": [7],
+    "callbacks": [None, [], {"a": 7}, {"a": {"every": 7}}],
+    "logger": ["csv"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), cases(NO_NODES))
+def test_a_part_that_is_something_else(key: str, value: Any) -> None:
+    config = OmegaConf.create(NODES)
+    check_nodes(OmegaConf.to_container(config))
+    OmegaConf.update(config, key, value, merge=False)
+    with pytest.raises(ValueError) as caught:
+        check_nodes(OmegaConf.to_container(config))
+    assert str(caught.value).startswith(f"`{key}` expected ")
+    assert str(caught.value).endswith(f", got {value!r}")
+
+
+def test_a_million_ranks() -> None:
+    with pytest.raises(ValueError, match=r"`trainer\.devices` expected at most"):
+        check(**{"trainer.devices": 10**6})

@@ -1,8 +1,18 @@
 """What a configuration may build is where an object is defined, not how it is reached."""
 
-import pytest
+import contextlib
 
-from bn_lightning.trust import OF_CHECKPOINTS, OF_CONFIGURATIONS, UntrustedError, check_trusted
+import pytest
+from hydra.utils import instantiate
+
+from bn_lightning.checkpoint import CheckpointError, trusted_config
+from bn_lightning.trust import (
+    OF_CHECKPOINTS,
+    OF_CONFIGURATIONS,
+    UntrustedError,
+    check_plain,
+    check_trusted,
+)
 
 
 def target(name, **arguments):
@@ -34,6 +44,10 @@ def test_classes_and_functions_of_models(name):
         ("torch.nn.functional.torch.hub.load", "which is torch.hub.load"),
         ("bn_lightning.run_record.write_json", "which is no class"),
         ("bn_lightning.data.archive.unpack", "which is no class"),
+        # Its constructor compiles what it is given; others start processes or write files.
+        ("bn_lightning.fusion.forwards.Variant", "got bn_lightning.fusion.forwards.Variant; if"),
+        ("bn_lightning.sweeps.engine.workers.Workers", "expected a class of bn_lightning.batch"),
+        ("bn_lightning.metrics_csv.MetricsCSVLogger", "expected a class of bn_lightning.batch"),
         ("bn_lightning.nothing.Here", "a name that can be found"),
         ("bn_lightningale.Bird", "got bn_lightningale.Bird;"),
         (7, "got 7;"),
@@ -57,3 +71,45 @@ def test_ones_own_configuration_may_build_more():
         check_trusted(target(name), OF_CONFIGURATIONS, [], "it")
         with pytest.raises(UntrustedError):
             check_trusted(target(name), OF_CHECKPOINTS, [], "it")
+
+
+MADE = {"_target_": "os.mkdir", "_args_": ["made"]}
+MAKES = "{_target_: os.mkdir, _args_: [made]}"
+HIDDEN = {
+    "in a list": [MADE],
+    "in a tuple": (MADE,),
+    "deeper": ([{"a": (MADE,)}],),
+    "made by an interpolation": ["${oc.create:{_target_:os.mkdir,_args_:[made]}}"],
+    "made of a string": ["${oc.create:'" + MAKES + "'}"],
+    "decoded": ["${oc.create:${oc.decode:'" + MAKES.replace(" ", "") + "'}}"],
+    "referred to": ["${.1}", MADE],
+    "a node for a name": [{"_target_": MADE}],
+    "an interpolated name": [{"_target_": "${model.name}", "_args_": ["made"]}],
+    "partial": [{**MADE, "_partial_": True, "_convert_": "all", "_recursive_": False}],
+}
+
+
+@pytest.mark.parametrize(("kind", "arguments"), HIDDEN.items(), ids=HIDDEN.keys())
+def test_a_command_hidden_in_a_checkpoint_is_not_run(tmp_path, monkeypatch, kind, arguments):
+    """All but two of these run when the node is built, which the last line shows."""
+    monkeypatch.chdir(tmp_path)
+    model = {"_target_": "torch.nn.Sequential", "_args_": arguments, "name": "os.mkdir"}
+    config = {"data": {}, "model": model}
+    with pytest.raises(UntrustedError, match=r"`model\._args_\.0"):
+        trusted_config({"hyper_parameters": {"config": config}}, [], "a.ckpt")
+    with contextlib.suppress(Exception):
+        instantiate({"model": model})
+    assert (tmp_path / "made").exists() is (kind not in ("a node for a name", "partial"))
+
+
+def test_ones_own_values_may_hold_what_looks_like_an_interpolation():
+    check_trusted({"root": "/data/${x}"}, OF_CONFIGURATIONS, [], "it")
+    with pytest.raises(UntrustedError, match="`data.root` in a.ckpt expected a plain value"):
+        check_plain({"data": {"root": "${oc.env:HOME}"}}, "a.ckpt")
+
+
+@pytest.mark.parametrize("config", [None, [], "x", {"model": {}}, {"data": {}}])
+def test_a_checkpoint_without_a_configuration(config):
+    for content in ({"hyper_parameters": {"config": config}}, {"hyper_parameters": 7}, {}):
+        with pytest.raises(CheckpointError, match="holds no configuration"):
+            trusted_config(content, [], "a.ckpt")

@@ -276,7 +276,7 @@ class TestArguments:
     @pytest.mark.parametrize("name", ["probe_size", "points"])
     @pytest.mark.parametrize("value", [0, -1])
     def test_positive(self, name: str, value: int) -> None:
-        with pytest.raises(ValueError, match=f"`{name}` expected a positive integer, got {value}"):
+        with pytest.raises(ValueError, match=f"`{name}` expected an integer from 1 .* got {value}"):
             ActivationPercentiles(**{"probe_size": 5, "points": 5, name: value})
 
 
