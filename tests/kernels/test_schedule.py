@@ -14,6 +14,7 @@ from bn_lightning.kernels.schedule import (
     Device,
     Regime,
     Schedule,
+    choose_regime,
     forced_regime,
     make_schedule,
     resident_cache_bytes,
@@ -123,6 +124,125 @@ def test_padding_is_small_where_it_can_be() -> None:
     assert make_schedule((256, 64, 28, 28), 2, False, H200).block_l == 64
 
 
+# Tiles (N, C, L), warps, splits of so many tiles, lag, programs: each follows from the numbers
+# beside it, with 132 processors, 2048 values a tile in one launch and 4096 in two.
+CUTS = [
+    # A line of 128 bytes is 32 channels; 60 samples need 64.
+    ("mnist_mlp", (60, 100), 4, False, Regime.SMALL, (64, 32, 1), 8, (1, 1), 5, 4),
+    # 49 positions in 64, and 32 or 64 samples, to a tile; a program for each channel.
+    ("small_maps", (256, 2048, 7, 7), 2, False, Regime.SMALL, (32, 1, 64), 8, (1, 8), 265, 264),
+    ("small_maps", (256, 2048, 7, 7), 2, False, Regime.SPLIT, (64, 1, 64), 8, (1, 4), 265, 264),
+    # 13 tiles along L and 16 along N, for each of 64 channels 1056 / 64 = 16.5 programs.
+    ("large_maps", (256, 64, 56, 56), 2, False, Regime.SPLIT, (16, 1, 256), 8, (16, 13), 18, 264),
+    # 416 tiles of 4 KB in items of 32 KB; 264 programs follow 52 items to a channel.
+    ("large_maps", (256, 64, 56, 56), 2, False, Regime.RESIDENT, (8, 1, 256), 8, (52, 8), 7, 264),
+    # 12,544 rows in tiles of 64, 64 channels to a line.
+    ("rows", (256, 2048, 7, 7), 2, True, Regime.SPLIT, (64, 64, 1), 8, (33, 6), 9, 264),
+    # The finishing item holds 2048 / 64 splits at most.
+    ("rows", (256, 2048, 7, 7), 2, True, Regime.RESIDENT, (32, 64, 1), 8, (31, 13), 10, 264),
+    # 4097 channels begin anywhere: half a tile, in two launches as well.
+    ("odd_rows", (65536, 4097), 2, False, Regime.SPLIT, (32, 64, 1), 8, (17, 121), 17, 264),
+    # 9 tiles of 512 hold 4097 with little padding; 1024 values are a quarter of the most.
+    ("tail", (2, 3, 4097), 4, False, Regime.SPLIT, (2, 1, 512), 2, (9, 1), 4, 27),
+    ("one_sample", (1, 3, 50_001), 2, False, Regime.SMALL, (1, 1, 2048), 8, (1, 25), 4, 3),
+    ("one_sample", (1, 3, 50_001), 2, False, Regime.RESIDENT, (1, 1, 2048), 8, (3, 9), 4, 9),
+    # 3 channels take 4; 256 splits at most of 1954 tiles.
+    ("long_rows", (1_000_003, 3), 2, False, Regime.SPLIT, (512, 4, 1), 8, (245, 8), 2, 245),
+    # 2 samples leave room for 1024 channels a program, and 977 programs.
+    ("channels", (2, 1_000_000), 4, False, Regime.SMALL, (2, 1024, 1), 8, (1, 1), 265, 264),
+    ("channels", (2, 1_000_000), 4, False, Regime.SPLIT, (2, 32, 1), 1, (1, 1), 265, 264),
+    ("one_value", (1, 1), 4, False, Regime.SMALL, (1, 1, 1), 1, (1, 1), 2, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize", "channels_last", "regime", "tile", "warps", "splits", "lag", "programs"),
+    [cut[1:] for cut in CUTS],
+    ids=[f"{cut[0]}-{cut[4].value}" for cut in CUTS],
+)
+def test_how_a_tensor_is_cut(
+    shape: tuple[int, ...],
+    itemsize: int,
+    channels_last: bool,
+    regime: Regime,
+    tile: tuple[int, int, int],
+    warps: int,
+    splits: tuple[int, int],
+    lag: int,
+    programs: int,
+) -> None:
+    with forced_regime(regime):
+        s = make_schedule(shape, itemsize, channels_last, H200)
+    assert (s.regime, s.max_warps, s.max_registers) == (regime, 8, None)
+    assert ((s.block_n, s.block_c, s.block_l), s.num_warps) == (tile, warps)
+    assert ((s.splits, s.tiles_per_split), s.lag, s.programs) == (splits, lag, programs)
+    assert s.channel_blocks == math.ceil(s.C / s.block_c)
+    block = s.N * s.L * s.block_c * itemsize
+    assert resident_cache_bytes(s, itemsize) == (lag + 1) * block
+
+
+# The tile that finishes, the elementwise program's elements, programs and warps, and which channels
+# eight neighbours from a multiple of 8 on have.
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "finish", "flat", "eights"),
+    [
+        ((256, 64, 56, 56), False, (16, 64), (2048, 25_088, 8), "one"),
+        ((256, 64, 56, 56), True, (256, 8), (2048, 25_088, 8), "consecutive"),
+        ((256, 60, 7, 7), True, (256, 8), (2048, 368, 8), "any"),
+        ((1_000_003, 3), False, (256, 4), (2048, 1465, 8), "any"),
+        ((2, 3, 100), False, (1, 4), (1024, 1, 4), "any"),
+        ((5, 16), False, (1, 16), (128, 1, 1), "consecutive"),
+        ((1, 1), False, (1, 1), (8, 1, 1), "any"),
+    ],
+    ids=str,
+)
+def test_how_it_is_finished_and_passed_over(shape, channels_last, finish, flat, eights) -> None:
+    s = make_schedule(shape, 2, channels_last, H200)
+    if math.prod(shape) > 1 << 19:
+        assert s.regime is Regime.SPLIT
+    assert s.finish_tile == finish
+    assert (s.flat_elements, *s.flat_grid, s.flat_warps) == flat
+    assert s.eights == eights
+    elements, programs, warps = flat
+    assert s.flat == {
+        "numel": math.prod(shape),
+        "C": s.C,
+        "L": s.L,
+        "BLOCK": elements,
+        "EIGHTS": eights,
+        "num_warps": warps,
+    }
+    assert s.walk == {
+        "N": s.N,
+        "C": s.C,
+        "L": s.L,
+        "BLOCK_N": s.block_n,
+        "BLOCK_C": s.block_c,
+        "BLOCK_L": s.block_l,
+        "WIDE": False,
+        "num_warps": s.num_warps,
+    }
+
+
+def test_where_small_ends() -> None:
+    # 1 MiB is small whatever the shape, and one row more has too few channels to be.
+    assert choose_regime(1 << 18, 1, 1, 4, H200) is Regime.SMALL
+    assert choose_regime((1 << 18) + 1, 1, 1, 4, H200) is Regime.SPLIT
+    # Two channels a processor, and all their values in half of 50 MiB: 99,296 bytes each.
+    assert choose_regime(1, 264, 49_648, 2, H200) is Regime.SMALL
+    assert choose_regime(1, 263, 49_648, 2, H200) is Regime.SPLIT
+    assert choose_regime(1, 264, 49_649, 2, H200) is Regime.SPLIT
+    # Rows come by lines of 64 channels.
+    assert choose_regime(775, 264 * 64, 1, 2, H200) is Regime.SMALL
+    assert choose_regime(776, 264 * 64, 1, 2, H200) is Regime.SPLIT
+    assert choose_regime(775, 263 * 64, 1, 2, H200) is Regime.SPLIT
+
+
+def test_wide_begins_at_2_to_the_31() -> None:
+    assert not make_schedule((1, 1, 2**31 - 1), 2, False, H200).wide
+    assert make_schedule((1, 1, 2**31), 2, False, H200).wide
+
+
 REGIMES = {
     "mnist_mlp": ((60, 100), False, Regime.SMALL),
     "small_maps": ((256, 2048, 7, 7), False, Regime.SMALL),
@@ -200,5 +320,5 @@ def test_schedule_is_frozen() -> None:
     "shape", [(), (3,), (0, 3), (2, 3, 0)], ids=["scalar", "1d", "empty_batch", "empty_space"]
 )
 def test_shapes_without_values_raise(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="`shape`"):
+    with pytest.raises(ValueError, match=r"`shape` to be \(N, C\) .* and not empty, got \("):
         make_schedule(shape, 4, False, H200)

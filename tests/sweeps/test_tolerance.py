@@ -1,19 +1,23 @@
 """Tolerance beside tables computed by hand, and what must hold of any grid."""
 
+import itertools
 import math
 
 import numpy as np
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from bn_lightning.sweeps import tolerance
 from bn_lightning.sweeps.tolerance import (
     Estimate,
     Grid,
     Levels,
     Outcome,
     Trial,
+    coverage,
     estimate,
     estimate_rate,
     importances,
@@ -146,6 +150,44 @@ class TestByHand:
             Outcome.TRAINED,
         ]
 
+    def test_a_level_belongs_to_what_is_above_it(self):
+        levels = np.array([[[0.9], [0.2]]])
+        assert (share_trained(levels), share_at_chance(levels)) == (0.5, 0)
+        trials = [Trial("with", 0.1, lr, 1, a, 1.0) for lr, a in ((1.0, 0.9), (10.0, 0.2))]
+        outcomes = Grid.of(trials).arms["with"].outcomes()
+        assert outcomes[0, :, 0].tolist() == [Outcome.TRAINED, Outcome.SLOW]
+        assert widths(levels, (1.0, 10.0))[0] == 1 and inits_that_train(levels) == 1
+        assert largest_rate(levels, (1.0, 10.0)) == 1.0
+
+    def test_a_grid_keeps_each_trials_numbers(self):
+        trial = Trial("with", 0.1, 1.0, 1, 0.5, 1.5)
+        other = Trial("with", 0.1, 1.0, 2, 0.1, 2.3, diverged=True)
+        grid = Grid.of([trial, other], Levels(0.4, 0.1))
+        arm = grid.arms["with"]
+        np.testing.assert_array_equal(arm.accuracy, [[[0.5, 0.1]]])
+        np.testing.assert_array_equal(arm.loss, [[[1.5, 2.3]]])
+        assert arm.diverged.tolist() == [[[False, True]]] and not trial.diverged
+        assert grid.levels == arm.levels == Levels(0.4, 0.1)
+        lone = Grid.of([trial, Trial("without", 1.0, 1.0, 1, 0.5, 1.5)]).arms["with"]
+        assert math.isnan(lone.loss[1, 0, 0]) and not lone.diverged.any()
+        with pytest.raises(AttributeError):
+            trial.accuracy = 1.0
+        with pytest.raises(AttributeError):
+            grid.levels = Levels()
+        with pytest.raises(AttributeError):
+            arm.levels = Levels()
+        with pytest.raises(AttributeError):
+            Levels().trained = 1.0
+        with pytest.raises(AttributeError):
+            estimate(np.ones(2)).value = 1.0
+
+    def test_coverage(self):
+        trials = [Trial("a", i, lr, s, 0.5, 1) for i in (1, 2) for lr in (1, 2) for s in (1, 2, 3)]
+        assert coverage(trials) == 1 == coverage([*trials, trials[0]])
+        assert coverage(trials[:-3]) == 0.75
+        assert coverage([Trial("a", 1.0, 10.0**-i, i, 0.5, 1) for i in range(4)]) == 0.25
+        assert coverage([]) == 0
+
     def test_named_initialisations_come_after_numbers(self):
         trials = [Trial("a", init, 1.0, 1, 0.5, 1.0) for init in ("zeros", 10.0, "he", 0.1)]
         assert Grid.of(trials).inits == (0.1, 10.0, "he", "zeros")
@@ -154,15 +196,31 @@ class TestByHand:
         # 27 resamples: the smallest and largest mean come up once each, 1/27 > 2.5%.
         assert estimate(np.array([1.0, 2.0, 6.0])) == Estimate(3.0, 1.0, 6.0, 3)
 
+    @pytest.mark.parametrize("size", [5, 6], ids=["all_resamples", "drawn"])
+    def test_the_interval_is_that_of_all_resamples(self, size):
+        values = np.arange(size) ** 2.0
+        means = np.array(list(itertools.product(values, repeat=size))).mean(axis=1)
+        ends = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
+        found = estimate(values)
+        # Of 6^6 resamples 20,000 are drawn: the quantiles may be off by one step of the means.
+        tolerance = 0 if size == 5 else 1 / size
+        np.testing.assert_allclose([found.low, found.high], ends, rtol=0, atol=tolerance + 1e-12)
+        assert found.seeds == size and not found.at_least
+
     def test_rates_are_averaged_in_decades(self):
         found = estimate_rate(np.array([10.0, 1000.0, NAN]), at_least=True)
         assert (found.seeds, found.at_least) == (2, True)
         np.testing.assert_allclose([found.value, found.low, found.high], [100, 10, 1000])
         assert estimate_rate(np.array([NAN])).seeds == 0
+        assert not estimate_rate(np.array([1.0])).at_least
 
     def test_estimate_of_two_seeds_one_missing(self):
         single = estimate(np.array([0.5, NAN]))
         assert single.value == 0.5 and single.seeds == 1 and math.isnan(single.low)
+        assert math.isnan(single.high) and estimate(np.array([0.5]), True).at_least
+        none = estimate(np.array([NAN]), True)
+        assert none.seeds == 0 and none.at_least and not estimate(np.array([NAN])).at_least
+        assert math.isnan(none.value) and math.isnan(none.low) and math.isnan(none.high)
 
     def test_paired_difference(self):
         # Seeds differ by 10, the arms by 1, 2 and 3: paired, only the latter is seen.
@@ -170,10 +228,34 @@ class TestByHand:
         assert paired_difference(first, second) == Estimate(2.0, 1.0, 3.0, 3)
         unpaired = unpaired_difference(first, second)
         assert unpaired.value == pytest.approx(2) and unpaired.low < -5 and unpaired.high > 9
+        assert paired_difference(first, second, True).at_least
+
+    def test_unpaired_difference(self):
+        # The means are 0, 1, 1, 2 and 5, 5: each difference has at least a quarter of the draws.
+        few, two = np.array([0.0, NAN, 2.0]), np.array([5.0, 5.0])
+        assert unpaired_difference(few, two) == Estimate(-4.0, -5.0, -3.0, 2)
+        assert unpaired_difference(two, few, True) == Estimate(4.0, 3.0, 5.0, 2, True)
+        # Each arm by itself: the most extreme of 4 x 4 means differ by 4, once in 16.
+        assert unpaired_difference(few, few - 2.0) == Estimate(2.0, 0.0, 4.0, 2)
+        for one in (unpaired_difference(few, two[:1]), unpaired_difference(two[:1], few)):
+            assert (one.seeds, one.at_least) == (1, False) and abs(one.value) == 4
+            assert math.isnan(one.low) and math.isnan(one.high)
+        nothing = np.array([NAN])
+        for none in (unpaired_difference(nothing, two), unpaired_difference(two, nothing, True)):
+            assert none.seeds == 0 and all(map(math.isnan, (none.value, none.low, none.high)))
+        assert none.at_least and not unpaired_difference(nothing, nothing).at_least
 
     def test_ratio(self):
         assert ratio(np.array([2.0, 4.0]), np.array([1.0, 1.0])) == Estimate(3.0, 2.0, 4.0, 2)
         assert ratio(np.array([0.5, 0.5]), np.array([0.0, 0.0])).value == math.inf
+        assert math.isnan(ratio(np.zeros(2), np.zeros(2)).value)
+        # Only seeds that both have: 2 / 1 and 6 / 3, whose means are 4 / 2.
+        half = ratio(np.array([2.0, NAN, 6.0, 9.0]), np.array([1.0, 7.0, 3.0, NAN]))
+        assert half == Estimate(2.0, 2.0, 2.0, 2)
+        one = ratio(np.array([3.0]), np.array([2.0]))
+        assert (one.value, one.seeds) == (1.5, 1) and math.isnan(one.low) and math.isnan(one.high)
+        none = ratio(np.array([NAN]), np.array([1.0]))
+        assert none.seeds == 0 and all(map(math.isnan, (none.value, none.low, none.high)))
 
     def test_importances(self):
         trials = [
@@ -186,6 +268,43 @@ class TestByHand:
         assert found["lr"] > 0.95 and sum(found.values()) == pytest.approx(1)
         schemes = [Trial("with", f"scheme{t.init}", t.lr, 1, t.init, 1.0) for t in trials[::2]]
         assert importances(schemes)["init"] > 0.95
+        by_seed = [Trial("with", t.init, t.lr, t.seed, float(t.seed == 2), 1.0) for t in trials]
+        assert importances(by_seed)["seed"] > 0.95
+        assert importances(trials) == found  # the same in every call
+
+    def test_importances_of_what_varies(self):
+        # One seed explains nothing, and is left out.
+        trials = [Trial("with", 0.1 * 2**i, 10.0**-i, 1, i / 6, 1.0) for i in range(7)]
+        verbosity = optuna.logging.get_verbosity()
+        found = importances(trials, random_sample=True)
+        assert set(found) == {"lr", "init"} and sum(found.values()) == pytest.approx(1)
+        assert optuna.logging.get_verbosity() == verbosity
+
+    def test_importances_of_points(self):
+        # Half the places are enough for a grid, fewer are not.
+        trials = [Trial("with", i, lr, 1, i + lr, 1.0) for i in (1.0, 2.0) for lr in (1.0, 2.0)]
+        half = [trials[0], trials[3]]
+        assert coverage(half) == 0.5 and set(importances(half)) == {"lr", "init"}
+        points = [Trial("with", float(i), float(i), 1, i / 9, 1.0) for i in (1, 2, 3)]
+        with pytest.raises(ValueError, match="on a grid, or `random_sample=True`, got points"):
+            importances(points)
+        assert set(importances(points, random_sample=True)) == {"lr", "init"}
+
+    def test_importances_of_many_trials_are_those_of_some(self, monkeypatch):
+        monkeypatch.setattr(tolerance, "MOST_FOR_IMPORTANCES", 4)
+        trials = [Trial("with", 0.1, 10.0**i, 1, i / 9, 1.0) for i in range(5)]
+        seen = []
+        create = optuna.trial.create_trial
+        monkeypatch.setattr(
+            optuna.trial, "create_trial", lambda **made: seen.append(made) or create(**made)
+        )
+        importances(trials[:4])
+        assert [made["value"] for made in seen] == [0, 1 / 9, 2 / 9, 3 / 9]
+        seen.clear()
+        importances(trials)
+        values = [made["value"] for made in seen]
+        assert len(set(values)) == 4 and values == sorted(values)
+        assert all(made["distributions"]["lr"].log for made in seen)
 
 
 class TestAnyGrid:
@@ -257,6 +376,9 @@ class TestBadInput:
         trial = Trial("with", 0.1, 1.0, 1, 0.5, 1.0)
         with pytest.raises(ValueError, match="expected one trial for each place"):
             Grid.of([trial, trial])
+
+    def test_the_levels_that_are_just_allowed(self):
+        assert Levels.of(2, 1.0).trained == 1 and Levels(0.7, 0.6).at_chance == 0.6
 
     @pytest.mark.parametrize("trained", [0.6, 1.01, NAN])
     def test_levels_out_of_order(self, trained):
