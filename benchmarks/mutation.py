@@ -21,6 +21,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import gc
 import importlib
 import inspect
@@ -117,8 +118,9 @@ def mutants_of(path: Path) -> list[Mutant]:
     )
     before = source.splitlines()
     for operator, occurrence, start in places:
-        decorator = re.match(r"\s*@(override|abstractmethod)\b", before[start[0] - 1])
-        if decorator or any(first <= start < end for first, end in annotations):
+        text = before[start[0] - 1].strip()
+        decorator = re.match(r"@(override|abstractmethod)\b", text)
+        if decorator or text == "*," or any(first <= start < end for first, end in annotations):
             continue  # they say something to readers and type checkers, and do nothing
         code = mutate_code(source, operator, occurrence)
         if code is None or code == source or code in found or not _compiles(code):
@@ -228,10 +230,13 @@ class Session:
         self.path, self.mutants, self.outcomes = path, mutants, outcomes
         self.seconds: dict[str, float] = {}  # of each test, on the file as it is
         self.watched: Any = None
+        self.caches: list[Any] = []
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         if self.watched is not None:
             self.watched.switch_context(nodeid)
+            for cached in self.caches:  # or only the first test of several executes its lines
+                cached.cache_clear()
             self.seconds[nodeid] = time.monotonic()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
@@ -241,6 +246,13 @@ class Session:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         hypothesis.given(strategies.integers())(lambda number: None)()  # its own caches, once
         found = Path("../watched")
+
+        cache = type(functools.cache(len))
+        self.caches = [
+            thing
+            for thing in gc.get_objects()
+            if type(thing) is cache and thing.__module__.startswith("bn_lightning")
+        ]
 
         def watch() -> int:
             self.watched = coverage.Coverage(
@@ -259,11 +271,12 @@ class Session:
         items = {item.nodeid: item for item in session.items}
         quickest = sorted(items, key=lambda name: self.seconds[name])
         original = self.path.read_text(encoding="utf-8")
+        realpath = functools.cache(os.path.realpath)  # kernels/ is imported by a link
         functions = _functions(compile(original, str(self.path), "exec"))
         live = {
             (f.__code__.co_qualname, f.__code__.co_firstlineno): f
             for f in gc.get_objects()
-            if type(f) is types.FunctionType and f.__code__.co_filename == str(self.path)
+            if type(f) is types.FunctionType and realpath(f.__code__.co_filename) == str(self.path)
         }
         for mutant in self.mutants:
             if mutant.code in self.outcomes:

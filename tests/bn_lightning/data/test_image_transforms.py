@@ -1,6 +1,8 @@
 """Crops, flips and distortions, against what they are said to do."""
 
+import math
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from bn_lightning.data.image_transforms import (
     CentreCrop,
     PadCrop,
     ResizedCrop,
+    check_statistics,
     distorted,
     random_part,
 )
@@ -58,9 +61,42 @@ class TestParts:
         # Uniform in its logarithm: as many lie as stand.
         assert np.mean(aspect > 1) == pytest.approx(0.5, abs=0.05)
 
+    def test_what_is_drawn(self) -> None:
+        class Scripted(Random):
+            """Notes what is asked for, and answers with the numbers it was given."""
+
+            def __init__(self, *answers: float) -> None:
+                self.answers, self.asked = list(answers), []
+
+            def _next(self, *bounds: float) -> Any:
+                self.asked.append(bounds)
+                return self.answers.pop(0)
+
+            uniform = randint = _next
+
+        # Half of 200 x 100 with an aspect of 1: 100 x 100, at (7, 0).
+        random = Scripted(0.5, 0.0, 7, 0)
+        assert random_part((200, 100), random) == (7, 0, 107, 100)
+        logarithms = (-math.log(4 / 3), math.log(4 / 3))
+        np.testing.assert_allclose(random.asked[:2], [(0.08, 1.0), logarithms])
+        assert random.asked[2:] == [(0, 100), (0, 0)]
+        # An area of 2500 with an aspect of 4: 100 x 25; the whole; then one that is too high, one
+        # that is too wide, one without a pixel, and one that fits.
+        assert random_part((200, 100), Scripted(0.125, math.log(4), 3, 4)) == (3, 4, 103, 29)
+        assert random_part((100, 100), Scripted(1.0, 0.0, 0, 0)) == (0, 0, 100, 100)
+        refused = 1.0, 0.0, 0.5, math.log(16), 1e-6, 0.0
+        assert random_part((200, 100), Scripted(*refused, 0.5, 0.0, 7, 0)) == (7, 0, 107, 100)
+        for flat in (-3.0, 3.0):  # two pixels of area, as 0 x 6 and 6 x 0
+            assert random_part((200, 100), Scripted(1e-4, flat, 0.5, 0.0, 7, 0))[0] == 7
+        # The tenth try is the last one.
+        assert random_part((200, 100), Scripted(*[1e-6, 0.0] * 9, 0.5, 0.0, 7, 0))[0] == 7
+        assert random_part((200, 100), Scripted(*[1e-6, 0.0] * 10)) == (33, 0, 166, 100)
+
     def test_no_part_fits(self) -> None:
         assert random_part((1000, 2), Random(0)) == (498, 0, 501, 2)
         assert random_part((2, 1000), Random(0)) == (0, 498, 2, 501)
+        assert random_part((30, 1), Random(0)) == (14, 0, 15, 1)
+        assert random_part((1, 300), Random(0)) == (0, 149, 1, 150)
 
 
 class TestCentre:
@@ -79,8 +115,39 @@ class TestCentre:
         image = noise(32, 32)
         assert np.array_equal(CentreCrop(32, share=1.0)(image, Random(0)), np.asarray(image))
 
+    def test_the_middle_of_each_axis(self) -> None:
+        image = noise(8, 4)
+        expected = np.asarray(image)[1:3, 3:5]
+        assert np.array_equal(CentreCrop(2, share=0.5)(image, Random(0)), expected)
+        assert CentreCrop(2).share == 0.875
+
+
+class TestResizedCrop:
+    @pytest.mark.parametrize("photometric", [0, 0.5])
+    def test_part_then_flip_then_distortion(self, photometric: float) -> None:
+        image = noise(40, 30)
+        flips = 0
+        for seed in range(20):
+            random = Random(seed)
+            box = random_part(image.size, random)
+            part = image.resize((8, 8), Image.Resampling.BILINEAR, box=box)
+            if random.random() < 0.5:
+                flips += 1
+                part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            expected = np.asarray(distorted(part, photometric, random))
+            assert np.array_equal(ResizedCrop(8, photometric)(image, Random(seed)), expected)
+        assert 5 <= flips <= 15
+
 
 class TestPadCrop:
+    def test_distortion_comes_last(self) -> None:
+        image = noise(32, 32)
+        for seed in range(20):
+            random = Random(seed)
+            window = PadCrop(32, 0)(image, random)
+            expected = distorted(Image.fromarray(window.copy()), 0.5, random)
+            assert np.array_equal(PadCrop(32, 0.5)(image, Random(seed)), np.asarray(expected))
+
     def test_moves_over_black_and_flips(self) -> None:
         image = noise(32, 32)
         pixels = np.asarray(image)
@@ -91,7 +158,12 @@ class TestPadCrop:
                 cut = padded[top : top + 32, left : left + 32]
                 windows[cut.tobytes()] = (top, left, False)
                 windows[cut[:, ::-1].tobytes()] = (top, left, True)
-        seen = {windows[PadCrop(32, 0)(image, Random(seed)).tobytes()] for seed in range(400)}
+        seen = set()
+        for seed in range(400):
+            random = Random(seed)
+            drawn = random.randint(0, 8), random.randint(0, 8), random.random() < 0.5
+            assert windows[PadCrop(32, 0)(image, Random(seed)).tobytes()] == drawn
+            seen.add(drawn)
         assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(9))
         assert 0.4 < np.mean([flipped for _, _, flipped in seen]) < 0.6
 
@@ -117,3 +189,26 @@ class TestDistortion:
         assert 0.7 <= min(factors) < 0.72
         assert 1.28 < max(factors) <= 1.3
         assert len({tuple(name for name, _ in seen[i : i + 3]) for i in range(0, 180, 3)}) == 6
+
+
+class TestStatistics:
+    def test_right_ones(self) -> None:
+        check_statistics([-1, 0, 1.5], (1e-9, 1, 2))
+
+    @pytest.mark.parametrize(
+        ("mean", "std"),
+        [
+            ([0, 0], [1, 1, 1]),
+            ([0, 0, 0, 0], [1, 1, 1]),
+            ([0, 0, 0], [1, 1]),
+            ([0, 0, 0], [1, 1, 1, 1]),
+            ([0, 0, 0], [1, 0, 1]),
+            ([0, 0, 0], [1, 1, -1]),
+            ([0, math.nan, 0], [1, 1, 1]),
+            ([0, 0, 0], [1, math.inf, 1]),
+        ],
+        ids=str,
+    )
+    def test_wrong_ones(self, mean: list[float], std: list[float]) -> None:
+        with pytest.raises(ValueError, match="`mean` to be three numbers and `std` three positive"):
+            check_statistics(mean, std)
