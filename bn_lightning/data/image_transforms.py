@@ -142,8 +142,8 @@ def random_part(size: tuple[int, int], random: Random) -> tuple[float, float, fl
             left, top = random.randint(0, width - w), random.randint(0, height - h)
             return (left, top, left + w, top + h)
     # An image so long that no such part fits: its middle, as near to it as the shape allows.
-    w = min(width, max(1, round(height * _ASPECT[1])))
-    h = min(height, max(1, round(width / _ASPECT[0])))
+    w = min(width, round(height * _ASPECT[1]))
+    h = min(height, round(width / _ASPECT[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return (left, top, left + w, top + h)
 

@@ -89,3 +89,29 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file")
     with pytest.raises(DataError, match="choose another `data.root`"):
         unpack(write(tmp_path / "set.tar", {"a": b"1"}), tmp_path / "root" / "set")
+
+
+@pytest.mark.parametrize("faster", [False, True], ids=["error", "another_process"])
+def test_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    target = tmp_path / "root" / "set"
+
+    def rename(self: Path, to: Path) -> Path:
+        if faster:
+            to.mkdir()
+        raise OSError("refused")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    archive = write(tmp_path / "set.tar", {"a": b"1", "b": b"2"})
+    if faster:
+        unpack(archive, target)
+    else:
+        with pytest.raises(OSError, match="refused"):
+            unpack(archive, target)
+    assert os.listdir(target.parent) == (["set"] if faster else [])
+
+
+def test_a_single_file_is_no_folder(tmp_path: Path) -> None:
+    unpack(write(tmp_path / "set.tar", {"a": b"1"}), tmp_path / "root" / "set")
+    assert (tmp_path / "root" / "set" / "a").read_bytes() == b"1"
+    unpack(write(tmp_path / "two.tar", {"d/a": b"1", "b": b"2"}), tmp_path / "root" / "two")
+    assert sorted(os.listdir(tmp_path / "root" / "two")) == ["b", "d"]
