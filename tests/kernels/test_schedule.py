@@ -151,6 +151,8 @@ CUTS = [
     # 2 samples leave room for 1024 channels a program, and 977 programs.
     ("channels", (2, 1_000_000), 4, False, Regime.SMALL, (2, 1024, 1), 8, (1, 1), 265, 264),
     ("channels", (2, 1_000_000), 4, False, Regime.SPLIT, (2, 32, 1), 1, (1, 1), 265, 264),
+    # A power of two, not above 10,000 / 132, so that as many programs as processors are left.
+    ("some_channels", (2, 10_000), 4, False, Regime.SMALL, (2, 64, 1), 1, (1, 1), 158, 157),
     ("one_value", (1, 1), 4, False, Regime.SMALL, (1, 1, 1), 1, (1, 1), 2, 1),
 ]
 
@@ -267,6 +269,13 @@ def test_what_a_regime_cannot_do_is_split() -> None:
         with forced_regime(regime):
             assert make_schedule((4, 8, 7), 4, False, H200, writes_bits=True).regime is Regime.SPLIT
             assert make_schedule((4, 8, 8), 4, False, H200, writes_bits=True).regime is regime
+            # Neighbours are channels where L is 1, positions elsewhere.
+            for shape, bits in (
+                ((4, 8), regime),
+                ((4, 9), Regime.SPLIT),
+                ((4, 8, 2), Regime.SPLIT),
+            ):
+                assert make_schedule(shape, 4, False, H200, writes_bits=True).regime is bits
             cumulative = make_schedule((4, 8, 8), 4, False, H200, cumulative=True).regime
             assert cumulative is (Regime.SPLIT if regime is Regime.SMALL else regime)
     assert make_schedule((4, 8, 8), 4, False, H200).regime is Regime.SMALL

@@ -58,6 +58,8 @@ WRONG = {
     "truncated_raw": (WHOLE[:-1], r"expected 40 bytes for shape \(2, 3, 4\).*got 39.*truncated"),
     "trailing_byte": (WHOLE + b"\0", "expected 40 bytes.*got 41.*foreign bytes"),
     "not_idx": (b"<html>404</html>", "3c 68 74 6d"),
+    "first_byte": (b"\x01" + WHOLE[1:], "01 00 08 03"),
+    "second_byte": (b"\0\x01" + WHOLE[2:], "00 01 08 03;"),
     "unknown_dtype": (b"\0\0\x0a" + WHOLE[3:], "00 00 0a 03"),
     "truncated_gzip": (gzip.compress(WHOLE)[:-9], "whole gzip file"),
     "gzip_header_alone": (gzip.compress(WHOLE)[:5], "whole gzip file"),
