@@ -8,6 +8,7 @@ import pytest
 from bn_lightning.kernels.schedule import (
     CACHE_SHARE,
     FINISH_ELEMENTS,
+    INTERPRETER,
     MAX_SPLITS,
     MAX_THREADS,
     TILE_ELEMENTS,
@@ -317,6 +318,11 @@ def test_threads_that_load_single_values_have_half_of_them() -> None:
 def test_amds_warps_are_wider() -> None:
     s = make_schedule((256, 64, 56, 56), 2, False, dataclasses.replace(H200, warp_size=64))
     assert s.num_warps == s.flat_warps == 4
+
+
+def test_the_interpreter_runs_few_programs_and_chooses_as_an_h200() -> None:
+    assert dataclasses.replace(H200, processors=2) == INTERPRETER
+    assert (INTERPRETER.warp_size, INTERPRETER.registers) == (32, 0)
 
 
 def test_schedule_is_frozen() -> None:
