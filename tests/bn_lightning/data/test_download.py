@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 
-from bn_lightning.data.download import download
+from bn_lightning.data.download import check_sha256, download
 from bn_lightning.data.errors import DataError, DataUnavailableError
 
 PAYLOAD = b"what was published " * 1000
@@ -130,3 +130,18 @@ def test_it_is_quiet(
         download(target, [mirror + "absent/", mirror + "right/"], SHA256)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
+
+
+def test_a_folder_that_is_there(mirror: str, target: Path) -> None:
+    target.parent.mkdir(parents=True)
+    download(target, [mirror + "right/"], SHA256)
+    assert os.listdir(target.parent) == [FILE]
+
+
+@pytest.mark.parametrize("wrong", ["0" * 64, "f" * 64])
+def test_the_digest_of_a_file_as_it_is(target: Path, wrong: str) -> None:
+    target.parent.mkdir(parents=True)
+    target.write_bytes(PAYLOAD)
+    check_sha256(target, SHA256)
+    with pytest.raises(DataError, match=rf"expected SHA-256 {wrong}, got {SHA256} \(19,000 bytes"):
+        check_sha256(target, wrong)
