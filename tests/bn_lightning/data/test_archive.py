@@ -115,3 +115,9 @@ def test_a_single_file_is_no_folder(tmp_path: Path) -> None:
     assert (tmp_path / "root" / "set" / "a").read_bytes() == b"1"
     unpack(write(tmp_path / "two.tar", {"d/a": b"1", "b": b"2"}), tmp_path / "root" / "two")
     assert sorted(os.listdir(tmp_path / "root" / "two")) == ["b", "d"]
+
+
+def test_nothing_in_it_and_no_folder_for_it(tmp_path: Path) -> None:
+    target = tmp_path / "no" / "such" / "set"
+    unpack(write(tmp_path / "set.tar", {}), target)
+    assert os.listdir(target) == []
