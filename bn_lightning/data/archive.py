@@ -49,6 +49,8 @@ def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
                 f"{archive}: expected a whole tar archive that stays in its folder, got: {error};"
                 " get it again, or unpack it yourself"
             ) from error
+        if not whole.exists():
+            raise DataError(f"{archive}: expected a tar archive with files, got an empty one")
         entries = list(whole.iterdir())
         if len(entries) == 1 and entries[0].is_dir():
             whole = entries[0]

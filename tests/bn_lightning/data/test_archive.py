@@ -117,7 +117,12 @@ def test_a_single_file_is_no_folder(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "root" / "two")) == ["b", "d"]
 
 
-def test_nothing_in_it_and_no_folder_for_it(tmp_path: Path) -> None:
+def test_nothing_in_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="with files, got an empty one"):
+        unpack(write(tmp_path / "set.tar", {}), tmp_path / "set")
+
+
+def test_a_folder_two_below_what_there_is(tmp_path: Path) -> None:
     target = tmp_path / "no" / "such" / "set"
-    unpack(write(tmp_path / "set.tar", {}), target)
-    assert os.listdir(target) == []
+    unpack(write(tmp_path / "set.tar", {"a": b"1"}), target)
+    assert os.listdir(target) == ["a"]
