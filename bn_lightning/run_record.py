@@ -84,7 +84,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     """The record in `directory/run.json`.
 
     Raises:
-        ValueError: there is none, it is not JSON, or of a schema this version does not know.
+        ValueError: there is none, it is not JSON, of a schema this version does not know, or of no
+            run.
     """
     path = Path(directory) / FILE_NAME
     try:
@@ -99,6 +100,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
             f"{path} expected schema_version {SCHEMA_VERSION}, got {found}; read it with the "
             "version of bn_lightning that wrote it"
         )
+    if record.get("status") not in STATUSES or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{path} expected the status and config of a run, got a file without them")
     return record
 
 

@@ -122,6 +122,12 @@ class TestRead:
         with pytest.raises(ValueError, match=f"expected schema_version {SCHEMA_VERSION}, got"):
             read_run(tmp_path)
 
+    @pytest.mark.parametrize("changed", [{"status": "asleep"}, {"config": None}], ids=str)
+    def test_no_run(self, tmp_path: Path, changed: dict[str, Any]) -> None:
+        RunRecord(tmp_path, CONFIG).update(**changed)
+        with pytest.raises(ValueError, match="expected the status and config of a run"):
+            read_run(tmp_path)
+
 
 class TestJson:
     def test_numbers_that_json_lacks_become_null(self, tmp_path: Path) -> None:
