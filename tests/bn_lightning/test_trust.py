@@ -47,7 +47,7 @@ def test_classes_and_functions_of_models(name):
         # Its constructor compiles what it is given; others start processes or write files.
         ("bn_lightning.fusion.forwards.Variant", "got bn_lightning.fusion.forwards.Variant; if"),
         ("bn_lightning.sweeps.engine.workers.Workers", "expected a class of bn_lightning.batch"),
-        ("bn_lightning.metrics_csv.MetricsCSVLogger", "expected a class of bn_lightning.batch"),
+        ("bn_lightning.metrics_logger.MetricsCSVLogger", "expected a class of bn_lightning.batch"),
         ("bn_lightning.nothing.Here", "a name that can be found"),
         ("bn_lightningale.Bird", "got bn_lightningale.Bird;"),
         (7, "got 7;"),
