@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from bn_lightning import BatchNorm1d, BatchNorm2d, convert_batchnorm, revert_batchnorm
 from bn_lightning.class_swap import exchange_class, restore_class
-from bn_lightning.convert import Conversion
+from bn_lightning.convert import Conversion, is_converted
 
 # Ten steps of both in the same order of operations; what remains are roundings of the cumulative
 # average, whose weight torch computes on the host.
@@ -284,10 +284,10 @@ class TestLeftAlone:
         ids=["subclass", "subclass_of_ours", "lazy_subclass", "sync"],
     )
     def test_others_are_named(self, make, why: str) -> None:
-        model = nn.Sequential(nn.BatchNorm2d(3), make())
+        model = nn.Sequential(nn.BatchNorm2d(3), make(), nn.BatchNorm2d(3))
         before = picture(model[1])
         report = convert_batchnorm(model, fuse=True)
-        assert report.converted == ("0",) and list(report.skipped) == ["1"]
+        assert report.converted == ("0", "2") and list(report.skipped) == ["1"]
         assert why in report.skipped["1"]
         assert picture(model[1]) == before
 
@@ -299,13 +299,16 @@ class TestLeftAlone:
 
     def test_this_packages_own(self) -> None:
         bn = BatchNorm1d(3, activation="relu", backend="native")
-        assert convert_batchnorm(bn) == Conversion((), (), {})
+        assert convert_batchnorm(bn) == Conversion((), (), {}) and not is_converted(bn)
         assert bn.backend == "native" and revert_batchnorm(bn) == () and type(bn) is BatchNorm1d
+        beside = nn.Sequential(bn, nn.BatchNorm1d(3))
+        assert convert_batchnorm(beside).converted == ("1",) and is_converted(beside)
 
     def test_other_normalisations_are_no_batch_norm(self) -> None:
         model = nn.Sequential(nn.InstanceNorm1d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3))
-        with pytest.warns(UserWarning, match="with BatchNorm, found none in Sequential"):
+        with pytest.warns(UserWarning, match="with BatchNorm, found none in Sequential") as warned:
             assert convert_batchnorm(model, fuse=True) == Conversion((), (), {})
+        assert warned[0].filename == __file__  # the caller's line
 
     def test_a_model_that_does_not_trace_is_converted_and_not_fused(self) -> None:
         class Branching(nn.Module):
