@@ -64,6 +64,10 @@ def read(tmp_path: Path):
         (grey16("TIFF"), (128, 128, 128)),
         (grey16("PNG", 65535), (255, 255, 255)),
         (grey16("PNG", 128), (0, 0, 0)),  # half of an 8-bit step: rounded, not cut
+        (grey16("PNG", 32767), (127, 127, 127)),  # 127.498
+        (grey16("PNG", 33025), (129, 129, 129)),  # 128.502
+        (encoded(Image.fromarray(np.full((4, 5), 65535, np.int32)), "TIFF"), (255, 255, 255)),
+        (encoded(Image.fromarray(np.zeros((4, 5), np.int32)), "TIFF"), (0, 0, 0)),
         (encoded(solid("RGB", RED), "WEBP", lossless=True), RED),
         (encoded(solid("RGB", RED), "BMP"), RED),
         (encoded(solid("RGB", RED), "TIFF"), RED),
@@ -84,6 +88,10 @@ def read(tmp_path: Path):
         "grey16_tiff",
         "white16",
         "dark16",
+        "below_half16",
+        "above_half16",
+        "white32",
+        "black32",
         "webp",
         "bmp",
         "tiff",
@@ -156,7 +164,7 @@ JPEG = encoded(Image.open(io.BytesIO(WHOLE)), "JPEG")
     ("payload", "message"),
     [
         (b"", "expected an image .*got an empty file"),
-        (b"<html>not here</html>", "begins with the bytes 3c 68 74"),
+        (b"<html>not here</html>", "begins with the bytes 3c 68 74 6d 6c 3e 6e 6f;"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "expected an image"),
         (WHOLE[: len(WHOLE) // 2], "cannot be decoded"),
         (JPEG[: len(JPEG) // 2], "cannot be decoded: image file is truncated"),
@@ -164,7 +172,8 @@ JPEG = encoded(Image.open(io.BytesIO(WHOLE)), "JPEG")
         (bomb(30_000, 30_000), f"at most {MAX_PIXELS:,} pixels, got more: .*900000000"),
         (bomb(10_000, 9_000), f"at most {MAX_PIXELS:,} pixels, got more: 10000x9000"),
         (encoded(Image.fromarray(np.ones((4, 5), np.float32)), "TIFF"), "floating point"),
-        (encoded(Image.fromarray(np.full((4, 5), 70_000, np.int32)), "TIFF"), "values of 32 bits"),
+        (encoded(Image.fromarray(np.full((4, 5), 65_536, np.int32)), "TIFF"), "values of 32 bits"),
+        (encoded(Image.fromarray(np.full((4, 5), -1, np.int32)), "TIFF"), "values of 32 bits"),
     ],
     ids=[
         "empty",
@@ -177,6 +186,7 @@ JPEG = encoded(Image.open(io.BytesIO(WHOLE)), "JPEG")
         "little_bomb",
         "float",
         "int32",
+        "negative",
     ],
 )
 def test_what_is_no_whole_image_is_refused(tmp_path: Path, payload: bytes, message: str) -> None:
@@ -203,3 +213,11 @@ def test_a_bomb_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_file_that_is_absent_is_no_corrupt_image(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "absent.png")
+
+
+def test_as_many_pixels_as_pillow_allows(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr("bn_lightning.data.image_file.MAX_PIXELS", 20)
+    assert read(encoded(solid("RGB", RED, (5, 4)))).shape == (4, 5, 3)
+    with pytest.raises(ImageFileError, match="at most 20 pixels, got more: 7x3"):
+        read(encoded(solid("RGB", RED, (7, 3))))

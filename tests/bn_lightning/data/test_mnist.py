@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -93,7 +94,7 @@ class TestFiles:
     def test_raw_and_gzip(self, folder: Path) -> None:
         module = tiny(folder.parent)
         batches = module.test_dataloader()
-        assert batches.inputs.shape == (6, 1, 28, 28)
+        assert batches.inputs.shape == (6, *module.input_shape) == (6, 1, 28, 28)
         assert torch.equal(batches.inputs[:, 0, 3, 5], torch.arange(6) / 255)
         assert batches.targets.tolist() == list(range(6))
         assert module.info == {
@@ -105,6 +106,17 @@ class TestFiles:
             "validation": 2,
             "test": 6,
         }
+
+    def test_published_by_another_digest(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The record has SHA-256 all the same."""
+        published = {
+            name: f"md5:{hashlib.md5(payload).hexdigest()}" for name, payload in FILES.items()
+        }
+        expected = TinyMNIST.digests
+        monkeypatch.setattr(TinyMNIST, "digests", published)
+        assert tiny(folder.parent).info["sha256"] == expected
 
     @pytest.mark.parametrize("fallback", [None, "digits"])
     @pytest.mark.parametrize(
@@ -132,16 +144,20 @@ class TestFiles:
         self, folder: Path, fallback: str | None, download: bool
     ) -> None:
         (folder / NAMES[1]).unlink()
-        with pytest.raises(DataUnavailableError, match=NAMES[1]):
+        with pytest.raises(DataUnavailableError, match=NAMES[1]) as caught:
             tiny(folder.parent, fallback=fallback, download=download)
+        assert "data.fallback=digits" not in str(caught.value)  # which would not help
 
-    def test_images_of_another_size(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        wide = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (6, 14, 56))
+    @pytest.mark.parametrize("shape", [(6, 14, 56), (6, 56, 14)], ids=str)
+    def test_images_of_another_size(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+    ) -> None:
+        wide = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in shape)
         payload = wide + FILES[NAMES[2]][16:]
         (folder / f"{NAMES[2]}.gz").write_bytes(gzip.compress(payload))
         digests = {**TinyMNIST.digests, NAMES[2]: hashlib.sha256(payload).hexdigest()}
         monkeypatch.setattr(TinyMNIST, "digests", digests)
-        with pytest.raises(DataError, match=r"\(6, 14, 56\)"):
+        with pytest.raises(DataError, match=re.escape(str(shape))):
             tiny(folder.parent)
 
 
@@ -208,6 +224,17 @@ class TestFallback:
         digits.setup("fit")
         assert module.info == digits.info
         assert module.train_dataloader().inputs.shape[1:] == (1, 28, 28)
+
+    def test_a_root_that_is_not_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may be a typing error, unless it is the usual one."""
+        monkeypatch.chdir(tmp_path)
+        for absent in (tmp_path / "dta", tmp_path / "dbta", tmp_path / "x" / "data"):
+            with pytest.raises(DataUnavailableError, match="`data.root` expected a folder"):
+                tiny(absent, fallback="digits")
+        with pytest.warns(DataFallbackWarning):
+            assert tiny(tmp_path / "data", fallback="digits").info["source"] == "digits"
 
     def test_none_is_an_error_that_names_the_ways_out(self, tmp_path: Path) -> None:
         with pytest.raises(DataUnavailableError) as caught:

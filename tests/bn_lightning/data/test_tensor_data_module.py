@@ -113,6 +113,24 @@ class TestLoaders:
         assert batches.inputs.dtype == torch.float32
         assert batches.inputs[0, 0] == 100
 
+    @pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.int64, np.float16], ids=str)
+    def test_other_numbers_are_not_scaled(self, dtype: type) -> None:
+        data = replace(arrays(), test_inputs=np.ones((TEST, 3), dtype))
+        inputs = ready(data).test_dataloader().inputs
+        assert inputs.dtype == torch.float32 and (inputs == 1).all()
+
+    def test_samples_of_others_as_the_tests(self) -> None:
+        """With a transform or without; `epoch` is 0, as in evaluations."""
+        given = np.full((2, 3), 51, np.uint8)
+        assert torch.equal(ready().evaluated(given), torch.full((2, 3), 0.2))
+
+        class Shifted(Numbers):
+            def transform(self, split: str) -> Any:
+                return lambda x, indices, epoch: x.float() + indices[:, None] + 100 * epoch
+
+        expected = torch.tensor([[51.0], [52.0]]).expand(2, 3)
+        assert torch.equal(Shifted().evaluated(given), expected)
+
     def test_test_curve_adds_the_test_set_second(self) -> None:
         validation, test = ready(test_curve=True).val_dataloader()
         assert len(validation.targets) == 4
@@ -170,12 +188,13 @@ class TestRefusals:
         ("change", "message"),
         [
             ({"train_targets": np.zeros(47, np.uint8)}, "48 inputs and 47 targets"),
+            ({"train_targets": np.zeros(49, np.uint8)}, "48 inputs and 49 targets"),
             (
                 {"test_inputs": np.zeros((0, 3), np.uint8), "test_targets": np.zeros(0, np.uint8)},
                 "0 inputs and 0 targets",
             ),
         ],
-        ids=["uneven", "empty"],
+        ids=["fewer", "more", "empty"],
     )
     def test_numbers_that_do_not_agree(self, change: dict[str, Any], message: str) -> None:
         with pytest.raises(DataError, match=message):
@@ -187,8 +206,12 @@ class TestRefusals:
             ({"batch_size": 0}, ValueError, "`batch_size` to be at least 1"),
             ({"batch_size": 2.5}, TypeError, "`batch_size` to be an integer"),
             ({"eval_batch_size": True}, TypeError, "`eval_batch_size` to be an integer"),
+            ({"eval_batch_size": 0}, ValueError, "`eval_batch_size` to be at least 1"),
             ({"seed": -1}, ValueError, "`seed` to be at least 0"),
             ({"validation_fraction": 0}, ValueError, r"`validation_fraction` in \(0, 1\)"),
+            ({"validation_fraction": -0.5}, ValueError, r"`validation_fraction` in \(0, 1\)"),
+            ({"validation_fraction": 1}, ValueError, r"`validation_fraction` in \(0, 1\)"),
+            ({"validation_fraction": 1.5}, ValueError, r"`validation_fraction` in \(0, 1\)"),
             ({"validation_fraction": 5000}, ValueError, r"`validation_fraction` in \(0, 1\)"),
             (
                 {"validation_fraction": float("nan")},
@@ -200,6 +223,17 @@ class TestRefusals:
     def test_arguments(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
             Numbers(**options)
+
+    def test_the_smallest_batches(self) -> None:
+        module = ready(batch_size=1, eval_batch_size=1, validation_fraction=1 / TRAIN)
+        assert [len(m) for m in (module.val_dataloader(), module.test_dataloader())] == [1, TEST]
+
+    def test_five_samples_are_named(self) -> None:
+        targets = arrays().test_targets.astype(np.int64)
+        targets[1:8] = np.arange(20, 27)
+        message = r"but got 20 and 6 more outside, the first of them at 1, 2, 3, 4, 5$"
+        with pytest.raises(DataError, match=message):
+            ready(replace(arrays(), test_targets=targets))
 
     def test_a_batch_larger_than_the_training_set(self) -> None:
         with pytest.raises(ValueError, match="`batch_size` 45 .* 44 samples"):
