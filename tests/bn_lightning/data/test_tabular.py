@@ -29,6 +29,11 @@ DEFAULTS: dict[str, Any] = {
 HEADER = "name,cgpa,iq,placement\n"
 
 
+def of_classes(count: int) -> str:
+    """Six rows of so many classes."""
+    return HEADER + "".join(f"n,{i},{90 + i},{min(i, count - 1)}\n" for i in range(6))
+
+
 def module(**options: Any) -> TabularDataModule:
     return TabularDataModule(**{**DEFAULTS, **options})
 
@@ -111,11 +116,16 @@ class TestGenerated:
             ({"law": "cubic"}, "`law` to be one of linear, nonlinear, but got 'cubic'"),
             ({"samples": 9}, "`samples`"),
             ({"noise": 0}, "`noise` to be a number above 0, but got 0"),
+            ({"noise": -1}, "`noise` to be a number above 0, but got -1"),
+            ({"noise": math.inf}, "`noise` to be a number above 0, but got inf"),
             ({"test_fraction": 1.0}, r"`test_fraction` in \(0, 1\)"),
+            ({"test_fraction": 1.5}, r"`test_fraction` in \(0, 1\)"),
+            ({"test_fraction": 0}, r"`test_fraction` in \(0, 1\)"),
+            ({"test_fraction": -0.5}, r"`test_fraction` in \(0, 1\)"),
             ({"features": []}, "at least one feature and the target"),
             ({"features": ["iq", "iq"]}, "each once, but got iq, iq, placement"),
         ],
-        ids=["law", "samples", "noise", "fraction", "no feature", "twice"],
+        ids=str,
     )
     def test_bad_arguments(self, options: dict[str, Any], words: str) -> None:
         with pytest.raises(ValueError, match=words):
@@ -193,6 +203,9 @@ class TestFile:
                 HEADER + "a,7,100,1\nb,8,90,2\nc,8,90,0\n",
                 "two values in placement, .* got 3 in 3 rows: 1, 2, 0",
             ),
+            (of_classes(5), r"got 5 in 6 rows: 0, 1, 2, 3, 4$"),
+            (of_classes(6), r"got 6 in 6 rows: 0, 1, 2, 3, 4, \.\.\.$"),
+            (HEADER + "a,7,100,1\nb,8,90,1,0\n", "expected 4 cells in each line, .* line 3 has 5"),
             (HEADER + "a,7,100,1\nb,8,90\n", "expected 4 cells in each line, .* line 3 has 3"),
             (HEADER.encode() + "Jos\u00e9,7,100,1\n".encode("latin-1"), "line 2 has the byte 0xe9"),
             (HEADER + 'a,7,100,1\nb,"8"x,90,0\n', "expected a CSV file, but line 3"),
@@ -207,6 +220,9 @@ class TestFile:
             "missing",
             "one class",
             "three classes",
+            "five classes",
+            "six classes",
+            "long line",
             "short line",
             "not UTF-8",
             "quotes",
@@ -256,6 +272,8 @@ class TestState:
         torch.testing.assert_close(other.evaluated(plain), expected, rtol=1e-5, atol=1e-5)
         assert made.state_dict()["classes"] == ["not placed", "placed"]
         assert other.around_mean(np.zeros((1, 2)))[0] == pytest.approx([7, 100], rel=0.05)
+        above = other.around_mean(np.ones((1, 2)))[0]
+        assert above == pytest.approx([8.5, 115], rel=0.05)
 
     def test_nothing_is_made_up(self) -> None:
         made = module(standardize=True)
