@@ -60,8 +60,12 @@ TARGETS = (
 )
 # Files whose tests stand in those of the modules that use them.
 TESTS = {
-    "bn_lightning/data/binarize.py": ["mnist"],
-    "bn_lightning/data/published.py": ["mnist", "fashion_mnist"],
+    "bn_lightning/data/binarize.py": ["tests/bn_lightning/data/test_mnist.py"],
+    "bn_lightning/data/given_images.py": ["tests/bn_lightning/test_predict.py"],
+    "bn_lightning/data/published.py": [
+        "tests/bn_lightning/data/test_mnist.py",
+        "tests/bn_lightning/data/test_fashion_mnist.py",
+    ],
 }
 # Imported once, before the forks: what is slow to import, and nothing of this package.
 WARM = "torch lightning.pytorch hypothesis.extra.numpy optuna.importance PIL.Image sklearn.ensemble"
@@ -448,14 +452,13 @@ def main() -> None:
     with _copy_of_the_checkout():
         for target in arguments.files or TARGETS:
             path = Path(target)
-            folder = Path("tests", *path.parts[:-1])
-            names = TESTS.get(target, [path.stem])
-            tests = [str(folder / f"test_{name}.py") for name in names]
-            if not all(Path(test).exists() for test in tests):
-                sys.exit(f"expected the tests of {target} in {' '.join(tests)}, got no such file")
             if not (mutants := mutants_of(path)):
                 print(f"{target}: nothing to mutate", flush=True)
                 continue
+            own = str(Path("tests", *path.parts[:-1], f"test_{path.stem}.py"))
+            tests = list(TESTS.get(target, [own]))
+            if not all(Path(test).exists() for test in tests):
+                sys.exit(f"expected the tests of {target} in {' '.join(tests)}, got no such file")
             row = test_file(target, tests, mutants, arguments.survivors)
             today = datetime.date.today().isoformat()
             print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
