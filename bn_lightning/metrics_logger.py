@@ -72,7 +72,7 @@ class MetricsCSVLogger(Logger):
                 found = read_rows(self.path)
                 write_rows(self.path, self._columns, found)
                 last = [row for row in found if row["step"] == found[-1]["step"]]
-                self._of_last_step = [{k: v for k, v in row.items() if v} for row in last]
+                self._of_last_step = [_as_read(row) for row in last]
         rows = [row for row in rows if _as_read(row) not in self._of_last_step]
         new = dict.fromkeys(name for row in rows for name in row if name not in self._columns)
         self._columns += new

@@ -29,7 +29,8 @@ SCHEMA_VERSION = 1
 FILE_NAME = "run.json"
 STATUSES = ("running", "completed", "diverged", "pruned", "failed", "interrupted")
 
-_UNFINISHED = ".part"  # how the name of a file ends that is not whole yet
+UNFINISHED = ".part"
+"""How the name of a file ends that is not whole yet; it begins with a dot."""
 
 _PACKAGES = ("bn-lightning", "torch", "triton", "lightning", "torchmetrics", "hydra-core", "optuna")
 
@@ -135,7 +136,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
+        handle, temporary = tempfile.mkstemp(UNFINISHED, f".{path.name}.", path.parent)
         with open(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -157,7 +158,7 @@ def remove_unfinished(folder: Path) -> None:
 
     Nobody may be writing there.
     """
-    for path in folder.glob(f".*{_UNFINISHED}"):
+    for path in folder.glob(f".*{UNFINISHED}"):
         path.unlink()
 
 

@@ -127,10 +127,11 @@ def _fit_and_test(
             if isinstance(callback, RunCheckpoints):
                 # Ctrl-C is the sweeper's: it lets running trials end.
                 callback.handles_signals = False
+    first_step = 0
     if start is not None:
+        first_step = start.content["global_step"]
         # Once the checkpoint is loaded: whoever is refused leaves the run as it was.
-        last_step = start.content["global_step"]
-        truncate = rank_zero_only(lambda *_: truncate_metrics(directory, last_step))
+        truncate = rank_zero_only(lambda *_: truncate_metrics(directory, first_step))
         callbacks.append(LambdaCallback(on_fit_start=truncate))
     trainer = instantiate(
         config.trainer,
@@ -147,10 +148,9 @@ def _fit_and_test(
             "command of its own, or leave -m out"
         )
 
-    first_step, metrics_before = 0, {}
+    metrics_before = {}
     if start is not None:
         check_fits(start.content, model, start.path)
-        first_step = start.content["global_step"]
         metrics_before = start.content.get(METRICS_KEY, {})
         print(f"going on from step {first_step:,}: {directory}")
         record.content["resumed_at"].append(first_step)

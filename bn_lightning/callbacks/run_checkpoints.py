@@ -16,7 +16,7 @@ from bn_lightning.checkpoint import METRICS_KEY
 from bn_lightning.checkpoint_file import WholeCheckpointIO
 from bn_lightning.interruption import Interrupted, handled_by
 from bn_lightning.run_directory import make_newest
-from bn_lightning.run_record import logged_numbers
+from bn_lightning.run_record import UNFINISHED, logged_numbers
 
 
 class RunCheckpoints(ModelCheckpoint):
@@ -51,7 +51,7 @@ class RunCheckpoints(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
         self.last_path = Path(dirpath) / "last.ckpt"
-        self._waiting_path = Path(dirpath) / ".last.ckpt.part"
+        self._waiting_path = Path(dirpath) / f".last.ckpt{UNFINISHED}"
         self._is_waiting = False
         self._last_step_saved = -1
         self._signum: int | None = None

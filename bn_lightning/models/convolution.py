@@ -45,3 +45,16 @@ class ConvLayer(nn.Sequential):
         if activation != "identity":
             modules.append(("activation", ACTIVATIONS[activation]()))
         super().__init__(OrderedDict(modules))
+
+
+def check_ends(in_channels: int, num_classes: int) -> None:
+    """Refuses images and logits that a network cannot have.
+
+    Raises:
+        ValueError: one of the numbers is not a positive integer.
+    """
+    if any(type(size) is not int or size < 1 for size in (in_channels, num_classes)):
+        raise ValueError(
+            "`in_channels` and `num_classes` expected positive integers, got "
+            f"{in_channels!r} and {num_classes!r}"
+        )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bn_lightning.models.convolution import ConvLayer
+from bn_lightning.models.convolution import ConvLayer, check_ends
 from bn_lightning.models.normalization import NormFactory
 
 Activation = Literal["relu", "sigmoid"]
@@ -125,12 +125,7 @@ class Inception(nn.Module):
         dropout: float,
         local_response_norm: bool,
     ) -> None:
-        sizes = [in_channels, num_classes]
-        if any(type(size) is not int or size < 1 for size in sizes):
-            raise ValueError(
-                "`in_channels` and `num_classes` expected positive integers, got "
-                f"{in_channels!r} and {num_classes!r}"
-            )
+        check_ends(in_channels, num_classes)
         if activation not in get_args(Activation):
             raise ValueError(f"`activation` expected relu or sigmoid, got {activation!r}")
         if not 0 <= dropout < 1:

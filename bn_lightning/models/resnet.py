@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bn_lightning.models.convolution import ConvLayer
+from bn_lightning.models.convolution import ConvLayer, check_ends
 from bn_lightning.models.normalization import NormFactory
 
 DEEPEST = 1202
@@ -67,12 +67,7 @@ class CIFARResNet(nn.Module):
             raise ValueError(
                 f"`depth` expected 6n + 2, as 20, 56 or 110, and at most {DEEPEST}, got {depth!r}"
             )
-        sizes = [in_channels, num_classes]
-        if any(type(size) is not int or size < 1 for size in sizes):
-            raise ValueError(
-                "`in_channels` and `num_classes` expected positive integers, got "
-                f"{in_channels!r} and {num_classes!r}"
-            )
+        check_ends(in_channels, num_classes)
         super().__init__()
         self.stem = ConvLayer(in_channels, 16, 3, bias=bias, norm=norm, activation="relu")
         self.blocks = nn.Sequential()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from image_folders import write_images
-from run_process import one_line_error
+from run_process import one_line_error, small_images
 
 from bn_lightning.evaluate import main as evaluate
 from bn_lightning.run_record import read_run
@@ -79,12 +79,7 @@ def test_a_changed_image(tmp_path, command):
     """By names and sizes: a file of another size, and one more, are noticed."""
     folder = write_images(tmp_path / "images", train=8, size=(12, 12))
     arguments = (
-        "+experiment=cifar_resnet",
-        "data=image_folder",
-        f"data.root={tmp_path}",
-        "data.name=images",
-        "data.image_size=8",
-        "data.batch_size=4",
+        *small_images(tmp_path),
         "data.eval_batch_size=4",
         "data.num_workers=0",
         "trainer.val_check_interval=2",

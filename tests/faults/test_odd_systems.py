@@ -7,7 +7,7 @@ import time
 
 import pytest
 from image_folders import write_images
-from run_process import SMALL, check_same_end, finish, one_line_error, run, start
+from run_process import SMALL, check_same_end, finish, one_line_error, run, small_images, start
 
 from bn_lightning.evaluate import main as evaluate
 from bn_lightning.run_record import read_run
@@ -127,12 +127,7 @@ def test_few_open_files(tmp_path):
     """A hundred: neither checkpoints, nor epochs of workers, nor evaluations pile them up."""
     write_images(tmp_path / "images", train=8, size=(12, 12))
     arguments = (
-        "+experiment=cifar_resnet",
-        "data=image_folder",
-        f"data.root={tmp_path}",
-        "data.name=images",
-        "data.image_size=8",
-        "data.batch_size=4",
+        *small_images(tmp_path),
         "data.num_workers=2",
         "trainer.val_check_interval=4",
         "trainer.max_steps=80",

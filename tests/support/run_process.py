@@ -27,6 +27,18 @@ SMALL = (
 )
 
 
+def small_images(root: Path) -> tuple[str, ...]:
+    """For a small network on images of 8x8 pixels in `root/images`, by fours."""
+    return (
+        "+experiment=cifar_resnet",
+        "data=image_folder",
+        f"data.root={root}",
+        "data.name=images",
+        "data.image_size=8",
+        "data.batch_size=4",
+    )
+
+
 def start(
     folder: Path, *arguments: str, command: str = "train", **options: Any
 ) -> subprocess.Popen[str]:
