@@ -164,8 +164,8 @@ class _Samples:
 def _table_batches(datamodule: Any, path: Path) -> list[Any]:
     import torch
 
+    from bn_lightning.data.csv_table import parse_features
     from bn_lightning.data.errors import DataUnavailableError
-    from bn_lightning.data.tabular import parse_features
 
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"

@@ -24,10 +24,10 @@ from PIL import Image
 from bn_lightning.checkpoint import CheckpointError, load_checkpoint, trusted_config
 from bn_lightning.data.archive import unpack
 from bn_lightning.data.cifar10 import read_records
+from bn_lightning.data.csv_table import parse_csv
 from bn_lightning.data.errors import DataError
 from bn_lightning.data.idx import LARGEST, read_idx
 from bn_lightning.data.image_file import ImageFileError, read_image
-from bn_lightning.data.tabular import parse_csv
 from bn_lightning.report import Options, report
 from bn_lightning.trust import UntrustedError
 

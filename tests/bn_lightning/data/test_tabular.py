@@ -10,7 +10,7 @@ import torch
 
 from bn_lightning.data import TabularDataModule
 from bn_lightning.data.errors import DataError, DataUnavailableError
-from bn_lightning.data.tabular import generate, parse_csv, parse_features
+from bn_lightning.data.tabular import generate
 
 DEFAULTS: dict[str, Any] = {
     "path": None,
@@ -29,11 +29,6 @@ DEFAULTS: dict[str, Any] = {
 HEADER = "name,cgpa,iq,placement\n"
 
 
-def of_classes(count: int) -> str:
-    """Six rows of so many classes."""
-    return HEADER + "".join(f"n,{i},{90 + i},{min(i, count - 1)}\n" for i in range(6))
-
-
 def module(**options: Any) -> TabularDataModule:
     return TabularDataModule(**{**DEFAULTS, **options})
 
@@ -47,11 +42,6 @@ def ready(**options: Any) -> TabularDataModule:
 def rows(count: int) -> str:
     """Lines whose class is that of the row's number."""
     return "".join(f"n{i},{i / 10},{90 + i},{i % 2}\n" for i in range(count))
-
-
-def parsed(text: str | bytes, features=("cgpa", "iq")):
-    payload = text if isinstance(text, bytes) else text.encode()
-    return parse_csv(payload, features, "placement", "table.csv")
 
 
 class TestGenerated:
@@ -148,91 +138,6 @@ class TestFile:
         assert sorted(number.tolist()) == list(range(40))
         assert torch.equal(targets, number % 2)
         torch.testing.assert_close(inputs[:, 0], number / 10)
-
-    def test_columns_are_named_by_their_header(self) -> None:
-        inputs, targets, classes = parsed(HEADER + "a,7,100,no\nb,8,90,yes\n", ("iq",))
-        assert inputs.tolist() == [[100], [90]] and targets.tolist() == [0, 1]
-        assert classes == ("no", "yes")
-
-    @pytest.mark.parametrize(
-        ("values", "targets", "classes"),
-        [
-            (("0", "1", "1.0"), [0, 1, 1], ("0", "1.0")),
-            (("2", "10", "2"), [0, 1, 0], ("2", "10")),
-            (("placed", "not", "not"), [1, 0, 0], ("not", "placed")),
-            (("1", "no", "1"), [0, 1, 0], ("1", "no")),
-        ],
-        ids=["numbers", "not as texts", "texts", "mixed"],
-    )
-    def test_classes(self, values, targets, classes) -> None:
-        found = parsed(HEADER + "".join(f"a,1,2,{value}\n" for value in values))
-        assert (found[1].tolist(), found[2]) == (targets, classes)
-
-    def test_features_alone(self) -> None:
-        for text in ("iq,cgpa\n100,7\n", "cgpa,placement,iq\n7,,100\n"):
-            found = parse_features(text.encode(), ("cgpa", "iq"), "table.csv")
-            assert found.tolist() == [[7, 100]]
-        with pytest.raises(DataError, match="iq is not there once .*that the network was trained"):
-            parse_features(b"cgpa,IQ\n7,100\n", ("cgpa", "iq"), "table.csv")
-
-    def test_what_spreadsheets_write(self) -> None:
-        text = '\ufeffname, cgpa ,iq,placement\r\n"Doe, J.",7.5,1e2,1\r\n\r\nx,8,90,0\r\n'
-        assert parsed(text)[0].tolist() == [[7.5, 100], [8, 90]]
-
-    @pytest.mark.parametrize(
-        ("content", "words"),
-        [
-            (b"", "but the file is empty"),
-            (HEADER, "expected rows after the header, but there are none"),
-            (
-                "grade;iq;placement\n7;100;1\n",
-                "cgpa, iq, placement is not there once among grade;iq;placement; set `data.feat",
-            ),
-            ("cgpa,iq,iq,placement\n1,2,3,0\n", "iq is not there once among cgpa, iq, iq, plac"),
-            (
-                HEADER + "a,7,100,1\nb,high,90,0\n",
-                "in each cell of cgpa, but line 3 has 'high'",
-            ),
-            (HEADER + "a,7,100,1\nb,inf,90,0\n", "line 3 has 'inf'"),
-            (
-                HEADER + "a,7,100,1\nb,,90,0\nc,8,NA,0\nd,9,95,nan\n",
-                "but 3 rows lack one, the first of them in line 3, 4, 5",
-            ),
-            (HEADER + "a,7,100,1\nb,8,90,1\n", "two classes, but got 1 in 2 rows: 1"),
-            (
-                HEADER + "a,7,100,1\nb,8,90,2\nc,8,90,0\n",
-                "two values in placement, .* got 3 in 3 rows: 1, 2, 0",
-            ),
-            (of_classes(5), r"got 5 in 6 rows: 0, 1, 2, 3, 4$"),
-            (of_classes(6), r"got 6 in 6 rows: 0, 1, 2, 3, 4, \.\.\.$"),
-            (HEADER + "a,7,100,1\nb,8,90,1,0\n", "expected 4 cells in each line, .* line 3 has 5"),
-            (HEADER + "a,7,100,1\nb,8,90\n", "expected 4 cells in each line, .* line 3 has 3"),
-            (HEADER.encode() + "Jos\u00e9,7,100,1\n".encode("latin-1"), "line 2 has the byte 0xe9"),
-            (HEADER + 'a,7,100,1\nb,"8"x,90,0\n', "expected a CSV file, but line 3"),
-        ],
-        ids=[
-            "empty",
-            "header only",
-            "other columns",
-            "a column twice",
-            "text",
-            "infinite",
-            "missing",
-            "one class",
-            "three classes",
-            "five classes",
-            "six classes",
-            "long line",
-            "short line",
-            "not UTF-8",
-            "quotes",
-        ],
-    )
-    def test_errors_name_the_file_and_the_line(self, content: str | bytes, words: str) -> None:
-        with pytest.raises(DataError, match=words) as raised:
-            parsed(content)
-        assert str(raised.value).startswith("table.csv: expected")
-        assert "\n" not in str(raised.value)
 
     @pytest.mark.parametrize("name", ["nowhere.csv", ""], ids=["absent", "a folder"])
     def test_no_file(self, tmp_path: Path, name: str) -> None:
