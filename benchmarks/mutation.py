@@ -8,9 +8,9 @@ The mutations are cosmic-ray's, less those that fail by their type alone and wou
 mutmut forks, but leaves out every decorated function: properties, overrides, cached ones. This one
 collects the tests once, forks for each mutant, and exchanges the code of the function in question;
 one outside functions, a constant's or a default's, is imported after the fork. A mutant is run
-against those tests of the file that execute its line, quickest first, until one fails. It is killed
-when one does or none ends in time. It is made in a copy of the checkout, so that processes which
-tests start see it, too.
+against those tests of the file that execute its line, or all where none does, quickest first, until
+one fails. It is killed when one does or none ends in time. It is made in a copy of the checkout, so
+that processes which tests start see it, too.
 
 `results/equivalent_mutants.csv` lists mutants that no test can kill, with the reason.
 """
@@ -296,7 +296,8 @@ class Session:
             if len(changed) != 1 or changed.keys() - live.keys():
                 continue
             names = {name for line in mutant.lines for name in contexts.get(line, ())}
-            chosen = [name for name in quickest if name in names]
+            # All of them for a line that only other processes execute, such as workers.
+            chosen = [name for name in quickest if name in names] or quickest
 
             def run(chosen: list[str] = chosen, changed: Any = changed) -> int:
                 for key, code in changed.items():
@@ -326,8 +327,6 @@ def outcome_of(
         chosen: their names.
         seconds: that they take.
     """
-    if not chosen:
-        return "survived"  # nothing executes it
     path.write_text(mutant.code, encoding="utf-8")
     usual = sum(seconds[name] for name in chosen)
     code = in_child(run, 20 + 5 * usual, 60 + 5 * usual)

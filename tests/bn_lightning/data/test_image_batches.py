@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from image_folders import image_module, write_images
 from torch import Tensor
 
-from bn_lightning.data.image_batches import Buffers, ImageBatches
-from bn_lightning.data.image_file import read_image
+from bn_lightning.data.image_batches import Buffers, DecodedBatches, ImageBatches, ImageFiles
+from bn_lightning.data.image_file import ImageFileError, read_image
+from bn_lightning.data.image_transforms import CentreCrop
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +189,70 @@ def test_workers_outlive_the_signals_of_others_and_obey_the_run(folder: Path) ->
     batches._loader._iterator._workers_status = [False]
 
 
+def test_workers_that_are_not_kept_end(folder: Path) -> None:
+    running = {*multiprocessing.active_children()}
+    list(image_module(folder, num_workers=1).val_dataloader())
+    assert {*multiprocessing.active_children()} == running
+
+
+def plain_batches(folder: Path, names: list[str], batch_size: int, **options: Any) -> ImageBatches:
+    """Of these images of `folder/val/cat`, in their order, by defaults."""
+    encoded = np.array([name.encode() for name in names])
+    files = ImageFiles(folder / "val" / "cat", encoded, np.arange(len(names)))
+    decoded = DecodedBatches(files, CentreCrop(8), 0)
+    options = {"on_failures": pytest.fail, "mean": (0, 0, 0), "std": (1, 1, 1), **options}
+    return ImageBatches(decoded, batch_size, **options)
+
+
+def test_defaults(folder: Path) -> None:
+    """In this process, in order, to the CPU."""
+    batches = plain_batches(folder, ["000.png", "001.png", "002.png"], 2)
+    found = list(batches)
+    assert [targets.tolist() for _, targets in found] == [[0, 1], [2]]
+    assert batches.num_workers == 0 and not batches.fixed_batches
+    assert {inputs.device.type for inputs, _ in found} == {"cpu"}
+    with pytest.raises(ValueError, match="`num_workers`"):
+        plain_batches(folder, ["000.png"], 1, num_workers=-1)
+
+
+def test_another_device(folder: Path) -> None:
+    """Meta, for want of another that is everywhere: pixels and targets go there."""
+    for inputs, targets in plain_batches(folder, ["000.png"], 1, device="meta"):
+        assert (inputs.device.type, targets.device.type) == ("meta", "meta")
+        assert (inputs.shape, inputs.dtype) == ((1, 3, 8, 8), torch.float32)
+
+
+class TestUnreadable:
+    NAMES = ["bad0.png", "000.png", "bad1.png", "bad2.png", "001.png"]
+
+    @pytest.fixture
+    def spoilt(self, tmp_path: Path) -> Path:
+        folder = write_images(tmp_path / "noise", train=1, val=2)
+        for number in range(3):
+            (folder / "val" / "cat" / f"bad{number}.png").write_bytes(b"x")
+        return folder
+
+    def test_a_batch_has_what_can_be_read(self, spoilt: Path) -> None:
+        noted: list[Any] = []
+        whole = list(plain_batches(spoilt, ["000.png", "001.png"], 1))
+        ((inputs, targets),) = plain_batches(spoilt, self.NAMES, 5, on_failures=noted.extend)
+        assert targets.tolist() == [1, 4]
+        assert torch.equal(inputs, torch.cat([pixels for pixels, _ in whole]))
+        assert [name for name, _ in noted] == ["bad0.png", "bad1.png", "bad2.png"]
+        assert all(f"{name}: " in message for name, message in noted)
+
+    def test_one_without_any_is_left_out_or_ends(self, spoilt: Path) -> None:
+        noted: list[Any] = []
+        options = {"on_failures": noted.extend, "skip_empty": True}
+        found = list(plain_batches(spoilt, self.NAMES, 2, **options))
+        assert [targets.tolist() for _, targets in found] == [[1], [4]]
+        assert len(noted) == 3
+        iterator = iter(plain_batches(spoilt, self.NAMES, 2, on_failures=noted.extend))
+        next(iterator)
+        with pytest.raises(ImageFileError, match=r"none of the 2 .* the first of them: .*bad1.png"):
+            next(iterator)
+
+
 def test_the_global_random_streams_are_untouched(folder: Path) -> None:
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     epochs(train_batches(folder, num_workers=1), 1)
@@ -206,6 +272,20 @@ class TestBuffers:
         assert second.data_ptr() != address, "a view holds it, too"
         del part
         assert torch.from_numpy(buffers.take((5,))).data_ptr() == address
+
+    def test_one_that_fits_exactly_is_used_again_and_one_too_small_is_not(self) -> None:
+        buffers = Buffers(np.float32)
+        address = torch.from_numpy(buffers.take((2, 3))).data_ptr()
+        assert torch.from_numpy(buffers.take((3, 2))).data_ptr() == address
+        assert buffers.take((7,)).shape == (7,)
+
+    def test_few_are_kept(self) -> None:
+        """Four, however many were in use together."""
+        buffers = Buffers(np.float32)
+        arrays = [buffers.take((5,)) for _ in range(6)]
+        kept = [weakref.ref(array.base) for array in arrays]
+        del arrays
+        assert sum(buffer() is not None for buffer in kept) == 4
 
     def test_batches_that_are_kept_do_not_change(self, folder: Path) -> None:
         batches = train_batches(folder)
