@@ -23,6 +23,9 @@ def _is_number(value: Any) -> bool:
 _POSITIVE = _number("a positive number", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a number of at least 0", lambda value: value >= 0)
 
+MOST_PROCESSES = max(64, os.cpu_count() or 1)
+"""More processes or threads help nobody; a few zeros too many would take the machine with them."""
+
 _ABSENT = object()
 
 _Check = tuple[str, Callable[[Any], bool]]
@@ -46,9 +49,6 @@ _SEVERAL: _Check = (
     ),
 )
 
-# More processes or threads help nobody; a few zeros too many would take the machine with them.
-_MOST = max(64, os.cpu_count() or 1)
-
 
 def _or_null(check: _Check) -> _Check:
     text, allowed = check
@@ -66,8 +66,8 @@ _NODES: dict[str, _Check] = {
     "paths.output_dir": _TEXT,
     "extras": _GROUP,
     "extras.num_threads": (
-        f"an integer from 1 to {_MOST}, or null",
-        lambda value: value is None or (type(value) is int and 1 <= value <= _MOST),
+        f"an integer from 1 to {MOST_PROCESSES}, or null",
+        lambda value: value is None or (type(value) is int and 1 <= value <= MOST_PROCESSES),
     ),
     "extras.figures": _BOOLEAN,
     "extras.batch_norms": _BOOLEAN,
@@ -135,8 +135,8 @@ def check_config(config: DictConfig) -> None:
         if value is not _ABSENT and not allowed(value):
             raise ValueError(f"`{key}` expected {expected}, got {value!r}")
     devices = config.trainer.get("devices", 1)
-    if type(devices) is int and devices > _MOST:
-        raise ValueError(f"`trainer.devices` expected at most {_MOST}, got {devices}")
+    if type(devices) is int and devices > MOST_PROCESSES:
+        raise ValueError(f"`trainer.devices` expected at most {MOST_PROCESSES}, got {devices}")
     gpu = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
     if config.trainer.accelerator == "gpu" and not gpu:
         raise ValueError(

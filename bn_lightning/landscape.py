@@ -30,6 +30,7 @@ from bn_lightning.sweeps.arms import label_of
 from bn_lightning.sweeps.figures import landscape_figure, save
 from bn_lightning.sweeps.runs import arm_of
 
+_MOST_POINTS = 10_000  # more than a picture shows; each is a forward pass of each batch
 COLUMNS = ("batch", "step_size", "loss", "relative_loss")
 
 
@@ -80,14 +81,14 @@ def step_sizes(smallest: float, largest: float, points: int) -> list[float]:
     """0, then `points` sizes from `smallest` to `largest` by equal ratios.
 
     Raises:
-        ValueError: not 0 < smallest < largest, or fewer than two points.
+        ValueError: not 0 < smallest < largest, or fewer than two points, or more than 10,000.
     """
     if not 0 < smallest < largest < float("inf"):
         raise ValueError(
             f"`smallest` and `largest` expected 0 < smallest < largest, got {smallest}, {largest}"
         )
-    if type(points) is not int or points < 2:
-        raise ValueError(f"`points` expected an integer of at least 2, got {points!r}")
+    if type(points) is not int or not 2 <= points <= _MOST_POINTS:
+        raise ValueError(f"`points` expected an integer from 2 to {_MOST_POINTS:,}, got {points!r}")
     ratio = (largest / smallest) ** (1 / (points - 1))
     return [0.0, *(smallest * ratio**i for i in range(points))]
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from bn_lightning.config_check import MOST_PROCESSES
 from bn_lightning.data.archive import unpack
 from bn_lightning.data.batches import check_integer
 from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavailableError
@@ -102,9 +103,10 @@ class ImageFolderDataModule(LightningDataModule):
         check_integer("eval_batch_size", eval_batch_size, 1)
         check_integer("seed", seed, 0)
         check_integer("num_workers", num_workers, 0)
-        if num_workers > (most := max(64, os.cpu_count() or 1)):
-            # They are started before anything else can fail.
-            raise ValueError(f"Expected `num_workers` to be at most {most}, but got {num_workers}")
+        if num_workers > MOST_PROCESSES:  # they are started before anything else can fail
+            raise ValueError(
+                f"Expected `num_workers` to be at most {MOST_PROCESSES}, but got {num_workers}"
+            )
         for key, value in (("augment", augment), ("shuffle", shuffle), ("corrupt", corrupt)):
             if value not in _CHOICES[key]:
                 expected = ", ".join(map(repr, _CHOICES[key]))
@@ -112,6 +114,11 @@ class ImageFolderDataModule(LightningDataModule):
         if not 0 <= photometric <= 1:
             raise ValueError(f"Expected `photometric` in [0, 1], but got {photometric}")
         check_statistics(mean, std)
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"Expected `name` to be that of a folder in `root`, but got {name!r}; give the"
+                " folder that it lies in as `root`"
+            )
         self.folder = Path(root).expanduser().absolute() / name
         self.archive = None if archive is None else Path(archive).expanduser().absolute()
         self.image_size = image_size

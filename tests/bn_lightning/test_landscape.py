@@ -21,8 +21,13 @@ def test_step_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("smallest", "largest", "points", "words"),
-    [(0, 1, 3, "0 < smallest"), (2, 1, 3, "0 < smallest"), (1, 2, 1, "`points`")],
-    ids=["zero", "descending", "one point"],
+    [
+        (0, 1, 3, "0 < smallest"),
+        (2, 1, 3, "0 < smallest"),
+        (1, 2, 1, "`points`"),
+        (1, 2, 10**4 + 1, "to 10,000"),
+    ],
+    ids=["zero", "descending", "one point", "too many"],
 )
 def test_step_sizes_that_are_none(smallest, largest, points, words) -> None:
     with pytest.raises(ValueError, match=words):

@@ -161,6 +161,11 @@ def test_other_files_are_left_out(folder: Path) -> None:
         ({"photometric": 1.5}, ValueError, r"`photometric` in \[0, 1\]"),
         ({"std": (1, 1, 0)}, ValueError, "`std` three positive"),
         ({"mean": (0,)}, ValueError, "`mean` to be three numbers"),
+        ({"num_workers": 10**6}, ValueError, "`num_workers` to be at most"),
+        ({"name": "../noise"}, ValueError, "`name` to be that of a folder in `root`"),
+        ({"name": "a/../../noise"}, ValueError, "got 'a/../../noise'; give the folder that it"),
+        ({"name": "/noise"}, ValueError, "`name` to be that of a folder in `root`"),
+        ({"name": ""}, ValueError, "`name` to be that of a folder in `root`"),
     ],
 )
 def test_arguments(
