@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from bn_lightning.command import FULL_ERROR, run_reported
-from bn_lightning.run_record import write_atomically, write_json
 from bn_lightning.sweeps import figures, grid_figures
 from bn_lightning.sweeps.arms import label_of
 from bn_lightning.sweeps.findings import Findings, findings, sentences
@@ -33,6 +32,7 @@ from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, run
 from bn_lightning.sweeps.study_plots import optuna_plots
 from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
 from bn_lightning.sweeps.trials import TABLE, Table, shown_url, to_csv
+from bn_lightning.whole_file import write_atomically, write_json
 
 PAGE = "report.html"
 _THRESHOLD = "threshold"  # in what a table's summary says about it

@@ -16,7 +16,8 @@ from bn_lightning.checkpoint import METRICS_KEY
 from bn_lightning.checkpoint_file import WholeCheckpointIO
 from bn_lightning.interruption import Interrupted, handled_by
 from bn_lightning.run_directory import make_newest
-from bn_lightning.run_record import UNFINISHED, logged_numbers
+from bn_lightning.run_record import logged_numbers
+from bn_lightning.whole_file import UNFINISHED
 
 
 class RunCheckpoints(ModelCheckpoint):
