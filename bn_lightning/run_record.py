@@ -67,7 +67,11 @@ class RunRecord:
             write_json(self.path, self.content)
 
     def end(self, status: str, **content: Any) -> None:
-        """Write the final status and whatever else became known."""
+        """Write the final status and whatever else became known.
+
+        Raises:
+            ValueError: `status` is none of `STATUSES`.
+        """
         if status not in STATUSES:
             raise ValueError(f"`status` expected one of {', '.join(STATUSES)}, got {status!r}")
         self.update(status=status, ended=_now(), peak_memory_mib=peak_memory_mib(), **content)
