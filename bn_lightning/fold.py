@@ -27,6 +27,7 @@ from bn_lightning.convert import revert_batchnorm
 from bn_lightning.fusion.calls import is_hooked
 from bn_lightning.fusion.forwards import FusedForward
 from bn_lightning.kernels.activations import activate
+from bn_lightning.sync import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from bn_lightning.tracing import NotTraceable, trace_forward
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _NORMS = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+    *(SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d),
 }
 _TRANSPOSED = {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 _LAYERS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d} | _TRANSPOSED

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from bn_lightning import BatchNorm2d, convert_batchnorm, fold_batchnorm
 from bn_lightning.fold import find_foldable
+from bn_lightning.sync import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 TOLERANCES = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -67,6 +68,10 @@ def test_architectures(name: str, dtype: torch.dtype) -> None:
 
 
 LAYERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
+    "own_sync": (nn.Conv2d(4, 6, 3), SyncBatchNorm(6), (2, 4, 5, 5)),
+    "sync1d": (nn.Linear(4, 6), SyncBatchNorm1d(6), (7, 4)),
+    "sync2d": (nn.Conv2d(4, 6, 3), SyncBatchNorm2d(6, activation="relu"), (2, 4, 5, 5)),
+    "sync3d": (nn.Conv3d(4, 6, 2), SyncBatchNorm3d(6), (2, 4, 3, 3, 3)),
     "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 5)),
     "conv2d_groups": (nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), (2, 4, 5, 5)),
     "conv2d_reflect": (
