@@ -131,6 +131,12 @@ def test_a_converted_and_fused_model_is_folded_as_it_was() -> None:
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-10, atol=1e-10)
 
 
+def test_the_forward_of_its_class_on_an_instance_is_no_other() -> None:
+    model = trained(BasicBlock(4, 4, 1, None)).eval()
+    model.forward = model.forward
+    assert not find_foldable(model).skipped
+
+
 def test_all_names_of_a_module_are_replaced() -> None:
     class Aliased(nn.Module):
         def __init__(self) -> None:
@@ -197,7 +203,7 @@ FORWARDS = {
     bias_is_read: "used more than once",
     a_number_is_read: "used more than once",
     something_between: "no convolution",
-    branches: "Forward.forward of '', around it, is not known: it branches",
+    branches: "Forward.forward of the model itself, around it, is not known: it branches",
 }
 
 
@@ -295,7 +301,7 @@ def test_what_is_around_a_pair_has_to_be_known() -> None:
             y = self.features[0](x)
             return self.features[1](y) if y.sum() > 0 else y
 
-    left_alone(Taps(), "Taps.forward of '', around it, is not known")
+    left_alone(Taps(), "Taps.forward of the model itself, around it, is not known")
 
 
 def test_a_model_with_none() -> None:
