@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.trust import OF_CHECKPOINTS, check_plain, check_trusted
+from bn_lightning.trust import OF_CHECKPOINTS, UntrustedError, check_plain, check_trusted
 
 CONFIG_KEY = "config"
 """The hyperparameter under which `train.py` keeps the run's resolved configuration."""
@@ -115,6 +115,8 @@ def check_data(checkpoint: dict[str, Any], datamodule: Any) -> None:
 def trusted_config(checkpoint: dict[str, Any], trusted: Sequence[str], path: str) -> dict[str, Any]:
     """The configuration of the run that wrote a checkpoint, whose data and network are trusted.
 
+    Its data's `archive` is left out: the data have to be there, or be given anew.
+
     Args:
         checkpoint: from `load_checkpoint`.
         trusted: what it may build beside `OF_CHECKPOINTS`, see `check_trusted`.
@@ -134,6 +136,12 @@ def trusted_config(checkpoint: dict[str, Any], trusted: Sequence[str], path: str
     built = {key: config[key] for key in ("data", "model")}
     check_plain(built, path)
     check_trusted(built, OF_CHECKPOINTS, trusted, path)
+    data = config["data"]
+    if not isinstance(data, dict) or "_args_" in data:
+        raise UntrustedError(f"`data` in {path} expected arguments by name, got {data}")
+    if data.get("archive") is not None:
+        # It would be unpacked wherever a stranger's checkpoint says.
+        config = {**config, "data": {**data, "archive": None}}
     return config
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
@@ -72,7 +72,7 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
         Returns:
             `model`.
         """
-        left_alone = []
+        left_alone, exchanged = [], 0
         for name, module in model.named_modules():
             if not isinstance(module, _BatchNorm) or type(module) in _OURS:
                 continue
@@ -87,6 +87,8 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
             if getattr(module, "process_group", None) is None:
                 attributes["process_group"] = self.process_group
             exchange_class(module, _SYNCHRONISED[type(module)], _KEY, **attributes)
+            exchanged += 1
+        rank_zero_info(f"BatchNorm: {exchanged} synchronised over the ranks")
         if left_alone:
             rank_zero_warn(
                 f"expected BatchNorms of torch.nn or bn_lightning to synchronise, and left these "

@@ -8,7 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.run_directory import LAST
-from bn_lightning.run_record import RunRecord, read_run
+from bn_lightning.run_record import FILE_NAME, RunRecord, read_run
+from bn_lightning.trust import check_plain
 
 # A run is one configuration: resuming may change how it is run and watched, not what is trained.
 _FREE_ON_RESUME = {
@@ -48,6 +49,7 @@ def go_on(config: DictConfig, record: RunRecord, directory: Path) -> Start:
 
     Raises:
         ValueError: the run is at its end already, or the configuration is another one.
+        UntrustedError: what the run began with has interpolations, which would be evaluated.
     """
     from bn_lightning.checkpoint import load_checkpoint
 
@@ -67,6 +69,7 @@ def go_on(config: DictConfig, record: RunRecord, directory: Path) -> Start:
     if before is None:
         return start  # The checkpoint lies outside a run: a new one starts from it.
     begun = before["config"]
+    check_plain(begun, str(directory / FILE_NAME))
     with_its_trainer = OmegaConf.merge(config, {"trainer": begun["trainer"]})
     compared: Any = OmegaConf.to_container(with_its_trainer, resolve=True)
     old, new = (

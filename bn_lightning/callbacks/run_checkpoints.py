@@ -73,6 +73,14 @@ class RunCheckpoints(ModelCheckpoint):
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning removes what a better one replaces, wherever a stranger's checkpoint says it is.
+        own = {os.path.join(str(self.dirpath), "best.ckpt"), ""}
+        named = {*state_dict["best_k_models"], state_dict["kth_best_model_path"]}
+        if state_dict.get("dirpath") == self.dirpath and named <= own:
+            super().load_state_dict(state_dict)
+
+    @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:

@@ -14,8 +14,9 @@ def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
 
     Where the archive holds one folder and nothing else, that folder becomes `target`. It is
     unpacked beside `target` and renamed when all of it is there: `target` is never partial, and
-    processes that unpack at once do no harm. Members that would lie outside, links that point
-    outside, and devices are refused, as by `tarfile.data_filter`.
+    processes that unpack at once do no harm. Members that would lie outside are refused, as by
+    `tarfile.data_filter`, and so is all that is neither file nor folder: a link within an archive
+    may still lead out of it (CVE-2025-4517), or come to when its folder is renamed.
 
     Args:
         archive: the file.
@@ -43,7 +44,7 @@ def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
         whole = Path(temporary) / "whole"
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(whole, filter="data")
+                tar.extractall(whole, filter=_files_and_folders)
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             raise DataError(
                 f"{archive}: expected a whole tar archive that stays in its folder, got: {error};"
@@ -59,3 +60,9 @@ def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
         except OSError:
             if not target.exists():  # else another process was faster, with the same files
                 raise
+
+
+def _files_and_folders(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    if not (member.isreg() or member.isdir()):
+        raise tarfile.SpecialFileError(member)
+    return tarfile.data_filter(member, path)

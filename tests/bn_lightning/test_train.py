@@ -19,6 +19,7 @@ import torch
 from bn_lightning.metrics_csv import read_metrics
 from bn_lightning.run_record import read_run
 from bn_lightning.train import main
+from bn_lightning.whole_file import write_json
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
@@ -304,7 +305,7 @@ def test_the_data_of_a_sweep_do_not_pile_up(command, monkeypatch):
 
 
 def test_the_fallback_to_digits_is_said_everywhere(command, tmp_path):
-    arguments = [*SHORT, *BARE, "data=mnist", f"data.root={tmp_path}", "+data.download=false"]
+    arguments = [*SHORT, *BARE, "data=mnist", f"data.root={tmp_path}", "data.download=false"]
     with pytest.warns(UserWarning, match="digits"):
         result = command(main, *arguments)
     assert result.code == 0, result.err
@@ -335,7 +336,7 @@ BAD = {
     "unknown option": (["norm=foo"], "batch none sync torch"),
     "typo in an override": (["trainer.max_stps=5"], "did you mean `trainer.max_steps`?"),
     "no network and no fallback": (
-        ["data=mnist", "data.root=empty", "+data.download=false", "data.fallback=null"],
+        ["data=mnist", "data.root=empty", "data.download=false", "data.fallback=null"],
         "data.fallback=digits",
     ),
     "directory under a file": (["paths.log_dir=a_file/logs"], "a_file"),
@@ -430,6 +431,22 @@ def test_a_run_is_not_resumed_as_another(command):
     after = {path: path.read_bytes() for path in before}
     changed = {path.name for path in before if before[path] != after[path]}
     assert changed <= {"mnist_bn.log"}
+
+
+def test_a_strangers_run_is_not_evaluated_when_resumed(command):
+    """What a schedule derives from the trainer is taken from `run.json`, as a plain value."""
+    experiment = ("+experiment=placement", "trainer.val_check_interval=5", *BARE)
+    run = command(main, *experiment, "trainer.max_steps=10").directory
+    record = read_run(run)
+    made = "${oc.create:{_target_:os.mkdir,_args_:[made]}}"
+    record["config"]["trainer"]["max_steps"] = "\\" + made
+    record["config"]["scheduler"]["T_max"] = made
+    record["config"]["model"]["scheduler"]["T_max"] = made
+    write_json(run / "run.json", record)
+    last = f"ckpt_path={run}/checkpoints/last.ckpt"
+    result = command(main, *experiment, "trainer.max_steps=20", last)
+    assert result.code == 1 and "run.json expected a plain value" in result.err
+    assert not Path("made").exists()
 
 
 def test_inputs_that_are_not_numbers_are_an_error_of_the_data(command, monkeypatch):

@@ -102,6 +102,19 @@ def test_a_command_hidden_in_a_checkpoint_is_not_run(tmp_path, monkeypatch, kind
     assert (tmp_path / "made").exists() is (kind not in ("a node for a name", "partial"))
 
 
+def test_the_archive_of_a_checkpoints_data_is_left_out():
+    """It would be unpacked to where the checkpoint says."""
+    data = target("bn_lightning.data.ImageFolderDataModule", root="~", archive="a.ckpt")
+    data["name"] = ".local"
+    config = {"data": data, "model": {}}
+    found = trusted_config({"hyper_parameters": {"config": config}}, [], "a.ckpt")
+    assert found["data"] == {**data, "archive": None}
+    for hidden in ({**data, "_args_": ["~", ".local", "a.ckpt"]}, [data]):
+        with pytest.raises(UntrustedError, match="`data` in a.ckpt expected arguments by name"):
+            content = {"hyper_parameters": {"config": {"data": hidden, "model": {}}}}
+            trusted_config(content, [], "a.ckpt")
+
+
 def test_ones_own_values_may_hold_what_looks_like_an_interpolation():
     check_trusted({"root": "/data/${x}"}, OF_CONFIGURATIONS, [], "it")
     with pytest.raises(UntrustedError, match="`data.root` in a.ckpt expected a plain value"):

@@ -251,6 +251,27 @@ class TestFiles:
         with pytest.raises(MisconfigurationException, match="typo"):
             fit(tmp_path, checkpoints=RunCheckpoints(tmp_path / "kept", "typo", "max"))
 
+    @pytest.mark.parametrize("with_dirpath", [True, False])
+    def test_what_a_strangers_checkpoint_names_is_not_removed(
+        self, tmp_path: Path, with_dirpath: bool
+    ) -> None:
+        """Lightning removes, folders too, the checkpoint that a better one takes the place of."""
+        fit(tmp_path, module=Scores(0.1, 0.2), max_steps=8)
+        victim = tmp_path / "victim"
+        victim.mkdir()
+        path = tmp_path / "kept" / "last.ckpt"
+        content = load(tmp_path)
+        state = content["callbacks"]["RunCheckpoints"]
+        named = f"local://{victim}"
+        state |= {"best_k_models": {named: torch.tensor(-1.0)}, "kth_best_model_path": named}
+        state |= {"kth_value": torch.tensor(-1.0), "best_model_path": named}
+        if not with_dirpath:
+            del state["dirpath"]
+        torch.save(content, path)
+        fit(tmp_path, module=Scores(0.5, 0.6), max_steps=16, ckpt_path=path)
+        assert victim.is_dir()
+        assert load(tmp_path, "best")["global_step"] > 8
+
 
 class TestSignal:
     @signums

@@ -47,6 +47,12 @@ def link(name: str, to: str) -> tarfile.TarInfo:
     return info
 
 
+def hard_link(name: str, to: str) -> tarfile.TarInfo:
+    info = link(name, to)
+    info.type = tarfile.LNKTYPE
+    return info
+
+
 def device(name: str) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type = tarfile.CHRTYPE
@@ -60,8 +66,15 @@ def device(name: str) -> tarfile.TarInfo:
         {"a": b"1", "link": link("link", "../../.."), "link/outside": b"2"},
         {"a": b"1", "link": link("link", "/etc/passwd")},
         {"a": b"1", "null": device("null")},
+        {"set/a": b"1", "set/up": link("set/up", "..")},
+        {"only": link("only", ".")},
+        {"a": b"1", "b": link("b", "a")},
+        {"a": b"1", "b": hard_link("b", "a")},
     ],
-    ids=["parent", "through_link", "absolute_link", "device"],
+    ids=[
+        *("parent", "through_link", "absolute_link", "device"),
+        *("out_once_renamed", "the_root_itself", "within", "hard"),
+    ],
 )
 def test_nothing_is_written_outside(tmp_path: Path, members: dict) -> None:
     root = tmp_path / "root"
