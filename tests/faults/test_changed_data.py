@@ -111,7 +111,7 @@ def test_a_schedule_over_all_steps_lets_a_run_have_more(command):
 
 
 def test_a_mistyped_data_root(tmp_path, command):
-    wrong = (f"data.root={tmp_path}/no/such/folder", "+data.download=false")
+    wrong = (f"data.root={tmp_path}/no/such/folder", "data.download=false")
     result = command(main, "+experiment=mnist_bn", "trainer.max_steps=2", *wrong)
     assert result.code == 1
     error = one_line_error(result.err)
