@@ -86,10 +86,10 @@ def _check_same(study: Study, directions: Sequence[Direction], description: dict
             study.set_user_attr(DESCRIPTION, description)
             return
         time.sleep(0.2)
-    for key, what in (("space", "space"), ("overrides", "overrides")):
+    for key, how in (("space", "for another space"), ("overrides", "with other overrides")):
         if before[key] != description[key]:
             raise SweepError(
-                f"the study {study.study_name} was made for another {what}: "
+                f"the study {study.study_name} was made {how}: "
                 f"{_difference(before[key], description[key])}; repeat the command it was begun "
                 f"with{advice}"
             )

@@ -184,7 +184,7 @@ class TestBadInput:
         program.run("-m", "x=0,1", "hydra/sweeper/sampler=grid")
         done = program.run("-m", "x=0,1", "hydra/sweeper/sampler=grid", "seconds=0.001")
         assert done.returncode == 1
-        assert "another overrides" in done.stderr
+        assert "demo was made with other overrides: it has" in done.stderr
         assert "restart=fresh" in done.stderr
         assert states(program.folder / "sweep") == ["COMPLETE"] * 2
 
