@@ -14,6 +14,7 @@ from bn_lightning.metrics_logger import MetricsCSVLogger
 from bn_lightning.report import Options, main, report
 from bn_lightning.run_record import RunRecord, read_run, write_json
 from bn_lightning.sweeps import figures
+from bn_lightning.sweeps.figures import run_styles
 from bn_lightning.sweeps.roles import Roles
 
 METRICS = {
@@ -29,6 +30,7 @@ GRID_FIGURES = {
     for name in ("accuracy", "outcomes", "rates", "widths", "importances")
     for suffix in ("png", "svg")
 }
+BATCH = {"_target_": "bn_lightning.models.normalization.batch_norm"}
 HOSTILE = "</script><script>window.hacked=1</script>"
 
 
@@ -260,7 +262,7 @@ class TestRuns:
     def test_both_arms(
         self, tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        runs = [run(tmp_path / "a", {"_target_": "x"}), run(tmp_path / "b")]
+        runs = [run(tmp_path / "a", BATCH), run(tmp_path / "b")]
         output = tmp_path / "new/folder"
         page = report([*map(str, runs)], Options(output)).read_text()
         assert {path.name for path in output.iterdir()} == PAGE_FILES | {
@@ -284,10 +286,30 @@ class TestRuns:
         assert "percentiles-1" in page and "the paper" not in page
         assert [found["label"] for found in summary(output)["runs"]] == list(runs_drawn)
 
+    def test_another_normalisation_has_its_own_name(
+        self, tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        norms = (BATCH, None, {"_target_": "torch.nn.GroupNorm"})
+        runs = [run(tmp_path / str(i), norm) for i, norm in enumerate(norms)]
+        for directory, seconds in zip(runs, (30.0, 20.0, 25.0), strict=True):
+            write_json(directory / "run.json", read_run(directory) | {"seconds": seconds})
+        page = report([*map(str, runs)], Options(tmp_path / "out")).read_text()
+        assert list(drawn[0]) == ["with BatchNorm", "without BatchNorm", "torch.nn.GroupNorm"]
+        assert "torch.nn.GroupNorm / without BatchNorm: 1.25" in capsys.readouterr().out
+        assert "Inputs of the last activation, torch.nn.GroupNorm" in page
+        found = summary(tmp_path / "out")
+        assert [of_run["arm"] for of_run in found["runs"]] == [
+            "batch",
+            "none",
+            "torch.nn.GroupNorm",
+        ]
+        styles = run_styles(*[{of_run["label"]: of_run["arm"] for of_run in found["runs"]}] * 2)
+        assert len({style.colour for style in styles.values()}) == 3
+
     def test_how_long_each_arm_trained(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        runs = [run(tmp_path / "a", {"_target_": "x"}), run(tmp_path / "b")]
+        runs = [run(tmp_path / "a", BATCH), run(tmp_path / "b")]
         for directory, seconds in zip(runs, (37.5, 28.55), strict=True):
             write_json(directory / "run.json", read_run(directory) | {"seconds": seconds})
         page = report([*map(str, runs)], Options(tmp_path / "out")).read_text()
