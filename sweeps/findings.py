@@ -29,7 +29,7 @@ def measures_of(levels: Levels) -> dict[str, str]:
     return {
         SHARE: f"share of cells with accuracy ≥ {levels.trained:.2f}",
         "share_at_chance": f"share of cells at chance, accuracy < {levels.at_chance:.2f}",
-        "share_diverged": "share of cells whose loss became no number",
+        "share_diverged": "share of cells that diverged",
         WIDTH: "decades of learning rate that train, mean over initialisations",
         INITS: "initialisations that train at some rate",
     }

@@ -244,7 +244,7 @@ def _counts(study: Table) -> list[Html]:
         tag(
             "p",
             "Retried: failed, and followed by another trial of the same point. Lost: points with "
-            "failed trials only. Diverged: complete, with a loss that was no number any more.",
+            "failed trials only. Diverged: complete, as a run that diverged is a result.",
             class_="soft",
         ),
     ]

@@ -35,7 +35,7 @@ class Outcome(StrEnum):
     TRAINED = "trained"  # accuracy >= Levels.trained
     SLOW = "slow"  # between the two: better than a guess when the budget ended
     CHANCE = "chance"  # accuracy < Levels.at_chance, with a finite loss
-    DIVERGED = "diverged"  # the loss was no number any more
+    DIVERGED = "diverged"  # the run ended early: its loss was no number, or too high for too long
     MISSING = "missing"  # not run, failed, pruned
 
 
@@ -50,7 +50,7 @@ class Trial:
         seed: of weights and batches.
         accuracy: on the test set, in [0, 1]; a guess's where the trial diverged.
         loss: on the test set, in nats; a guess's where the trial diverged.
-        diverged: whether its loss became NaN or infinite.
+        diverged: whether its run did.
     """
 
     arm: str
@@ -205,7 +205,7 @@ def share_trained(
 def share_diverged(
     diverged: Bool[np.ndarray, "I R S"], accuracy: Float[np.ndarray, "I R S"]
 ) -> Float[np.ndarray, "S"]:
-    """Share of cells whose loss became NaN or infinite, for each seed, of those not missing."""
+    """Share of cells that diverged, for each seed, of those not missing."""
     return _share(diverged, accuracy)
 
 
