@@ -12,21 +12,22 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bn_lightning.run_record import FILE_NAME
+from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE
+from bn_lightning.sweeps.engine.points import PLANNED
 from bn_lightning.sweeps.trials import Cell, Row, Table, is_diverged
 
 DATA, BUDGET = "run/data", "run/max_steps"
 """Attributes of a trial: the data set's name, and the steps that it was given."""
 
-# What the sweep's configuration says of how it chose its points, in Hydra's file of the sweep.
-_MULTIRUN = "multirun.yaml"
-_PLANNED = ("GridSampler", "BruteForceSampler", "RandomSampler", "QMCSampler")
+# By their names: a report imports no class that a configuration names.
+_PLANNED = tuple(kind.__name__ for kind in PLANNED)
 
 
 def with_provenance(table: Table, base: Path) -> Table:
     """Add what the runs and the sweep's configuration say; directories become relative to `base`.
 
     `about` gets `runs`: for each of data, budget, hardware, versions..., what was found and in how
-    many finished runs, and, from `multirun.yaml`, `command` and `sampler`.
+    many finished runs, and, from the sweep's configuration, `command` and `sampler`.
 
     Args:
         table: from a study; one read from trials.csv has all of it already.
@@ -60,7 +61,7 @@ def with_provenance(table: Table, base: Path) -> Table:
         rows.append(replace(row, attributes=attributes))
     about = {
         **table.about,
-        **_configuration(base / _MULTIRUN),
+        **_configuration(base / CONFIGURATION_FILE),
         "runs": {name: dict(sorted(counts.items())) for name, counts in sorted(found.items())},
     }
     if times:

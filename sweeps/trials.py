@@ -19,7 +19,10 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-JOURNAL = "journal.log"
+from bn_lightning.sweeps.engine.journal_file import whole_record
+from bn_lightning.sweeps.engine.names import DESCRIPTION
+from bn_lightning.sweeps.engine.outcome import DIVERGED
+
 TABLE = "trials.csv"
 DATABASES = ("*.db", "*.sqlite", "*.sqlite3")
 
@@ -88,7 +91,7 @@ class Table:
 
 def is_diverged(row: Row) -> bool:
     """Whether the trial said that its run diverged."""
-    return row.attributes.get("diverged") in (True, 1, "true", "True")
+    return row.attributes.get(DIVERGED) in (True, 1, "true", "True")
 
 
 def read_study(storage: str | Path, name: str | None = None) -> Table:
@@ -201,7 +204,7 @@ class _WholeRecords(BaseJournalBackend):
         self.lost = 0
         with open(path, "rb") as file:
             for line in file:
-                record = _record(line)
+                record = whole_record(line)
                 if record is None:
                     self.lost = 1 + sum(1 for _ in file)
                     break
@@ -212,15 +215,6 @@ class _WholeRecords(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         raise ValueError("a report does not write to the study")
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    is_whole = line.endswith(b"\n") and isinstance(record, dict) and "op_code" in record
-    return record if is_whole else None
 
 
 def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
@@ -266,7 +260,7 @@ def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:
 
 def _description(study: optuna.Study) -> dict[str, Any]:
     """What the sweeper wrote of the study's space and fixed overrides."""
-    found = study.user_attrs.get("sweep")
+    found = study.user_attrs.get(DESCRIPTION)
     return {"sweep": found} if isinstance(found, dict) else {}
 
 

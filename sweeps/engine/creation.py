@@ -11,12 +11,12 @@ from optuna.study import Study
 
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.heartbeat import signature
+from bn_lightning.sweeps.engine.names import DESCRIPTION
 from bn_lightning.sweeps.engine.storage import PatientStorage
 
 Direction = Literal["minimize", "maximize"]
 
-# Attributes of a study: what it is for, and who is filling it with waiting trials.
-DESCRIPTION = "sweep"
+# Attribute of a study: who is filling it with waiting trials.
 FILLER = "sweep:filler"
 
 # Seconds in which a new study gets its description.

@@ -34,10 +34,10 @@ from sqlalchemy.exc import (
 
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.journal_file import open_journal
+from bn_lightning.sweeps.engine.names import JOURNAL_FILE
 from bn_lightning.sweeps.engine.passwords import redacted
 
 JOURNAL = "journal"
-JOURNAL_FILE = "journal.log"
 
 # Seconds that a command waits for its storage when it starts: most often the address is wrong.
 START_PATIENCE = 60.0

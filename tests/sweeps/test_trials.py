@@ -66,12 +66,13 @@ class TestRead:
             "diverged": 0,
         }
 
-    @pytest.mark.parametrize("cut", ["half a line", "a damaged line"])
+    @pytest.mark.parametrize("cut", ["half a line", "a damaged line", "no record"])
     def test_what_is_whole_of_a_journal(self, tmp_path: Path, make_study, cut: str) -> None:
         journal = make_study(tmp_path) / "journal.log"
         lines = journal.read_bytes().splitlines(keepends=True)
         # A study made, and a line for each trial.
-        rest = [lines[22][:9]] if cut == "half a line" else [b"{]\n", *lines[23:]]
+        damaged = b"{]\n" if cut == "a damaged line" else b'{"op_code": "4"}\n'
+        rest = [lines[22][:9]] if cut == "half a line" else [damaged, *lines[23:]]
         journal.write_bytes(b"".join([*lines[:22], *rest]))
         before = journal.read_bytes()
         table = read_study(journal)

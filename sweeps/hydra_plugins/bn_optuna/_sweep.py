@@ -19,13 +19,14 @@ from bn_lightning.sweeps.engine.creation import Direction, create_study, study_n
 from bn_lightning.sweeps.engine.display import Display, best_trials, print_summary, write_results
 from bn_lightning.sweeps.engine.environment import STORAGE, STUDY, WORKER, environment
 from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE, JOURNAL_FILE
 from bn_lightning.sweeps.engine.outcome import ERROR, last_line
 from bn_lightning.sweeps.engine.passwords import refuse_password
 from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
 from bn_lightning.sweeps.engine.program import as_typed, run_command
 from bn_lightning.sweeps.engine.space import CustomSpace, Space, parse_space, to_overrides
 from bn_lightning.sweeps.engine.stopping import Stopping
-from bn_lightning.sweeps.engine.storage import JOURNAL, JOURNAL_FILE, open_storage, storage_url
+from bn_lightning.sweeps.engine.storage import JOURNAL, open_storage, storage_url
 from bn_lightning.sweeps.engine.study import ClaimedTrial, Policy, SweepStudy, work
 from bn_lightning.sweeps.engine.workers import Workers, stop_when_parent_says
 
@@ -209,7 +210,7 @@ def _batch_size(settings: Settings, config: DictConfig) -> int:
 
 def _begin(study: SweepStudy, is_new: bool, config: DictConfig) -> None:
     study.directory.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, study.directory / "multirun.yaml")
+    OmegaConf.save(config, study.directory / CONFIGURATION_FILE)
     if is_new:
         study.fill_first()
     else:
