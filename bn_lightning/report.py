@@ -16,6 +16,7 @@ from bn_lightning.command import FULL_ERROR, run_reported
 from bn_lightning.run_record import write_atomically, write_json
 from bn_lightning.sweeps import figures, grid_figures
 from bn_lightning.sweeps.arms import label_of
+from bn_lightning.sweeps.engine.passwords import redacted
 from bn_lightning.sweeps.findings import Findings, findings, sentences
 from bn_lightning.sweeps.pages import grid_page, runs_page, study_page
 from bn_lightning.sweeps.paper import is_paper_experiment
@@ -32,7 +33,7 @@ from bn_lightning.sweeps.runs import Run, read_runs, runtime_sentences, runtimes
 from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, runs_in
 from bn_lightning.sweeps.study_plots import optuna_plots
 from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
-from bn_lightning.sweeps.trials import TABLE, Table, shown_url, to_csv
+from bn_lightning.sweeps.trials import TABLE, Table, to_csv
 
 PAGE = "report.html"
 _THRESHOLD = "threshold"  # in what a table's summary says about it
@@ -81,7 +82,7 @@ def report(sources: Sequence[str], options: Options = Options()) -> Path:
     if all(runs.values()):
         return _report_runs([run for found in runs.values() for run in found], options)
     if len(sources) > 1:
-        others = [shown_url(source) for source in sources if not runs[source]]
+        others = [redacted(source, source) for source in sources if not runs[source]]
         raise ValueError(
             f"expected one sweep, or runs, got {len(sources)} places, and no run in "
             f"{', '.join(others)}; report a sweep by itself"

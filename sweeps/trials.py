@@ -6,7 +6,6 @@ A study is only ever read. Of a journal that was cut off, what is whole is taken
 import csv
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bn_lightning.sweeps.engine.journal_file import whole_record
 from bn_lightning.sweeps.engine.names import DESCRIPTION
 from bn_lightning.sweeps.engine.outcome import DIVERGED
+from bn_lightning.sweeps.engine.passwords import redacted
 
 TABLE = "trials.csv"
 DATABASES = ("*.db", "*.sqlite", "*.sqlite3")
@@ -107,7 +107,7 @@ def read_study(storage: str | Path, name: str | None = None) -> Table:
     """
     opened, notes = _open(storage)
     names = sorted(summary.study_name for summary in optuna.get_all_study_summaries(opened))
-    shown = shown_url(str(storage))
+    shown = redacted(str(storage), str(storage))
     if name is None and len(names) != 1:
         raise ValueError(
             f"{shown} expected one study, or `--study NAME`, got "
@@ -191,11 +191,6 @@ def rows_from_csv(text: str, path: str | Path = TABLE) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def shown_url(url: str) -> str:
-    """A storage's address without the password in it."""
-    return re.sub(r"^([^:/@]+://[^/@:]*):.*@", r"\1:***@", url)
-
-
 class _WholeRecords(BaseJournalBackend):
     """A journal file's records up to the first that is cut off or damaged; never written to."""
 
@@ -218,22 +213,28 @@ class _WholeRecords(BaseJournalBackend):
 
 
 def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
-    scheme, separator, rest = str(storage).partition("://")
+    url = str(storage)
+    scheme, separator, rest = url.partition("://")
     if not separator or scheme == "journal":
         return _open_journal(Path(rest if separator else storage))
     if scheme == "sqlite" and not Path(rest.removeprefix("/")).is_file():
-        raise ValueError(f"expected a database file, got {storage}: no such file")
+        raise ValueError(f"expected a database file, got {redacted(url, url)}: no such file")
     try:
         with catch_warnings():
             simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if scheme == "grpc":
                 host, _, port = rest.rpartition(":")
-                return optuna.storages.GrpcStorageProxy(host=host, port=int(port)), ()
-            return RDBStorage(str(storage), skip_table_creation=True), ()
+                proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+                proxy.get_all_studies()
+                return proxy, ()
+            return RDBStorage(url, skip_table_creation=True), ()
     except Exception as error:
-        reason = shown_url(str(error.__cause__ or error)).strip().partition("\n")[0]
+        # Here, as it imports SQLAlchemy, which journals do without.
+        from bn_lightning.sweeps.engine.storage import reason_of
+
         raise ValueError(
-            f"expected a storage of Optuna's that answers, got {shown_url(str(storage))}: {reason}"
+            f"expected a storage of Optuna's that answers, got {redacted(url, url)}: "
+            f"{redacted(reason_of(error), url)}"
         ) from None
 
 

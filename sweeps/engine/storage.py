@@ -124,7 +124,7 @@ def patiently(call: Callable[[], T], patience: float, url: str) -> T:
             if not is_unreachable(error):
                 raise
             waited = time.monotonic() - started
-            reason = redacted(_reason(error), url)
+            reason = redacted(reason_of(error), url)
             if waited >= patience:
                 raise SweepError(
                     f"the storage {redacted(url, url)} did not answer for {waited:.0f} s: {reason}"
@@ -192,7 +192,8 @@ for _name in vars(BaseStorage):
 PatientStorage.__abstractmethods__ = frozenset()
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a call failed, in one line, which may hold the storage's password."""
     details = getattr(error, "details", None)  # of a gRPC error, whose text has many lines
     text = str(details() if callable(details) else error.__cause__ or error)
     return text.strip().partition("\n")[0].rstrip(".")

@@ -16,7 +16,6 @@ from bn_lightning.sweeps.trials import (
     read_study,
     row_of,
     rows_from_csv,
-    shown_url,
     to_csv,
 )
 
@@ -106,11 +105,31 @@ class TestRead:
             read_study(f"sqlite:///{tmp_path}/study.db")
         assert not list(tmp_path.iterdir())
 
-    def test_no_password_is_shown(self) -> None:
-        assert shown_url("postgresql://me:se:c@ret@host/db") == "postgresql://me:***@host/db"
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "postgresql+nothing://me:sec:r@et@host/db",
+            "sqlite://me:sec:r@et@host/db",
+            "grpc://me:sec:r@et@127.0.0.1:1",
+        ],
+        ids=["no driver", "no file", "no answer"],
+    )
+    def test_no_password_is_shown(self, url: str) -> None:
         with pytest.raises(ValueError) as caught:
-            read_study("postgresql+nothing://me:secret@host/db")
-        assert "secret" not in str(caught.value)
+            read_study(url)
+        assert "sec:r@et" not in str(caught.value)
+        assert url.replace("sec:r@et", "***") in str(caught.value)
+
+    def test_no_password_is_shown_in_another_s_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(url: str, **_: object) -> None:
+            raise OSError(f"cannot parse {url!r}, whose password is secret")
+
+        monkeypatch.setattr("bn_lightning.sweeps.trials.RDBStorage", refuse)
+        with pytest.raises(ValueError) as caught:
+            read_study("postgresql://me:secret@host/db")
+        assert str(caught.value).endswith(
+            "cannot parse 'postgresql://me:***@host/db', whose password is ***"
+        )
 
 
 cells = st.one_of(
