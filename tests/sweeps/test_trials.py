@@ -6,7 +6,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState, create_trial
 
@@ -146,6 +146,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), min_s
 
 
 class TestTable:
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.dictionaries(names, cells), st.dictionaries(names, cells))))
     def test_csv_gives_back_what_it_was_given(self, given_rows) -> None:
         rows = tuple(
