@@ -27,7 +27,8 @@ def with_provenance(table: Table, base: Path) -> Table:
     """Add what the runs and the sweep's configuration say; directories become relative to `base`.
 
     `about` gets `runs`: for each of data, budget, hardware, versions..., what was found and in how
-    many finished runs, and, from the sweep's configuration, `command` and `sampler`.
+    many finished runs; and, from the sweep's configuration, `sampler`, and `command` where the
+    study did not keep it and it is known.
 
     Args:
         table: from a study; one read from trials.csv has all of it already.
@@ -60,8 +61,8 @@ def with_provenance(table: Table, base: Path) -> Table:
             found.setdefault(name, Counter())[value] += 1
         rows.append(replace(row, attributes=attributes))
     about = {
-        **table.about,
         **_configuration(base / CONFIGURATION_FILE),
+        **table.about,
         "runs": {name: dict(sorted(counts.items())) for name, counts in sorted(found.items())},
     }
     if times:
@@ -150,8 +151,26 @@ def _configuration(path: Path) -> dict[str, Any]:
             *hydra["overrides"]["task"],
             *(text for text in hydra["overrides"]["hydra"] if text != "hydra.mode=MULTIRUN"),
         ]
-        about = {"command": shlex.join(["python", "-m", "bn_lightning.train", "-m", *overrides])}
+        about = {}
+        if _is_of_train(hydra):
+            command = ["python", "-m", "bn_lightning.train", "-m", *overrides]
+            about["command"] = shlex.join(command)
         sampler = (hydra["sweeper"].get("sampler") or {}).get("_target_")
         return about | ({"sampler": sampler} if sampler else {})
     except Exception:  # absent, or whatever else another program may have put there
         return {}
+
+
+def _is_of_train(hydra: Mapping[str, Any]) -> bool:
+    """Whether `python -m bn_lightning.train` swept, without a `--config-dir`.
+
+    For studies whose sweeper did not keep its command yet.
+    """
+    sources = hydra["runtime"]["config_sources"]
+    main = [f"{s['schema']}://{s['path']}" for s in sources if s["provider"] == "main"]
+    is_complete = not any(source["provider"] == "command-line" for source in sources)
+    return (
+        main == ["pkg://bn_lightning.conf"]
+        and hydra["job"]["config_name"] == "train"
+        and is_complete
+    )

@@ -19,7 +19,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from bn_lightning.sweeps.engine.journal_file import whole_record
-from bn_lightning.sweeps.engine.names import DESCRIPTION
+from bn_lightning.sweeps.engine.names import COMMAND, DESCRIPTION
 from bn_lightning.sweeps.engine.outcome import DIVERGED
 from bn_lightning.sweeps.engine.passwords import redacted
 
@@ -260,9 +260,12 @@ def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:
 
 
 def _description(study: optuna.Study) -> dict[str, Any]:
-    """What the sweeper wrote of the study's space and fixed overrides."""
-    found = study.user_attrs.get(DESCRIPTION)
-    return {"sweep": found} if isinstance(found, dict) else {}
+    """What the sweeper wrote of the study's space and fixed overrides, and its command."""
+    found, command = (study.user_attrs.get(name) for name in (DESCRIPTION, COMMAND))
+    return {
+        **({"sweep": found} if isinstance(found, dict) else {}),
+        **({"command": command} if isinstance(command, str) else {}),
+    }
 
 
 def row_of(trial: FrozenTrial) -> Row:

@@ -30,6 +30,7 @@ from bn_lightning.sweeps.engine.heartbeat import (
     signature,
 )
 from bn_lightning.sweeps.engine.ledger import DUPLICATE, SLOT, Counts, Ledger
+from bn_lightning.sweeps.engine.names import COMMAND
 from bn_lightning.sweeps.engine.outcome import (
     DIRECTORY,
     FILE_NAME,
@@ -127,6 +128,15 @@ class SweepStudy:
     @property
     def directions(self) -> list[optuna.study.StudyDirection]:
         return self._study.directions
+
+    def keep_command(self, command: str) -> None:
+        """Keep in the study the command that works on it, for whoever reports it.
+
+        Args:
+            command: as it was typed, without a password.
+        """
+        if self._study.user_attrs.get(COMMAND) != command:
+            self._study.set_user_attr(COMMAND, command)
 
     def refresh(self) -> Counts:
         """Read the study, and return how far it is."""

@@ -20,6 +20,12 @@ from bn_lightning.sweeps.trials import Row, Table
 
 MULTIRUN = """
 hydra:
+  job: {config_name: train}
+  runtime:
+    config_sources:
+    - {path: hydra.conf, schema: pkg, provider: hydra}
+    - {path: bn_lightning.conf, schema: pkg, provider: main}
+    - {path: /there/bn_optuna/conf, schema: file, provider: bn_optuna}
   overrides:
     task: [+experiment=mnist_bn, +sweep=lr_init, "name=it's"]
     hydra: [hydra.mode=MULTIRUN, hydra.sweeper.n_jobs=2]
@@ -95,6 +101,31 @@ def test_the_command_and_the_sampler(tmp_path: Path) -> None:
         "hydra.sweeper.n_jobs=2"
     )
     assert is_planned(about) is True
+    kept = {"command": "bn-train -m +sweep=lr"}
+    assert with_provenance(Table("t", ("maximize",), (), kept), tmp_path).about["command"] == (
+        "bn-train -m +sweep=lr"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("{path: bn_lightning.conf, schema: pkg", "{path: /there/conf, schema: file"),
+        ("config_name: train", "config_name: other"),
+        ("provider: bn_optuna", "provider: command-line"),
+        ("  runtime:", "  another:"),
+    ],
+    ids=["another program", "another command", "a folder of configurations", "not known"],
+)
+def test_the_command_is_said_only_where_it_is_known(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    assert MULTIRUN.count(before) == 1
+    (tmp_path / "multirun.yaml").write_text(MULTIRUN.replace(before, after))
+    assert "command" not in with_provenance(Table("t", ("maximize",), ()), tmp_path).about
+
+
+def test_samplers_that_plan() -> None:
     assert is_planned({"sampler": "optuna.samplers.TPESampler"}) is False
     assert is_planned({}) is None
 

@@ -23,7 +23,7 @@ from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE, JOURNAL_FILE
 from bn_lightning.sweeps.engine.outcome import ERROR, last_line
 from bn_lightning.sweeps.engine.passwords import refuse_password
 from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
-from bn_lightning.sweeps.engine.program import as_typed, run_command
+from bn_lightning.sweeps.engine.program import as_typed, run_command, shown_command
 from bn_lightning.sweeps.engine.space import CustomSpace, Space, parse_space, to_overrides
 from bn_lightning.sweeps.engine.stopping import Stopping
 from bn_lightning.sweeps.engine.storage import JOURNAL, open_storage, storage_url
@@ -211,6 +211,7 @@ def _batch_size(settings: Settings, config: DictConfig) -> int:
 def _begin(study: SweepStudy, is_new: bool, config: DictConfig) -> None:
     study.directory.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, study.directory / CONFIGURATION_FILE)
+    study.keep_command(shown_command(study.storage.url))
     if is_new:
         study.fill_first()
     else:
