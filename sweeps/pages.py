@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bn_lightning.sweeps import plots
+from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.findings import (
     Findings,
     decades,
@@ -21,8 +22,9 @@ from bn_lightning.sweeps.tolerance import Levels
 from bn_lightning.sweeps.trials import Row, Table
 
 MOST_FAILED = 50
-"""Failed trials, and trials of a study that is no grid, of which the page has a line each."""
+"""Failed trials, trials of a study that is no grid, and its best, that have a line of the page."""
 MOST_LISTED = 500
+MOST_BEST = 10
 
 _SCREEN = "Point at a cell, click it, or reach a map by the tab key and move by the arrow keys."
 
@@ -280,17 +282,9 @@ def _trials(study: Table, rows: Sequence[Row]) -> Html:
 
 def _best(study: Table, complete: Sequence[Row]) -> list[Row]:
     if len(study.directions) > 1:
-        return [row for row in complete if not any(_dominates(study, o, row) for o in complete)][
-            :10
-        ]
+        return best_trials(complete, study.optuna_directions)[:MOST_BEST]
     sign = -1 if study.directions[0] == "maximize" else 1
-    return sorted(complete, key=lambda row: (sign * row.values[0], row.number))[:10]
-
-
-def _dominates(study: Table, one: Row, other: Row) -> bool:
-    signs = [-1 if direction == "maximize" else 1 for direction in study.directions]
-    gains = [s * (b - a) for s, a, b in zip(signs, one.values, other.values, strict=True)]
-    return min(gains) >= 0 and max(gains) > 0
+    return sorted(complete, key=lambda row: (sign * row.values[0], row.number))[:MOST_BEST]
 
 
 def _measured(study: Table, levels: Levels | None = None) -> list[Html]:

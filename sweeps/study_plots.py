@@ -11,7 +11,6 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.study import StudyDirection
 from optuna.visualization import (
     plot_optimization_history,
     plot_parallel_coordinate,
@@ -58,9 +57,7 @@ def study_of(table: Table, rows: Sequence[Row]) -> optuna.Study:
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it says that it made a study
     try:
-        study = optuna.create_study(
-            directions=[StudyDirection[name.upper()] for name in table.directions]
-        )
+        study = optuna.create_study(directions=table.optuna_directions)
     finally:
         optuna.logging.set_verbosity(level)
     names = list(dict.fromkeys(name for row in rows for name in row.params))

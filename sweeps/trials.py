@@ -16,6 +16,7 @@ from warnings import catch_warnings, simplefilter
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bn_lightning.sweeps.engine.journal_file import whole_record
@@ -69,6 +70,11 @@ class Table:
     rows: tuple[Row, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def optuna_directions(self) -> list[StudyDirection]:
+        """The directions as Optuna has them."""
+        return [StudyDirection[name.upper()] for name in self.directions]
 
     def counts(self) -> dict[str, int]:
         """How many trials there are of each state; `retried` failed and were followed by another.

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.engine.ledger import Counts, Ledger
 from bn_lightning.sweeps.engine.outcome import (
     DIRECTORY,
@@ -120,28 +121,6 @@ def trial_line(trial: FrozenTrial, counts: Counts) -> str:
         parts.append(f"{trial.user_attrs[SECONDS]:.1f} s")
     parts.append(f"[{counts.settled}/{counts.total}]")
     return "  ".join(part for part in parts if part)
-
-
-def best_trials(
-    trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]
-) -> list[FrozenTrial]:
-    """The best trial; of several directions, the trials that no other beats in all of them."""
-    signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in directions]
-    points = [
-        (trial, tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)))
-        for trial in trials
-    ]
-    if len(signs) == 1:
-        best = min(points, key=lambda point: point[1], default=None)
-        return [] if best is None else [best[0]]
-    return [
-        trial
-        for trial, costs in points
-        if not any(
-            other != costs and all(o <= c for o, c in zip(other, costs, strict=True))
-            for _, other in points
-        )
-    ]
 
 
 def write_results(directory: Path, best: Sequence[FrozenTrial], directions: int) -> None:

@@ -15,8 +15,9 @@ from hydra.utils import get_method
 from hydra_plugins.bn_optuna._jobs import Jobs, Recorded
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.engine.creation import Direction, create_study, study_name
-from bn_lightning.sweeps.engine.display import Display, best_trials, print_summary, write_results
+from bn_lightning.sweeps.engine.display import Display, print_summary, write_results
 from bn_lightning.sweeps.engine.environment import STORAGE, STUDY, WORKER, environment
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE, JOURNAL_FILE
