@@ -1,6 +1,5 @@
 """How the trials of a table were run, from what their runs left on disk."""
 
-import json
 import math
 import shlex
 from collections import Counter
@@ -11,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bn_lightning.run_record import FILE_NAME
+from bn_lightning.run_record import read_run
 from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE
 from bn_lightning.sweeps.engine.points import PLANNED
 from bn_lightning.sweeps.trials import Cell, Row, Table, is_diverged
@@ -124,10 +123,9 @@ def _budget(record: Mapping[str, Any]) -> Cell:
 
 def _record(directory: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_run(directory)
+    except ValueError:  # another program's run, or of another version
         return None
-    return record if isinstance(record, dict) else None
 
 
 def _relative(directory: str, base: Path) -> str:

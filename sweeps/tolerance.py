@@ -427,6 +427,8 @@ def importances(trials: Iterable[Trial], random_sample: bool = False) -> dict[st
         FloatDistribution,
     )
 
+    from bn_lightning.sweeps.memory_study import memory_study
+
     trials = list(trials)
     arms = {trial.arm for trial in trials}
     if len(arms) > 1:
@@ -441,10 +443,7 @@ def importances(trials: Iterable[Trial], random_sample: bool = False) -> dict[st
     if len(trials) > MOST_FOR_IMPORTANCES:
         picks = np.random.default_rng(0).choice(len(trials), MOST_FOR_IMPORTANCES, replace=False)
         trials = [trials[i] for i in sorted(picks)]
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it says that it made a study
-    study = optuna.create_study()
-    optuna.logging.set_verbosity(level)
+    study = memory_study(["maximize"])
     values: dict[str, list[Any]] = {
         "lr": [trial.lr for trial in trials],
         "init": [trial.init for trial in trials],

@@ -93,6 +93,19 @@ def test_runs_on_another_machine(tmp_path: Path) -> None:
     assert not mixed(table.rows)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"data": "another program\'s"}', '{"schema_version": 99, "data": {"source": "x"}}', "["],
+    ids=["another program", "another version", "no JSON"],
+)
+def test_a_run_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/run.json").write_text(text)
+    rows = (Row(0, "COMPLETE", (0.5,), {}, {"directory": "0", "data": "mnist"}),)
+    table = with_provenance(Table("t", ("maximize",), rows), tmp_path)
+    assert table.about["runs"] == {"data": {"mnist": 1}}  # what the trial itself says
+
+
 def test_the_command_and_the_sampler(tmp_path: Path) -> None:
     (tmp_path / "multirun.yaml").write_text(MULTIRUN)
     about = with_provenance(Table("t", ("maximize",), ()), tmp_path).about
