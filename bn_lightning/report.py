@@ -18,9 +18,9 @@ from bn_lightning.sweeps import figures, grid_figures
 from bn_lightning.sweeps.arms import label_of
 from bn_lightning.sweeps.engine.passwords import redacted
 from bn_lightning.sweeps.findings import Findings, findings, sentences
+from bn_lightning.sweeps.grid_plots import cells_json
 from bn_lightning.sweeps.pages import grid_page, runs_page, study_page
 from bn_lightning.sweeps.paper import is_paper_experiment
-from bn_lightning.sweeps.plots import cells_json
 from bn_lightning.sweeps.provenance import (
     chance_loss,
     classes_of,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bn_lightning.sweeps import plots
+from bn_lightning.sweeps import grid_plots
 from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.findings import (
     Findings,
@@ -38,16 +38,16 @@ def grid_page(
         study: its trials.
         found: its numbers.
         metric: what accuracy is, "test/accuracy" for instance.
-        cells: from `plots.cells_json`.
+        cells: from `grid_plots.cells_json`.
         notes: what a reader must know first.
     """
     name = metric.replace("/", " ")
     has_widths = len(found.grid.rates) > 1
-    maps = plots.heatmaps(found, name)
-    outcomes = plots.outcomes(found)
-    rates = plots.rates(found, name) if has_widths else []
-    width = [plots.widths(found)] if has_widths else []
-    shares = plots.importances(found)
+    maps = grid_plots.heatmaps(found, name)
+    outcomes = grid_plots.outcomes(found)
+    rates = grid_plots.rates(found, name) if has_widths else []
+    width = [grid_plots.widths(found)] if has_widths else []
+    shares = grid_plots.importances(found)
     body = [
         tag("h1", f"What trains: {study.name}"),
         *[tag("p", text, class_="lead") for text in sentences(found)],
