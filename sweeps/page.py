@@ -51,6 +51,7 @@ class Plot:
     has_tools: bool = True
 
     def as_json(self) -> dict[str, Any]:
+        """What page.js draws it from."""
         content = {
             "id": self.id,
             "traces": self.traces,

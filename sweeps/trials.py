@@ -50,6 +50,7 @@ class Row:
 
     @property
     def is_complete(self) -> bool:
+        """Whether it has a result."""
         return self.state == TrialState.COMPLETE.name
 
 

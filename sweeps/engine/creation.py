@@ -34,6 +34,8 @@ def create_study(
     """Make the study if there is none of this name, else see that it is for the same sweep.
 
     Args:
+        storage: where it is, or will be.
+        name: of the study.
         directions: "minimize" or "maximize", one for each value.
         description: JSON of what must be the same when the sweep goes on: `space`, `overrides`.
 

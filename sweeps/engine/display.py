@@ -150,6 +150,7 @@ def print_summary(
         counts: of the sweep.
         commands: trial number to the command that runs it again.
         directory: of the sweep, printed last.
+        console: where to say it; standard output if none is named.
     """
     console = console or Console(soft_wrap=True)
 

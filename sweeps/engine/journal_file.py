@@ -43,9 +43,16 @@ class JournalFile(BaseJournalBackend):
             self._lock.release()
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """The records from a number on, counted from 0."""
         yield from self._reader.read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append records, all of them or none, and wait until they are on the disk.
+
+        Raises:
+            SweepError: the last record of the file is cut off; nothing is appended.
+            OSError: there is no room for them; nothing is left of them.
+        """
         with self.locked(), open(self.path, "r+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if end:

@@ -111,7 +111,9 @@ def patiently(call: Callable[[], T], patience: float, url: str) -> T:
     """Call until the storage answers.
 
     Args:
+        call: asks the storage; called again only after an error for which `is_unreachable` holds.
         patience: seconds to try again for.
+        url: the storage's address, for messages, which never show its password.
 
     Raises:
         SweepError: it did not answer in that time.

@@ -59,6 +59,9 @@ class Policy:
         max_retries: how often a failed trial is tried again.
         heartbeat: seconds between two signs of life of a worker.
         stale_after: seconds without one, after which a worker on another machine is given up.
+
+    Raises:
+        SweepError: retries below 0, or not 0 < 2 heartbeat <= stale_after.
     """
 
     max_retries: int
@@ -127,6 +130,7 @@ class SweepStudy:
 
     @property
     def directions(self) -> list[optuna.study.StudyDirection]:
+        """Whether to minimise or to maximise, for each value of a trial."""
         return self._study.directions
 
     def keep_command(self, command: str) -> None:

@@ -39,7 +39,11 @@ LOOK = 1.0
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys of `conf/hydra/sweeper/_bn_optuna.yaml`, where they are explained."""
+    """The keys of `conf/hydra/sweeper/_bn_optuna.yaml`, where they are explained.
+
+    Raises:
+        SweepError: one of them has a value that cannot be used.
+    """
 
     sampler: dict[str, Any]
     pruner: dict[str, Any] | None
@@ -81,10 +85,12 @@ class Settings:
 
     @property
     def directions(self) -> list[Direction]:
+        """`direction` as a list, of one where it is one."""
         return self.direction if isinstance(self.direction, list) else [self.direction]
 
     @property
     def metrics(self) -> list[str] | None:
+        """`metric` as a list, of one where it is one; None where the task returns numbers."""
         return [self.metric] if isinstance(self.metric, str) else self.metric
 
 
