@@ -6,6 +6,7 @@ Writes report.html, summary.json, trials.csv and figures/ into --output.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,6 @@ from bn_lightning.sweeps.grid_plots import cells_json
 from bn_lightning.sweeps.pages import grid_page, runs_page, study_page
 from bn_lightning.sweeps.paper import is_paper_experiment
 from bn_lightning.sweeps.provenance import (
-    chance_loss,
     classes_of,
     is_planned,
     mixed,
@@ -36,6 +36,7 @@ from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
 from bn_lightning.sweeps.trials import TABLE, Table, to_csv
 
 PAGE = "report.html"
+_CLASSES = 10  # of the digits, where the runs do not say how many they told apart
 _THRESHOLD = "threshold"  # in what a table's summary says about it
 
 EXAMPLES = """\
@@ -129,6 +130,11 @@ def _report_study(table: Table, base: Path, options: Options) -> Path:
                 notes.append(
                     f"{trials.repeated:,} trials repeat a point of another: the first counts."
                 )
+            if classes_of(table.about) is None:
+                notes.append(
+                    "The runs do not say how many classes they told apart: what is at chance, and "
+                    f"the loss of a guess, are those of {_CLASSES}."
+                )
             content |= {
                 "kind": "grid",
                 "roles": asdict(roles),
@@ -152,8 +158,9 @@ def _grid_of(table: Table, given: Roles) -> tuple[Roles, Scored, Findings]:
             "their learning rates, initialisations and seeds"
         )
     planned = is_planned(table.about)
-    levels = Levels.of(classes_of(table.about), table.about.get(_THRESHOLD, TRAINED))
-    return roles, trials, findings(trials.numbers, chance_loss(table.about), planned, levels)
+    classes = classes_of(table.about) or _CLASSES
+    levels = Levels.of(classes, table.about.get(_THRESHOLD, TRAINED))
+    return roles, trials, findings(trials.numbers, math.log(classes), planned, levels)
 
 
 def _draw_grid(table: Table, found: Findings, metric: str, folder: Path) -> None:

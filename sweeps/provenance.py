@@ -1,6 +1,5 @@
 """How the trials of a table were run, from what their runs left on disk."""
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bn_lightning.run_record import read_run
+from bn_lightning.run_record import number_of_classes, read_run
 from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE
 from bn_lightning.sweeps.engine.points import PLANNED
 from bn_lightning.sweeps.trials import Cell, Row, Table, is_diverged
@@ -51,6 +50,8 @@ def with_provenance(table: Table, base: Path) -> Table:
         if record is None and row.is_complete:
             # The run is on another machine: what it returned says less.
             facts = {key: str(attributes[key]) for key in ("data", "commit") if key in attributes}
+            if type(attributes.get("classes")) is int:  # another program may return a text
+                facts["classes"] = str(attributes["classes"])
             if "steps" in attributes and not is_diverged(row):
                 facts["steps"] = str(attributes["steps"])
                 attributes[BUDGET] = attributes["steps"]
@@ -92,8 +93,7 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
         "data": (record.get("data") or {}).get("source"),
         "steps": _budget(record),
         "batch size": (config.get("data") or {}).get("batch_size"),
-        "classes": (record.get("data") or {}).get("classes")
-        or (config.get("model") or {}).get("num_classes"),
+        "classes": number_of_classes(record),
         "processor": hardware.get("processor"),
         "cores": hardware.get("cores"),
         "threads": hardware.get("torch_threads"),
@@ -107,14 +107,10 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def classes_of(about: Mapping[str, Any]) -> int:
-    """How many classes the runs told apart; ten where that is not known."""
-    return int(next(iter((about.get("runs") or {}).get("classes") or ("10",))))
-
-
-def chance_loss(about: Mapping[str, Any]) -> float:
-    """The loss of a guess, in nats: ln(number of classes)."""
-    return math.log(classes_of(about))
+def classes_of(about: Mapping[str, Any]) -> int | None:
+    """How many classes the runs told apart; None where that is not known."""
+    found = next(iter((about.get("runs") or {}).get("classes") or ()), None)
+    return None if found is None else int(found)
 
 
 def _budget(record: Mapping[str, Any]) -> Cell:

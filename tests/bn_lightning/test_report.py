@@ -191,6 +191,20 @@ class TestSweep:
         report([str(table)])
         assert summary(table) == content
 
+    @pytest.mark.parametrize("classes", [None, 2])
+    def test_chance_where_the_runs_lie_elsewhere(
+        self, tmp_path: Path, make_study: Callable[..., Path], classes: int | None
+    ) -> None:
+        """All cells at .55: of two classes that is chance, of ten it is not."""
+        found = {"test/accuracy": 0.55, "test/loss": 0.6, "directory": "/elsewhere/sweep/0"}
+        found |= {} if classes is None else {"classes": classes}
+        sweep = make_study(tmp_path, change=lambda number, params: {"user_attrs": found})
+        page = report([str(sweep)]).read_text()
+        at_chance = summary(sweep)["arms"]["batch"]["measures"]["share_at_chance"]["value"]
+        note = "The runs do not say how many classes they told apart: what is at chance"
+        assert at_chance == (0 if classes is None else 1)
+        assert (note in page) == any(note in n for n in summary(sweep)["notes"]) == (not classes)
+
     def test_no_finished_trial(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweep = make_study(tmp_path, change=lambda n, p: {"state": TrialState.WAITING})
         page = report([str(sweep)]).read_text()
