@@ -17,7 +17,6 @@ and Triton on a GPU; matplotlib for --picture.
 import argparse
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.kernels.schedule import Regime, forced_regime
+from bn_lightning.machine import git_commit
 
 RESULTS = Path(__file__).parent / "results" / "batch_norm.csv"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -206,9 +206,6 @@ def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -
     low, median, high = percentiles(times)
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "shape": "x".join(map(str, case.shape)),
         "dtype": case.dtype,
@@ -228,7 +225,7 @@ def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": git_commit(),
     }
 
 

@@ -24,7 +24,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 from rows import append_rows
 
-from bn_lightning.run_record import git_commit, hardware, package_versions
+from bn_lightning.machine import git_commit, hardware, package_versions
 from bn_lightning.sweeps.engine.creation import create_study
 from bn_lightning.sweeps.engine.ledger import SLOT
 from bn_lightning.sweeps.engine.outcome import Outcome

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from bn_lightning.run_record import write_atomically
+from bn_lightning.whole_file import write_atomically
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

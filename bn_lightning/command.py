@@ -201,8 +201,10 @@ def _quoting(override: str | None) -> str:
 
 def _nearest(error: OmegaConfBaseException) -> str:
     names = [str(key) for key in error.parent_node or ()]
-    near = difflib.get_close_matches(str(error.key), names, n=1)
+    by_lower_case = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(error.key).lower(), by_lower_case, n=1)
     path = str(error.full_key).rpartition(".")[0]
     if near:
-        return f"; did you mean `{path}.{near[0]}`?" if path else f"; did you mean `{near[0]}`?"
+        name = by_lower_case[near[0]]
+        return f"; did you mean `{path}.{name}`?" if path else f"; did you mean `{name}`?"
     return f"; there are {', '.join(names)}"

@@ -24,6 +24,7 @@ from bn_lightning.fusion import fuse as fuse_model
 from bn_lightning.fusion import is_fused, unfuse
 from bn_lightning.fusion.calls import is_fusable
 from bn_lightning.kernels.checks import BACKENDS
+from bn_lightning.tracing import has_own_forward
 
 _KEY = "convert"
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -174,7 +175,7 @@ def _why_not(module: nn.Module) -> str | None:
             "nn.SyncBatchNorm synchronises by itself; use torch's plain BatchNorm with Lightning's "
             "plugin bn_lightning.FusedSyncBatchNorm to have both"
         )
-    if "forward" in module.__dict__:
+    if has_own_forward(module):
         return "the instance has a forward of its own"
     if parametrize.type_before_parametrizations(module) not in _OURS:
         return f"{cls.__module__}.{cls.__qualname__} is not torch's, and may do something else"

@@ -24,16 +24,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.convert import revert_batchnorm
+from bn_lightning.fusion import is_fused
 from bn_lightning.fusion.calls import is_hooked
-from bn_lightning.fusion.forwards import FusedForward
 from bn_lightning.kernels.activations import activate
-from bn_lightning.tracing import NotTraceable, trace_forward
+from bn_lightning.sync import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from bn_lightning.tracing import NotTraceable, forward_of, has_own_forward, trace_forward
 
 logger = logging.getLogger(__name__)
 
 _NORMS = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+    *(SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d),
 }
 _TRANSPOSED = {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 _LAYERS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d} | _TRANSPOSED
@@ -123,7 +125,7 @@ def find_foldable(model: nn.Module) -> Folding:
                     layers[module] = before
         except NotTraceable as why:
             # Whether it calls what is inside one by one is not known.
-            where = f"{type(caller).__name__}.forward of {name!r}"
+            where = forward_of(caller, name)
             unknown |= dict.fromkeys(inner, f"{where}, around it, is not known: {why}")
     folded: dict[str, str] = {}
     skipped: dict[str, str] = {}
@@ -186,9 +188,8 @@ def _calls(caller: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
 
     What a forward reads from a module otherwise counts as another call.
     """
-    own = caller.__dict__.get("forward")
-    if own is not None and not isinstance(own, FusedForward):
-        raise NotTraceable("the instance has another")
+    if has_own_forward(caller) and not is_fused(caller):
+        raise NotTraceable("the instance has a forward of its own")
     if type(caller).forward is nn.Sequential.forward:
         modules = list(caller)  # type: ignore[call-overload]  # an nn.Sequential
         yield from zip(modules, [None, *modules[:-1]], strict=True)

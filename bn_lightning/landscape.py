@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
 from bn_lightning.command import hydra_command, quiet_lightning
-from bn_lightning.run_record import write_atomically
 from bn_lightning.sweeps.arms import label_of
 from bn_lightning.sweeps.figures import landscape_figure, save
 from bn_lightning.sweeps.runs import arm_of
+from bn_lightning.whole_file import write_atomically
 
 _MOST_POINTS = 10_000  # more than a picture shows; each is a forward pass of each batch
 COLUMNS = ("batch", "step_size", "loss", "relative_loss")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bn_lightning.run_record import write_atomically
+from bn_lightning.whole_file import write_atomically
 
 FILE_NAME = "metrics.csv"
 

@@ -17,7 +17,7 @@ from bn_lightning.checkpoint import (
     trusted_config,
 )
 from bn_lightning.command import hydra_command, quiet_lightning
-from bn_lightning.run_record import write_atomically
+from bn_lightning.whole_file import write_atomically
 
 
 def predict(config: DictConfig) -> Path:

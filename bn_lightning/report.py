@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bn_lightning.command import FULL_ERROR, run_reported
-from bn_lightning.run_record import write_atomically, write_json
 from bn_lightning.sweeps import figures, grid_figures
 from bn_lightning.sweeps.arms import label_of
 from bn_lightning.sweeps.engine.passwords import redacted
@@ -34,6 +33,7 @@ from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, run
 from bn_lightning.sweeps.study_plots import optuna_plots
 from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
 from bn_lightning.sweeps.trials import TABLE, Table, to_csv
+from bn_lightning.whole_file import write_atomically, write_json
 
 PAGE = "report.html"
 _CLASSES = 10  # of the digits, where the runs do not say how many they told apart

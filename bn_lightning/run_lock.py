@@ -13,8 +13,9 @@ from typing_extensions import override
 
 from bn_lightning.command import report
 from bn_lightning.run_directory import LAST, RESUMED
-from bn_lightning.run_record import FILE_NAME, remove_unfinished
+from bn_lightning.run_record import FILE_NAME
 from bn_lightning.sweeps.engine.environment import in_trial
+from bn_lightning.whole_file import remove_unfinished
 
 
 class RunLock(Callback):

@@ -3,36 +3,28 @@
 A run's directory holds
 
     .hydra/                   the configuration as Hydra composed it, and the overrides typed
+    .hydra-resumed/           the same of the last time that the run was gone on with
+    TASK.log                  what was logged, TASK being `task_name`
     run.json                  this module's record
     metrics.csv               metrics against steps (metrics_csv.py)
     checkpoints/best.ckpt     highest validation accuracy
     checkpoints/last.ckpt     where the run goes on when resumed
-    figures/                  accuracy and activation percentiles against steps
+    figures/                  accuracy, activation percentiles, BatchNorm's statistics against steps
 """
 
-import contextlib
 import json
-import math
-import os
-import platform
-import resource
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from bn_lightning.machine import git_commit, hardware, package_versions, peak_memory_mib
+from bn_lightning.whole_file import write_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "run.json"
 STATUSES = ("running", "completed", "diverged", "pruned", "failed", "interrupted")
-
-UNFINISHED = ".part"
-"""How the name of a file ends that is not whole yet; it begins with a dot."""
-
-_PACKAGES = ("bn-lightning", "torch", "triton", "lightning", "torchmetrics", "hydra-core", "optuna")
 
 
 class RunRecord:
@@ -75,7 +67,11 @@ class RunRecord:
             write_json(self.path, self.content)
 
     def end(self, status: str, **content: Any) -> None:
-        """Write the final status and whatever else became known."""
+        """Write the final status and whatever else became known.
+
+        Raises:
+            ValueError: `status` is none of `STATUSES`.
+        """
         if status not in STATUSES:
             raise ValueError(f"`status` expected one of {', '.join(STATUSES)}, got {status!r}")
         self.update(status=status, ended=_now(), peak_memory_mib=peak_memory_mib(), **content)
@@ -129,117 +125,5 @@ def logged_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if name != "step"}
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step; numbers that JSON lacks, NaN and infinities, become null."""
-    write_atomically(path, json.dumps(finite(content), indent=2, default=str) + "\n")
-
-
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Replace `path` by a file with this content: a reader sees the old one or the new one, whole.
-
-    Raises:
-        OSError: it names `path`, whatever the system refused.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(UNFINISHED, f".{path.name}.", path.parent)
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files for the user's eyes only; a run's are as readable as its directory's.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):  # gone with its folder
-                os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `write_atomically` was writing in a folder when its process was killed.
-
-    Nobody may be writing there.
-    """
-    for path in folder.glob(f".*{UNFINISHED}"):
-        path.unlink()
-
-
-def package_versions() -> dict[str, str | None]:
-    """Installed versions of Python and of the packages a result depends on; None if absent."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, threads of torch, and the accelerators that torch sees."""
-    import torch
-
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, "-dirty" if files differ from it."""
-    directory = Path(__file__).parent
-    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def peak_memory_mib() -> float:
-    """The largest resident set of this process so far, in MiB."""
-    try:
-        # getrusage would count what the process that started this one held, too.
-        with open("/proc/self/status", encoding="ascii") as file:
-            kib = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        kib = peak // 2**10 if sys.platform == "darwin" else peak  # macOS counts in bytes
-    return round(kib / 2**10, 1)
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def finite(content: Any) -> Any:
-    """Plain data with None in place of the numbers that JSON lacks, NaN and infinities."""
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
-    return content

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -111,6 +111,20 @@ def required_arguments(module: nn.Module) -> list[str]:
     if not required or any(p.kind is p.KEYWORD_ONLY for p in required):
         raise NotTraceable("it takes no tensors by position")
     return [p.name for p in required]
+
+
+def forward_of(module: nn.Module, name: str) -> str:
+    """What messages call the forward of the module of this name in a model."""
+    return f"{type(module).__name__}.forward of {repr(name) if name else 'the model itself'}"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether an instance has another forward than its class.
+
+    After a fit in several processes Lightning leaves the class's forward on the instance.
+    """
+    own = module.__dict__.get("forward")
+    return own is not None and own != MethodType(type(module).forward, module)
 
 
 class _StandIn(fx.Proxy):

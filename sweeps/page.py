@@ -18,7 +18,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from bn_lightning.run_record import finite
+from bn_lightning.whole_file import finite
 
 
 @dataclass(frozen=True)

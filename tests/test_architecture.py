@@ -21,6 +21,8 @@ ORDER = {
     "fold": 4,
     "interruption": 2,
     "run_directory": 2,
+    "machine": 1,
+    "whole_file": 1,
     "run_record": 2,
     "trust": 1,
     "config_check": 1,

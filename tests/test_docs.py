@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from importlib import import_module
@@ -103,6 +104,28 @@ def test_links(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_names_every_option():
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
+    for path in (ROOT / "conf").glob("*/*.yaml"):
+        group = path.parent.name
+        if group not in ("extras", "hydra", "paths") and (group, path.stem) != (
+            "trainer",
+            "default",
+        ):
+            assert f"`{path.stem}`" in table[group], f"{group}={path.stem}"
+
+
+def test_the_tree_names_every_source_file():
+    tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
+    files = subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()
+    sources = {
+        Path(f).name for f in files if f.startswith(("bn_lightning/", "kernels/", "sweeps/"))
+    }
+    named = set(re.findall(r"\w+\.py", tree))
+    assert not sources - named - {"__init__.py"}
+    assert not named - {Path(f).name for f in files}
 
 
 def test_the_api_reference_has_every_public_name():

@@ -32,7 +32,7 @@ FEW_CHANNELS = (*DIGITS, "model.network.channels=[4,8]")
 # What image folders have and the digits have not; tests/bn_lightning/test_image_experiments.py runs
 # the same on a folder.
 ONE_CHANNEL = (*DIGITS, "model.network.in_channels=1")
-NOT_OF_DIGITS = ("~data.image_size", "~data.photometric", "~data.shuffle")
+NOT_OF_DIGITS = ("~data.photometric", "~data.shuffle")
 OVERRIDES: dict[str, tuple[str, ...]] = {
     "cifar_resnet": (*ONE_CHANNEL, "model.network.depth=8", "optimizer.lr=0.01"),
     "imagenet_inception": (*ONE_CHANNEL, *NOT_OF_DIGITS, "data.batch_size=4"),

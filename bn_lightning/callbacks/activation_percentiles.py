@@ -36,6 +36,10 @@ class ActivationPercentiles(Callback):
         layer: name of the activation module inside the LightningModule, whose last use in a forward
             counts; None for its last one.
 
+    Raises:
+        ValueError: a count is out of its range; when training begins, `layer` or `unit` is none of
+            the network's, or there is no validation loader.
+
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1 and Figure 1(b, c).
     """
 
@@ -96,14 +100,21 @@ def probe_steps(max_steps: int, points: int) -> set[int]:
 
 
 def last_activation(network: nn.Module) -> str:
-    """The name of the last module of `torch.nn.modules.activation` in the network."""
+    """The name of the last module of `torch.nn.modules.activation` in the network.
+
+    Raises:
+        ValueError: there is none.
+    """
     names = [
         name
         for name, module in network.named_modules()
         if type(module).__module__ == "torch.nn.modules.activation"
     ]
     if not names:
-        raise ValueError("`layer` expected the name of a module: the network has no activation")
+        raise ValueError(
+            "`layer` expected the name of a module, got null, and the network has no activation;"
+            " name one, or leave the callback out"
+        )
     return names[-1]
 
 

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from bn_lightning.callbacks.run_checkpoints import step_is_over
+from bn_lightning.callbacks.steps import step_is_over
 
 
 class DivergenceGuard(Callback):

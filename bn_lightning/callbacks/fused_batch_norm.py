@@ -35,9 +35,14 @@ class FusedBatchNorm(Callback):
         # An earlier setup of this callback, not ended: what it converted is still to be reverted.
         self._reverts = self.revert and (self._reverts or not is_converted(pl_module))
         self.conversion = convert_batchnorm(pl_module, fuse=self.fuse, backend=self.backend)
+        skipped = self.conversion.skipped
+        why = "".join(
+            f"; first {name or 'the model itself'}: {why}"
+            for name, why in list(skipped.items())[:1]
+        )
         rank_zero_info(
             f"BatchNorm: {len(self.conversion.converted)} converted, {len(self.conversion.fused)} "
-            f"fused, {len(self.conversion.skipped)} left alone"
+            f"fused, {len(skipped)} left alone{why}"
         )
 
     @override

@@ -12,11 +12,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from bn_lightning.callbacks.steps import step_is_over, validation_follows
 from bn_lightning.checkpoint import METRICS_KEY
 from bn_lightning.checkpoint_file import WholeCheckpointIO
 from bn_lightning.interruption import Interrupted, handled_by
 from bn_lightning.run_directory import make_newest
-from bn_lightning.run_record import UNFINISHED, logged_numbers
+from bn_lightning.run_record import logged_numbers
+from bn_lightning.whole_file import UNFINISHED
 
 
 class RunCheckpoints(ModelCheckpoint):
@@ -156,33 +158,3 @@ class RunCheckpoints(ModelCheckpoint):
         self._last_step_saved = trainer.global_step
         if signum is not None:
             raise Interrupted(signum)
-
-
-def step_is_over(trainer: Trainer) -> bool:
-    """Whether the batch that has just ended was the last of its optimiser step."""
-    batches = trainer.fit_loop.batch_idx + 1
-    return batches % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-
-
-def validation_follows(trainer: Trainer) -> bool:
-    """Whether the Trainer validates after the training batch that has just ended.
-
-    Not known beforehand, and taken for no, where `val_check_interval` is a time.
-    """
-    if not trainer.enable_validation or trainer.val_check_batch is None:
-        return False
-    if trainer.should_stop and may_stop_early(trainer):
-        return True
-    if trainer.check_val_every_n_epoch is None:
-        return (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0
-    if (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch:
-        return False
-    if trainer.val_check_batch == float("inf"):
-        return trainer.is_last_batch
-    return (trainer.fit_loop.batch_idx + 1) % trainer.val_check_batch == 0
-
-
-def may_stop_early(trainer: Trainer) -> bool:
-    """Whether `min_epochs` and `min_steps` are reached, before which `should_stop` has to wait."""
-    enough_epochs = not trainer.min_epochs or trainer.current_epoch >= trainer.min_epochs
-    return enough_epochs and (not trainer.min_steps or trainer.global_step >= trainer.min_steps)

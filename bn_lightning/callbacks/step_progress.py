@@ -18,7 +18,10 @@ class StepProgress(ProgressBar):
     the mean number of steps per second since the start.
 
     Args:
-        refresh_every_n_steps: steps between two updates of the bar.
+        refresh_every_n_steps: steps between two updates of the bar, at least 1.
+
+    Raises:
+        ValueError: it is less.
     """
 
     def __init__(self, refresh_every_n_steps: int) -> None:

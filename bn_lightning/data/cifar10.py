@@ -108,7 +108,7 @@ class CIFAR10DataModule(TensorDataModule):
         archive = self.folder.parent / self.archive
         try:
             if self.download:
-                download(archive, self.mirrors, self.archive_sha256, check=check_sha256)
+                download(archive, self.mirrors, self.archive_sha256, check_sha256)
             elif archive.exists():
                 check_sha256(archive, self.archive_sha256)
         except DataUnavailableError as error:

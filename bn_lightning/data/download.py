@@ -10,7 +10,6 @@ from pathlib import Path
 import pooch
 
 from bn_lightning.data.errors import DataError, DataUnavailableError
-from bn_lightning.data.idx import idx_payload
 
 _TIMEOUT = 10.0  # seconds to connect, and between two chunks: an offline machine learns it soon
 _CHUNK = 1 << 16  # bytes
@@ -20,8 +19,7 @@ def download(
     target: Path,
     mirrors: Sequence[str],
     digest: str,
-    timeout: float = _TIMEOUT,
-    check: Callable[[Path, str], object] = idx_payload,
+    check: Callable[[Path, str], object],
 ) -> None:
     """Downloads `target` unless it is there, and checks it in either case.
 
@@ -31,10 +29,9 @@ def download(
     Args:
         target: where the file belongs; its name is also its name on the mirrors.
         mirrors: base URLs ending in a slash, tried in this order.
-        digest: of the file, as `check` takes it; of its decompressed payload, as in `published.py`.
-        timeout: seconds to wait for a connection and for each chunk of data.
-        check: called with a file and `digest`; raises `DataError` where they do not agree. By
-            default the digest is that of the file's decompressed payload.
+        digest: of the file, as `check` takes it.
+        check: called with a file and `digest`; raises `DataError` where they do not agree, as
+            `check_sha256` does, and `idx_payload` for the decompressed payload.
 
     Raises:
         DataError: `target` is there with another digest (it is left as it is), or its folder
@@ -53,7 +50,7 @@ def download(
             f"{target} is absent and its folder cannot be written ({error.strerror});"
             " choose another `data.root`, or place the file there yourself"
         ) from error
-    fetch = pooch.HTTPDownloader(timeout=timeout, chunk_size=_CHUNK)
+    fetch = pooch.HTTPDownloader(timeout=_TIMEOUT, chunk_size=_CHUNK)
     failures = []
     with folder as temporary:
         part = Path(temporary) / target.name

@@ -88,7 +88,7 @@ class MNISTDataModule(TensorDataModule):
             return
         try:
             for name in self._absent():
-                download(self.folder / f"{name}.gz", self.mirrors, self.digests[name])
+                download(self.folder / f"{name}.gz", self.mirrors, self.digests[name], idx_payload)
         except DataUnavailableError as error:
             # `load` decides, because it runs on every rank: all fall back, or all end.
             self._refusal = error

@@ -11,7 +11,13 @@ from bn_lightning.fusion.forwards import (
     is_pair,
 )
 from bn_lightning.fusion.sites import Findings, Unsafe, check_modules, fuse_graph
-from bn_lightning.tracing import NotTraceable, required_arguments, trace_forward
+from bn_lightning.tracing import (
+    NotTraceable,
+    forward_of,
+    has_own_forward,
+    required_arguments,
+    trace_forward,
+)
 
 
 def fuse(model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -31,7 +37,7 @@ def fuse(model: nn.Module) -> tuple[list[str], dict[str, str]]:
         inner = [m for m in caller.modules() if m is not caller and is_fusable(m)]
         if not inner or type(caller).forward is nn.Module.forward:
             continue
-        where = f"{type(caller).__name__}.forward of {name!r}"
+        where = forward_of(caller, name)
         try:
             found = _fuse_caller(caller)
         except NotTraceable as why:
@@ -75,8 +81,8 @@ def _fuse_caller(caller: nn.Module) -> Findings:
     Raises:
         NotTraceable: what its forward does cannot be told.
     """
-    if "forward" in caller.__dict__:
-        raise NotTraceable("the instance has another")
+    if has_own_forward(caller):
+        raise NotTraceable("the instance has a forward of its own")
     if type(caller).forward is nn.Sequential.forward:
         return _fuse_sequential(caller)
     findings = Findings()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bn_lightning.batch_norm import BatchNorm2d
 from bn_lightning.kernels.activations import activate
+from bn_lightning.tracing import has_own_forward
 
 # An activation by its name in kernels/activations.py, with the slope of leaky_relu.
 Named = tuple[str, float]
@@ -92,7 +93,7 @@ def is_hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or has_own_forward(module)
     )
 
 

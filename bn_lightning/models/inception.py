@@ -51,6 +51,11 @@ class InceptionBlock(nn.Module):
     """The branches of one row of `FIGURE_5` side by side, their outputs one after another.
 
     Maps (N, inputs, H, W) to (N, outputs, H, W), or to half the height and width, rounded up.
+
+    Args:
+        inputs: channels.
+        row: the branches' channels; without `one` the block halves height and width.
+        conv: makes a convolution with its normalisation and activation, as `ConvLayer`.
     """
 
     def __init__(self, inputs: int, row: Branches, conv: Callable[..., ConvLayer]) -> None:

@@ -63,7 +63,11 @@ def zeros(weight: Tensor, generator: torch.Generator) -> None:
 def xavier(
     weight: Tensor, generator: torch.Generator, *, distribution: Literal["normal", "uniform"]
 ) -> None:
-    """Variance 2 / (fan_in + fan_out). Glorot & Bengio 2010, equation 16."""
+    """Variance 2 / (fan_in + fan_out). Glorot & Bengio 2010, equation 16.
+
+    Raises:
+        ValueError: `distribution` is neither normal nor uniform.
+    """
     fill = {"normal": nn.init.xavier_normal_, "uniform": nn.init.xavier_uniform_}
     if distribution not in fill:
         raise ValueError(f"`distribution` expected normal or uniform, got {distribution!r}")

@@ -55,6 +55,13 @@ class HiddenLayer(nn.Sequential):
     Ioffe & Szegedy normalise the input of the activation (section 3.2, z = g(BN(Wu))); other
     sources normalise its output. The linear layer keeps its bias under BatchNorm, which makes it
     redundant, so that networks with and without BatchNorm hold the same weights.
+
+    Args:
+        in_features: of the input.
+        width: units.
+        activation: makes the activation.
+        norm: makes the normalisation of so many features; None leaves it out.
+        norm_position: "before" or "after" the activation.
     """
 
     def __init__(

@@ -16,6 +16,13 @@ class ResidualBlock(nn.Module):
 
     Where the size changes, the shortcut takes every second pixel and fills new channels with zeros:
     the source's option A, which has no parameters.
+
+    Args:
+        inputs: channels of x.
+        outputs: channels of y, at least `inputs`.
+        stride: of the first convolution, 1 or 2.
+        norm: makes the normalisation of so many channels; None leaves it out.
+        bias: whether the convolutions have one.
     """
 
     def __init__(

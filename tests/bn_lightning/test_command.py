@@ -73,6 +73,7 @@ LINES = {
         ("trainer.max_stps=5",),
         ["`trainer.max_stps` is no key", "did you mean `trainer.max_steps`?"],
     ),
+    "capital": (composed, ("optimizer.Lr=5",), ["did you mean `optimizer.lr`?"]),
     "typo_at_the_top": (composed, ("sed=5",), ["`sed` is no key", "did you mean `seed`?"]),
     "far_from_any_key": (
         composed,

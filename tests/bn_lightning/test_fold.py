@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from bn_lightning import BatchNorm2d, convert_batchnorm, fold_batchnorm
 from bn_lightning.fold import find_foldable
+from bn_lightning.sync import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 TOLERANCES = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -67,6 +68,10 @@ def test_architectures(name: str, dtype: torch.dtype) -> None:
 
 
 LAYERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
+    "own_sync": (nn.Conv2d(4, 6, 3), SyncBatchNorm(6), (2, 4, 5, 5)),
+    "sync1d": (nn.Linear(4, 6), SyncBatchNorm1d(6), (7, 4)),
+    "sync2d": (nn.Conv2d(4, 6, 3), SyncBatchNorm2d(6, activation="relu"), (2, 4, 5, 5)),
+    "sync3d": (nn.Conv3d(4, 6, 2), SyncBatchNorm3d(6), (2, 4, 3, 3, 3)),
     "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 5)),
     "conv2d_groups": (nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), (2, 4, 5, 5)),
     "conv2d_reflect": (
@@ -124,6 +129,12 @@ def test_a_converted_and_fused_model_is_folded_as_it_was() -> None:
     assert convert_batchnorm(model, fuse=True).fused  # still
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+def test_the_forward_of_its_class_on_an_instance_is_no_other() -> None:
+    model = trained(BasicBlock(4, 4, 1, None)).eval()
+    model.forward = model.forward
+    assert not find_foldable(model).skipped
 
 
 def test_all_names_of_a_module_are_replaced() -> None:
@@ -192,7 +203,7 @@ FORWARDS = {
     bias_is_read: "used more than once",
     a_number_is_read: "used more than once",
     something_between: "no convolution",
-    branches: "Forward.forward of '', around it, is not known: it branches",
+    branches: "Forward.forward of the model itself, around it, is not known: it branches",
 }
 
 
@@ -290,7 +301,7 @@ def test_what_is_around_a_pair_has_to_be_known() -> None:
             y = self.features[0](x)
             return self.features[1](y) if y.sum() > 0 else y
 
-    left_alone(Taps(), "Taps.forward of '', around it, is not known")
+    left_alone(Taps(), "Taps.forward of the model itself, around it, is not known")
 
 
 def test_a_model_with_none() -> None:

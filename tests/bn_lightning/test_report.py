@@ -12,10 +12,11 @@ from optuna.trial import TrialState
 
 from bn_lightning.metrics_logger import MetricsCSVLogger
 from bn_lightning.report import Options, main, report
-from bn_lightning.run_record import RunRecord, read_run, write_json
+from bn_lightning.run_record import RunRecord, read_run
 from bn_lightning.sweeps import figures
 from bn_lightning.sweeps.figures import run_styles
 from bn_lightning.sweeps.roles import Roles
+from bn_lightning.whole_file import write_json
 
 METRICS = {
     "test/accuracy": 0.9,

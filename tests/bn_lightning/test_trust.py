@@ -42,7 +42,7 @@ def test_classes_and_functions_of_models(name):
         ("bn_lightning.train.Path", "which is pathlib.Path"),
         ("bn_lightning.command.os.system", "which is posix.system"),
         ("torch.nn.functional.torch.hub.load", "which is torch.hub.load"),
-        ("bn_lightning.run_record.write_json", "which is no class"),
+        ("bn_lightning.whole_file.write_json", "which is no class"),
         ("bn_lightning.data.archive.unpack", "which is no class"),
         # Its constructor compiles what it is given; others start processes or write files.
         ("bn_lightning.fusion.forwards.Variant", "got bn_lightning.fusion.forwards.Variant; if"),

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bn_lightning.run_record import finite
 from bn_lightning.sweeps import tolerance
 from bn_lightning.sweeps.findings import (
     SHARE,
@@ -21,6 +20,7 @@ from bn_lightning.sweeps.findings import (
     sentences,
 )
 from bn_lightning.sweeps.tolerance import Estimate, Grid, Levels, Trial
+from bn_lightning.whole_file import finite
 
 INITS, RATES, SEEDS = (0.01, 0.1), (0.01, 0.1, 1.0, 10.0), (1, 2, 3)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bn_lightning.run_record import read_run, write_json
+from bn_lightning.run_record import read_run
 from bn_lightning.sweeps.runs import (
     arm_of,
     read_runs,
@@ -14,6 +14,7 @@ from bn_lightning.sweeps.runs import (
     runtimes,
     width_growth,
 )
+from bn_lightning.whole_file import write_json
 
 BATCH = {"_target_": "bn_lightning.models.normalization.batch_norm"}
 SYNC = {"_target_": "bn_lightning.models.normalization.sync_batch_norm"}

@@ -156,6 +156,14 @@ class TestRuns:
         lines = [m for m in caplog.messages if m.startswith("BatchNorm")]
         assert lines == ["BatchNorm: 3 converted, 3 fused, 0 left alone"]
 
+    def test_it_says_why_a_layer_is_left_alone(self, tmp_path: Path, caplog) -> None:
+        odd = model()
+        odd.stem[1].forward = lambda x: x
+        with caplog.at_level("INFO"):
+            trainer(tmp_path, FusedBatchNorm(), fast_dev_run=True).fit(odd, loader())
+        (line,) = [m for m in caplog.messages if m.startswith("BatchNorm")]
+        assert line.endswith("1 left alone; first stem.1: the instance has a forward of its own")
+
     def test_without_fusion(self, tmp_path: Path, fused_calls: list[bool]) -> None:
         callback = FusedBatchNorm(fuse=False, backend="native")
         trainer(tmp_path, callback, fast_dev_run=True).fit(model(), loader())

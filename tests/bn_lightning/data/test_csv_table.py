@@ -46,6 +46,8 @@ def test_features_alone() -> None:
     for text in ("iq,cgpa\n100,7\n", "cgpa,placement,iq\n7,,100\n"):
         found = parse_features(text.encode(), ("cgpa", "iq"), "table.csv")
         assert found.tolist() == [[7, 100]]
+    found = parse_features(b"iq,cgpa\n100,7\n90,8\n", ("cgpa", "iq"), "table.csv")
+    assert found.tolist() == [[7, 100], [8, 90]]
     with pytest.raises(DataError, match="iq is not there once .*that the network was trained"):
         parse_features(b"cgpa,IQ\n7,100\n", ("cgpa", "iq"), "table.csv")
 
@@ -74,7 +76,11 @@ def test_what_spreadsheets_write() -> None:
             HEADER + "a,7,100,1\nb,,90,0\nc,8,NA,0\nd,9,95,nan\n",
             "but 3 rows lack one, the first of them in line 3, 4, 5",
         ),
-        (HEADER + "a,7,100,1\nb,8,90,1\n", "two classes, but got 1 in 2 rows: 1"),
+        (
+            HEADER + "a,,100,1\n" * 6,
+            "6 rows lack one, the first of them in line 2, 3, 4, 5, 6; fill them in",
+        ),
+        (HEADER + "a,7,100,1\nb,8,90,1\n", "two classes, but got 1 in 2 rows: 1$"),
         (
             HEADER + "a,7,100,1\nb,8,90,2\nc,8,90,0\n",
             "two values in placement, .* got 3 in 3 rows: 1, 2, 0",
@@ -106,6 +112,7 @@ def test_what_spreadsheets_write() -> None:
         "text",
         "infinite",
         "missing",
+        "six missing",
         "one class",
         "three classes",
         "five classes",

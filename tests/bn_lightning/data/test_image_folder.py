@@ -14,9 +14,12 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from bn_lightning import Classifier
+from bn_lightning.config_check import MOST_PROCESSES
 from bn_lightning.data import ImageFolderDataModule
 from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavailableError
 from bn_lightning.data.image_file import ImageFileError
+from bn_lightning.data.image_folder import list_images
+from bn_lightning.data.image_transforms import CentreCrop, PadCrop, ResizedCrop
 
 # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -161,7 +164,11 @@ def test_other_files_are_left_out(folder: Path) -> None:
         ({"photometric": 1.5}, ValueError, r"`photometric` in \[0, 1\]"),
         ({"std": (1, 1, 0)}, ValueError, "`std` three positive"),
         ({"mean": (0,)}, ValueError, "`mean` to be three numbers"),
-        ({"num_workers": 10**6}, ValueError, "`num_workers` to be at most"),
+        ({"num_workers": MOST_PROCESSES + 1}, ValueError, "`num_workers` to be at most"),
+        ({"batch_size": 0}, ValueError, "`batch_size` to be at least 1"),
+        ({"eval_batch_size": 0}, ValueError, "`eval_batch_size` to be at least 1"),
+        ({"seed": -1}, ValueError, "`seed` to be at least 0"),
+        ({"photometric": -0.5}, ValueError, r"`photometric` in \[0, 1\]"),
         ({"name": "../noise"}, ValueError, "`name` to be that of a folder in `root`"),
         ({"name": "a/../../noise"}, ValueError, "got 'a/../../noise'; give the folder that it"),
         ({"name": "/noise"}, ValueError, "`name` to be that of a folder in `root`"),
@@ -173,6 +180,74 @@ def test_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         ImageFolderDataModule(**folder_options(tmp_path, **options))
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_arguments_at_their_bounds(tmp_path: Path, photometric: float) -> None:
+    bounds = {"image_size": 8, "batch_size": 1, "eval_batch_size": 1, "seed": 0}
+    bounds |= {"num_workers": MOST_PROCESSES, "photometric": photometric}
+    module = ImageFolderDataModule(**folder_options(tmp_path, **bounds))
+    assert module.input_shape == (3, 8, 8)
+
+
+class TestChoices:
+    @pytest.mark.parametrize(
+        ("augment", "training", "share"),
+        [
+            ("resized_crop", ResizedCrop, 224 / 256),
+            ("pad_crop", PadCrop, 1),
+            ("none", CentreCrop, 1),
+        ],
+    )
+    def test_what_training_and_evaluation_see(
+        self, folder: Path, augment: str, training: type, share: float
+    ) -> None:
+        module = image_module(folder, augment=augment, photometric=0.25)
+        seen = module.train_dataloader().decoded.transform
+        assert type(seen) is training
+        assert getattr(seen, "photometric", 0.25) == 0.25
+        for loader in (module.val_dataloader(), module.test_dataloader()):
+            assert type(loader.decoded.transform) is CentreCrop
+            assert loader.decoded.transform.share == share
+
+    def test_what_is_shuffled(self, folder: Path) -> None:
+        for choice in ("samples", "batches"):
+            module = image_module(folder, shuffle=choice)
+            assert module.train_dataloader().fixed_batches == (choice == "batches")
+            assert module.train_dataloader().shuffle and not module.val_dataloader().shuffle
+
+    def test_workers_live_on_in_training_alone(self, folder: Path) -> None:
+        module = image_module(folder, num_workers=2)
+        assert module.train_dataloader().keep_workers and not module.val_dataloader().keep_workers
+        assert module.train_dataloader().num_workers == module.val_dataloader().num_workers == 2
+
+    def test_other_images_are_evaluated_as_the_test_is(self, folder: Path) -> None:
+        """By workers where they are more than a batch; of what cannot be read, nothing comes."""
+        module = image_module(folder, num_workers=2, corrupt="skip")
+        files, _ = list_images(folder / "val", ["cat", "dog"])
+        module.eval_batch_size = len(files)
+        assert module.evaluation_batches(files, pytest.fail).num_workers == 0
+        ((inputs, targets),) = module.evaluation_batches(files, pytest.fail)
+        ((expected, _),) = module.test_dataloader()
+        assert torch.equal(inputs, expected) and targets.tolist() == [0, 0, 0, 1, 1, 1]
+        module.eval_batch_size = len(files) - 1
+        assert module.evaluation_batches(files, pytest.fail).num_workers == 2
+        (folder / "val" / "cat" / "000.png").write_bytes(b"")
+        module.eval_batch_size, module.num_workers = 1, 0
+        noted: list[Any] = []
+        assert len(list(module.evaluation_batches(files, noted.extend))) == 5
+        assert [name for name, _ in noted] == ["cat/000.png"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [(3, "with f0, f1, f2$"), (4, "with f0, f1, f2 and 1 more$"), (5, "f2 and 2 more$")],
+)
+def test_few_of_many_classes_are_named(folder: Path, extra: int, words: str) -> None:
+    for number in range(extra):
+        (folder / "val" / f"f{number}").mkdir()
+    with pytest.raises(DataError, match=words):
+        image_module(folder)
 
 
 class TestCorrupt:

@@ -72,7 +72,7 @@ def test_the_nearest_that_does_not_trace_is_named() -> None:
 
 def test_the_root_has_no_name() -> None:
     _, reasons = fuse(Branching(BatchNorm2d(3)))
-    assert reasons["inner"].startswith("Branching.forward of '' is not known")
+    assert reasons["inner"].startswith("Branching.forward of the model itself is not known")
 
 
 def test_nothing_follows() -> None:
@@ -91,8 +91,20 @@ def test_a_forward_of_the_instances_own_is_left_alone() -> None:
     model = nn.Sequential(*pair())
     model.forward = own = lambda x: x
     fused, reasons = fuse(model)
-    assert fused == [] and "the instance has another" in reasons["0"]
+    assert fused == [] and "the instance has a forward of its own" in reasons["0"]
     assert unfuse(model) == [] and model.forward is own
+
+
+def test_the_forward_of_its_class_on_an_instance_is_no_other() -> None:
+    """As Lightning leaves it after a fit in several processes."""
+    model = Chain(*pair()).eval()
+    model.forward = model.forward
+    x = torch.randn(2, 3, 2, 2)
+    wanted = model(x)
+    assert fuse(model)[0] and is_fused(model)
+    assert torch.allclose(model(x), wanted)
+    unfuse(model)
+    assert torch.equal(model(x), wanted)
 
 
 def test_a_sequential_with_a_forward_of_its_own_is_traced() -> None:
