@@ -6,6 +6,7 @@ Writes report.html, summary.json, trials.csv and figures/ into --output.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +16,12 @@ from typing import Any
 from bn_lightning.command import FULL_ERROR, run_reported
 from bn_lightning.sweeps import figures, grid_figures
 from bn_lightning.sweeps.arms import label_of
+from bn_lightning.sweeps.engine.passwords import redacted
 from bn_lightning.sweeps.findings import Findings, findings, sentences
+from bn_lightning.sweeps.grid_plots import cells_json
 from bn_lightning.sweeps.pages import grid_page, runs_page, study_page
 from bn_lightning.sweeps.paper import is_paper_experiment
-from bn_lightning.sweeps.plots import cells_json
 from bn_lightning.sweeps.provenance import (
-    chance_loss,
     classes_of,
     is_planned,
     mixed,
@@ -31,10 +32,11 @@ from bn_lightning.sweeps.runs import Run, read_runs, runtime_sentences, runtimes
 from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, runs_in
 from bn_lightning.sweeps.study_plots import optuna_plots
 from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
-from bn_lightning.sweeps.trials import TABLE, Table, shown_url, to_csv
+from bn_lightning.sweeps.trials import TABLE, Table, to_csv
 from bn_lightning.whole_file import write_atomically, write_json
 
 PAGE = "report.html"
+_CLASSES = 10  # of the digits, where the runs do not say how many they told apart
 _THRESHOLD = "threshold"  # in what a table's summary says about it
 
 EXAMPLES = """\
@@ -81,7 +83,7 @@ def report(sources: Sequence[str], options: Options = Options()) -> Path:
     if all(runs.values()):
         return _report_runs([run for found in runs.values() for run in found], options)
     if len(sources) > 1:
-        others = [shown_url(source) for source in sources if not runs[source]]
+        others = [redacted(source, source) for source in sources if not runs[source]]
         raise ValueError(
             f"expected one sweep, or runs, got {len(sources)} places, and no run in "
             f"{', '.join(others)}; report a sweep by itself"
@@ -128,6 +130,11 @@ def _report_study(table: Table, base: Path, options: Options) -> Path:
                 notes.append(
                     f"{trials.repeated:,} trials repeat a point of another: the first counts."
                 )
+            if classes_of(table.about) is None:
+                notes.append(
+                    "The runs do not say how many classes they told apart: what is at chance, and "
+                    f"the loss of a guess, are those of {_CLASSES}."
+                )
             content |= {
                 "kind": "grid",
                 "roles": asdict(roles),
@@ -151,8 +158,9 @@ def _grid_of(table: Table, given: Roles) -> tuple[Roles, Scored, Findings]:
             "their learning rates, initialisations and seeds"
         )
     planned = is_planned(table.about)
-    levels = Levels.of(classes_of(table.about), table.about.get(_THRESHOLD, TRAINED))
-    return roles, trials, findings(trials.numbers, chance_loss(table.about), planned, levels)
+    classes = classes_of(table.about) or _CLASSES
+    levels = Levels.of(classes, table.about.get(_THRESHOLD, TRAINED))
+    return roles, trials, findings(trials.numbers, math.log(classes), planned, levels)
 
 
 def _draw_grid(table: Table, found: Findings, metric: str, folder: Path) -> None:

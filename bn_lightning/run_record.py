@@ -108,9 +108,16 @@ def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
         "diverged": record["status"] == "diverged",
         "diverged_at": record.get("diverged_at"),
         "data": (record["data"] or {}).get("source"),
+        "classes": number_of_classes(record),
         "commit": record["commit"],
         "steps": record["steps"],
     }
+
+
+def number_of_classes(record: Mapping[str, Any]) -> int | None:
+    """How many classes a run told apart, by its data, else by its model; None if not known."""
+    model = (record.get("config") or {}).get("model") or {}
+    return (record.get("data") or {}).get("classes") or model.get("num_classes")
 
 
 def logged_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -17,9 +17,8 @@ def print_summary(record: dict[str, Any], directory: str | Path) -> None:
         sizes = " / ".join(f"{data[split]:,}" for split in ("train", "validation", "test"))
         rows["data"] = f"{data['source']}, {sizes}"
     if record.get("diverged_at"):
-        rows["diverged"] = (
-            f"the loss was not finite at step {record['diverged_at']:,}: scored as chance"
-        )
+        # The loss was no number, or above max_loss for too long: the record does not say which.
+        rows["diverged"] = f"at step {record['diverged_at']:,}: scored as chance"
     for name in ("val/accuracy", "test/accuracy", "test/accuracy_top5", "test/auroc", "test/loss"):
         if name in record["metrics"]:
             value = record["metrics"][name]

@@ -1,6 +1,7 @@
-"""The pictures of runs: the paper's Figure 1 from our own metrics.
+"""The pictures of runs: the paper's Figure 1 from our own metrics, BatchNorms, loss landscapes.
 
-Steps are drawn on a logarithmic axis: most of what normalisation changes happens early.
+Steps are drawn on a logarithmic axis: most of what normalisation changes happens early. `save`
+writes these and every other static picture.
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1.
 """

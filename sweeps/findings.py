@@ -29,7 +29,7 @@ def measures_of(levels: Levels) -> dict[str, str]:
     return {
         SHARE: f"share of cells with accuracy ≥ {levels.trained:.2f}",
         "share_at_chance": f"share of cells at chance, accuracy < {levels.at_chance:.2f}",
-        "share_diverged": "share of cells whose loss became no number",
+        "share_diverged": "share of cells that diverged",
         WIDTH: "decades of learning rate that train, mean over initialisations",
         INITS: "initialisations that train at some rate",
     }
@@ -190,7 +190,7 @@ def sentences(found: Findings) -> list[str]:
     if not found.comparisons:
         (arm,) = found.arms.values()
         share = arm.measures[SHARE]
-        texts.append(f"{_capital(arm.label)} {percent(share)} of the grid trains.")
+        texts.append(f"{capital(arm.label)} {percent(share)} of the grid trains.")
         if WIDTH in arm.measures:
             on_average = "On average over initialisations " if len(found.grid.inits) > 1 else ""
             texts.append(f"{on_average}{decades(arm.measures[WIDTH])} of learning rate train.")
@@ -222,6 +222,11 @@ def shown(name: str, found: Estimate, is_difference: bool = False) -> str:
     if name.startswith("share"):
         return points(found) if is_difference else percent(found)
     return decades(found) if name == WIDTH else plain(found)
+
+
+def capital(text: str) -> str:
+    """The text as a sentence or a title begins."""
+    return text[:1].upper() + text[1:]
 
 
 def _with_interval(found: Estimate, number: Any, unit: str) -> str:
@@ -341,7 +346,7 @@ def _notes(grid: Grid, comparisons: tuple[Comparison, ...]) -> list[str]:
     for name, arm in grid.arms.items():
         if arm.missing:
             notes.append(
-                f"{_capital(label_of(name))} {arm.missing:,} of {arm.accuracy.size:,} trials are "
+                f"{capital(label_of(name))} {arm.missing:,} of {arm.accuracy.size:,} trials are "
                 "missing; shares leave them out, widths count them as not trained."
             )
     for pair in comparisons:
@@ -362,14 +367,14 @@ def _comparison_sentences(
     if math.isfinite(pair.ratio.value):
         times = f", {plain(pair.ratio)} times as much"
     texts = [
-        f"{_capital(one)} {percent(first.measures[SHARE])} of the grid trains, {other} "
+        f"{capital(one)} {percent(first.measures[SHARE])} of the grid trains, {other} "
         f"{percent(second.measures[SHARE])}: a difference of {points(share)}{times}.",
-        f"{_capital(one)} {percent(first.measures['share_at_chance'])} of the grid is still at "
+        f"{capital(one)} {percent(first.measures['share_at_chance'])} of the grid is still at "
         f"chance when the budget ends, {other} {percent(second.measures['share_at_chance'])}.",
     ]
     if WIDTH in pair.differences and len(grid.inits) == 1:
         texts.append(
-            f"{_capital(one)} {decades(first.measures[WIDTH])} of learning rate train, {other} "
+            f"{capital(one)} {decades(first.measures[WIDTH])} of learning rate train, {other} "
             f"{decades(second.measures[WIDTH])}: a difference of "
             f"{decades(pair.differences[WIDTH])}."
         )
@@ -381,7 +386,7 @@ def _comparison_sentences(
         )
     if len(grid.inits) > 1:
         texts.append(
-            f"{_capital(one)} {plain(first.measures[INITS])} of {len(grid.inits)} initialisations "
+            f"{capital(one)} {plain(first.measures[INITS])} of {len(grid.inits)} initialisations "
             f"train at some rate, {other} {plain(second.measures[INITS])}."
         )
     if pair.headroom is not None:
@@ -398,7 +403,3 @@ def _comparison_sentences(
             "arms apart."
         )
     return texts
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -51,6 +51,7 @@ class Plot:
     has_tools: bool = True
 
     def as_json(self) -> dict[str, Any]:
+        """What page.js draws it from."""
         content = {
             "id": self.id,
             "traces": self.traces,
@@ -72,9 +73,9 @@ def page(
         title: of the page.
         body: its sections, in which `figure` has made a place for each plot.
         plots: what is drawn.
-        grid: the trials of the cells (see plots.cells_json).
+        grid: the trials of the cells (see grid_plots.cells_json).
     """
-    scripts = {"plotly": _script(get_plotlyjs()), "script": _file("page.js")}
+    scripts = {"plotly": _one_line_end(get_plotlyjs()), "script": _file("page.js")}
     fields = {
         "title": escape(title),
         "body": "\n".join(part.text for part in body),
@@ -164,11 +165,11 @@ def _figure(plot: Plot) -> Html:
 
 @cache
 def _file(name: str) -> str:
-    return _script(files("bn_lightning.sweeps").joinpath(name).read_text(encoding="utf-8"))
+    return _one_line_end(files("bn_lightning.sweeps").joinpath(name).read_text(encoding="utf-8"))
 
 
-def _script(text: str) -> str:
-    """With the line ends that a browser hashes."""
+def _one_line_end(text: str) -> str:
+    """With the line ends for which a browser takes all others, also before it hashes a script."""
     return text.replace("\r\n", "\n")
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bn_lightning.sweeps import plots
+from bn_lightning.sweeps import grid_plots
+from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.findings import (
     Findings,
     decades,
@@ -21,8 +22,9 @@ from bn_lightning.sweeps.tolerance import Levels
 from bn_lightning.sweeps.trials import Row, Table
 
 MOST_FAILED = 50
-"""Failed trials, and trials of a study that is no grid, of which the page has a line each."""
+"""Failed trials, trials of a study that is no grid, and its best, that have a line of the page."""
 MOST_LISTED = 500
+MOST_BEST = 10
 
 _SCREEN = "Point at a cell, click it, or reach a map by the tab key and move by the arrow keys."
 
@@ -36,16 +38,16 @@ def grid_page(
         study: its trials.
         found: its numbers.
         metric: what accuracy is, "test/accuracy" for instance.
-        cells: from `plots.cells_json`.
+        cells: from `grid_plots.cells_json`.
         notes: what a reader must know first.
     """
     name = metric.replace("/", " ")
     has_widths = len(found.grid.rates) > 1
-    maps = plots.heatmaps(found, name)
-    outcomes = plots.outcomes(found)
-    rates = plots.rates(found, name) if has_widths else []
-    width = [plots.widths(found)] if has_widths else []
-    shares = plots.importances(found)
+    maps = grid_plots.heatmaps(found, name)
+    outcomes = grid_plots.outcomes(found)
+    rates = grid_plots.rates(found, name) if has_widths else []
+    width = [grid_plots.widths(found)] if has_widths else []
+    shares = grid_plots.importances(found)
     body = [
         tag("h1", f"What trains: {study.name}"),
         *[tag("p", text, class_="lead") for text in sentences(found)],
@@ -244,7 +246,7 @@ def _counts(study: Table) -> list[Html]:
         tag(
             "p",
             "Retried: failed, and followed by another trial of the same point. Lost: points with "
-            "failed trials only. Diverged: complete, with a loss that was no number any more.",
+            "failed trials only. Diverged: complete, as a run that diverged is a result.",
             class_="soft",
         ),
     ]
@@ -280,17 +282,9 @@ def _trials(study: Table, rows: Sequence[Row]) -> Html:
 
 def _best(study: Table, complete: Sequence[Row]) -> list[Row]:
     if len(study.directions) > 1:
-        return [row for row in complete if not any(_dominates(study, o, row) for o in complete)][
-            :10
-        ]
+        return best_trials(complete, study.optuna_directions)[:MOST_BEST]
     sign = -1 if study.directions[0] == "maximize" else 1
-    return sorted(complete, key=lambda row: (sign * row.values[0], row.number))[:10]
-
-
-def _dominates(study: Table, one: Row, other: Row) -> bool:
-    signs = [-1 if direction == "maximize" else 1 for direction in study.directions]
-    gains = [s * (b - a) for s, a, b in zip(signs, one.values, other.values, strict=True)]
-    return min(gains) >= 0 and max(gains) > 0
+    return sorted(complete, key=lambda row: (sign * row.values[0], row.number))[:MOST_BEST]
 
 
 def _measured(study: Table, levels: Levels | None = None) -> list[Html]:

@@ -1,7 +1,5 @@
 """How the trials of a table were run, from what their runs left on disk."""
 
-import json
-import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,22 +9,24 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bn_lightning.run_record import FILE_NAME
+from bn_lightning.run_record import number_of_classes, read_run
+from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE
+from bn_lightning.sweeps.engine.points import PLANNED
 from bn_lightning.sweeps.trials import Cell, Row, Table, is_diverged
 
 DATA, BUDGET = "run/data", "run/max_steps"
 """Attributes of a trial: the data set's name, and the steps that it was given."""
 
-# What the sweep's configuration says of how it chose its points, in Hydra's file of the sweep.
-_MULTIRUN = "multirun.yaml"
-_PLANNED = ("GridSampler", "BruteForceSampler", "RandomSampler", "QMCSampler")
+# By their names: a report imports no class that a configuration names.
+_PLANNED = tuple(kind.__name__ for kind in PLANNED)
 
 
 def with_provenance(table: Table, base: Path) -> Table:
     """Add what the runs and the sweep's configuration say; directories become relative to `base`.
 
     `about` gets `runs`: for each of data, budget, hardware, versions..., what was found and in how
-    many finished runs, and, from `multirun.yaml`, `command` and `sampler`.
+    many finished runs; and, from the sweep's configuration, `sampler`, and `command` where the
+    study did not keep it and it is known.
 
     Args:
         table: from a study; one read from trials.csv has all of it already.
@@ -50,6 +50,8 @@ def with_provenance(table: Table, base: Path) -> Table:
         if record is None and row.is_complete:
             # The run is on another machine: what it returned says less.
             facts = {key: str(attributes[key]) for key in ("data", "commit") if key in attributes}
+            if type(attributes.get("classes")) is int:  # another program may return a text
+                facts["classes"] = str(attributes["classes"])
             if "steps" in attributes and not is_diverged(row):
                 facts["steps"] = str(attributes["steps"])
                 attributes[BUDGET] = attributes["steps"]
@@ -59,8 +61,8 @@ def with_provenance(table: Table, base: Path) -> Table:
             found.setdefault(name, Counter())[value] += 1
         rows.append(replace(row, attributes=attributes))
     about = {
+        **_configuration(base / CONFIGURATION_FILE),
         **table.about,
-        **_configuration(base / _MULTIRUN),
         "runs": {name: dict(sorted(counts.items())) for name, counts in sorted(found.items())},
     }
     if times:
@@ -91,8 +93,7 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
         "data": (record.get("data") or {}).get("source"),
         "steps": _budget(record),
         "batch size": (config.get("data") or {}).get("batch_size"),
-        "classes": (record.get("data") or {}).get("classes")
-        or (config.get("model") or {}).get("num_classes"),
+        "classes": number_of_classes(record),
         "processor": hardware.get("processor"),
         "cores": hardware.get("cores"),
         "threads": hardware.get("torch_threads"),
@@ -106,14 +107,10 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def classes_of(about: Mapping[str, Any]) -> int:
-    """How many classes the runs told apart; ten where that is not known."""
-    return int(next(iter((about.get("runs") or {}).get("classes") or ("10",))))
-
-
-def chance_loss(about: Mapping[str, Any]) -> float:
-    """The loss of a guess, in nats: ln(number of classes)."""
-    return math.log(classes_of(about))
+def classes_of(about: Mapping[str, Any]) -> int | None:
+    """How many classes the runs told apart; None where that is not known."""
+    found = next(iter((about.get("runs") or {}).get("classes") or ()), None)
+    return None if found is None else int(found)
 
 
 def _budget(record: Mapping[str, Any]) -> Cell:
@@ -122,10 +119,9 @@ def _budget(record: Mapping[str, Any]) -> Cell:
 
 def _record(directory: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_run(directory)
+    except ValueError:  # another program's run, or of another version
         return None
-    return record if isinstance(record, dict) else None
 
 
 def _relative(directory: str, base: Path) -> str:
@@ -149,8 +145,26 @@ def _configuration(path: Path) -> dict[str, Any]:
             *hydra["overrides"]["task"],
             *(text for text in hydra["overrides"]["hydra"] if text != "hydra.mode=MULTIRUN"),
         ]
-        about = {"command": shlex.join(["python", "-m", "bn_lightning.train", "-m", *overrides])}
+        about = {}
+        if _is_of_train(hydra):
+            command = ["python", "-m", "bn_lightning.train", "-m", *overrides]
+            about["command"] = shlex.join(command)
         sampler = (hydra["sweeper"].get("sampler") or {}).get("_target_")
         return about | ({"sampler": sampler} if sampler else {})
     except Exception:  # absent, or whatever else another program may have put there
         return {}
+
+
+def _is_of_train(hydra: Mapping[str, Any]) -> bool:
+    """Whether `python -m bn_lightning.train` swept, without a `--config-dir`.
+
+    For studies whose sweeper did not keep its command yet.
+    """
+    sources = hydra["runtime"]["config_sources"]
+    main = [f"{s['schema']}://{s['path']}" for s in sources if s["provider"] == "main"]
+    is_complete = not any(source["provider"] == "command-line" for source in sources)
+    return (
+        main == ["pkg://bn_lightning.conf"]
+        and hydra["job"]["config_name"] == "train"
+        and is_complete
+    )

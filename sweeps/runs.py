@@ -23,6 +23,14 @@ _DIFFERENCES = {
 }
 
 
+# The callables of conf/norm/, by the arm that they are: BatchNorm over all ranks is BatchNorm.
+_ARMS = {
+    "bn_lightning.models.normalization.batch_norm": "batch",
+    "bn_lightning.models.normalization.sync_batch_norm": "batch",
+    "bn_lightning.models.normalization.torch_batch_norm": "torch",
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """One run.
@@ -90,12 +98,12 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 
 def arm_of(config: Mapping[str, Any]) -> str:
-    """The arm of a run, from its configuration's `norm`."""
+    """The arm of a run, from its configuration's `norm`; one of another kind by its own name."""
     norm = config["norm"]
     if norm is None:
         return BASELINE
-    target = str(norm.get("_target_", "")) if isinstance(norm, Mapping) else str(norm)
-    return "torch" if target.endswith("torch_batch_norm") else "batch"
+    name = str(norm.get("_target_", norm) if isinstance(norm, Mapping) else norm)
+    return _ARMS.get(name, name)
 
 
 def width_growth(run: Run) -> float | None:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from bn_lightning.run_record import FILE_NAME as RUN_FILE
+from bn_lightning.sweeps.engine.names import JOURNAL_FILE
 from bn_lightning.sweeps.provenance import with_provenance
 from bn_lightning.sweeps.trials import (
     DATABASES,
-    JOURNAL,
     TABLE,
     Table,
     read_study,
@@ -41,8 +41,8 @@ def _kind_of(directory: Path) -> str | None:
 
 
 def _storage_in(directory: Path) -> str | None:
-    if (directory / JOURNAL).is_file():
-        return str(directory / JOURNAL)
+    if (directory / JOURNAL_FILE).is_file():
+        return str(directory / JOURNAL_FILE)
     databases = sorted(path for pattern in DATABASES for path in directory.glob(pattern))
     return f"sqlite:///{databases[0].absolute()}" if len(databases) == 1 else None
 
@@ -69,7 +69,7 @@ def read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
         return path, _read_table(path)
     what = "an empty directory" if path.is_dir() and not any(path.iterdir()) else "none of them"
     raise ValueError(
-        f"expected a sweep's directory with a {JOURNAL} or a {TABLE}, a storage URL, or the "
+        f"expected a sweep's directory with a {JOURNAL_FILE} or a {TABLE}, a storage URL, or the "
         f"directory of a run with its {RUN_FILE}, got {path}: "
         f"{what if path.is_dir() else 'no such directory'}"
     )

@@ -11,7 +11,6 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.study import StudyDirection
 from optuna.visualization import (
     plot_optimization_history,
     plot_parallel_coordinate,
@@ -19,6 +18,7 @@ from optuna.visualization import (
     plot_slice,
 )
 
+from bn_lightning.sweeps.memory_study import memory_study
 from bn_lightning.sweeps.page import Plot
 from bn_lightning.sweeps.trials import Cell, Row, Table
 
@@ -55,14 +55,7 @@ def optuna_plots(table: Table) -> tuple[list[Plot], int]:
 
 def study_of(table: Table, rows: Sequence[Row]) -> optuna.Study:
     """A study in memory with these complete trials."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it says that it made a study
-    try:
-        study = optuna.create_study(
-            directions=[StudyDirection[name.upper()] for name in table.directions]
-        )
-    finally:
-        optuna.logging.set_verbosity(level)
+    study = memory_study(table.optuna_directions)
     names = list(dict.fromkeys(name for row in rows for name in row.params))
     distributions = {
         name: _distribution([row.params[name] for row in rows if name in row.params])

@@ -35,7 +35,7 @@ class Outcome(StrEnum):
     TRAINED = "trained"  # accuracy >= Levels.trained
     SLOW = "slow"  # between the two: better than a guess when the budget ended
     CHANCE = "chance"  # accuracy < Levels.at_chance, with a finite loss
-    DIVERGED = "diverged"  # the loss was no number any more
+    DIVERGED = "diverged"  # the run ended early: its loss was no number, or too high for too long
     MISSING = "missing"  # not run, failed, pruned
 
 
@@ -50,7 +50,7 @@ class Trial:
         seed: of weights and batches.
         accuracy: on the test set, in [0, 1]; a guess's where the trial diverged.
         loss: on the test set, in nats; a guess's where the trial diverged.
-        diverged: whether its loss became NaN or infinite.
+        diverged: whether its run did.
     """
 
     arm: str
@@ -205,7 +205,7 @@ def share_trained(
 def share_diverged(
     diverged: Bool[np.ndarray, "I R S"], accuracy: Float[np.ndarray, "I R S"]
 ) -> Float[np.ndarray, "S"]:
-    """Share of cells whose loss became NaN or infinite, for each seed, of those not missing."""
+    """Share of cells that diverged, for each seed, of those not missing."""
     return _share(diverged, accuracy)
 
 
@@ -427,6 +427,8 @@ def importances(trials: Iterable[Trial], random_sample: bool = False) -> dict[st
         FloatDistribution,
     )
 
+    from bn_lightning.sweeps.memory_study import memory_study
+
     trials = list(trials)
     arms = {trial.arm for trial in trials}
     if len(arms) > 1:
@@ -441,10 +443,7 @@ def importances(trials: Iterable[Trial], random_sample: bool = False) -> dict[st
     if len(trials) > MOST_FOR_IMPORTANCES:
         picks = np.random.default_rng(0).choice(len(trials), MOST_FOR_IMPORTANCES, replace=False)
         trials = [trials[i] for i in sorted(picks)]
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it says that it made a study
-    study = optuna.create_study()
-    optuna.logging.set_verbosity(level)
+    study = memory_study(["maximize"])
     values: dict[str, list[Any]] = {
         "lr": [trial.lr for trial in trials],
         "init": [trial.init for trial in trials],

@@ -6,7 +6,6 @@ A study is only ever read. Of a journal that was cut off, what is whole is taken
 import csv
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -17,9 +16,14 @@ from warnings import catch_warnings, simplefilter
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-JOURNAL = "journal.log"
+from bn_lightning.sweeps.engine.journal_file import whole_record
+from bn_lightning.sweeps.engine.names import COMMAND, DESCRIPTION
+from bn_lightning.sweeps.engine.outcome import DIVERGED
+from bn_lightning.sweeps.engine.passwords import redacted
+
 TABLE = "trials.csv"
 DATABASES = ("*.db", "*.sqlite", "*.sqlite3")
 
@@ -46,6 +50,7 @@ class Row:
 
     @property
     def is_complete(self) -> bool:
+        """Whether it has a result."""
         return self.state == TrialState.COMPLETE.name
 
 
@@ -66,6 +71,11 @@ class Table:
     rows: tuple[Row, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def optuna_directions(self) -> list[StudyDirection]:
+        """The directions as Optuna has them."""
+        return [StudyDirection[name.upper()] for name in self.directions]
 
     def counts(self) -> dict[str, int]:
         """How many trials there are of each state; `retried` failed and were followed by another.
@@ -88,7 +98,7 @@ class Table:
 
 def is_diverged(row: Row) -> bool:
     """Whether the trial said that its run diverged."""
-    return row.attributes.get("diverged") in (True, 1, "true", "True")
+    return row.attributes.get(DIVERGED) in (True, 1, "true", "True")
 
 
 def read_study(storage: str | Path, name: str | None = None) -> Table:
@@ -104,7 +114,7 @@ def read_study(storage: str | Path, name: str | None = None) -> Table:
     """
     opened, notes = _open(storage)
     names = sorted(summary.study_name for summary in optuna.get_all_study_summaries(opened))
-    shown = shown_url(str(storage))
+    shown = redacted(str(storage), str(storage))
     if name is None and len(names) != 1:
         raise ValueError(
             f"{shown} expected one study, or `--study NAME`, got "
@@ -188,11 +198,6 @@ def rows_from_csv(text: str, path: str | Path = TABLE) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def shown_url(url: str) -> str:
-    """A storage's address without the password in it."""
-    return re.sub(r"^([^:/@]+://[^/@:]*):.*@", r"\1:***@", url)
-
-
 class _WholeRecords(BaseJournalBackend):
     """A journal file's records up to the first that is cut off or damaged; never written to."""
 
@@ -201,7 +206,7 @@ class _WholeRecords(BaseJournalBackend):
         self.lost = 0
         with open(path, "rb") as file:
             for line in file:
-                record = _record(line)
+                record = whole_record(line)
                 if record is None:
                     self.lost = 1 + sum(1 for _ in file)
                     break
@@ -214,32 +219,29 @@ class _WholeRecords(BaseJournalBackend):
         raise ValueError("a report does not write to the study")
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    is_whole = line.endswith(b"\n") and isinstance(record, dict) and "op_code" in record
-    return record if is_whole else None
-
-
 def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
-    scheme, separator, rest = str(storage).partition("://")
+    url = str(storage)
+    scheme, separator, rest = url.partition("://")
     if not separator or scheme == "journal":
         return _open_journal(Path(rest if separator else storage))
     if scheme == "sqlite" and not Path(rest.removeprefix("/")).is_file():
-        raise ValueError(f"expected a database file, got {storage}: no such file")
+        raise ValueError(f"expected a database file, got {redacted(url, url)}: no such file")
     try:
         with catch_warnings():
             simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if scheme == "grpc":
                 host, _, port = rest.rpartition(":")
-                return optuna.storages.GrpcStorageProxy(host=host, port=int(port)), ()
-            return RDBStorage(str(storage), skip_table_creation=True), ()
+                proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+                proxy.get_all_studies()
+                return proxy, ()
+            return RDBStorage(url, skip_table_creation=True), ()
     except Exception as error:
-        reason = shown_url(str(error.__cause__ or error)).strip().partition("\n")[0]
+        # Here, as it imports SQLAlchemy, which journals do without.
+        from bn_lightning.sweeps.engine.storage import reason_of
+
         raise ValueError(
-            f"expected a storage of Optuna's that answers, got {shown_url(str(storage))}: {reason}"
+            f"expected a storage of Optuna's that answers, got {redacted(url, url)}: "
+            f"{redacted(reason_of(error), url)}"
         ) from None
 
 
@@ -265,9 +267,12 @@ def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:
 
 
 def _description(study: optuna.Study) -> dict[str, Any]:
-    """What the sweeper wrote of the study's space and fixed overrides."""
-    found = study.user_attrs.get("sweep")
-    return {"sweep": found} if isinstance(found, dict) else {}
+    """What the sweeper wrote of the study's space and fixed overrides, and its command."""
+    found, command = (study.user_attrs.get(name) for name in (DESCRIPTION, COMMAND))
+    return {
+        **({"sweep": found} if isinstance(found, dict) else {}),
+        **({"command": command} if isinstance(command, str) else {}),
+    }
 
 
 def row_of(trial: FrozenTrial) -> Row:

@@ -11,12 +11,12 @@ from optuna.study import Study
 
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.heartbeat import signature
+from bn_lightning.sweeps.engine.names import DESCRIPTION
 from bn_lightning.sweeps.engine.storage import PatientStorage
 
 Direction = Literal["minimize", "maximize"]
 
-# Attributes of a study: what it is for, and who is filling it with waiting trials.
-DESCRIPTION = "sweep"
+# Attribute of a study: who is filling it with waiting trials.
 FILLER = "sweep:filler"
 
 # Seconds in which a new study gets its description.
@@ -34,6 +34,8 @@ def create_study(
     """Make the study if there is none of this name, else see that it is for the same sweep.
 
     Args:
+        storage: where it is, or will be.
+        name: of the study.
         directions: "minimize" or "maximize", one for each value.
         description: JSON of what must be the same when the sweep goes on: `space`, `overrides`.
 
@@ -86,10 +88,10 @@ def _check_same(study: Study, directions: Sequence[Direction], description: dict
             study.set_user_attr(DESCRIPTION, description)
             return
         time.sleep(0.2)
-    for key, what in (("space", "space"), ("overrides", "overrides")):
+    for key, how in (("space", "for another space"), ("overrides", "with other overrides")):
         if before[key] != description[key]:
             raise SweepError(
-                f"the study {study.study_name} was made for another {what}: "
+                f"the study {study.study_name} was made {how}: "
                 f"{_difference(before[key], description[key])}; repeat the command it was begun "
                 f"with{advice}"
             )

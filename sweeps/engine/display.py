@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.engine.ledger import Counts, Ledger
 from bn_lightning.sweeps.engine.outcome import (
     DIRECTORY,
@@ -122,28 +123,6 @@ def trial_line(trial: FrozenTrial, counts: Counts) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def best_trials(
-    trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]
-) -> list[FrozenTrial]:
-    """The best trial; of several directions, the trials that no other beats in all of them."""
-    signs = [-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in directions]
-    points = [
-        (trial, tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)))
-        for trial in trials
-    ]
-    if len(signs) == 1:
-        best = min(points, key=lambda point: point[1], default=None)
-        return [] if best is None else [best[0]]
-    return [
-        trial
-        for trial, costs in points
-        if not any(
-            other != costs and all(o <= c for o, c in zip(other, costs, strict=True))
-            for _, other in points
-        )
-    ]
-
-
 def write_results(directory: Path, best: Sequence[FrozenTrial], directions: int) -> None:
     """Write `optimization_results.yaml` with the keys of hydra-optuna-sweeper."""
     results: dict[str, Any] = {"name": "optuna"}
@@ -171,6 +150,7 @@ def print_summary(
         counts: of the sweep.
         commands: trial number to the command that runs it again.
         directory: of the sweep, printed last.
+        console: where to say it; standard output if none is named.
     """
     console = console or Console(soft_wrap=True)
 

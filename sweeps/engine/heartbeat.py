@@ -35,6 +35,11 @@ class Signature:
 
     @classmethod
     def parse(cls, text: str) -> "Signature":
+        """Read a signature back from its text.
+
+        Raises:
+            ValueError: it is no text of a signature.
+        """
         place, pid, started = text.split(" ")
         return cls(place, int(pid), started)
 
@@ -70,6 +75,11 @@ class Heartbeat:
         self._beats = 0
 
     def add(self, trial_id: int) -> None:
+        """Beat for a trial from now on.
+
+        Args:
+            trial_id: the storage's own, not the number in the study.
+        """
         with self._changed:
             self._trials.add(trial_id)
             if self._thread is None:
@@ -77,10 +87,12 @@ class Heartbeat:
                 self._thread.start()
 
     def remove(self, trial_id: int) -> None:
+        """Beat no more for a trial; nothing, if it was never added."""
         with self._changed:
             self._trials.discard(trial_id)
 
     def stop(self) -> None:
+        """Beat no more at all, at the latest after the beat that is under way."""
         self._stopped.set()
 
     def _run(self) -> None:

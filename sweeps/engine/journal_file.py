@@ -1,6 +1,5 @@
 """Optuna's journal file, which a full disk or a killed writer must not spoil for the others."""
 
-import itertools
 import json
 import os
 from collections.abc import Generator, Iterator
@@ -44,9 +43,16 @@ class JournalFile(BaseJournalBackend):
             self._lock.release()
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """The records from a number on, counted from 0."""
         yield from self._reader.read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append records, all of them or none, and wait until they are on the disk.
+
+        Raises:
+            SweepError: the last record of the file is cut off; nothing is appended.
+            OSError: there is no room for them; nothing is left of them.
+        """
         with self.locked(), open(self.path, "r+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if end:
@@ -74,7 +80,7 @@ def open_journal(path: Path) -> JournalStorage:
     # when another follows it.
     with journal.locked():
         last = _last_line(path)
-    if last and not _is_whole(last):
+    if last and whole_record(last) is None:
         raise broken_journal(path)
     try:
         return JournalStorage(journal)
@@ -86,10 +92,12 @@ def broken_journal(path: Path) -> SweepError:
     """The error for a journal with a record that cannot be read: what is whole, and what to do."""
     records, whole, finished = 0, 0, 0
     with open(path, "rb") as file:
-        for line in itertools.takewhile(_is_whole, file):
+        for line in file:
+            record = whole_record(line)
+            if record is None:
+                break
             records += 1
             whole += len(line)
-            record = json.loads(line)
             # 6 sets a trial's state, and states from 1 to 3 are those of a finished one.
             finished += record["op_code"] == 6 and record["state"] in (1, 2, 3)
     size = path.stat().st_size
@@ -101,11 +109,14 @@ def broken_journal(path: Path) -> SweepError:
     )
 
 
-def _is_whole(line: bytes) -> bool:
+def whole_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of a journal; None if the line is cut off or damaged."""
     try:
-        return line.endswith(b"\n") and isinstance(json.loads(line)["op_code"], int)
-    except (ValueError, KeyError, TypeError):
-        return False
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_whole = line.endswith(b"\n") and isinstance(record, dict)
+    return record if is_whole and isinstance(record.get("op_code"), int) else None
 
 
 def _last_line(path: Path) -> bytes:

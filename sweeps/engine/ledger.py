@@ -27,6 +27,7 @@ class Counts:
 
     @property
     def settled(self) -> int:
+        """Slots with a result, and lost ones: no trial of theirs is to come."""
         return self.complete + self.pruned + self.lost
 
 
@@ -95,6 +96,7 @@ class Ledger:
         return [slot for slot in range(self.n_slots) if self.is_open(slot)]
 
     def is_open(self, slot: int) -> bool:
+        """Whether a slot still needs a trial, and has none that waits or runs."""
         found = self._slots.get(slot)
         return slot not in self._live and (found is None or not found.is_settled)
 
@@ -129,6 +131,7 @@ class Ledger:
         return [slot.last_failed for slot in slots if slot.is_lost and slot.last_failed]
 
     def counts(self) -> Counts:
+        """How far the sweep is, as of the last `update`."""
         return Counts(
             total=self.n_slots,
             complete=self._complete,

@@ -54,9 +54,11 @@ class Outcome:
 
     @property
     def trial_state(self) -> TrialState:
+        """The state as Optuna has it."""
         return TrialState[self.state]
 
     def with_attributes(self, **attributes: Any) -> "Outcome":
+        """The same outcome with more attributes, which replace those of the same name."""
         return Outcome(self.state, self.values, self.attributes | attributes)
 
     def write(self, directory: Path) -> None:

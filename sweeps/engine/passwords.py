@@ -1,11 +1,15 @@
 """The storage's password: it comes from the environment, and is never written or shown."""
 
 import re
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
 from bn_lightning.sweeps.engine.errors import SweepError
 
-_PASSWORD = re.compile(r"^[^:/@]+://[^/@:]*:(?P<password>.*)@[^@]*$")
+# Before the host, and among the options behind the address, which go to the database's driver.
+_PASSWORDS = (
+    re.compile(r"^[^:/@]+://[^/@:]*:(?P<password>.*)@[^@]*$"),
+    re.compile(r"[?&](?:password|passwd|sslpassword)=(?P<password>[^&]*)"),
+)
 
 # Without a default, which would stand in the configuration.
 _VARIABLE = re.compile(r"\$\{oc\.env:[^{},]+\}")
@@ -20,8 +24,7 @@ def refuse_password(setting: str) -> None:
     Raises:
         SweepError: there is a password in it.
     """
-    match = _PASSWORD.match(_VARIABLE.sub("$", setting))
-    if match and match["password"] not in ("", "$"):
+    if set(_passwords(_VARIABLE.sub("$", setting))) - {"$"}:
         raise SweepError(
             "`storage` expected its password from the environment, got it in the address, which is "
             "written to every run's .hydra folder. Leave it out (libpq reads PGPASSWORD and "
@@ -31,8 +34,16 @@ def refuse_password(setting: str) -> None:
 
 def redacted(text: str, url: str) -> str:
     """The text without the password of `url`, for everything that is shown or written."""
-    match = _PASSWORD.match(url)
-    for password in {match["password"], unquote(match["password"])} if match else ():
-        if password:
-            text = text.replace(password, "***")
+    found = {
+        written
+        for password in _passwords(url)
+        for written in (password, unquote(password), unquote_plus(password))
+    }
+    for written in sorted(found, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(written, "***")
     return text
+
+
+def _passwords(url: str) -> list[str]:
+    found = (match["password"] for pattern in _PASSWORDS for match in pattern.finditer(url))
+    return [password for password in found if password]

@@ -27,6 +27,10 @@ from optuna.trial import Trial
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.space import Parameter, Space
 
+# Those that need no results: they choose all points beforehand.
+FINITE = (GridSampler, BruteForceSampler)
+PLANNED = (*FINITE, RandomSampler, QMCSampler)
+
 Suggest = Callable[[Trial], dict[str, Parameter]]
 Point = tuple[dict[str, Parameter], dict[str, BaseDistribution]]
 
@@ -56,8 +60,8 @@ class Points:
         self._sampler = dict(sampler)
         self._suggest = suggest
         kind = sampler_class(sampler)
-        self.is_finite = issubclass(kind, GridSampler | BruteForceSampler)
-        self.are_planned = self.is_finite or issubclass(kind, RandomSampler | QMCSampler)
+        self.is_finite = issubclass(kind, FINITE)
+        self.are_planned = issubclass(kind, PLANNED)
         if conditional and issubclass(kind, GridSampler):
             raise SweepError(
                 "a grid has no conditional parameters, and `custom_search_space` draws some: use "

@@ -6,6 +6,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from bn_lightning.sweeps.engine.passwords import redacted
+
 # Hydra's options that choose the configuration; the others say what to do with it.
 _WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 
@@ -24,6 +26,15 @@ def program() -> list[str]:
 def same_command() -> list[str]:
     """The whole command as it was typed."""
     return [*program(), *sys.argv[1:]]
+
+
+def shown_command(url: str) -> str:
+    """The whole command as one types it, without the password of a storage.
+
+    Args:
+        url: the storage's address.
+    """
+    return as_typed([redacted(word, url) for word in same_command()])
 
 
 def run_command(overrides: Sequence[str]) -> list[str]:

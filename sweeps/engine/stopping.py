@@ -26,6 +26,7 @@ class Stopping:
         return self._requested
 
     def request(self) -> None:
+        """Ask the sweep to end when the running trials have."""
         self._requested = True
 
     @contextmanager

@@ -34,10 +34,10 @@ from sqlalchemy.exc import (
 
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.journal_file import open_journal
+from bn_lightning.sweeps.engine.names import JOURNAL_FILE
 from bn_lightning.sweeps.engine.passwords import redacted
 
 JOURNAL = "journal"
-JOURNAL_FILE = "journal.log"
 
 # Seconds that a command waits for its storage when it starts: most often the address is wrong.
 START_PATIENCE = 60.0
@@ -111,7 +111,9 @@ def patiently(call: Callable[[], T], patience: float, url: str) -> T:
     """Call until the storage answers.
 
     Args:
+        call: asks the storage; called again only after an error for which `is_unreachable` holds.
         patience: seconds to try again for.
+        url: the storage's address, for messages, which never show its password.
 
     Raises:
         SweepError: it did not answer in that time.
@@ -124,7 +126,7 @@ def patiently(call: Callable[[], T], patience: float, url: str) -> T:
             if not is_unreachable(error):
                 raise
             waited = time.monotonic() - started
-            reason = redacted(_reason(error), url)
+            reason = redacted(reason_of(error), url)
             if waited >= patience:
                 raise SweepError(
                     f"the storage {redacted(url, url)} did not answer for {waited:.0f} s: {reason}"
@@ -192,7 +194,8 @@ for _name in vars(BaseStorage):
 PatientStorage.__abstractmethods__ = frozenset()
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a call failed, in one line, which may hold the storage's password."""
     details = getattr(error, "details", None)  # of a gRPC error, whose text has many lines
     text = str(details() if callable(details) else error.__cause__ or error)
     return text.strip().partition("\n")[0].rstrip(".")

@@ -30,6 +30,7 @@ from bn_lightning.sweeps.engine.heartbeat import (
     signature,
 )
 from bn_lightning.sweeps.engine.ledger import DUPLICATE, SLOT, Counts, Ledger
+from bn_lightning.sweeps.engine.names import COMMAND
 from bn_lightning.sweeps.engine.outcome import (
     DIRECTORY,
     FILE_NAME,
@@ -58,6 +59,9 @@ class Policy:
         max_retries: how often a failed trial is tried again.
         heartbeat: seconds between two signs of life of a worker.
         stale_after: seconds without one, after which a worker on another machine is given up.
+
+    Raises:
+        SweepError: retries below 0, or not 0 < 2 heartbeat <= stale_after.
     """
 
     max_retries: int
@@ -126,7 +130,17 @@ class SweepStudy:
 
     @property
     def directions(self) -> list[optuna.study.StudyDirection]:
+        """Whether to minimise or to maximise, for each value of a trial."""
         return self._study.directions
+
+    def keep_command(self, command: str) -> None:
+        """Keep in the study the command that works on it, for whoever reports it.
+
+        Args:
+            command: as it was typed, without a password.
+        """
+        if self._study.user_attrs.get(COMMAND) != command:
+            self._study.set_user_attr(COMMAND, command)
 
     def refresh(self) -> Counts:
         """Read the study, and return how far it is."""

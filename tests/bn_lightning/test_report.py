@@ -14,6 +14,7 @@ from bn_lightning.metrics_logger import MetricsCSVLogger
 from bn_lightning.report import Options, main, report
 from bn_lightning.run_record import RunRecord, read_run
 from bn_lightning.sweeps import figures
+from bn_lightning.sweeps.figures import run_styles
 from bn_lightning.sweeps.roles import Roles
 from bn_lightning.whole_file import write_json
 
@@ -30,6 +31,7 @@ GRID_FIGURES = {
     for name in ("accuracy", "outcomes", "rates", "widths", "importances")
     for suffix in ("png", "svg")
 }
+BATCH = {"_target_": "bn_lightning.models.normalization.batch_norm"}
 HOSTILE = "</script><script>window.hacked=1</script>"
 
 
@@ -190,6 +192,20 @@ class TestSweep:
         report([str(table)])
         assert summary(table) == content
 
+    @pytest.mark.parametrize("classes", [None, 2])
+    def test_chance_where_the_runs_lie_elsewhere(
+        self, tmp_path: Path, make_study: Callable[..., Path], classes: int | None
+    ) -> None:
+        """All cells at .55: of two classes that is chance, of ten it is not."""
+        found = {"test/accuracy": 0.55, "test/loss": 0.6, "directory": "/elsewhere/sweep/0"}
+        found |= {} if classes is None else {"classes": classes}
+        sweep = make_study(tmp_path, change=lambda number, params: {"user_attrs": found})
+        page = report([str(sweep)]).read_text()
+        at_chance = summary(sweep)["arms"]["batch"]["measures"]["share_at_chance"]["value"]
+        note = "The runs do not say how many classes they told apart: what is at chance"
+        assert at_chance == (0 if classes is None else 1)
+        assert (note in page) == any(note in n for n in summary(sweep)["notes"]) == (not classes)
+
     def test_no_finished_trial(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweep = make_study(tmp_path, change=lambda n, p: {"state": TrialState.WAITING})
         page = report([str(sweep)]).read_text()
@@ -261,7 +277,7 @@ class TestRuns:
     def test_both_arms(
         self, tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        runs = [run(tmp_path / "a", {"_target_": "x"}), run(tmp_path / "b")]
+        runs = [run(tmp_path / "a", BATCH), run(tmp_path / "b")]
         output = tmp_path / "new/folder"
         page = report([*map(str, runs)], Options(output)).read_text()
         assert {path.name for path in output.iterdir()} == PAGE_FILES | {
@@ -285,10 +301,30 @@ class TestRuns:
         assert "percentiles-1" in page and "the paper" not in page
         assert [found["label"] for found in summary(output)["runs"]] == list(runs_drawn)
 
+    def test_another_normalisation_has_its_own_name(
+        self, tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        norms = (BATCH, None, {"_target_": "torch.nn.GroupNorm"})
+        runs = [run(tmp_path / str(i), norm) for i, norm in enumerate(norms)]
+        for directory, seconds in zip(runs, (30.0, 20.0, 25.0), strict=True):
+            write_json(directory / "run.json", read_run(directory) | {"seconds": seconds})
+        page = report([*map(str, runs)], Options(tmp_path / "out")).read_text()
+        assert list(drawn[0]) == ["with BatchNorm", "without BatchNorm", "torch.nn.GroupNorm"]
+        assert "torch.nn.GroupNorm / without BatchNorm: 1.25" in capsys.readouterr().out
+        assert "Inputs of the last activation, torch.nn.GroupNorm" in page
+        found = summary(tmp_path / "out")
+        assert [of_run["arm"] for of_run in found["runs"]] == [
+            "batch",
+            "none",
+            "torch.nn.GroupNorm",
+        ]
+        styles = run_styles(*[{of_run["label"]: of_run["arm"] for of_run in found["runs"]}] * 2)
+        assert len({style.colour for style in styles.values()}) == 3
+
     def test_how_long_each_arm_trained(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        runs = [run(tmp_path / "a", {"_target_": "x"}), run(tmp_path / "b")]
+        runs = [run(tmp_path / "a", BATCH), run(tmp_path / "b")]
         for directory, seconds in zip(runs, (37.5, 28.55), strict=True):
             write_json(directory / "run.json", read_run(directory) | {"seconds": seconds})
         page = report([*map(str, runs)], Options(tmp_path / "out")).read_text()

@@ -108,14 +108,17 @@ def test_what_a_sweep_keeps_of_a_run() -> None:
     record = {
         "status": "completed",
         "metrics": {"val/accuracy": 0.9},
-        "data": {"source": "digits", "train": 1317},
+        "data": {"source": "digits", "train": 1317, "classes": 10},
         "commit": "abc",
         "steps": 50,
     }
-    kept = {"val/accuracy": 0.9, "data": "digits", "commit": "abc", "steps": 50}
+    kept = {"val/accuracy": 0.9, "data": "digits", "classes": 10, "commit": "abc", "steps": 50}
     assert run_outcome(record) == kept | {"diverged": False, "diverged_at": None}
     record |= {"status": "diverged", "diverged_at": 7, "data": None}
-    assert run_outcome(record) == kept | {"diverged": True, "diverged_at": 7, "data": None}
+    kept |= {"data": None, "classes": None}
+    assert run_outcome(record) == kept | {"diverged": True, "diverged_at": 7}
+    record |= {"config": {"model": {"num_classes": 4}}}
+    assert run_outcome(record)["classes"] == 4
 
 
 def test_logged_numbers_are_plain_and_without_the_step() -> None:

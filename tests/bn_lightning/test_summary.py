@@ -58,8 +58,8 @@ class TestSummary:
         print_summary(record.content, tmp_path)
         out = " ".join(capsys.readouterr().out.split())
         assert "mnist_bn: diverged" in out
-        assert "step 1,234" in out
-        assert "chance" in out
+        assert "diverged │ at step 1,234: scored as chance" in out
+        assert "finite" not in out  # as it is where the loss was above max_loss
 
     def test_of_a_record_that_was_read(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -8,9 +8,9 @@ import pytest
 
 from bn_lightning.sweeps.arms import label_of
 from bn_lightning.sweeps.findings import findings
+from bn_lightning.sweeps.grid_plots import cells_json
 from bn_lightning.sweeps.page import Html, Plot, figures, json_block, page, table, tag
 from bn_lightning.sweeps.pages import grid_page, study_page
-from bn_lightning.sweeps.plots import cells_json
 from bn_lightning.sweeps.study_plots import optuna_plots
 from bn_lightning.sweeps.tolerance import Trial
 from bn_lightning.sweeps.trials import Row, Table

@@ -1,6 +1,5 @@
 """What the runs of a sweep say of how they were run."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from bn_lightning.run_record import RunRecord
 from bn_lightning.sweeps.provenance import (
     BUDGET,
     DATA,
-    chance_loss,
     classes_of,
     facts_of,
     is_planned,
@@ -20,6 +18,12 @@ from bn_lightning.sweeps.trials import Row, Table
 
 MULTIRUN = """
 hydra:
+  job: {config_name: train}
+  runtime:
+    config_sources:
+    - {path: hydra.conf, schema: pkg, provider: hydra}
+    - {path: bn_lightning.conf, schema: pkg, provider: main}
+    - {path: /there/bn_optuna/conf, schema: file, provider: bn_optuna}
   overrides:
     task: [+experiment=mnist_bn, +sweep=lr_init, "name=it's"]
     hydra: [hydra.mode=MULTIRUN, hydra.sweeper.n_jobs=2]
@@ -52,8 +56,8 @@ def test_facts_are_counted_and_directories_are_relative(tmp_path: Path) -> None:
     assert runs["data"] == {"mnist": 2} and runs["steps"] == {"2000": 2}
     assert sum(runs["versions"].values()) == 2 and "torch 2" in next(iter(runs["versions"]))
     assert table.about["first_started"] <= table.about["last_ended"]
-    assert chance_loss(table.about) == pytest.approx(math.log(4))
-    assert chance_loss({}) == pytest.approx(math.log(10))
+    assert classes_of(table.about) == 4
+    assert classes_of({}) is None
     assert not mixed(table.rows)
 
 
@@ -73,18 +77,35 @@ def test_a_sweep_that_was_moved(tmp_path: Path) -> None:
 
 def test_runs_on_another_machine(tmp_path: Path) -> None:
     attributes = {"directory": "/there/0", "data": "mnist", "steps": 2000, "commit": "abc"}
+    attributes |= {"classes": 2}
     rows = (
         Row(0, "COMPLETE", (0.5,), {}, attributes),
-        Row(1, "COMPLETE", (0.1,), {}, attributes | {"diverged": True, "steps": 7}),
+        Row(
+            1, "COMPLETE", (0.1,), {}, attributes | {"diverged": True, "steps": 7, "classes": "a b"}
+        ),
         Row(2, "FAIL", (), {}, attributes | {"steps": 9}),
     )
     table = with_provenance(Table("t", ("maximize",), rows), tmp_path)
     assert table.about["runs"] == {
+        "classes": {"2": 1},
         "commit": {"abc": 2},
         "data": {"mnist": 2},
         "steps": {"2000": 1},
     }
     assert not mixed(table.rows)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"data": "another program\'s"}', '{"schema_version": 99, "data": {"source": "x"}}', "["],
+    ids=["another program", "another version", "no JSON"],
+)
+def test_a_run_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/run.json").write_text(text)
+    rows = (Row(0, "COMPLETE", (0.5,), {}, {"directory": "0", "data": "mnist"}),)
+    table = with_provenance(Table("t", ("maximize",), rows), tmp_path)
+    assert table.about["runs"] == {"data": {"mnist": 1}}  # what the trial itself says
 
 
 def test_the_command_and_the_sampler(tmp_path: Path) -> None:
@@ -95,6 +116,31 @@ def test_the_command_and_the_sampler(tmp_path: Path) -> None:
         "hydra.sweeper.n_jobs=2"
     )
     assert is_planned(about) is True
+    kept = {"command": "bn-train -m +sweep=lr"}
+    assert with_provenance(Table("t", ("maximize",), (), kept), tmp_path).about["command"] == (
+        "bn-train -m +sweep=lr"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("{path: bn_lightning.conf, schema: pkg", "{path: /there/conf, schema: file"),
+        ("config_name: train", "config_name: other"),
+        ("provider: bn_optuna", "provider: command-line"),
+        ("  runtime:", "  another:"),
+    ],
+    ids=["another program", "another command", "a folder of configurations", "not known"],
+)
+def test_the_command_is_said_only_where_it_is_known(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    assert MULTIRUN.count(before) == 1
+    (tmp_path / "multirun.yaml").write_text(MULTIRUN.replace(before, after))
+    assert "command" not in with_provenance(Table("t", ("maximize",), ()), tmp_path).about
+
+
+def test_samplers_that_plan() -> None:
     assert is_planned({"sampler": "optuna.samplers.TPESampler"}) is False
     assert is_planned({}) is None
 

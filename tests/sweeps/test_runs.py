@@ -17,11 +17,22 @@ from bn_lightning.sweeps.runs import (
 from bn_lightning.whole_file import write_json
 
 BATCH = {"_target_": "bn_lightning.models.normalization.batch_norm"}
+SYNC = {"_target_": "bn_lightning.models.normalization.sync_batch_norm"}
 TORCH = {"_target_": "bn_lightning.models.normalization.torch_batch_norm"}
+GROUP = {"_target_": "torch.nn.GroupNorm", "_partial_": True, "num_groups": 4}
+
+ARMS: dict[str, list[Any]] = {
+    "none": [None],
+    "batch": [BATCH, SYNC],
+    "torch": [TORCH],
+    "torch.nn.GroupNorm": [GROUP],
+    "my_package.batch_norm": [{"_target_": "my_package.batch_norm"}],
+}
 
 
 def test_arms() -> None:
-    assert [arm_of({"norm": norm}) for norm in (None, BATCH, TORCH)] == ["none", "batch", "torch"]
+    arms = {arm: [arm_of({"norm": norm}) for norm in norms] for arm, norms in ARMS.items()}
+    assert arms == {arm: [arm] * len(norms) for arm, norms in ARMS.items()}
 
 
 def test_labels_say_what_differs(tmp_path: Path, make_run: Callable[..., Path]) -> None:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -308,12 +308,14 @@ class TestByHand:
 
 
 class TestAnyGrid:
+    @settings(deadline=None)
     @given(accuracies, st.floats(0, 0.89))
     def test_a_worse_rate_raises_no_share_and_no_number(self, accuracy, worse):
         more = np.concatenate([accuracy, np.full_like(accuracy[:, :1], worse)], axis=1)
         assert (share_trained(more) <= share_trained(accuracy)).all()
         assert (inits_that_train(more) == inits_that_train(accuracy)).all()
 
+    @settings(deadline=None)
     @given(accuracies, st.data())
     def test_one_cell_getting_worse_raises_nothing(self, accuracy, data):
         place = tuple(data.draw(st.integers(0, n - 1)) for n in accuracy.shape)
@@ -326,6 +328,7 @@ class TestAnyGrid:
             rates = rates_of(accuracy)
             assert (mean_width(worse, rates) <= mean_width(accuracy, rates)).all()
 
+    @settings(deadline=None)
     @given(accuracies, st.randoms(use_true_random=False))
     def test_the_order_of_seeds_does_not_matter(self, accuracy, order):
         seeds = list(range(accuracy.shape[2]))
@@ -339,6 +342,7 @@ class TestAnyGrid:
             difference, paired_difference(share_trained(permuted), share_at_chance(permuted))
         )
 
+    @settings(deadline=None)
     @given(npst.array_shapes(min_dims=3, max_dims=3, min_side=2, max_side=4))
     def test_an_arm_that_diverged_throughout_is_zero(self, shape):
         accuracy, loss = np.full(shape, 0.1), np.full(shape, math.log(10))
@@ -350,6 +354,7 @@ class TestAnyGrid:
         assert (rate_sensitivity(loss, math.log(10)) == 0).all()
         assert not inits_that_train(accuracy).any()
 
+    @settings(deadline=None)
     @given(accuracies)
     def test_a_share_lies_in_0_1_and_its_interval_around_it(self, accuracy):
         found = estimate(share_trained(accuracy))
@@ -357,6 +362,7 @@ class TestAnyGrid:
         if found.seeds > 1:
             assert found.low <= found.value + 1e-12 and found.value <= found.high + 1e-12
 
+    @settings(deadline=None)
     @given(npst.arrays(float, st.integers(2, 30), elements=st.floats(-10, 10)))
     def test_an_estimate_is_the_same_in_every_call(self, values):
         assert estimate(values) == estimate(values.copy())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState, create_trial
 
@@ -16,7 +16,6 @@ from bn_lightning.sweeps.trials import (
     read_study,
     row_of,
     rows_from_csv,
-    shown_url,
     to_csv,
 )
 
@@ -66,12 +65,13 @@ class TestRead:
             "diverged": 0,
         }
 
-    @pytest.mark.parametrize("cut", ["half a line", "a damaged line"])
+    @pytest.mark.parametrize("cut", ["half a line", "a damaged line", "no record"])
     def test_what_is_whole_of_a_journal(self, tmp_path: Path, make_study, cut: str) -> None:
         journal = make_study(tmp_path) / "journal.log"
         lines = journal.read_bytes().splitlines(keepends=True)
         # A study made, and a line for each trial.
-        rest = [lines[22][:9]] if cut == "half a line" else [b"{]\n", *lines[23:]]
+        damaged = b"{]\n" if cut == "a damaged line" else b'{"op_code": "4"}\n'
+        rest = [lines[22][:9]] if cut == "half a line" else [damaged, *lines[23:]]
         journal.write_bytes(b"".join([*lines[:22], *rest]))
         before = journal.read_bytes()
         table = read_study(journal)
@@ -105,11 +105,31 @@ class TestRead:
             read_study(f"sqlite:///{tmp_path}/study.db")
         assert not list(tmp_path.iterdir())
 
-    def test_no_password_is_shown(self) -> None:
-        assert shown_url("postgresql://me:se:c@ret@host/db") == "postgresql://me:***@host/db"
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "postgresql+nothing://me:sec:r@et@host/db",
+            "sqlite://me:sec:r@et@host/db",
+            "grpc://me:sec:r@et@127.0.0.1:1",
+        ],
+        ids=["no driver", "no file", "no answer"],
+    )
+    def test_no_password_is_shown(self, url: str) -> None:
         with pytest.raises(ValueError) as caught:
-            read_study("postgresql+nothing://me:secret@host/db")
-        assert "secret" not in str(caught.value)
+            read_study(url)
+        assert "sec:r@et" not in str(caught.value)
+        assert url.replace("sec:r@et", "***") in str(caught.value)
+
+    def test_no_password_is_shown_in_another_s_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(url: str, **_: object) -> None:
+            raise OSError(f"cannot parse {url!r}, whose password is secret")
+
+        monkeypatch.setattr("bn_lightning.sweeps.trials.RDBStorage", refuse)
+        with pytest.raises(ValueError) as caught:
+            read_study("postgresql://me:secret@host/db")
+        assert str(caught.value).endswith(
+            "cannot parse 'postgresql://me:***@host/db', whose password is ***"
+        )
 
 
 cells = st.one_of(
@@ -126,6 +146,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), min_s
 
 
 class TestTable:
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.dictionaries(names, cells), st.dictionaries(names, cells))))
     def test_csv_gives_back_what_it_was_given(self, given_rows) -> None:
         rows = tuple(

@@ -15,17 +15,19 @@ from hydra.utils import get_method
 from hydra_plugins.bn_optuna._jobs import Jobs, Recorded
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.engine.creation import Direction, create_study, study_name
-from bn_lightning.sweeps.engine.display import Display, best_trials, print_summary, write_results
+from bn_lightning.sweeps.engine.display import Display, print_summary, write_results
 from bn_lightning.sweeps.engine.environment import STORAGE, STUDY, WORKER, environment
 from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE, JOURNAL_FILE
 from bn_lightning.sweeps.engine.outcome import ERROR, last_line
 from bn_lightning.sweeps.engine.passwords import refuse_password
 from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
-from bn_lightning.sweeps.engine.program import as_typed, run_command
+from bn_lightning.sweeps.engine.program import as_typed, run_command, shown_command
 from bn_lightning.sweeps.engine.space import CustomSpace, Space, parse_space, to_overrides
 from bn_lightning.sweeps.engine.stopping import Stopping
-from bn_lightning.sweeps.engine.storage import JOURNAL, JOURNAL_FILE, open_storage, storage_url
+from bn_lightning.sweeps.engine.storage import JOURNAL, open_storage, storage_url
 from bn_lightning.sweeps.engine.study import ClaimedTrial, Policy, SweepStudy, work
 from bn_lightning.sweeps.engine.workers import Workers, stop_when_parent_says
 
@@ -37,7 +39,11 @@ LOOK = 1.0
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys of `conf/hydra/sweeper/_bn_optuna.yaml`, where they are explained."""
+    """The keys of `conf/hydra/sweeper/_bn_optuna.yaml`, where they are explained.
+
+    Raises:
+        SweepError: one of them has a value that cannot be used.
+    """
 
     sampler: dict[str, Any]
     pruner: dict[str, Any] | None
@@ -79,10 +85,12 @@ class Settings:
 
     @property
     def directions(self) -> list[Direction]:
+        """`direction` as a list, of one where it is one."""
         return self.direction if isinstance(self.direction, list) else [self.direction]
 
     @property
     def metrics(self) -> list[str] | None:
+        """`metric` as a list, of one where it is one; None where the task returns numbers."""
         return [self.metric] if isinstance(self.metric, str) else self.metric
 
 
@@ -209,7 +217,8 @@ def _batch_size(settings: Settings, config: DictConfig) -> int:
 
 def _begin(study: SweepStudy, is_new: bool, config: DictConfig) -> None:
     study.directory.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, study.directory / "multirun.yaml")
+    OmegaConf.save(config, study.directory / CONFIGURATION_FILE)
+    study.keep_command(shown_command(study.storage.url))
     if is_new:
         study.fill_first()
     else:

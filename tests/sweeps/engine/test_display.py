@@ -10,7 +10,6 @@ from rich.console import Console
 
 from bn_lightning.sweeps.engine.display import (
     Display,
-    best_trials,
     print_summary,
     trial_line,
     write_results,
@@ -46,20 +45,6 @@ LINES = {
 @pytest.mark.parametrize(("ended", "line"), LINES.values(), ids=LINES.keys())
 def test_a_trial_is_a_line(ended, line):
     assert trial_line(ended, COUNTS) == line
-
-
-class TestBest:
-    @pytest.mark.parametrize(("direction", "number"), [(MIN, 1), (MAX, 2)])
-    def test_of_one_direction(self, direction, number):
-        trials = [trial(0, [2]), trial(1, [1]), trial(2, [3]), trial(3, [1])]
-        assert [t.number for t in best_trials(trials, [direction])] == [number]
-
-    def test_of_several_directions(self):
-        trials = [trial(0, [1, 1]), trial(1, [1, 2]), trial(2, [0, 0]), trial(3, [2, 1])]
-        assert [t.number for t in best_trials(trials, [MIN, MAX])] == [1, 2]
-
-    def test_of_none(self):
-        assert best_trials([], [MIN]) == best_trials([], [MIN, MAX]) == []
 
 
 class TestDisplay:

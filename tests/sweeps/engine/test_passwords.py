@@ -15,6 +15,7 @@ from bn_lightning.sweeps.engine.passwords import redacted, refuse_password
         "postgresql://user@host/db",
         "postgresql://user@host:5432/db",
         "postgresql://${oc.env:USER}:${oc.env:PGPASSWORD}@host/db",
+        "postgresql://user@host/db?connect_timeout=9&password=${oc.env:PGPASSWORD}",
         "${oc.env:STORAGE}",
         "grpc://host:13000",
     ],
@@ -30,6 +31,8 @@ def test_what_holds_no_password_is_taken(setting):
         "postgresql+psycopg://user:sec@ret@host:5432/db",
         "mysql://user:${oc.env:NAME,secret}@host/db",
         "postgresql://user:secret${oc.env:NAME}@host/db",
+        "postgresql://user@host/db?password=secret",
+        "postgresql://user:${oc.env:NAME}@host/db?sslmode=require&sslpassword=secret",
     ],
 )
 def test_a_password_is_refused_and_not_repeated(setting):
@@ -48,6 +51,17 @@ def test_redacted(password):
     assert "postgresql://user:***@host/db" in shown
     if "%40" in password:
         assert "s@cret" not in shown
+
+
+@pytest.mark.parametrize("password", ["secret", "s%40cret", "se+cret"])
+def test_redacted_behind_the_address(password):
+    url = f"postgresql://user:other@host/db?a=b&password={password}&c=d"
+    text = f"cannot reach {url}: no user with s@cret, se cret or {password}"
+    shown = redacted(text, url)
+    assert "postgresql://user:***@host/db?a=b&password=***&c=d" in shown
+    assert password not in shown and "other" not in shown
+    assert "s@cret" not in shown or "%40" not in password
+    assert "se cret" not in shown or "+" not in password
 
 
 def test_without_a_password_nothing_is_redacted():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from bn_lightning.sweeps.engine import program
-from bn_lightning.sweeps.engine.program import as_typed, run_command, same_command
+from bn_lightning.sweeps.engine.program import as_typed, run_command, same_command, shown_command
 
 
 @pytest.fixture
@@ -44,6 +44,12 @@ def test_as_typed():
     command = [sys.executable, "-m", "train", "x=[1,2]", "y='a b'", "z=1e-05"]
     assert as_typed(command) == "python -m train 'x=[1,2]' 'y='\"'\"'a b'\"'\"'' z=1e-05"
     assert program.as_typed(["other", "x=1"]) == "other x=1"
+
+
+def test_a_command_is_shown_without_the_storage_s_password(started):
+    started("train", "-m", "x=1,2", "note=se'cret", "seconds=1")
+    shown = shown_command("postgresql://me:se%27cret@host/db")
+    assert shown == "python -m train -m x=1,2 'note=***' seconds=1"
 
 
 def test_a_console_script_is_typed_by_its_name(monkeypatch, tmp_path):

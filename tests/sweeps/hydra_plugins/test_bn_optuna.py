@@ -2,16 +2,19 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from html import escape
 
 import optuna
 import pytest
 from omegaconf import OmegaConf
 
+from bn_lightning.report import report
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 
@@ -45,6 +48,10 @@ class TestASweep:
         results = OmegaConf.load(sweep / "optimization_results.yaml")
         assert results == {"name": "optuna", "best_params": {"x": 1, "y": 0}, "best_value": 0.0}
         assert OmegaConf.load(sweep / "2" / ".hydra" / "overrides.yaml") == ["x=1", "y=0"]
+        typed = f"python {program.command()[1]} {shlex.join(GRID)}"
+        assert study_in(sweep).user_attrs["sweep:command"] == typed
+        page = report([str(sweep)]).read_text()
+        assert f"<code>{escape(typed)}</code>" in page and "bn_lightning.train" not in page
         attributes = study_in(sweep).trials[5].user_attrs
         assert attributes["directory"] == f"{sweep}/5"
         assert attributes["diverged"] is True
@@ -184,7 +191,7 @@ class TestBadInput:
         program.run("-m", "x=0,1", "hydra/sweeper/sampler=grid")
         done = program.run("-m", "x=0,1", "hydra/sweeper/sampler=grid", "seconds=0.001")
         assert done.returncode == 1
-        assert "another overrides" in done.stderr
+        assert "demo was made with other overrides: it has" in done.stderr
         assert "restart=fresh" in done.stderr
         assert states(program.folder / "sweep") == ["COMPLETE"] * 2
 

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from bn_lightning.sweeps.arms import label_of, style_of
-from bn_lightning.sweeps.findings import Findings, decades
+from bn_lightning.sweeps.findings import Findings, capital, decades
 from bn_lightning.sweeps.grid_figures import (
     MOST_TEXTS,
     OUTCOMES,
@@ -78,7 +78,7 @@ def heatmaps(found: Findings, metric: str) -> list[Plot]:
     plots = [
         Plot(
             f"accuracy-{i}",
-            _capital(label_of(name)),
+            capital(label_of(name)),
             [
                 _cells(means[name], "Viridis", (0, 1)),
                 *_failures(np.asarray(grid.arms[name].diverged.any(axis=2))),
@@ -94,7 +94,7 @@ def heatmaps(found: Findings, metric: str) -> list[Plot]:
         plots.append(
             Plot(
                 f"difference-{k}",
-                f"{_capital(label_of(pair.first))} minus {label_of(pair.second)}",
+                f"{capital(label_of(pair.first))} minus {label_of(pair.second)}",
                 [_cells(means[pair.first] - means[pair.second], scale, (-1, 1))],
                 _grid_layout(grid),
                 f"difference of {metric}",
@@ -119,7 +119,7 @@ def outcomes(found: Findings) -> list[Plot]:
         plots.append(
             Plot(
                 f"outcome-{i}",
-                _capital(label_of(name)),
+                capital(label_of(name)),
                 [
                     {
                         "type": "heatmap",
@@ -345,7 +345,3 @@ def _init_axis(grid: Grid) -> str:
 def _rule(y: float) -> dict[str, Any]:
     line = {"color": "#888888", "width": 1, "dash": "dot"}
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

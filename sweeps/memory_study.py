@@ -1,0 +1,23 @@
+"""A study of Optuna's in memory, for what it computes and draws of trials that are read."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import optuna
+from optuna.study import StudyDirection
+
+Direction = StudyDirection | Literal["minimize", "maximize"]
+
+
+def memory_study(directions: Sequence[Direction]) -> optuna.Study:
+    """An empty study, made without the line that Optuna logs of it.
+
+    Args:
+        directions: one for each value of its trials.
+    """
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(directions=directions)
+    finally:
+        optuna.logging.set_verbosity(level)
