@@ -5,7 +5,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+
+from bn_lightning.sweeps.engine.environment import in_trial
 
 
 def _integer(low: int) -> tuple[str, Callable[[Any], bool]]:
@@ -125,6 +128,8 @@ def check_nodes(resolved: Mapping[str, Any]) -> None:
 def check_config(config: DictConfig) -> None:
     """Refuse numbers that no run can use, and a GPU that is not there.
 
+    A run may end before its first validation, unless it is a trial of a sweep for a number of that.
+
     Raises:
         ValueError: naming the key, what was expected and what came.
     """
@@ -142,3 +147,31 @@ def check_config(config: DictConfig) -> None:
         raise ValueError(
             "`trainer.accelerator=gpu` expected a GPU, torch sees none; use trainer=cpu"
         )
+    if _is_chosen_by_validation() and _never_validates(config.trainer):
+        steps = config.trainer.max_steps
+        raise ValueError(
+            f"`trainer.max_steps={steps}` ends this trial before its first validation, by which it "
+            f"is chosen, of trainer.val_check_interval={config.trainer.val_check_interval}; set "
+            f"trainer.val_check_interval={steps} or less"
+        )
+
+
+def _never_validates(trainer: DictConfig) -> bool:
+    """Whether the steps are over before the interval, which is of steps where epochs set none."""
+    interval, steps = trainer.get("val_check_interval"), trainer.get("max_steps")
+    return (
+        type(interval) is int
+        and type(steps) is int
+        and interval > steps
+        and trainer.get("check_val_every_n_epoch", 1) is None
+        and not trainer.get("fast_dev_run")
+    )
+
+
+def _is_chosen_by_validation() -> bool:
+    """Whether this is a trial of a sweep for a metric such as `val/accuracy`."""
+    if not in_trial() or not HydraConfig.initialized():
+        return False
+    metric = HydraConfig.get().sweeper.get("metric")
+    names = [metric] if isinstance(metric, str) else metric or []
+    return any(str(name).startswith("val/") for name in names)

@@ -25,7 +25,6 @@ ORDER = {
     "whole_file": 1,
     "run_record": 2,
     "trust": 1,
-    "config_check": 1,
     "checkpoint": 2,
     "batch_norm_table": 2,
     "no_profiler": 2,
@@ -37,6 +36,7 @@ ORDER = {
     "summary": 4,
     "sweeps": 4,  # reads what runs leave, never what trains them
     "callbacks": 5,
+    "config_check": 5,
     "models": 5,
     "data": 5,
     "command": 6,

@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from bn_lightning.config_check import check_config, check_nodes
+from bn_lightning.sweeps.engine.environment import TRIAL
 
 GOOD: dict[str, Any] = {
     "seed": 1,
@@ -157,6 +159,35 @@ def test_a_part_that_is_something_else(key: str, value: Any) -> None:
         check_nodes(OmegaConf.to_container(config))
     assert str(caught.value).startswith(f"`{key}` expected ")
     assert str(caught.value).endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("metric", "trainer", "is_refused"),
+    [
+        ("val/accuracy", {}, True),
+        (["test/loss", "val/accuracy"], {}, True),
+        ("test/accuracy", {}, False),
+        (None, {}, False),
+        ("val/accuracy", {"max_steps": 1000}, False),
+        ("val/accuracy", {"val_check_interval": 0.5}, False),
+        ("val/accuracy", {"check_val_every_n_epoch": 1}, False),
+        ("val/accuracy", {"fast_dev_run": 20}, False),
+    ],
+)
+def test_a_trial_that_ends_before_what_it_is_chosen_by(
+    monkeypatch: pytest.MonkeyPatch, metric: Any, trainer: dict[str, Any], is_refused: bool
+) -> None:
+    given = {"max_steps": 999, "check_val_every_n_epoch": None, **trainer}
+    changes = {f"trainer.{key}": value for key, value in given.items()}
+    hydra = OmegaConf.create({"sweeper": {"metric": metric}})
+    monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: True))
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: hydra))
+    check(**changes)  # a run by itself
+    monkeypatch.setenv(TRIAL, "0")
+    if not is_refused:
+        return check(**changes)
+    with pytest.raises(ValueError, match="set trainer.val_check_interval=999 or less"):
+        check(**changes)
 
 
 def test_a_million_ranks() -> None:

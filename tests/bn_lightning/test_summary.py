@@ -51,6 +51,15 @@ class TestSummary:
             assert words in out
         assert "diverged" not in out
 
+    @pytest.mark.parametrize(("steps", "is_said"), [(999, True), (1000, False)])
+    def test_a_run_too_short_to_be_validated_says_so(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, is_said: bool
+    ) -> None:
+        record = ended(tmp_path, steps=steps)
+        record.content["config"]["trainer"] = {"val_check_interval": 1000}
+        print_summary(record.content, tmp_path)
+        assert ("trainer.val_check_interval=1000" in capsys.readouterr().out) == is_said
+
     def test_a_divergence_is_said_aloud(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -21,7 +21,7 @@ from bn_lightning.sweeps.engine.display import Display, print_summary, write_res
 from bn_lightning.sweeps.engine.environment import STORAGE, STUDY, WORKER, environment
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE, JOURNAL_FILE
-from bn_lightning.sweeps.engine.outcome import ERROR, last_line
+from bn_lightning.sweeps.engine.outcome import ERROR, HOPELESS, last_line
 from bn_lightning.sweeps.engine.passwords import refuse_password
 from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
 from bn_lightning.sweeps.engine.program import as_typed, run_command, shown_command
@@ -258,9 +258,15 @@ def _end(study: SweepStudy, settings: Settings, space: Space, stopping: Stopping
             f"{which} of {counts.total} trials failed, which is more than "
             f"max_failure_rate={settings.max_failure_rate:g} allows. Trial {trial.number}: "
             f"{last_line(trial.user_attrs.get(ERROR, ''))}. More in its attributes and in "
-            f"{study.directory / str(trial.number)}; the same command with a larger "
-            "hydra.sweeper.max_retries tries them again"
+            f"{study.directory / str(trial.number)}; {_advice(lost)}"
         )
+
+
+def _advice(lost: list[optuna.trial.FrozenTrial]) -> str:
+    fresh = "once their cause is mended, hydra.sweeper.restart=fresh begins a new study"
+    if all(trial.user_attrs.get(HOPELESS) for trial in lost):
+        return fresh
+    return f"the same command with a larger hydra.sweeper.max_retries tries them again; {fresh}"
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ class TestFailures:
         assert done.returncode == 1
         assert "all of 6 trials failed" in done.stderr
         assert "RuntimeError: asked to fail" in done.stderr
+        assert "a larger hydra.sweeper.max_retries tries them again" in done.stderr
         assert "Traceback" not in done.stderr
         assert states(program.folder / "sweep") == ["FAIL"] * 12
         assert study_in(program.folder / "sweep").trials[0].user_attrs["error"].endswith("to fail")
@@ -134,6 +135,7 @@ class TestFailures:
         done = program.run("-m", f"act={','.join(acts)}", "hydra/sweeper/sampler=grid")
         assert done.returncode == 1
         assert "all of 4 trials failed" in done.stderr
+        assert "restart=fresh" in done.stderr and "max_retries" not in done.stderr
         errors = [t.user_attrs["error"] for t in study_in(program.folder / "sweep").trials]
         for error, words in zip(errors, acts.values(), strict=True):
             assert error.startswith("the task was expected to return a number")
