@@ -26,10 +26,9 @@ def print_summary(record: dict[str, Any], directory: str | Path) -> None:
             label = f"{name} (log loss)" if name == "test/loss" else name
             rows[label] = "not a number" if value is None else f"{value:.4f}"
     interval = (record["config"].get("trainer") or {}).get("val_check_interval")
-    if "val/accuracy" not in record["metrics"] and isinstance(interval, int):
-        # Most often it is the budget that was made small, and not the interval.
-        if interval > record["steps"]:
-            rows["validation"] = f"none before trainer.val_check_interval={interval}"
+    is_validated = "val/accuracy" in record["metrics"]
+    if not is_validated and isinstance(interval, int) and interval > record["steps"]:
+        rows["validation"] = f"none before trainer.val_check_interval={interval}"
     rows["steps"] = f"{record['steps']:,}"
     if "seconds" in record:
         rows["time"] = f"{record['seconds']:.1f} s, {record['steps_per_second']:.0f} steps/s"

@@ -269,6 +269,8 @@ def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:
 def _description(study: optuna.Study) -> dict[str, Any]:
     """What the sweeper wrote of the study's space and fixed overrides, and its command."""
     found, command = (study.user_attrs.get(name) for name in (DESCRIPTION, COMMAND))
+    if isinstance(found, dict):
+        found = {key: found[key] for key in ("space", "overrides") if key in found}
     return {
         **({"sweep": found} if isinstance(found, dict) else {}),
         **({"command": command} if isinstance(command, str) else {}),

@@ -22,6 +22,9 @@ FILLER = "sweep:filler"
 # Seconds in which a new study gets its description.
 DESCRIPTION_PATIENCE = 10.0
 
+# Of what differs between two configurations.
+MOST_SHOWN = 5
+
 
 def filler_mark() -> str:
     """What the process that fills a study leaves in it meanwhile: its signature, and a mark."""
@@ -37,13 +40,14 @@ def create_study(
         storage: where it is, or will be.
         name: of the study.
         directions: "minimize" or "maximize", one for each value.
-        description: JSON of what must be the same when the sweep goes on: `space`, `overrides`.
+        description: JSON of what must be the same when the sweep goes on: `space`, `overrides`, and
+            `configuration`, which a study of an earlier version lacks.
 
     Returns:
         Whether it was made: then the caller fills it (`SweepStudy.fill_first`).
 
     Raises:
-        SweepError: the study there has another direction, space, or other overrides.
+        SweepError: the study there has another direction, space, configuration, or other overrides.
     """
     try:
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
@@ -88,8 +92,12 @@ def _check_same(study: Study, directions: Sequence[Direction], description: dict
             study.set_user_attr(DESCRIPTION, description)
             return
         time.sleep(0.2)
-    for key, how in (("space", "for another space"), ("overrides", "with other overrides")):
-        if before[key] != description[key]:
+    for key, how in (
+        ("space", "for another space"),
+        ("overrides", "with other overrides"),
+        ("configuration", "with another configuration"),
+    ):
+        if key in before and before[key] != description[key]:
             raise SweepError(
                 f"the study {study.study_name} was made {how}: "
                 f"{_difference(before[key], description[key])}; repeat the command it was begun "
@@ -104,4 +112,9 @@ def _difference(before: Any, now: Any) -> str:
     new = [text for text in now if text not in before]
     if not gone and not new:
         return "in another order"
-    return f"it has {', '.join(gone) or 'nothing else'}, this command {', '.join(new) or 'not'}"
+    return f"it has {_few(gone) or 'nothing else'}, this command {_few(new) or 'not'}"
+
+
+def _few(texts: list[str]) -> str:
+    more = len(texts) - MOST_SHOWN
+    return ", ".join(texts[:MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")

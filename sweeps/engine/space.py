@@ -8,6 +8,7 @@ width=int(interval(8,64))            an integer from 8 to 64
 lr=tag(log,interval(0.001,1))        the same on a logarithmic scale; also int(...) and range
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -191,6 +192,27 @@ def enumerated(name: str, distribution: BaseDistribution) -> list[Parameter]:
 def key_of(override: str) -> str:
     """The key of an override, without the signs that add or remove it."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def flat(config: Mapping[str, Any], swept: Iterable[str] = (), prefix: str = "") -> dict[str, str]:
+    """Every key of a configuration with its value as JSON, without those that are swept.
+
+    Args:
+        config: plain values, interpolations as they are written.
+        swept: override keys, as typed; what lies below one is left out, too.
+        prefix: of all keys.
+    """
+    found: dict[str, str] = {}
+    skipped = {key_of(name) for name in swept}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if key in skipped:
+            continue
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, skipped, f"{key}.")
+        else:
+            found[key] = json.dumps(value, default=str)
+    return found
 
 
 def _choice_value(element: Any) -> Parameter:

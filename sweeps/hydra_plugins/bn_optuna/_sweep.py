@@ -25,7 +25,7 @@ from bn_lightning.sweeps.engine.outcome import ERROR, HOPELESS, last_line
 from bn_lightning.sweeps.engine.passwords import refuse_password
 from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
 from bn_lightning.sweeps.engine.program import as_typed, run_command, shown_command
-from bn_lightning.sweeps.engine.space import CustomSpace, Space, parse_space, to_overrides
+from bn_lightning.sweeps.engine.space import CustomSpace, Space, flat, parse_space, to_overrides
 from bn_lightning.sweeps.engine.stopping import Stopping
 from bn_lightning.sweeps.engine.storage import JOURNAL, open_storage, storage_url
 from bn_lightning.sweeps.engine.study import ClaimedTrial, Policy, SweepStudy, work
@@ -143,6 +143,7 @@ def run_sweep(
     description = {
         "space": {**space.describe(), "custom_search_space": str(settings.custom_search_space)},
         "overrides": space.fixed,
+        "configuration": flat(_task_configuration(config), space.distributions),
     }
     is_new = not is_worker and create_study(storage, place.study, settings.directions, description)
     study = SweepStudy(
@@ -339,6 +340,12 @@ def _quiet_optuna() -> None:
 def _refuse_passwords(config: DictConfig) -> None:
     settings: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
     refuse_password(str(settings["storage"]))
+
+
+def _task_configuration(config: DictConfig) -> dict[str, Any]:
+    """What the trials share, as it is written; files that change it are no overrides."""
+    content: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    return {key: value for key, value in content.items() if key != "hydra"}
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from optuna.distributions import FloatDistribution as Float
 from optuna.distributions import IntDistribution as Int
 
 from bn_lightning.sweeps.engine.errors import SweepError
-from bn_lightning.sweeps.engine.space import parse_space, to_overrides
+from bn_lightning.sweeps.engine.space import flat, parse_space, to_overrides
 
 SPACES = {
     "simple_choice": ("x=1,2,3", Choice([1, 2, 3])),
@@ -157,3 +157,12 @@ def _parsed(text):
     sweep = OverridesParser.create().parse_override(text)
     texts = [f"{key}={value}" for value in sweep.sweep_string_iterator()]
     return OverridesParser.create().parse_overrides(texts)
+
+
+def test_a_configuration_without_what_is_swept():
+    config = {"norm": {"eps": 1}, "a": {"lr": 0.1, "b": {"c": "${x}", "d": [1, None]}, "e": {}}}
+    assert flat(config, ["norm", "+a.lr"]) == {
+        "a.b.c": '"${x}"',
+        "a.b.d": "[1, null]",
+        "a.e": "{}",
+    }

@@ -300,6 +300,30 @@ class TestCreateStudy:
             Sweep(tmp_path, space=parse_space(None, arguments))
         assert "hydra.sweeper.restart=fresh" in str(error.value)
 
+    @pytest.mark.parametrize(
+        ("before", "now", "words"),
+        [
+            ({"a.b": "1", "c": "2"}, {"a.b": "3", "c": "2"}, "it has a.b=1, this command a.b=3;"),
+            ({"c": "2"}, {"c": "2", "d": "null"}, "it has nothing else, this command d=null;"),
+            ({f"k{i}": "0" for i in range(9)}, {}, "k4=0 and 4 more, this command not;"),
+            ({"c": "2"}, {"c": "2"}, None),
+            (None, {"c": "2"}, None),
+        ],
+        ids=["another value", "another key", "many", "the same", "of an earlier version"],
+    )
+    def test_another_configuration(self, tmp_path, before, now, words):
+        storage = open_storage(storage_url("journal", tmp_path), 5)
+        made = {"space": {}, "overrides": []}
+        first = made if before is None else made | {"configuration": before}
+        assert create_study(storage, "s", ["minimize"], first)
+        if words is None:
+            assert not create_study(storage, "s", ["minimize"], made | {"configuration": now})
+            return
+        with pytest.raises(SweepError) as caught:
+            create_study(storage, "s", ["minimize"], made | {"configuration": now})
+        assert "was made with another configuration: it has " in str(caught.value)
+        assert words in str(caught.value) and "restart=fresh" in str(caught.value)
+
     def test_a_study_of_another_program(self, tmp_path):
         storage = open_storage(storage_url("journal", tmp_path), 5)
         optuna.create_study(storage=storage, study_name="s").optimize(lambda _: 0.0, n_trials=1)

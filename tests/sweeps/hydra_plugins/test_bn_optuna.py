@@ -197,6 +197,22 @@ class TestBadInput:
         assert "restart=fresh" in done.stderr
         assert states(program.folder / "sweep") == ["COMPLETE"] * 2
 
+    def test_an_edited_file_of_the_configuration(self, program):
+        """Trials of one study share it, whether it was typed or stands in a file."""
+        kept = program.folder / "kept" / "sweep" / "mine.yaml"
+        kept.parent.mkdir(parents=True)
+        arguments = ("-m", "x=0,1", "hydra/sweeper/sampler=grid", "+sweep=mine")
+        arguments = (*arguments, f"hydra.searchpath=[file://{program.folder}/kept]")
+        kept.write_text("# @package _global_\ny: 1\n")
+        assert program.run(*arguments).returncode == 0
+        again = program.run(*arguments, "hydra.sweeper.n_jobs=2")
+        assert "2 of 2 trials done" in again.stdout, again.stderr
+        kept.write_text("# @package _global_\ny: 2\n")
+        done = program.run(*arguments)
+        assert done.returncode == 1
+        assert "configuration: it has y=1, this command y=2; repeat" in done.stderr
+        assert program.run(*arguments, "hydra.sweeper.restart=fresh").returncode == 0
+
     def test_a_torn_journal(self, program):
         program.run(*GRID)
         journal = program.folder / "sweep" / "journal.log"
