@@ -32,10 +32,13 @@ from bn_lightning.sweeps.runs import Run, read_runs, runtime_sentences, runtimes
 from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, runs_in
 from bn_lightning.sweeps.study_plots import optuna_plots
 from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
-from bn_lightning.sweeps.trials import TABLE, Table, to_csv
+from bn_lightning.sweeps.trials import TABLE, Cell, Row, Table, to_csv
 from bn_lightning.whole_file import write_atomically, write_json
 
 PAGE = "report.html"
+MOST_PLACES = 2
+"""Of runs that an error names, for each of their budgets."""
+
 _CLASSES = 10  # of the digits, where the runs do not say how many they told apart
 _THRESHOLD = "threshold"  # in what a table's summary says about it
 
@@ -97,7 +100,7 @@ def _report_study(table: Table, base: Path, options: Options) -> Path:
     if options.threshold is not None:
         table = replace(table, about={**table.about, _THRESHOLD: options.threshold})
     complete = [row for row in table.rows if row.is_complete]
-    notes = [*table.notes, *_mixture_notes(mixed(complete), options.allow_mixed)]
+    notes = [*table.notes, *_mixture_notes(complete, options.allow_mixed)]
     unfinished = table.counts()["running"] + table.counts()["waiting"]
     if unfinished:
         notes.append(f"The sweep is not over: {unfinished:,} trials run or wait.")
@@ -206,7 +209,8 @@ def _report_runs(directories: list[Path], options: Options) -> Path:
     output = options.output or Path(".")
     runs = read_runs(directories)
     rows = tuple(run.as_row(number) for number, run in enumerate(runs))
-    notes = _mixture_notes(mixed(rows), options.allow_mixed)
+    directories_of = [str(run.directory) for run in runs]
+    notes = _mixture_notes(rows, options.allow_mixed, directories_of)
     table = with_provenance(
         Table(
             "runs",
@@ -272,18 +276,36 @@ def _draw_runs(runs: list[Run], output: Path, with_paper: bool) -> None:
         figures.save(figures.throughput_figure(speeds, arms), folder / "throughput")
 
 
-def _mixture_notes(found: dict[str, Any], allow_mixed: bool) -> list[str]:
-    texts = [
-        f"{name.removeprefix('run/').replace('max_steps', 'budgets in steps')}: "
-        f"{', '.join(map(str, values))}"
-        for name, values in found.items()
-    ]
-    if texts and not allow_mixed:
+def _mixture_notes(rows: Sequence[Row], allow_mixed: bool, places: Sequence[str] = ()) -> list[str]:
+    found = {
+        name.removeprefix("run/").replace("max_steps", "budgets in steps"): (name, values)
+        for name, values in mixed(rows).items()
+    }
+    if found and not allow_mixed:
+        texts = [
+            f"{shown}: " + "; ".join(f"{value}{_at(value, name, rows, places)}" for value in values)
+            if places
+            else f"{shown}: {', '.join(map(str, values))}"
+            for shown, (name, values) in found.items()
+        ]
         raise ValueError(
             f"expected results of the same data and budget, got {'; '.join(texts)}; report them by "
             "themselves, or together with --allow-mixed"
         )
-    return [f"Results of different data or budgets stand side by side ({t})." for t in texts]
+    return [
+        "Results of different data or budgets stand side by side "
+        f"({shown}: {', '.join(map(str, values))})."
+        for shown, (_, values) in found.items()
+    ]
+
+
+def _at(value: Cell, name: str, rows: Sequence[Row], places: Sequence[str]) -> str:
+    """Where the rows with this value lie, the first of them by name."""
+    found = [
+        place for row, place in zip(rows, places, strict=True) if row.attributes.get(name) == value
+    ]
+    more = f" and {len(found) - MOST_PLACES:,} more" if len(found) > MOST_PLACES else ""
+    return f" in {', '.join(found[:MOST_PLACES])}{more}"
 
 
 def _write(output: Path, table: Table, content: dict[str, Any], html: str, said: list[str]) -> Path:

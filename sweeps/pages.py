@@ -130,9 +130,11 @@ def runs_page(runs: Sequence[Run], study: Table, with_paper: bool, notes: Sequen
                 _number(growth, ".3g"),
                 _number(record.get("seconds"), ",.0f"),
                 _number(record.get("steps_per_second"), ",.0f"),
+                tag("code", str(run.directory)),
             ]
         )
     head = ["run", "status", "steps", "test accuracy", "test loss", "width ×", "s", "steps/s"]
+    head.append("directory")
     body = [
         tag("h1", "Runs side by side"),
         *_notes(notes),
@@ -142,6 +144,7 @@ def runs_page(runs: Sequence[Run], study: Table, with_paper: bool, notes: Sequen
             rows,
             "Loss in nats; width ×: how much wider the 15th to 85th percentile of the last "
             "activation's inputs became, the median over its units",
+            "text",
         ),
         *[tag("p", text) for text in runtime_sentences(runtimes(runs))],
         figures(drawn, "26rem"),

@@ -1,5 +1,6 @@
 """How the trials of a table were run, from what their runs left on disk."""
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -83,7 +84,13 @@ def mixed(rows: Iterable[Row]) -> dict[str, list[Cell]]:
         for name, values in found.items():
             if row.attributes.get(name) is not None:
                 values.add(row.attributes[name])
-    return {name: sorted(values, key=str) for name, values in found.items() if len(values) > 1}
+    return {
+        name: sorted(values, key=_in_order) for name, values in found.items() if len(values) > 1
+    }
+
+
+def _in_order(value: Cell) -> tuple[float, str]:
+    return (value if isinstance(value, int | float) else math.inf, str(value))
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, str]:

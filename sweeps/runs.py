@@ -1,11 +1,14 @@
 """Runs to put side by side: what each is called, which arm it is, what it logged."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from bn_lightning.metrics_csv import read_metrics
 from bn_lightning.run_record import read_run
@@ -22,6 +25,16 @@ _DIFFERENCES = {
     "data.batch_size": "batch",
 }
 
+# Of an override in a label.
+MOST_CHARACTERS = 60
+
+OVERRIDES_FILE = ".hydra/overrides.yaml"
+
+# Beginnings of overrides that do not change what a run trains, or are its arm.
+_BESIDE = ("ckpt_path", "extras", "hydra", "logger", "norm", "paths", "resume", "task_name")
+
+# Keys by which runs of one kind may differ.
+_OF_ONE_RUN = ("ckpt_path", "logger", "paths", "resume", "seed", "task_name")
 
 # The callables of conf/norm/, by the arm that they are: BatchNorm over all ranks is BatchNorm.
 _ARMS = {
@@ -92,7 +105,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     return [
         Run(directory, label, arm, record, logged)
         for directory, label, arm, record, logged in zip(
-            directories, _labels(arms, records), arms, records, metrics, strict=True
+            directories, _labels(arms, records, directories), arms, records, metrics, strict=True
         )
     ]
 
@@ -123,7 +136,8 @@ def width_growth(run: Run) -> float | None:
 def runtimes(runs: Sequence[Run]) -> dict[str, float]:
     """Arm -> seconds of training, evaluations included, the mean over its runs.
 
-    Of completed runs that were never interrupted; empty unless all of them took as many steps.
+    Of completed runs that were never interrupted; empty unless all of them took as many steps, and
+    those of one arm differ by their seeds alone.
     """
     whole = [
         run
@@ -133,6 +147,8 @@ def runtimes(runs: Sequence[Run]) -> dict[str, float]:
         and "seconds" in run.record
     ]
     if len({run.record.get("steps") for run in whole}) != 1:
+        return {}
+    if len({(run.arm, _trained(run.record)) for run in whole}) != len({run.arm for run in whole}):
         return {}
     seconds: dict[str, list[float]] = {}
     for run in whole:
@@ -156,24 +172,69 @@ def runtime_sentences(times: Mapping[str, float]) -> list[str]:
     return [f"Time of training: {'; '.join(texts)}"]
 
 
-def _labels(arms: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The arm, and for runs of one arm what tells them apart."""
-    labels = []
-    for arm, record in zip(arms, records, strict=True):
-        alike = [r["config"] for a, r in zip(arms, records, strict=True) if a == arm]
-        words = [
-            f"{word} {_selected(record['config'], key):g}"
-            for key, word in _DIFFERENCES.items()
-            if len({repr(_selected(config, key)) for config in alike}) > 1
-            and isinstance(_selected(record["config"], key), int | float)
-        ]
-        labels.append(", ".join([label_of(arm), *words]))
+def _labels(
+    arms: Sequence[str], records: Sequence[Mapping[str, Any]], directories: Sequence[Path]
+) -> list[str]:
+    """The arm, and for runs of one arm what tells them apart: the task's name, else all else."""
+    labels = list(map(label_of, arms))
+    for arm in set(arms):
+        places = [i for i, other in enumerate(arms) if other == arm]
+        configs = [records[i]["config"] for i in places]
+        names = [str(config.get("task_name")) for config in configs]
+        words = [[name] if len(set(names)) > 1 else [] for name in names]
+        if len(set(names)) < len(names):
+            known, typed = _known_differences(configs), [_typed(directories[i]) for i in places]
+            shared = set.intersection(*map(set, typed))
+            for i, texts in enumerate(typed):
+                words[i] += [*known[i], *(text for text in texts if text not in shared)]
+        for i, place in enumerate(places):
+            labels[place] = ", ".join([labels[place], *words[i]])
     seen: Counter[str] = Counter()
     unique = []
     for label in labels:
         seen[label] += 1
         unique.append(f"{label} ({seen[label]})" if seen[label] > 1 else label)
     return unique
+
+
+def _known_differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            f"{word} {_selected(config, key):g}"
+            for key, word in _DIFFERENCES.items()
+            if len({repr(_selected(other, key)) for other in configs}) > 1
+            and isinstance(_selected(config, key), int | float)
+        ]
+        for config in configs
+    ]
+
+
+def _typed(directory: Path) -> list[str]:
+    """The overrides of a run that change what it trains and have no word of their own."""
+    try:
+        overrides: Any = OmegaConf.to_container(OmegaConf.load(directory / OVERRIDES_FILE))
+    except Exception:  # copied without it, or whatever else another program may have put there
+        return []
+    texts = [text for text in overrides if isinstance(text, str)]
+    keys = [text.partition("=")[0].lstrip("+~") for text in texts]
+    return [
+        text.lstrip("+")[:MOST_CHARACTERS]
+        for text, key in zip(texts, keys, strict=True)
+        if key not in _DIFFERENCES and key.partition(".")[0] not in _BESIDE
+    ]
+
+
+def _trained(record: Mapping[str, Any]) -> str:
+    """All that a run's configuration says but for its seed, its name and its places, as text."""
+    config = record["config"]
+    place = str(_selected(config, "paths.output_dir"))
+
+    def without(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: without(v) for k, v in value.items() if k not in _OF_ONE_RUN}
+        return value.replace(place, "") if isinstance(value, str) else value
+
+    return json.dumps(without(config), sort_keys=True, default=str)
 
 
 def _selected(config: Mapping[str, Any], key: str) -> Any:

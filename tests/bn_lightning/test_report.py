@@ -350,11 +350,21 @@ class TestRuns:
 
     def test_different_data(self, tmp_path: Path) -> None:
         runs = [str(run(tmp_path / "a")), str(run(tmp_path / "b", source="mnist"))]
-        with pytest.raises(ValueError, match="data: digits, mnist; .*--allow-mixed"):
+        with pytest.raises(ValueError, match="data: digits in .*/a; mnist in .*/b; .*--allow"):
             report(runs, Options(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
         page = report(runs, Options(tmp_path / "out", allow_mixed=True)).read_text()
         assert "stand side by side (data: digits, mnist)" in page
+
+    def test_different_budgets_are_named_with_their_runs(self, tmp_path: Path) -> None:
+        steps = (2000, 300, 300, 300)
+        runs = [str(run(tmp_path / str(i), steps=count)) for i, count in enumerate(steps)]
+        words = f"budgets in steps: 300 in {runs[1]}, {runs[2]} and 1 more; 2000 in {runs[0]}; rep"
+        with pytest.raises(ValueError) as caught:
+            report(runs, Options(tmp_path / "out"))
+        assert words in str(caught.value)
+        page = report(runs, Options(tmp_path / "out", allow_mixed=True)).read_text()
+        assert all(f"<code>{directory}</code>" in page for directory in runs)
 
     @pytest.mark.parametrize("name", ["test/accuracy", "activation/p50"])
     def test_a_run_that_did_not_log_what_is_drawn(self, tmp_path: Path, name: str) -> None:

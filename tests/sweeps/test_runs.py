@@ -50,6 +50,41 @@ def test_labels_say_what_differs(tmp_path: Path, make_run: Callable[..., Path]) 
     ]
 
 
+def test_labels_of_runs_that_differ_by_what_was_typed(
+    tmp_path: Path, make_run: Callable[..., Path]
+) -> None:
+    typed = {
+        "a": ["+experiment=mnist_bn", "norm=batch", "logger=csv"],
+        "b": ["+experiment=mnist_bn", "optimizer.lr=0.1", "model.network.activation=relu"],
+        "c": ["+experiment=mnist_bn", "optimizer.lr=0.1", "init=he", f"a={'x' * 99}"],
+        "d": [],  # copied without its file
+    }
+    runs = [make_run(tmp_path / n, BATCH, lr=1.0 if n == "a" else 0.1) for n in typed]
+    for run, overrides in zip(runs, typed.values(), strict=True):
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "overrides.yaml").write_text("\n".join(f"- '{o}'" for o in overrides))
+    assert [read.label for read in read_runs(runs[:3])] == [
+        "with BatchNorm, lr 1",
+        "with BatchNorm, lr 0.1, model.network.activation=relu",
+        f"with BatchNorm, lr 0.1, init=he, a={'x' * 58}",
+    ]
+    assert read_runs(runs)[3].label == "with BatchNorm, lr 0.1"
+
+
+def test_the_tasks_name_is_enough_where_it_differs(
+    tmp_path: Path, make_run: Callable[..., Path]
+) -> None:
+    for directory, name, lr in (("a", "two", 1.0), ("b", "eps", 0.1), ("c", "eps", 1.0)):
+        run = make_run(tmp_path / directory, None, lr=lr)
+        record = read_run(run)
+        record["config"]["task_name"] = name
+        write_json(run / "run.json", record)
+    labels = [run.label for run in read_runs([tmp_path / "a", tmp_path / "b"])]
+    assert labels == ["without BatchNorm, two", "without BatchNorm, eps"]
+    labels = [run.label for run in read_runs([tmp_path / n for n in "abc"])]
+    assert labels == [f"without BatchNorm, {n}" for n in ("two, lr 1", "eps, lr 0.1", "eps, lr 1")]
+
+
 def test_a_run_as_a_line_of_a_table(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     (read,) = read_runs([make_run(tmp_path / "a", None)])
     row = read.as_row(5)
@@ -96,3 +131,16 @@ def test_runtimes_of_different_budgets_say_nothing(
     ]
     assert runtimes(read_runs(runs)) == {}
     assert runtime_sentences({}) == []
+
+
+def test_runtimes_of_different_networks_say_nothing(
+    tmp_path: Path, make_run: Callable[..., Path]
+) -> None:
+    runs = [timed(make_run, tmp_path / name, BATCH, seconds=30.0) for name in "abc"]
+    for run, changes in zip(runs, ({}, {"seed": 2}, {"model": {"depth": 9}}), strict=True):
+        record = read_run(run)
+        places = {"paths": {"output_dir": str(run)}, "callbacks": {"dirpath": f"{run}/checkpoints"}}
+        record["config"] |= places | changes
+        write_json(run / "run.json", record)
+    assert runtimes(read_runs(runs[:2])) == {"batch": 30.0}
+    assert runtimes(read_runs(runs)) == {}
