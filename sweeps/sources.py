@@ -1,6 +1,8 @@
 """What a place holds: a sweep's study, the table of an earlier report, or runs."""
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 
 from bn_lightning.run_record import FILE_NAME as RUN_FILE
@@ -17,6 +19,9 @@ from bn_lightning.sweeps.trials import (
 SUMMARY = "summary.json"
 SCHEMA_VERSION = 1
 """Of summary.json."""
+
+# Folders below one that holds nothing to report: logs/TASK/multiruns/TIME/JOB has most.
+_DEPTH, _MOST_MEANT = 4, 3
 
 
 def runs_in(source: str) -> list[Path]:
@@ -43,8 +48,32 @@ def _kind_of(directory: Path) -> str | None:
 def _storage_in(directory: Path) -> str | None:
     if (directory / JOURNAL_FILE).is_file():
         return str(directory / JOURNAL_FILE)
-    databases = sorted(path for pattern in DATABASES for path in directory.glob(pattern))
+    found = sorted(path for pattern in DATABASES for path in directory.glob(pattern))
+    databases = [path for path in found if _is_of_optuna(path)]
     return f"sqlite:///{databases[0].absolute()}" if len(databases) == 1 else None
+
+
+def _is_of_optuna(path: Path) -> bool:
+    """Whether an SQLite file has studies: others, such as MLflow's, lie beside runs, too."""
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            query = "SELECT 1 FROM sqlite_master WHERE name = 'studies'"
+            return connection.execute(query).fetchone() is not None
+    except sqlite3.Error:
+        return True  # for the reader of studies to say what is wrong with it
+
+
+def _places_below(directory: Path) -> list[str]:
+    """Sweeps, and folders of runs, some folders below: what was meant, perhaps."""
+    found: dict[Path, None] = {}
+    for depth in range(1, _DEPTH + 1):
+        folders = "/".join("*" * depth)
+        sweeps = [path.parent for path in sorted(directory.glob(f"{folders}/{JOURNAL_FILE}"))]
+        runs = [path.parent.parent for path in sorted(directory.glob(f"{folders}/{RUN_FILE}"))]
+        # The trials of a sweep are not reported without it.
+        found |= dict.fromkeys([*sweeps, *(p for p in runs if not (p / JOURNAL_FILE).is_file())])
+    return list(map(str, found))
 
 
 def read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
@@ -61,6 +90,12 @@ def read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
         return Path("."), with_provenance(read_study(source, name), Path("."))
     path = Path(source)
     if path.is_file():
+        for folder in path.absolute().parents[:2]:
+            if (folder / RUN_FILE).is_file() and path.name != JOURNAL_FILE:
+                raise ValueError(
+                    f"expected a sweep or a run's directory, got {path}, a file of a run; report "
+                    f"its directory, {folder}"
+                )
         return path.parent, with_provenance(read_study(path, name), path.parent)
     storage = _storage_in(path)
     if storage is not None:
@@ -68,10 +103,12 @@ def read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
     if (path / TABLE).is_file():
         return path, _read_table(path)
     what = "an empty directory" if path.is_dir() and not any(path.iterdir()) else "none of them"
+    below = _places_below(path)
+    meant = f"; did you mean {' or '.join(below[:_MOST_MEANT])}?" if below else ""
     raise ValueError(
         f"expected a sweep's directory with a {JOURNAL_FILE} or a {TABLE}, a storage URL, or the "
         f"directory of a run with its {RUN_FILE}, got {path}: "
-        f"{what if path.is_dir() else 'no such directory'}"
+        f"{what if path.is_dir() else 'no such directory'}{meant}"
     )
 
 

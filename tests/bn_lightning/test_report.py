@@ -1,6 +1,8 @@
 """Reports: of sweeps from their journals and tables, of runs, and of what is neither."""
 
+import contextlib
 import json
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -392,6 +394,36 @@ class TestNeither:
         with pytest.raises(ValueError, match=f"expected a sweep's directory.*{words}"):
             report([str(tmp_path / "dir")], Options(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
+
+    def test_what_was_meant_lies_below(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        logs = tmp_path / "logs"
+        sweep = make_study(logs / "mnist_bn/sweeps/quick")
+        for folder in ("mnist_bn/runs/a", "mnist_bn/runs/b", "mnist_bn/sweeps/quick/0"):
+            run(logs / folder)
+        with contextlib.closing(sqlite3.connect(logs / "mlflow.db")) as database:
+            database.execute("CREATE TABLE experiments (name TEXT)")
+        words = f"none of them; did you mean {sweep} or {logs}/mnist_bn/runs\\?"
+        with pytest.raises(ValueError, match=words):
+            report([str(logs)])
+
+    def test_a_database_of_optunas(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        journal = optuna.storages.journal.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(make_study(tmp_path) / "journal.log"))
+        )
+        (tmp_path / "sweep").mkdir()
+        url = f"sqlite:///{tmp_path}/sweep/study.db"
+        optuna.copy_study(from_study_name="sweep", from_storage=journal, to_storage=url)
+        assert report([str(tmp_path / "sweep")]) == tmp_path / "sweep" / "report.html"
+
+    @pytest.mark.parametrize("name", ["metrics.csv", "checkpoints/last.ckpt"])
+    def test_a_file_of_a_run(self, tmp_path: Path, name: str) -> None:
+        directory = run(tmp_path / "run")
+        (directory / "checkpoints").mkdir()
+        (directory / "checkpoints/last.ckpt").write_bytes(b"PK")
+        with pytest.raises(ValueError, match=f"a file of a run; report its directory, {directory}"):
+            report([str(directory / name)])
 
     def test_two_sweeps(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweeps = [str(make_study(tmp_path / name)) for name in ("a", "b")]
