@@ -50,7 +50,7 @@ class Display:
         self._directions = list(directions)
         self._console = console or Console(soft_wrap=True)
         self._best: list[FrozenTrial] = []
-        self._take_best(ledger.take_new())
+        self._take_best([trial for trial, _ in ledger.take_new()])
         self._settled_before = ledger.counts().settled
         self._started = time.monotonic()
         self._live: Live | None = None
@@ -70,12 +70,11 @@ class Display:
     def update(self) -> None:
         """Show what the ledger has learnt."""
         new = self._ledger.take_new()
-        self._take_best(new)
+        self._take_best([trial for trial, _ in new])
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
-        counts = self._ledger.counts()
-        for trial in new:
+        for trial, counts in new:
             self._console.print(trial_line(trial, counts), highlight=False, markup=False)
 
     def _take_best(self, trials: list[FrozenTrial]) -> None:

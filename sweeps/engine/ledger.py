@@ -61,7 +61,7 @@ class Ledger:
         self._complete = self._pruned = self._diverged = self._lost = 0
         self.waiting: list[FrozenTrial] = []
         self.running: list[FrozenTrial] = []
-        self._new: list[FrozenTrial] = []
+        self._new: list[tuple[FrozenTrial, Counts]] = []
 
     def update(self, trials: list[FrozenTrial]) -> None:
         """Take in all trials of the study, in the order of their numbers."""
@@ -74,6 +74,8 @@ class Ledger:
                 if trial.number not in self._read:
                     self._read.add(trial.number)
                     self._take(slot, trial)
+                    if trial.user_attrs.get(DUPLICATE) is None:
+                        self._new.append((trial, self.counts()))
                 continue
             (self.waiting if trial.state == TrialState.WAITING else self.running).append(trial)
             self._live.setdefault(slot, trial.number)
@@ -86,8 +88,8 @@ class Ledger:
         """How many trials have ended, failed ones among them."""
         return self._all_read + len(self._read)
 
-    def take_new(self) -> list[FrozenTrial]:
-        """The trials that were read as ended since this was called last."""
+    def take_new(self) -> list[tuple[FrozenTrial, Counts]]:
+        """The trials read as ended since this was called last, each with how far the sweep was."""
         new, self._new = self._new, []
         return new
 
@@ -144,7 +146,6 @@ class Ledger:
     def _take(self, slot: int, trial: FrozenTrial) -> None:
         if trial.user_attrs.get(DUPLICATE) is not None:
             return
-        self._new.append(trial)
         found = self._slots.setdefault(slot, _Slot())
         if trial.state != TrialState.FAIL:
             if found.result is None:

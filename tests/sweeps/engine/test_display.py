@@ -65,7 +65,7 @@ class TestDisplay:
 
     def test_in_a_log_each_new_trial_is_a_line(self):
         assert self.shown(is_terminal=False).splitlines() == [
-            "trial 1: 1 diverged  x=2  [3/3]",
+            "trial 1: 1 diverged  x=2  [2/3]",
             "trial 2: failed (no)  [3/3]",
         ]
 

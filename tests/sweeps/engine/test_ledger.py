@@ -110,6 +110,6 @@ class TestUpdates:
             assert ledger.counts() == fresh.counts()
             assert ledger.open_slots() == fresh.open_slots()
             assert ledger.n_ended == fresh.n_ended
-            new.append([trial.number for trial in ledger.take_new()])
+            new.append([trial.number for trial, _ in ledger.take_new()])
         assert new == [[], [], [1, 2], [0], [3]]
         assert ledger.is_over()
