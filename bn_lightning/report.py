@@ -148,7 +148,11 @@ def _report_study(table: Table, base: Path, options: Options) -> Path:
             _draw_grid(table, found, trials.metric, output / "figures")
             cells = cells_json(found.grid, trials.numbers, _links(table, base), _seen(base, output))
             html = grid_page(table, found, trials.metric, cells, notes)
-            said = sentences(found)
+            said = [
+                *sentences(found),
+                f"A cell trains from an accuracy of {found.grid.levels.trained:.2f} on; "
+                "--threshold asks for another.",
+            ]
     return _write(output, table, content, html, said)
 
 
@@ -161,9 +165,16 @@ def _grid_of(table: Table, given: Roles) -> tuple[Roles, Scored, Findings]:
             "their learning rates, initialisations and seeds"
         )
     planned = is_planned(table.about)
+    if planned is False:
+        raise NoGrid(
+            "its sampler chose the points by their results, so that their share says little"
+        )
     classes = classes_of(table.about) or _CLASSES
     levels = Levels.of(classes, table.about.get(_THRESHOLD, TRAINED))
-    return roles, trials, findings(trials.numbers, math.log(classes), planned, levels)
+    found = findings(trials.numbers, math.log(classes), planned, levels)
+    if found.comparisons and not any(pair.cells for pair in found.comparisons):
+        raise NoGrid("its arms have no learning rate and initialisation in common")
+    return roles, trials, found
 
 
 def _draw_grid(table: Table, found: Findings, metric: str, folder: Path) -> None:
@@ -221,6 +232,7 @@ def _report_runs(directories: list[Path], options: Options) -> Path:
             ),
         ),
         Path("."),
+        is_of_sweep=False,
     )
     with_paper = any(is_paper_experiment(run.record) for run in runs)
     content = {

@@ -90,6 +90,7 @@
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { ...layout.font, color: ink, family: "system-ui, sans-serif" },
       hoverlabel: { align: "left", namelength: -1 },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: ink },
     };
     for (const axis of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
       // To look which labels would reach beyond the figure takes a quarter of the time to draw.

@@ -166,6 +166,7 @@ def _budget_line(study: Table, found: Findings) -> str:
     inits = f"{len(grid.inits)} initialisation{'s' if len(grid.inits) > 1 else ''}"
     return (
         f"{data}, {budget}, {inits} × {len(grid.rates)} learning rates × {seeds} for each arm. "
+        f"A cell trains from an accuracy of {grid.levels.trained:.2f} on. "
         "In brackets the 95% interval of the bootstrap over seeds."
     )
 
@@ -299,7 +300,8 @@ def _measured(study: Table, levels: Levels | None = None) -> list[Html]:
     seconds = [row.attributes.get("seconds") for row in study.rows]
     numbers = [s for s in seconds if isinstance(s, int | float)]
     if numbers:
-        items["time"] = f"{sum(numbers) / 3600:.2f} hours over all trials"
+        what = "trials" if study.directions else "runs"
+        items["time"] = f"{_duration(sum(numbers))} over all {what}"
     if "first_started" in about:
         items["run"] = f"{about['first_started']} to {about['last_ended']}"
     if "sampler" in about:
@@ -325,6 +327,13 @@ def _measured(study: Table, levels: Levels | None = None) -> list[Html]:
     if "command" in about:
         parts += [tag("p", "Made by"), tag("pre", tag("code", str(about["command"])), tabindex="0")]
     return parts
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that leaves two digits before the point, or fewer."""
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 def _params(row: Row) -> str:

@@ -22,7 +22,7 @@ DATA, BUDGET = "run/data", "run/max_steps"
 _PLANNED = tuple(kind.__name__ for kind in PLANNED)
 
 
-def with_provenance(table: Table, base: Path) -> Table:
+def with_provenance(table: Table, base: Path, is_of_sweep: bool = True) -> Table:
     """Add what the runs and the sweep's configuration say; directories become relative to `base`.
 
     `about` gets `runs`: for each of data, budget, hardware, versions..., what was found and in how
@@ -32,6 +32,8 @@ def with_provenance(table: Table, base: Path) -> Table:
     Args:
         table: from a study; one read from trials.csv has all of it already.
         base: the sweep's directory.
+        is_of_sweep: whether the configuration in `base` is this sweep's; not so where the study was
+            given by the address of its storage, and `base` is where the command runs.
     """
     found: dict[str, Counter[str]] = {}
     times: list[str] = []
@@ -62,7 +64,7 @@ def with_provenance(table: Table, base: Path) -> Table:
             found.setdefault(name, Counter())[value] += 1
         rows.append(replace(row, attributes=attributes))
     about = {
-        **_configuration(base / CONFIGURATION_FILE),
+        **(_configuration(base / CONFIGURATION_FILE) if is_of_sweep else {}),
         **table.about,
         "runs": {name: dict(sorted(counts.items())) for name, counts in sorted(found.items())},
     }

@@ -27,7 +27,8 @@ def run_plots(runs: Sequence[Run], with_paper: bool) -> list[Plot]:
             (trace,) = _series(points, f"the paper's, {label_of(arm)}", style, "markers")
             marker = {"color": style.colour, "size": 4, "symbol": "circle-open"}
             accuracy.append(trace | {"marker": marker})
-    plots = [Plot("accuracy", "Test accuracy", accuracy, _steps_layout("test accuracy", "log"), "")]
+    layout = _steps_layout("test accuracy", "log", accuracy)
+    plots = [Plot("accuracy", "Test accuracy", accuracy, layout)]
     losses = [
         trace
         for run in runs
@@ -35,8 +36,8 @@ def run_plots(runs: Sequence[Run], with_paper: bool) -> list[Plot]:
         for trace in _series(run.metrics["test/loss"], run.label, styles[run.label])
     ]
     if losses:
-        layout = _steps_layout("nats", "log")
-        layout["yaxis"]["type"] = "log"
+        layout = _steps_layout("nats", "log", losses)
+        layout["yaxis"] |= {"type": "log", "tickformat": "~g", **_log_ticks(losses, "y")}
         plots.append(Plot("loss", "Test loss", losses, layout))
     bounds = _common_range(runs)
     for i, run in enumerate(runs):
@@ -86,32 +87,45 @@ def _throughput(speeds: Mapping[str, float], styles: Mapping[str, Style]) -> Plo
         "type": "bar",
         "orientation": "h",
         "x": list(speeds.values()),
-        "y": list(speeds),
+        "y": [label.replace(", ", ",<br>") for label in speeds],
         "marker": {"color": [styles[label].colour for label in speeds]},
         "texttemplate": "%{x:,.0f}",
     }
     layout = {
-        "height": 140 + 40 * len(speeds),
+        "height": 140 + 50 * len(speeds),
         "margin": MARGIN,
-        "xaxis": {"title": {"text": "training steps per second, evaluations included"}},
+        "xaxis": {"title": {"text": "training steps per second"}},
         "yaxis": {"automargin": True, "autorange": "reversed"},
     }
-    return Plot("throughput", "Throughput", [trace], layout)
+    caption = "evaluations included"
+    return Plot("throughput", "Throughput", [trace], layout, caption, has_tools=False)
 
 
-def _steps_layout(name: str, scale: str) -> dict[str, Any]:
+def _steps_layout(
+    name: str, scale: str, traces: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     return {
-        "height": 380,
-        "margin": {**MARGIN, "t": 30},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "height": 380 + 20 * len(traces),
+        # Plotly's buttons lie above the axes, and half of the last number beside them.
+        "margin": {**MARGIN, "t": 40, "r": 30},
+        "legend": {"orientation": "h", "y": -0.25, "yanchor": "top"},
         "xaxis": {
             "type": scale,
             "title": {"text": "training steps"},
             "tickformat": ",d",
-            **({"dtick": 1} if scale == "log" else {}),
+            **(_log_ticks(traces, "x") if scale == "log" else {}),
         },
         "yaxis": {"title": {"text": name}},
     }
+
+
+def _log_ticks(traces: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 where a logarithmic axis spans less than one and a half decades."""
+    values = [v for trace in traces for v in trace[axis] if math.isfinite(v) and v > 0]
+    ratio = max(values) / min(values) if values else 1.0
+    if ratio < 3:
+        return {}  # plotly's own are closer
+    return {"dtick": "D2" if ratio < 30 else 1}
 
 
 def _series(series: Series, label: str, style: Style, mode: str = "") -> list[dict[str, Any]]:

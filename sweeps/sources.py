@@ -87,7 +87,7 @@ def read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
         ValueError: it is none of them.
     """
     if "://" in source:
-        return Path("."), with_provenance(read_study(source, name), Path("."))
+        return Path("."), with_provenance(read_study(source, name), Path("."), is_of_sweep=False)
     path = Path(source)
     if path.is_file():
         for folder in path.absolute().parents[:2]:

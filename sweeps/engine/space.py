@@ -185,7 +185,8 @@ def enumerated(name: str, distribution: BaseDistribution) -> list[Parameter]:
         return [float(low + i * step) for i in range(count)]
     raise SweepError(
         f"`{name}` expected choices or a range, as a grid is finite, got an interval; list its "
-        "values, or choose another sampler"
+        f"values, {name}=A,B, or choose another sampler, hydra/sweeper/sampler=tpe with "
+        "hydra.sweeper.n_trials=N"
     )
 
 

@@ -36,6 +36,14 @@ GRID_FIGURES = {
 BATCH = {"_target_": "bn_lightning.models.normalization.batch_norm"}
 HOSTILE = "</script><script>window.hacked=1</script>"
 
+ANOTHER_SWEEP = """
+hydra:
+  overrides: {task: [], hydra: []}
+  runtime: {config_sources: []}
+  job: {config_name: another}
+  sweeper: {sampler: {_target_: optuna.samplers.GridSampler}}
+"""
+
 
 def run(
     directory: Path, norm: Any = None, leave_out: str = "", source: str = "digits", steps: int = 2
@@ -83,7 +91,9 @@ class TestSweep:
         assert content["comparisons"][0]["ratio"]["value"] == 6
         out = capsys.readouterr().out
         assert out.startswith("With BatchNorm 75% [75, 75] of the grid trains, without")
-        assert out.endswith(f"{page}\n")
+        assert out.endswith(
+            f"A cell trains from an accuracy of 0.90 on; --threshold asks for another.\n{page}\n"
+        )
         assert content["sentences"][0] in page.read_text()
 
     def test_a_second_time_the_same_bytes_and_from_the_table_alone(
@@ -114,7 +124,9 @@ class TestSweep:
         assert grid["base"] == "../../sweep/"
         assert {trial[0]: trial[7] for trial in grid["trials"] if trial[7]} == {5: 1}
 
-    def test_a_url(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+    def test_a_url(
+        self, tmp_path: Path, make_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         make_study(tmp_path / "sweep")
         url = f"sqlite:///{tmp_path}/studies.db"
         journal = optuna.storages.journal.JournalStorage(
@@ -126,8 +138,11 @@ class TestSweep:
             )
         with pytest.raises(ValueError, match="got a, b"):
             report([url], Options(output=tmp_path))
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "multirun.yaml").write_text(ANOTHER_SWEEP)
         report([url], Options(output=tmp_path, study="b"))
         assert summary(tmp_path)["study"]["name"] == "b"
+        assert "sampler" not in summary(tmp_path)["study"]["about"]
         assert summary(tmp_path)["arms"]["batch"]["trials"] == 24
 
     def test_a_truncated_journal(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
@@ -239,6 +254,30 @@ class TestSweep:
         )
         report([str(sweep)])
         assert "fill 8.3% of a grid" in summary(sweep)["reason"]
+
+    def test_arms_without_a_point_in_common(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        """As TPE and random points of an interval are: each rate was tried with one arm."""
+        space = {"optimizer.lr": [0.01, 0.02, 0.05, 0.1], "norm": ["none", "batch"]}
+        arms = {0.01: "none", 0.02: "batch", 0.05: "none", 0.1: "batch"}
+        sweep = make_study(
+            tmp_path, space=space, skip=lambda p: arms[p["optimizer.lr"]] != p["norm"]
+        )
+        report([str(sweep)])
+        assert "arms have no learning rate and initialisation in common" in summary(sweep)["reason"]
+
+    def test_an_adaptive_samplers_points_are_no_grid(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        sweep = make_study(tmp_path)
+        report([str(sweep)])
+        content = summary(sweep)
+        content["study"]["about"]["sampler"] = "optuna.samplers.TPESampler"
+        (sweep / "summary.json").write_text(json.dumps(content))
+        (sweep / "journal.log").unlink()
+        report([str(sweep)])
+        assert "its sampler chose the points by their results" in summary(sweep)["reason"]
 
     def test_roles_that_names_do_not_tell(
         self, tmp_path: Path, make_study: Callable[..., Path]

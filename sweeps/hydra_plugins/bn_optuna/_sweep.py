@@ -120,8 +120,8 @@ def run_sweep(
     space = parse_space(settings.params, arguments, context.config_loader)
     if not space.distributions and custom is None:
         raise SweepError(
-            "nothing to sweep: give `hydra.sweeper.params`, or a key with several values, such as "
-            "lr=0.1,0.3 or lr=interval(0.1,1)"
+            "nothing to sweep: give `hydra.sweeper.params`, or a key with several values, "
+            "KEY=A,B or KEY=interval(A,B)"
         )
 
     def suggest(trial: optuna.Trial) -> dict[str, Any]:
