@@ -1,5 +1,6 @@
 """Runs side by side: their labels, their arms, how much wider their inputs became."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 
 from bn_lightning.run_record import read_run
+from bn_lightning.sweeps.pages import _duration
+from bn_lightning.sweeps.run_plots import _log_ticks, run_plots
 from bn_lightning.sweeps.runs import (
     arm_of,
     read_runs,
@@ -105,6 +108,38 @@ def timed(make_run: Callable[..., Path], directory: Path, norm: Any, **record: A
     run = make_run(directory, norm)
     write_json(run / "run.json", read_run(run) | record)
     return run
+
+
+def test_nothing_lies_on_the_curves(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    """Plotly's buttons have the margin above, the legend the one below; the last tick is whole."""
+    plots = {
+        plot.id: plot for plot in run_plots(read_runs([make_run(tmp_path / "a", None)]), False)
+    }
+    for name in ("accuracy", "loss", "percentiles-0"):
+        layout = plots[name].layout
+        assert layout["margin"]["t"] >= 40 and layout["margin"]["r"] >= 30
+        assert layout["legend"]["y"] < 0 and layout["legend"]["yanchor"] == "top"
+    assert not plots["throughput"].has_tools
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([1000, 2000], {}),
+        ([0, 0.1, math.nan, 1.0], {"dtick": "D2"}),
+        ([1, 50_000], {"dtick": 1}),
+        ([0], {}),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(values: list[float], ticks: dict[str, Any]) -> None:
+    assert _log_ticks([{"x": values}], "x") == ticks
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(47.4, "47 seconds"), (600, "10 minutes"), (7000, "1.9 hours")]
+)
+def test_a_time_is_in_a_unit_that_suits_it(seconds: float, text: str) -> None:
+    assert _duration(seconds) == text
 
 
 def test_runtimes_of_the_arms(tmp_path: Path, make_run: Callable[..., Path]) -> None:
