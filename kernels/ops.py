@@ -28,10 +28,10 @@ from torch.utils.module_tracker import ModuleTracker
 from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
 from bn_lightning.kernels.calls import BackwardCall, ForwardCall
-from bn_lightning.kernels.checks import BACKENDS, check_batch, check_choices, check_like_aten
+from bn_lightning.kernels.checks import check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.schedule import INTERPRETER, Device, Regime, Schedule, make_schedule
 
-__all__ = ["BACKENDS", "batch_norm"]
+__all__ = ["batch_norm"]
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
