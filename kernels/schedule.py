@@ -339,12 +339,6 @@ def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regi
     return Regime.SPLIT
 
 
-def resident_cache_bytes(schedule: Schedule, itemsize: int) -> int:
-    """Returns what `resident` needs to stay in L2: the blocks between first and second reading."""
-    block = schedule.block_c * schedule.values_per_channel * itemsize
-    return (schedule.lag + 1) * block
-
-
 def _columns(L: int) -> int:
     """Chooses the positions in a tile: as many as may be without much padding."""
     widest = min(_next_power_of_2(L), TILE_ELEMENTS)
