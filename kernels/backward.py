@@ -122,6 +122,10 @@ def store_gradients(
     inverse_count: tl.tensor,  # 1 / M
     TRAINING: tl.constexpr,
 ) -> None:
+    """Stores dresidual = g and dx = scale * (g - (dbias + x_hat * dweight) / M), where wanted.
+
+    Without TRAINING dx = scale * g.
+    """
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + offsets, g, mask=mask)
     if dx_ptr is not None:

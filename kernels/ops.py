@@ -268,7 +268,10 @@ def _forward(
     with torch.cuda.device_of(x):
         if not training:
             if new_mean is None or new_var is None:
-                raise RuntimeError("expected `running_mean` and `running_var` in evaluation")
+                raise RuntimeError(
+                    "expected `running_mean` and `running_var` in evaluation, got None for at "
+                    "least one; pass both, or training=True"
+                )
             mean, rstd = statistics.evaluation_statistics(new_mean, new_var, eps)
             y, bits = normalize.normalize(call, mean, rstd, schedule)
         elif schedule.regime is Regime.SMALL:

@@ -500,6 +500,13 @@ def test_integers_raise_torchs_type(backend: str, device: str) -> None:
         batch_norm(x, training=True, backend=backend)
 
 
+@needs_triton
+def test_the_op_alone_raises_without_running_statistics_in_evaluation(device: str) -> None:
+    arguments = (torch.ones(4, 3, device=device), *[None] * 6, False, 0.1, 1e-5, "identity", 0.01)
+    with pytest.raises(RuntimeError, match=r"evaluation, got None .*; pass both, or training=True"):
+        torch.ops.bn_lightning.batch_norm(*arguments)
+
+
 def test_triton_where_it_is_not_installed_raises(monkeypatch: Any) -> None:
     monkeypatch.setattr(ops, "_TRITON_INSTALLED", False)
     with pytest.raises(ValueError, match='Triton to be installed .* backend="native"'):
