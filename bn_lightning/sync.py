@@ -31,9 +31,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BackendMixin
-from bn_lightning.kernels import batch_norm, ops, reference, stages
+from bn_lightning.kernels import batch_norm, reference, stages
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves
 from bn_lightning.kernels.checks import check_choices, check_like_aten
+from bn_lightning.kernels.dispatch import (
+    as_layout,
+    is_channels_last,
+    is_recomputation,
+    uses_triton,
+)
 
 # Its name in torch 2.13, and before.
 _all_gather: Any = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
@@ -110,7 +116,7 @@ def sync_batch_norm(
             "expected `num_batches_tracked` with `momentum`=None, which averages over the batches "
             "it counts, got None"
         )
-    triton = stages.uses_triton(x, backend)
+    triton = uses_triton(x, backend)
     x = stages.as_dense(x)
     with torch.no_grad():
         part = stages.local_statistics(x, triton)
@@ -122,7 +128,7 @@ def sync_batch_norm(
         mean = batch.mean.to(part.dtype)
         var = batch.m2 / batch.total.clamp(min=1.0)
         rstd = torch.rsqrt(var + eps).to(part.dtype)
-        if torch.compiler.is_compiling() or not ops._tracker.is_bw:
+        if not is_recomputation():
             _update_running(batch, running_mean, running_var, num_batches_tracked, momentum)
     return torch.ops.bn_lightning.sync_normalize(
         x,
@@ -206,13 +212,13 @@ class _SyncBatchNorm(torch.autograd.Function):
             bias if from_z else None,
         )
         ctx.activation = activation
-        ctx.options = (ops.is_channels_last(x), activation, negative_slope, eps, triton, group_name)
+        ctx.options = (is_channels_last(x), activation, negative_slope, eps, triton, group_name)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         total, x, *saved = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dy is None else ops._as_layout(dy, ctx.options[0])
+        dy = torch.zeros_like(x) if dy is None else as_layout(dy, ctx.options[0])
         needs_dx, needs_dresidual, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
         # Without an activation the residual's gradient is dy itself.
         writes_dresidual = needs_dresidual and ctx.activation != "identity"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bn_lightning.kernels import batch_norm, ops, reference
+from bn_lightning.kernels import batch_norm, dispatch, ops, reference
 
-needs_triton = pytest.mark.skipif(not ops._TRITON_INSTALLED, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 triton = pytest.param("triton", marks=needs_triton)
 backends = pytest.mark.parametrize("backend", ["native", triton])
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -505,13 +505,6 @@ def test_the_op_alone_raises_without_running_statistics_in_evaluation(device: st
     arguments = (torch.ones(4, 3, device=device), *[None] * 6, False, 0.1, 1e-5, "identity", 0.01)
     with pytest.raises(RuntimeError, match=r"evaluation, got None .*; pass both, or training=True"):
         torch.ops.bn_lightning.batch_norm(*arguments)
-
-
-def test_triton_where_it_is_not_installed_raises(monkeypatch: Any) -> None:
-    monkeypatch.setattr(ops, "_TRITON_INSTALLED", False)
-    with pytest.raises(ValueError, match='Triton to be installed .* backend="native"'):
-        batch_norm(torch.ones(4, 3), training=True, backend="triton")
-    batch_norm(torch.ones(4, 3), training=True)
 
 
 def _python(code: str) -> str:
