@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BackendMixin
 from bn_lightning.kernels import batch_norm, reference, stages
-from bn_lightning.kernels.activations import ACTIVATIONS, Saves
+from bn_lightning.kernels.activations import recomputes_z, saves_bits, saves_output
 from bn_lightning.kernels.checks import check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import (
     as_layout,
@@ -198,13 +198,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         eps, activation, negative_slope, triton, group_name, writes_bits = options
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
-        saves = ACTIVATIONS[activation].saves
-        from_z = activation != "identity" and (residual is None or saves is Saves.RESIDUAL)
+        has_residual = residual is not None
+        from_z = recomputes_z(activation, has_residual)
         ctx.save_for_backward(
             total,
             x,
             residual if from_z else None,
-            y if residual is not None and saves is Saves.OUTPUT else None,
+            y if saves_output(activation, has_residual) else None,
             bits if writes_bits else None,
             mean,
             rstd,
@@ -327,9 +327,7 @@ def _with_gradient(*args: Any) -> Tensor:
         t is not None and t.requires_grad for t in (x, residual, weight, bias)
     ):
         return _without_gradient(*args)
-    activation = args[8]
-    writes_bits = residual is not None and ACTIVATIONS[activation].saves is Saves.BITS
-    return _SyncBatchNorm.apply(*args, writes_bits)[0]
+    return _SyncBatchNorm.apply(*args, saves_bits(args[8], residual is not None))[0]
 
 
 def _without_gradient(*args: Any) -> Tensor:

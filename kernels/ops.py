@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from bn_lightning.kernels import reference
-from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
+from bn_lightning.kernels.activations import activate, recomputes_z, saves_bits, saves_output
 from bn_lightning.kernels.calls import BackwardCall, ForwardCall
 from bn_lightning.kernels.checks import check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import (
@@ -411,13 +411,13 @@ class _BatchNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs_dx, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
         needs_affine = needs_dweight or needs_dbias
-        saves = ACTIVATIONS[activation].saves
-        from_z = activation != "identity" and (residual is None or saves is Saves.RESIDUAL)
+        has_residual = residual is not None
+        from_z = recomputes_z(activation, has_residual)
         needs_x = from_z or needs_affine or (training and needs_dx)
         ctx.save_for_backward(
             x if needs_x else None,
             residual if from_z else None,
-            y if residual is not None and saves is Saves.OUTPUT else None,
+            y if saves_output(activation, has_residual) else None,
             bits if writes_bits else None,
             mean,
             rstd,
@@ -516,9 +516,7 @@ def _with_gradient(*args: Any) -> Tensor:
         return _composite(*args)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
         return torch.ops.bn_lightning.batch_norm_forward(*args, False)[0]
-    activation = args[10]
-    writes_bits = args[1] is not None and ACTIVATIONS[activation].saves is Saves.BITS
-    return _BatchNorm.apply(*args, writes_bits)[0]
+    return _BatchNorm.apply(*args, saves_bits(args[10], args[1] is not None))[0]
 
 
 def _differentiates_otherwise(inputs: list[Tensor]) -> bool:
