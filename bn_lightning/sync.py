@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BackendMixin
 from bn_lightning.kernels import batch_norm, reference, stages
 from bn_lightning.kernels.activations import recomputes_z, saves_bits, saves_output
-from bn_lightning.kernels.checks import check_choices, check_like_aten
+from bn_lightning.kernels.checks import check_average, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import (
     as_layout,
     is_channels_last,
@@ -111,11 +111,8 @@ def sync_batch_norm(
     """
     check_choices(x, residual, activation, backend)
     check_like_aten(x, weight, bias, running_mean, running_var, True, eps, is_whole_batch=False)
-    if momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError(
-            "expected `num_batches_tracked` with `momentum`=None, which averages over the batches "
-            "it counts, got None"
-        )
+    if momentum is None:
+        check_average(running_mean, num_batches_tracked)
     triton = uses_triton(x, backend)
     x = stages.as_dense(x)
     with torch.no_grad():

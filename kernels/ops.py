@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import activate, recomputes_z, saves_bits, saves_output
 from bn_lightning.kernels.calls import BackwardCall, ForwardCall
-from bn_lightning.kernels.checks import check_batch, check_choices, check_like_aten
+from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import (
     as_layout,
     check_device,
@@ -107,11 +107,8 @@ def batch_norm(
     check_choices(x, residual, activation, backend)
     triton = uses_triton(x, backend)
     if training:
-        if momentum is None and running_mean is not None and num_batches_tracked is None:
-            raise ValueError(
-                "expected `num_batches_tracked` with `momentum`=None, which averages over the "
-                "batches it counts, got None"
-            )
+        if momentum is None:
+            check_average(running_mean, num_batches_tracked)
         if is_recomputation():
             # Copies: what is saved must be as many tensors as the first time.
             momentum, num_batches_tracked = 0.0, None
