@@ -28,7 +28,7 @@ from bn_lightning.kernels.elements import (
     tile_offsets,
 )
 from bn_lightning.kernels.normalize import flat_offsets
-from bn_lightning.kernels.schedule import Schedule
+from bn_lightning.kernels.schedule import Schedule, cdiv
 
 
 @triton.jit
@@ -370,7 +370,7 @@ def affine_gradients(call: BackwardCall, schedule: Schedule) -> tuple[Tensor, Te
     )
     dweight_C, dbias_C = call.new_sums()
     block_s, block_c = schedule.finish_tile
-    _bn_backward_finish_sums_kernel[(triton.cdiv(schedule.C, block_c),)](
+    _bn_backward_finish_sums_kernel[(cdiv(schedule.C, block_c),)](
         partial_dweight_ptr=dweight_SC,
         partial_dbias_ptr=dbias_SC,
         dweight_ptr=dweight_C,
