@@ -54,7 +54,8 @@ def check_choices(x: Tensor, residual: Tensor | None, activation: str, backend: 
         raise ValueError(
             f"expected `residual` to have the dtype of `x`, {x.dtype}, got {residual.dtype}"
         )
-    _check_same_device(x, "residual", residual)
+    if residual.device != x.device:
+        raise _on_another_device(x, "residual", residual)
 
 
 def check_batch(x: Tensor, training: bool) -> None:
@@ -108,7 +109,7 @@ def check_like_aten(
             )
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    C = x.shape[1]
+    C, device = x.shape[1], x.device
     per_channel = (
         ("weight", weight),
         ("bias", bias),
@@ -123,12 +124,12 @@ def check_like_aten(
                 f"{name} should contain {C} elements not {value.numel()}; `x` has shape "
                 f"{tuple(x.shape)}, and its second dimension is the channels"
             )
-        _check_same_device(x, name, value)
+        if value.device != device:
+            raise _on_another_device(x, name, value)
 
 
-def _check_same_device(x: Tensor, name: str, value: Tensor) -> None:
-    if value.device != x.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but `x` is on {x.device} and "
-            f"`{name}` on {value.device}; move one of them"
-        )
+def _on_another_device(x: Tensor, name: str, value: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"Expected all tensors to be on the same device, but `x` is on {x.device} and "
+        f"`{name}` on {value.device}; move one of them"
+    )

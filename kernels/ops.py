@@ -163,27 +163,8 @@ def _composite(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """Computes the whole with ATen's ops, which know every kind of derivative."""
-    y = _native(
-        x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-    )
-    if residual is not None:
-        y = y + residual
-    return y if activation == "identity" else activate(y, activation, negative_slope)
-
-
-def _native(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
-    """Runs ATen's BatchNorm; a cumulative average without asking the device for its count."""
+    """Computes the whole with ATen's ops, which know every kind of derivative; a cumulative average
+    without asking the device for its count."""
     batch_mean, batch_var = running_mean, running_var
     cumulative = training and momentum is None and running_mean is not None
     if cumulative and running_mean is not None and running_var is not None:
@@ -201,7 +182,9 @@ def _native(
             if running is not None and batch is not None:
                 precise = torch.promote_types(running.dtype, torch.float32)
                 running.lerp_(batch, num_batches_tracked.to(precise).reciprocal().to(running.dtype))
-    return y
+    if residual is not None:
+        y = y + residual
+    return y if activation == "identity" else activate(y, activation, negative_slope)
 
 
 _LIBRARY = torch.library.Library("bn_lightning", "DEF")
