@@ -1,6 +1,7 @@
 """The public function and its ops: numbers, gradients, strides, compilers, errors."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bn_lightning.kernels import batch_norm, dispatch, ops, reference
+from bn_lightning.kernels.activations import ACTIVATIONS
 
 needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 triton = pytest.param("triton", marks=needs_triton)
@@ -498,6 +500,11 @@ def test_integers_raise_torchs_type(backend: str, device: str) -> None:
         F.batch_norm(x, None, None, training=True)
     with pytest.raises(type(torchs.value), match=r"`x` to be a tensor of floats, got torch.int64"):
         batch_norm(x, training=True, backend=backend)
+
+
+def test_the_docstring_names_the_activations() -> None:
+    listed = re.search(r"^ +activation: (.*?)^ +negative_slope: ", batch_norm.__doc__, re.M | re.S)
+    assert listed and re.findall(r'"(\w+)"', listed[1]) == list(ACTIVATIONS)
 
 
 @needs_triton

@@ -193,9 +193,14 @@ def _record(warp_size: int, everything: bool) -> list[tuple[str, bool, Any, dict
             elif schedule.regime is Regime.SMALL:
                 small.forward(forward, schedule)
                 small.backward(back, schedule)
-            else:
+            elif schedule.regime is Regime.RESIDENT:
                 resident.forward(forward, schedule)
                 resident.backward(back, schedule)
+            else:
+                raise ValueError(
+                    f"expected a regime this file knows, got {schedule.regime}; launch its kernels "
+                    f"here"
+                )
         statistics.evaluation_statistics(per_channel, per_channel, 1e-5)
         found += [(layout, aligned and dtype is torch.bfloat16, *v) for v in launches[begin:]]
     return found
