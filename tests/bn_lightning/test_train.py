@@ -368,7 +368,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(
         if torch.cuda.is_available():
             pytest.skip("the kernels run on this machine")
         # In this process the kernels may be interpreted ones already.
-        monkeypatch.setattr("bn_lightning.kernels.ops._check_device", refuse_cpu)
+        monkeypatch.setattr("bn_lightning.kernels.dispatch.check_device", refuse_cpu)
     (tmp_path / "a_file").write_text("no checkpoint")
     result = command(main, *SHORT, *BARE, *arguments)
     assert result.code == 1
