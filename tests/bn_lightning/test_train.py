@@ -341,6 +341,10 @@ BAD = {
         "data.fallback=digits",
     ),
     "directory under a file": (["paths.log_dir=a_file/logs"], "a_file"),
+    "network for other data": (
+        ["model.network.in_features=100"],
+        "`model.network` expected inputs of another shape than the data's, got (1, 28, 28): ",
+    ),
     "no such checkpoint": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     "file that is no checkpoint": (["ckpt_path=a_file"], "a_file"),
     "nothing to resume": (["ckpt_path=last"], "checkpoints/last.ckpt"),
