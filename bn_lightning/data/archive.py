@@ -10,7 +10,6 @@ from typing import Literal
 
 from bn_lightning.data.errors import DataError
 
-
 _COMPRESSIONS: dict[bytes, Literal["r:gz", "r:bz2", "r:xz"]] = {
     b"\x1f\x8b": "r:gz",
     b"BZh": "r:bz2",
