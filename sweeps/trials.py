@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bn_lightning.sweeps.engine.journal_file import whole_record
 from bn_lightning.sweeps.engine.names import COMMAND, DESCRIPTION
 from bn_lightning.sweeps.engine.outcome import DIVERGED
-from bn_lightning.sweeps.engine.passwords import redacted
+from bn_lightning.sweeps.engine.passwords import redacted, refuse_several_ats
 
 TABLE = "trials.csv"
 DATABASES = ("*.db", "*.sqlite", "*.sqlite3")
@@ -234,6 +234,7 @@ def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
                 proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
                 proxy.get_all_studies()
                 return proxy, ()
+            refuse_several_ats(url)
             return RDBStorage(url, skip_table_creation=True), ()
     except Exception as error:
         # Here, as it imports SQLAlchemy, which journals do without.

@@ -120,6 +120,12 @@ class TestRead:
         assert "sec:r@et" not in str(caught.value)
         assert url.replace("sec:r@et", "***") in str(caught.value)
 
+    def test_a_part_of_a_password_is_not_taken_for_the_host(self) -> None:
+        """A driver would say that it cannot find the host `cret@127.0.0.1`."""
+        with pytest.raises(ValueError, match="@ is written %40") as caught:
+            read_study("postgresql+psycopg://me:se@cret@127.0.0.1:1/db")
+        assert "cret" not in str(caught.value)
+
     def test_no_password_is_shown_in_another_s_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(url: str, **_: object) -> None:
             raise OSError(f"cannot parse {url!r}, whose password is secret")
