@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
 from bn_lightning.command import hydra_command, quiet_lightning
 from bn_lightning.sweeps.arms import label_of
-from bn_lightning.sweeps.figures import landscape_figure, save
+from bn_lightning.sweeps.figures import folder_in, landscape_figure, save
 from bn_lightning.sweeps.runs import arm_of
 from bn_lightning.whole_file import write_atomically
 
@@ -71,7 +71,7 @@ def landscape(config: DictConfig) -> Path:
     arm = arm_of(run_config)
     caption = f"{label_of(arm)}, step {checkpoint['global_step']:,}, {len(losses_BE)} batches"
     figure = landscape_figure(steps[1:], relative_BE, arm, caption)
-    save(figure, directory / "figures" / "landscape")
+    save(figure, folder_in(directory) / "landscape")
     print(directory / "figures" / "landscape.png")
     print(directory)
     return directory

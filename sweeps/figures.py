@@ -6,6 +6,7 @@ writes these and every other static picture.
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1.
 """
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from bn_lightning.metrics_csv import read_metrics
 from bn_lightning.sweeps.arms import COLOURS, Style, label_of, style_of
 from bn_lightning.sweeps.paper import paper_accuracy
+from bn_lightning.whole_file import write_atomically
 
 Series = Sequence[tuple[int, float]]
 """(step, value) pairs in order of steps."""
@@ -43,7 +45,7 @@ def draw_run(directory: str | Path) -> None:
     Each is written as PNG and SVG; one whose metrics the run did not log is left out.
     """
     metrics = read_metrics(directory)
-    folder = Path(directory) / "figures"
+    folder = folder_in(Path(directory))
     if "test/accuracy" in metrics:
         save(accuracy_figure({"": metrics["test/accuracy"]}), folder / "accuracy")
     if "activation/p50" in metrics:
@@ -156,7 +158,9 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
                 steps, values = zip(*monitored[layer, number], strict=True)
                 # viridis grows lighter all the way, and ends before it is too light to see.
                 colour = colormaps["viridis"](0.9 * i / max(len(layers) - 1, 1))
-                axes.plot(steps, values, color=colour, label=layer, marker="." * (len(steps) < 3))
+                axes.plot(
+                    steps, values, color=colour, label=layer, marker="." * (len(steps) < 3)
+                )
         axes.set_xscale("log")
         axes.set_title(label, fontsize="medium")
         if number == "dead":
@@ -290,12 +294,32 @@ def draw_percentiles(axes: Axes, metrics: Mapping[str, Series], colour: str = CO
     _tidy(axes)
 
 
+def folder_in(directory: Path) -> Path:
+    """The folder of a directory's pictures.
+
+    Raises:
+        ValueError: it is a link: a directory of somebody else's would say where pictures go.
+    """
+    folder = directory / "figures"
+    if folder.is_symlink():
+        raise ValueError(
+            f"{folder} expected a folder for pictures, got a link to {folder.readlink()}; remove it"
+        )
+    return folder
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write `path`.png and `path`.svg; the same figure gives the same bytes."""
+    """Write `path`.png and `path`.svg; the same figure gives the same bytes.
+
+    A link of that name is replaced, not followed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
-    with rc_context({"svg.hashsalt": "bn_lightning"}):  # else names in the file are random
-        figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})
+    metadata = {"png": None, "svg": {"Date": None}}
+    for suffix, content in metadata.items():
+        drawn = io.BytesIO()
+        with rc_context({"svg.hashsalt": "bn_lightning"}):  # else names in the file are random
+            figure.savefig(drawn, format=suffix, dpi=150, metadata=content)
+        write_atomically(path.with_name(f"{path.name}.{suffix}"), drawn.getvalue())
 
 
 def _tidy(axes: Axes) -> None:
