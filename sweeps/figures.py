@@ -95,7 +95,9 @@ def throughput_figure(speeds: Mapping[str, float], arms: Arms | None = None) -> 
     axes = figure.subplots()
     styles = run_styles(speeds, arms)
     bars = axes.barh(
-        list(speeds), list(speeds.values()), color=[styles[label].colour for label in speeds]
+        [literal(label) for label in speeds],
+        list(speeds.values()),
+        color=[styles[label].colour for label in speeds],
     )
     axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize="small")
     axes.invert_yaxis()
@@ -159,7 +161,7 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
                 # viridis grows lighter all the way, and ends before it is too light to see.
                 colour = colormaps["viridis"](0.9 * i / max(len(layers) - 1, 1))
                 axes.plot(
-                    steps, values, color=colour, label=layer, marker="." * (len(steps) < 3)
+                    steps, values, color=colour, label=literal(layer), marker="." * (len(steps) < 3)
                 )
         axes.set_xscale("log")
         axes.set_title(label, fontsize="medium")
@@ -205,7 +207,7 @@ def landscape_figure(
     axes.set_ylim(min(low.min(), 0.5) * 0.9, min(max(high.max(), 2), 1e3))
     axes.set_xlabel("step size η along the gradient")
     axes.set_ylabel("loss(w − ηg) / loss(w)")
-    axes.set_title(caption, fontsize="small")
+    axes.set_title(literal(caption), fontsize="small")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -234,7 +236,7 @@ def _draw_panels(
         if panel is not panels[0]:
             panel.sharey(panels[0])
         draw_percentiles(panel, metrics, styles[label].colour)
-        panel.set_title(label)
+        panel.set_title(literal(label))
     panels[0].set_ylabel("input of one unit of the last\nactivation, percentiles 15, 50, 85")
 
 
@@ -272,7 +274,7 @@ def _draw_lines(axes: Axes, runs: Mapping[str, Series], arms: Arms | None) -> No
             styles[label].line,
             color=styles[label].colour,
             marker="." if len(steps) < 3 else "",
-            label=label,
+            label=literal(label),
         )
     if any(runs):
         axes.legend(frameon=False)
@@ -292,6 +294,11 @@ def draw_percentiles(axes: Axes, metrics: Mapping[str, Series], colour: str = CO
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     axes.set_xlim(left=0)
     _tidy(axes)
+
+
+def literal(text: str) -> str:
+    """What stands in a configuration as matplotlib may draw it: no mathematics."""
+    return text.replace("$", "\\$")
 
 
 def folder_in(directory: Path) -> Path:

@@ -213,6 +213,20 @@ class TestSweep:
         assert summary(sweep)["counts"]["waiting"] == 48
         assert not (sweep / "figures").exists()
 
+    def test_names_that_look_like_mathematics(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        name = "$x_{$"
+
+        def change(number: int, params: dict[str, Any]) -> dict[str, Any]:
+            return {"user_attrs": {"test/accuracy": 0.5, "data": name}}
+
+        report([str(make_study(tmp_path / "sweep", change=change))])
+        assert summary(tmp_path / "sweep")["study"]["about"]["runs"]["data"] == {name: 48}
+        runs = [run(tmp_path / "a"), run(tmp_path / "b", {"_target_": name})]
+        report([*map(str, runs)], Options(tmp_path))
+        assert name in [found["label"] for found in summary(tmp_path)["runs"]]
+
     def test_unequal_seeds(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweep = make_study(tmp_path, skip=lambda p: p["norm"] == "none" and p["seed"] == 3)
         page = report([str(sweep)]).read_text()
