@@ -10,6 +10,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -321,11 +322,11 @@ def save(figure: Figure, path: Path) -> None:
     A link of that name is replaced, not followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"png": None, "svg": {"Date": None}}
-    for suffix, content in metadata.items():
+    options: dict[str, dict[str, Any]] = {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}
+    for suffix, chosen in options.items():
         drawn = io.BytesIO()
         with rc_context({"svg.hashsalt": "bn_lightning"}):  # else names in the file are random
-            figure.savefig(drawn, format=suffix, dpi=150, metadata=content)
+            figure.savefig(drawn, format=suffix, **chosen)
         write_atomically(path.with_name(f"{path.name}.{suffix}"), drawn.getvalue())
 
 
