@@ -12,6 +12,8 @@ picture of the relative loss against the step size.
 
 import csv
 import io
+import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,28 @@ def landscape(config: DictConfig) -> Path:
     caption = f"{label_of(arm)}, step {checkpoint['global_step']:,}, {len(losses_BE)} batches"
     figure = landscape_figure(steps[1:], relative_BE, arm, caption)
     save(figure, folder_in(directory) / "landscape")
+    print(in_words(steps[1:], relative_BE))
     print(directory / "figures" / "landscape.png")
     print(directory)
     return directory
+
+
+def in_words(steps: Sequence[float], relative_BE: Sequence[Sequence[float]]) -> str:
+    """Where the median over batches of the relative loss is least, and where it leaves 1 upwards.
+
+    Args:
+        steps: the step sizes, ascending.
+        relative_BE: for each batch, the relative loss at each of them; what is no number counts as
+            infinite.
+    """
+    medians = [
+        statistics.median(math.inf if math.isnan(x) else x for x in at)
+        for at in zip(*relative_BE, strict=True)
+    ]
+    least = min(range(len(steps)), key=medians.__getitem__)
+    said = f"relative loss, median of batches: least {medians[least]:.3g} at {steps[least]:.3g}"
+    above = [step for step, x in zip(steps[least:], medians[least:], strict=True) if x > 1]
+    return said + (f", above 1 from {above[0]:.3g} on" if above else "")
 
 
 def step_sizes(smallest: float, largest: float, points: int) -> list[float]:

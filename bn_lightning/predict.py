@@ -20,6 +20,8 @@ from bn_lightning.command import hydra_command, quiet_lightning
 from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
 from bn_lightning.whole_file import write_atomically
 
+_SHOWN = 10  # so few predictions are printed, too
+
 
 def predict(config: DictConfig) -> Path:
     """Write `predictions.csv`, the classes that a checkpoint's network gives samples; return it.
@@ -66,7 +68,12 @@ def predict(config: DictConfig) -> Path:
         raise samples.none_left()
     classes = class_names(checkpoint, datamodule, len(probabilities[0]))
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, to_csv(samples.column, samples.names(), classes, probabilities))
+    table = to_csv(samples.column, samples.names(), classes, probabilities)
+    write_atomically(output, table)
+    _, *rows = csv.reader(io.StringIO(table))
+    if len(rows) <= _SHOWN:
+        for name, label, probability, *_ in rows:
+            print(f"{name}: {label}, {float(probability):.3f}")
     print(samples.summary())
     print(output)
     return output

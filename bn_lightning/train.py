@@ -154,6 +154,8 @@ def _fit_and_test(
         metrics_before = start.content.get(METRICS_KEY, {})
         print(f"going on from step {first_step:,}: {directory}")
         record.content["resumed_at"].append(first_step)
+    elif trainer.is_global_zero and not in_sweep() and not in_trial():
+        print(f"{config.task_name}: {trainer.max_steps:,} steps, in {directory}", flush=True)
     if trainer.world_size == 1:
         # Before the clock starts. On several ranks it is Lightning who says which one downloads.
         datamodule.prepare_data()

@@ -186,6 +186,9 @@ def test_coloured_images_of_any_size(command, tmp_path, recwarn):
         r"\xff.png",
     ]
     assert "4 images, 5 left out" in result.out
+    for row in rows:
+        label, probability = row["label"], float(row["probability"])
+        assert f"{row['path']}: {label}, {probability:.3f}\n" in result.out
     assert len([w for w in recwarn if w.category is CorruptImageWarning]) == 5
     for number in (1, 2, 3):
         (images / f"{number:03}.png").write_text("no image")
