@@ -7,7 +7,7 @@ the same moment. The other samplers draw when a trial begins.
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import optuna
@@ -31,7 +31,6 @@ from bn_lightning.sweeps.engine.space import Parameter, Space
 FINITE = (GridSampler, BruteForceSampler)
 PLANNED = (*FINITE, RandomSampler, QMCSampler)
 
-T = TypeVar("T")
 Suggest = Callable[[Trial], dict[str, Parameter]]
 Point = tuple[dict[str, Parameter], dict[str, BaseDistribution]]
 
@@ -112,7 +111,8 @@ def sampler_class(sampler: Mapping[str, Any]) -> type[BaseSampler]:
     Raises:
         SweepError: there is no such sampler.
     """
-    return _class_of("sampler", sampler, BaseSampler)
+    found: type[BaseSampler] = _class_of("sampler", sampler, BaseSampler)
+    return found
 
 
 def make_sampler(sampler: Mapping[str, Any], first_trial: int = 0) -> BaseSampler:
@@ -145,7 +145,7 @@ def make_pruner(pruner: Mapping[str, Any] | None) -> optuna.pruners.BasePruner:
     return _built("pruner", pruner, optuna.pruners.BasePruner)
 
 
-def _class_of(key: str, config: Mapping[str, Any], kind: type[T]) -> type[T]:
+def _class_of(key: str, config: Mapping[str, Any], kind: type) -> Any:
     target = config.get("_target_")
     try:
         found = get_class(str(target))
@@ -156,7 +156,7 @@ def _class_of(key: str, config: Mapping[str, Any], kind: type[T]) -> type[T]:
     return found
 
 
-def _built(key: str, config: Mapping[str, Any], kind: type[T]) -> T:
+def _built(key: str, config: Mapping[str, Any], kind: type) -> Any:
     _class_of(key, config, kind)  # before anything else is called
     try:
         with warnings.catch_warnings():
