@@ -30,6 +30,7 @@ from omegaconf.errors import (
 from bn_lightning.interruption import Interrupted, handled_by, raise_interrupted
 from bn_lightning.run_directory import hydra_directory, run_directory
 from bn_lightning.sweeps.engine.environment import in_trial
+from bn_lightning.sweeps.engine.passwords import refuse_typed_password
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _ONE_LINE = "BN_LIGHTNING_ONE_LINE"  # tells the ranks of a run that nobody asked for tracebacks
@@ -65,6 +66,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         hydra_main = hydra.main("pkg://bn_lightning.conf", config_name, version_base="1.3")(run)
 
         def main() -> None:
+            refuse_typed_password(sys.argv[1:])
             hydra_main()
             if failures:
                 raise failures.pop()

@@ -40,18 +40,19 @@ def _kind_of(directory: Path) -> str | None:
         return None
 
 
-def _storage_in(directory: Path) -> str | None:
+def _storage_in(directory: Path) -> Path | None:
     if (directory / JOURNAL_FILE).is_file():
-        return str(directory / JOURNAL_FILE)
+        return directory / JOURNAL_FILE
     databases = sorted(path for pattern in DATABASES for path in directory.glob(pattern))
-    return f"sqlite:///{databases[0].absolute()}" if len(databases) == 1 else None
+    return databases[0] if len(databases) == 1 else None
 
 
 def read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
     """The directory of a sweep, and its trials.
 
     Args:
-        source: a sweep's directory, a journal file, a storage URL, or the folder of a report.
+        source: a sweep's directory, a journal file or a database, a storage URL, or the folder of a
+            report.
         name: of the study, where a storage holds several.
 
     Raises:

@@ -256,6 +256,15 @@ class TestHydraCommand:
         assert "Traceback" in done.stderr
         assert "task.py" in done.stderr
 
+    @pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "sweep"])
+    def test_a_typed_password_is_not_written(self, tmp_path: Path, mode: list[str]) -> None:
+        setting = "hydra.sweeper.storage=postgresql://user:geheim@host/db"
+        done = self.run(tmp_path, *mode, setting)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: `storage` expected its password from the environment")
+        assert "geheim" not in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["task.py"]
+
     def test_a_sweep_ends_with_the_error_of_its_job(self, tmp_path: Path) -> None:
         done = self.run(tmp_path, "-m", "seed=1,2")
         assert done.returncode == 1

@@ -119,3 +119,12 @@ def test_errors(command) -> None:
     ):
         result = command(landscape.main, *arguments)
         assert result.code == 1 and words in result.err, (arguments, result.err)
+
+
+def test_ones_own_configuration_builds_no_command(command) -> None:
+    for key in ("data",):
+        node = f"+{key}={{_target_: os.mkdir, _args_: [made]}}"
+        result = command(landscape.main, "ckpt_path=nowhere", node)
+        assert result.code == 1
+        assert f"`{key}._target_` in the configuration" in result.err
+    assert not Path("made").exists()

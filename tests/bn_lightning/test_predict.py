@@ -250,6 +250,15 @@ def test_cifar_images_are_normalised(tmp_path):
     np.testing.assert_allclose(found, expected.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
 
 
+def test_ones_own_configuration_builds_no_command(command):
+    for key in ("trainer.plugins",):
+        node = f"+{key}={{_target_: os.mkdir, _args_: [made]}}"
+        result = command(predict.main, "ckpt_path=nowhere", "input=nowhere", node)
+        assert result.code == 1
+        assert f"`{key}._target_` in the configuration" in result.err
+    assert not Path("made").exists()
+
+
 def test_names_are_quoted():
     text = to_csv("path", ['a,"b".png'], ["x,y", "z"], [[0.25, 0.75]])
     assert text == (
