@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_lightning.kernels.activations import ACTIVATIONS
-from bn_lightning.kernels.checks import BACKENDS
+from bn_lightning.kernels.checks import check_activation, check_backend
 from bn_lightning.kernels.ops import batch_norm
 
 _NO_JIT = (
@@ -53,12 +52,8 @@ class _BackendMixin(_BatchNorm):
             raise ValueError(f"expected `eps` to be at least 0, got {eps}")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"expected `momentum` to be None or in [0, 1], got {momentum}")
-        if backend not in BACKENDS:
-            raise ValueError(f"expected `backend` to be one of {BACKENDS}, got {backend!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"expected `activation` to be one of {tuple(ACTIVATIONS)}, got {activation!r}"
-            )
+        check_backend(backend)
+        check_activation(activation)
         # Passed on only when set: torch before 2.13 does not know it.
         without_bias = {} if bias else {"bias": False}
         super().__init__(

@@ -28,8 +28,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: there is no such file, or it is no Lightning checkpoint.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"`ckpt_path` expected a checkpoint file, got {path}: no such file")
+        found = "no such file"
+        if str(path) == "last":
+            found += "; `last` is what bn-train goes on with, elsewhere give the path"
+        elif Path(path).is_dir():
+            best = [*Path(path).glob("best.ckpt"), *Path(path).glob("checkpoints/best.ckpt")]
+            found = "a directory" + "".join(f"; give {file}" for file in best)
+        raise CheckpointError(f"`ckpt_path` expected a checkpoint file, got {path}: {found}")
     try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":
+                # Of the format before torch 1.6: some bytes of it can ask for gigabytes.
+                raise ValueError("no zip archive")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler stumbles over in a file that is no pickle
         raise CheckpointError(

@@ -6,9 +6,10 @@ import io
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hydra
@@ -22,12 +23,14 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     InterpolationResolutionError,
+    MissingMandatoryValue,
     OmegaConfBaseException,
 )
 
 from bn_lightning.interruption import Interrupted, handled_by, raise_interrupted
 from bn_lightning.run_directory import hydra_directory, run_directory
 from bn_lightning.sweeps.engine.environment import in_trial
+from bn_lightning.sweeps.engine.passwords import refuse_typed_password
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _ONE_LINE = "BN_LIGHTNING_ONE_LINE"  # tells the ranks of a run that nobody asked for tracebacks
@@ -63,6 +66,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         hydra_main = hydra.main("pkg://bn_lightning.conf", config_name, version_base="1.3")(run)
 
         def main() -> None:
+            refuse_typed_password(sys.argv[1:])
             hydra_main()
             if failures:
                 raise failures.pop()
@@ -170,7 +174,9 @@ def one_line(error: BaseException) -> str:
     text = str(error).partition("Config search path")[0].partition("full_key:")[0]
     text = re.sub(r"\s+", " ", text).strip()
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override {error.override!r}: {text}{_quoting(error.override)}"
+        return f"cannot read the override {error.override!r}: {_reading(error.override, text)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"`{error.full_key}` expected a value, got none; give {error.full_key}=VALUE"
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return f"`{error.full_key}` is no key of the configuration{_nearest(error)}"
     if isinstance(error, InterpolationResolutionError):
@@ -188,23 +194,39 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
 
 
-def _quoting(override: str | None) -> str:
+def _reading(override: str | None, text: str) -> str:
+    """Why Hydra cannot read an override, and how it is typed."""
     key, equals, value = (override or "").partition("=")
-    if not equals or value[:1] in ("'", '"', "[", "{"):
-        return ""
+    if not equals:
+        is_path = os.path.exists(key)
+        return "expected KEY=VALUE" + f", such as ckpt_path={key}" * is_path
+    if value[:1] in ("'", '"', "[", "{"):
+        return text
     quoted = QuotedString(value, Quote.double).with_quotes()
     return (
-        f"; a value with = , ( ) [ ] {{ }} or quotes stands in quotes, {key}={quoted}, and those in"
-        " the shell's"
+        f"{text}; a value with = , ( ) [ ] {{ }} or quotes stands in quotes, in a shell"
+        f" {shlex.quote(f'{key}={quoted}')}"
     )
 
 
 def _nearest(error: OmegaConfBaseException) -> str:
-    names = [str(key) for key in error.parent_node or ()]
+    names = [str(key) for key in error.parent_node or () if not str(key).startswith("_")]
     by_lower_case = {name.lower(): name for name in names}
     near = difflib.get_close_matches(str(error.key).lower(), by_lower_case, n=1)
     path = str(error.full_key).rpartition(".")[0]
     if near:
         name = by_lower_case[near[0]]
         return f"; did you mean `{path}.{name}`?" if path else f"; did you mean `{name}`?"
+    if not path and (places := list(_places(error.parent_node, str(error.key)))):
+        return f"; did you mean `{min(places, key=len)}`?"
     return f"; there are {', '.join(names)}"
+
+
+def _places(node: Any, key: str, path: str = "") -> Iterator[str]:
+    """Where in a configuration a key of this name stands."""
+    if isinstance(node, DictConfig):
+        for name in map(str, node):
+            if name == key:
+                yield f"{path}{name}"
+            if not OmegaConf.is_interpolation(node, name) and not OmegaConf.is_missing(node, name):
+                yield from _places(node[name], key, f"{path}{name}.")

@@ -23,7 +23,7 @@ from bn_lightning.class_swap import (
 from bn_lightning.fusion import fuse as fuse_model
 from bn_lightning.fusion import is_fused, unfuse
 from bn_lightning.fusion.calls import is_fusable
-from bn_lightning.kernels.checks import BACKENDS
+from bn_lightning.kernels.checks import check_backend
 from bn_lightning.tracing import has_own_forward
 
 _KEY = "convert"
@@ -89,8 +89,7 @@ def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "a
         UserWarning: the model has no BatchNorm.
     """
     _check_model(model)
-    if backend not in BACKENDS:
-        raise ValueError(f"expected `backend` to be one of {BACKENDS}, got {backend!r}")
+    check_backend(backend)
     unfuse(model)
     converted: list[str] = []
     skipped: dict[str, str] = {}

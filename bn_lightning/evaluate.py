@@ -9,6 +9,7 @@ from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, 
 from bn_lightning.command import hydra_command, one_line, quiet_lightning
 from bn_lightning.run_record import RunRecord, logged_numbers
 from bn_lightning.summary import print_summary
+from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -21,10 +22,11 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         CheckpointError: the file is no checkpoint of `bn_lightning.train`.
         UntrustedError: its configuration would build what it may not.
     """
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
     directory = Path(config.paths.output_dir)
     checkpoint = load_checkpoint(config.ckpt_path)
     run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
     resolved["data"] = resolved.get("data") or run_config["data"]
     resolved["model"] = run_config["model"]
     record = RunRecord(directory, resolved)

@@ -12,6 +12,8 @@ picture of the relative loss against the step size.
 
 import csv
 import io
+import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from torch.nn import functional as F
 from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
 from bn_lightning.command import hydra_command, quiet_lightning
 from bn_lightning.sweeps.arms import label_of
-from bn_lightning.sweeps.figures import landscape_figure, save
+from bn_lightning.sweeps.figures import folder_in, landscape_figure, save
 from bn_lightning.sweeps.runs import arm_of
+from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
 from bn_lightning.whole_file import write_atomically
 
 _MOST_POINTS = 10_000  # more than a picture shows; each is a forward pass of each batch
@@ -50,10 +53,11 @@ def landscape(config: DictConfig) -> Path:
     steps = step_sizes(config.smallest, config.largest, config.points)
     if type(config.batches) is not int or config.batches < 1:
         raise ValueError(f"`batches` expected an integer of at least 1, got {config.batches!r}")
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
     quiet_lightning()
     checkpoint = load_checkpoint(config.ckpt_path)
     run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
     model = trained_model(checkpoint, run_config, config.ckpt_path)
     datamodule = instantiate(resolved.get("data") or run_config["data"])
     check_data(checkpoint, datamodule)
@@ -71,10 +75,29 @@ def landscape(config: DictConfig) -> Path:
     arm = arm_of(run_config)
     caption = f"{label_of(arm)}, step {checkpoint['global_step']:,}, {len(losses_BE)} batches"
     figure = landscape_figure(steps[1:], relative_BE, arm, caption)
-    save(figure, directory / "figures" / "landscape")
+    save(figure, folder_in(directory) / "landscape")
+    print(in_words(steps[1:], relative_BE))
     print(directory / "figures" / "landscape.png")
     print(directory)
     return directory
+
+
+def in_words(steps: Sequence[float], relative_BE: Sequence[Sequence[float]]) -> str:
+    """Where the median over batches of the relative loss is least, and where it leaves 1 upwards.
+
+    Args:
+        steps: the step sizes, ascending.
+        relative_BE: for each batch, the relative loss at each of them; what is no number counts as
+            infinite.
+    """
+    medians = [
+        statistics.median(math.inf if math.isnan(x) else x for x in at)
+        for at in zip(*relative_BE, strict=True)
+    ]
+    least = min(range(len(steps)), key=medians.__getitem__)
+    said = f"relative loss, median of batches: least {medians[least]:.3g} at {steps[least]:.3g}"
+    above = [step for step, x in zip(steps[least:], medians[least:], strict=True) if x > 1]
+    return said + (f", above 1 from {above[0]:.3g} on" if above else "")
 
 
 def step_sizes(smallest: float, largest: float, points: int) -> list[float]:

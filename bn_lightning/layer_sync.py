@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.class_swap import exchange_class, is_exchanged, restore_class
-from bn_lightning.kernels.checks import BACKENDS
+from bn_lightning.kernels.checks import check_backend
 from bn_lightning.sync import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 _KEY = "sync"
@@ -57,8 +57,7 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
     def __init__(
         self, process_group: dist.ProcessGroup | None = None, backend: str | None = None
     ) -> None:
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"expected `backend` to be None or one of {BACKENDS}, got {backend!r}")
+        check_backend(backend, may_be_none=True)
         self.process_group = process_group
         self.backend = backend
 

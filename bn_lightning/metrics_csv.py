@@ -17,20 +17,45 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv as written, [] if there is none.
 
     A last line without its end is of a run that was killed while writing: it is left out.
+
+    Raises:
+        ValueError: it is no such table.
     """
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values() or not row.get("step", "").isdecimal():
+                raise ValueError(f"line {reader.line_num} is no row of {reader.fieldnames}")
+            rows.append(row)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} expected metrics against `step`, got another table: {error}; take out what a "
+            "run did not write"
+        ) from error
+    return rows
 
 
 def read_metrics(directory: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Metric name -> its (step, value) pairs in order of steps, from `directory/metrics.csv`."""
+    """Metric name -> its (step, value) pairs in order of steps, from `directory/metrics.csv`.
+
+    Raises:
+        ValueError: it is no such table.
+    """
     series: dict[str, dict[int, float]] = {}
     for row in read_rows(Path(directory) / FILE_NAME):
         for name, value in row.items():
             if name != "step" and value != "":
-                series.setdefault(name, {})[int(row["step"])] = float(value)
+                try:
+                    series.setdefault(name, {})[int(row["step"])] = float(value)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{directory}/{FILE_NAME} expected a number for {name} at step"
+                        f" {row['step']}, got {value!r}; take out what a run did not write"
+                    ) from error
     return {name: sorted(points.items()) for name, points in series.items()}
 
 

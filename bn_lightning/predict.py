@@ -17,7 +17,10 @@ from bn_lightning.checkpoint import (
     trusted_config,
 )
 from bn_lightning.command import hydra_command, quiet_lightning
+from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
 from bn_lightning.whole_file import write_atomically
+
+_SHOWN = 10  # so few predictions are printed, too
 
 
 def predict(config: DictConfig) -> Path:
@@ -46,6 +49,8 @@ def predict(config: DictConfig) -> Path:
     output = Path(config.output)
     if output.is_dir():
         raise ValueError(f"`output` expected the name of a file, got the folder {output}")
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
     quiet_lightning()
     checkpoint = load_checkpoint(config.ckpt_path)
     run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
@@ -53,7 +58,6 @@ def predict(config: DictConfig) -> Path:
     check_data(checkpoint, datamodule)
     samples = _Samples(datamodule, Path(config.input), skip=config.corrupt == "skip")
     model = trained_model(checkpoint, run_config, config.ckpt_path)
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
     trainer = instantiate(
         resolved["trainer"], logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
@@ -64,7 +68,12 @@ def predict(config: DictConfig) -> Path:
         raise samples.none_left()
     classes = class_names(checkpoint, datamodule, len(probabilities[0]))
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, to_csv(samples.column, samples.names(), classes, probabilities))
+    table = to_csv(samples.column, samples.names(), classes, probabilities)
+    write_atomically(output, table)
+    _, *rows = csv.reader(io.StringIO(table))
+    if len(rows) <= _SHOWN:
+        for name, label, probability, *_ in rows:
+            print(f"{name}: {label}, {float(probability):.3f}")
     print(samples.summary())
     print(output)
     return output

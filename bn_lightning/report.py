@@ -145,7 +145,7 @@ def _report_study(table: Table, base: Path, options: Options) -> Path:
                 **found.as_json(),
                 "notes": [*notes, *found.notes],
             }
-            _draw_grid(table, found, trials.metric, output / "figures")
+            _draw_grid(table, found, trials.metric, figures.folder_in(output))
             cells = cells_json(found.grid, trials.numbers, _links(table, base), _seen(base, output))
             html = grid_page(table, found, trials.metric, cells, notes)
             said = [
@@ -269,7 +269,7 @@ def _report_runs(directories: list[Path], options: Options) -> Path:
 def _draw_runs(runs: list[Run], output: Path, with_paper: bool) -> None:
     metrics = {run.label: run.metrics for run in runs}
     arms = {run.label: run.arm for run in runs}
-    folder = output / "figures"
+    folder = figures.folder_in(output)
     figures.save(figures.comparison_figure(metrics, arms, with_paper), output / "comparison")
     accuracy = {label: logged["test/accuracy"] for label, logged in metrics.items()}
     figures.save(figures.accuracy_figure(accuracy, arms, with_paper), folder / "accuracy")

@@ -31,9 +31,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BackendMixin
-from bn_lightning.kernels import batch_norm, ops, reference, stages
-from bn_lightning.kernels.activations import ACTIVATIONS, Saves
-from bn_lightning.kernels.checks import check_choices, check_like_aten
+from bn_lightning.kernels import batch_norm, reference, stages
+from bn_lightning.kernels.activations import recomputes_z, saves_bits, saves_output
+from bn_lightning.kernels.checks import check_average, check_choices, check_like_aten
+from bn_lightning.kernels.dispatch import (
+    as_layout,
+    is_channels_last,
+    is_recomputation,
+    uses_triton,
+)
 
 # Its name in torch 2.13, and before.
 _all_gather: Any = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
@@ -105,12 +111,9 @@ def sync_batch_norm(
     """
     check_choices(x, residual, activation, backend)
     check_like_aten(x, weight, bias, running_mean, running_var, True, eps, is_whole_batch=False)
-    if momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError(
-            "expected `num_batches_tracked` with `momentum`=None, which averages over the batches "
-            "it counts, got None"
-        )
-    triton = stages.uses_triton(x, backend)
+    if momentum is None:
+        check_average(running_mean, num_batches_tracked)
+    triton = uses_triton(x, backend)
     x = stages.as_dense(x)
     with torch.no_grad():
         part = stages.local_statistics(x, triton)
@@ -122,7 +125,7 @@ def sync_batch_norm(
         mean = batch.mean.to(part.dtype)
         var = batch.m2 / batch.total.clamp(min=1.0)
         rstd = torch.rsqrt(var + eps).to(part.dtype)
-        if torch.compiler.is_compiling() or not ops._tracker.is_bw:
+        if not is_recomputation():
             _update_running(batch, running_mean, running_var, num_batches_tracked, momentum)
     return torch.ops.bn_lightning.sync_normalize(
         x,
@@ -192,13 +195,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         eps, activation, negative_slope, triton, group_name, writes_bits = options
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
-        saves = ACTIVATIONS[activation].saves
-        from_z = activation != "identity" and (residual is None or saves is Saves.RESIDUAL)
+        has_residual = residual is not None
+        from_z = recomputes_z(activation, has_residual)
         ctx.save_for_backward(
             total,
             x,
             residual if from_z else None,
-            y if residual is not None and saves is Saves.OUTPUT else None,
+            y if saves_output(activation, has_residual) else None,
             bits if writes_bits else None,
             mean,
             rstd,
@@ -206,13 +209,13 @@ class _SyncBatchNorm(torch.autograd.Function):
             bias if from_z else None,
         )
         ctx.activation = activation
-        ctx.options = (ops.is_channels_last(x), activation, negative_slope, eps, triton, group_name)
+        ctx.options = (is_channels_last(x), activation, negative_slope, eps, triton, group_name)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         total, x, *saved = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dy is None else ops._as_layout(dy, ctx.options[0])
+        dy = torch.zeros_like(x) if dy is None else as_layout(dy, ctx.options[0])
         needs_dx, needs_dresidual, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
         # Without an activation the residual's gradient is dy itself.
         writes_dresidual = needs_dresidual and ctx.activation != "identity"
@@ -321,9 +324,7 @@ def _with_gradient(*args: Any) -> Tensor:
         t is not None and t.requires_grad for t in (x, residual, weight, bias)
     ):
         return _without_gradient(*args)
-    activation = args[8]
-    writes_bits = residual is not None and ACTIVATIONS[activation].saves is Saves.BITS
-    return _SyncBatchNorm.apply(*args, writes_bits)[0]
+    return _SyncBatchNorm.apply(*args, saves_bits(args[8], residual is not None))[0]
 
 
 def _without_gradient(*args: Any) -> Tensor:

@@ -8,6 +8,7 @@ import gc
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,8 @@ def _fit_and_test(
         metrics_before = start.content.get(METRICS_KEY, {})
         print(f"going on from step {first_step:,}: {directory}")
         record.content["resumed_at"].append(first_step)
+    elif trainer.is_global_zero and not in_sweep() and not in_trial():
+        print(f"{config.task_name}: {trainer.max_steps:,} steps, in {directory}", flush=True)
     if trainer.world_size == 1:
         # Before the clock starts. On several ranks it is Lightning who says which one downloads.
         datamodule.prepare_data()
@@ -177,6 +180,7 @@ def _fit_and_test(
                 "another rank of this run has ended, for the reason above if it could say one; the "
                 "same command with ckpt_path=last goes on from the last checkpoint"
             ) from error
+        _check_takes(model.network, getattr(datamodule, "input_shape", None))
         raise
     finally:
         seconds = time.perf_counter() - started
@@ -212,6 +216,23 @@ def _fit_and_test(
         if config.extras.step_table:
             print_steps(directory)
         print_summary(record.content, directory)
+
+
+def _check_takes(network: Any, shape: Sequence[int] | None) -> None:
+    """Refuse a network that does not take inputs of this shape, where it is known."""
+    import torch
+
+    if shape is None:
+        return
+    weight = next(network.parameters())
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(2, *shape, device=weight.device, dtype=weight.dtype))
+    except RuntimeError as error:
+        raise ValueError(
+            f"`model.network` expected inputs of another shape than the data's, got {tuple(shape)}:"
+            f" {error}; set its sizes, such as model.network.in_features, or take other data"
+        ) from error
 
 
 def _loggers(config: Any) -> list[Any]:

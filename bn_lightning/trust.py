@@ -19,6 +19,12 @@ OF_CHECKPOINTS = (
 )
 """Of what somebody else's file says: what networks and data are made of."""
 
+# Classes below these that run what they are given as soon as they are built.
+_RUNNING = (
+    *("torch.utils.benchmark.", "torch.package.", "torch.distributed.elastic."),
+    "lightning.pytorch.cli.",
+)
+
 # Functions elsewhere do something; those of this package build parts of networks.
 _FUNCTIONS = ("bn_lightning.models.",)
 
@@ -32,8 +38,8 @@ def check_trusted(
 ) -> None:
     """Refuse a configuration that would build something else than it may.
 
-    It may build classes defined under `beginnings`, functions of `bn_lightning.models`, and
-    whatever is defined under `trusted`.
+    It may build classes defined under `beginnings` that do not run what they are given, functions
+    of `bn_lightning.models`, and whatever is defined under `trusted`.
 
     Args:
         config: plain dictionaries, lists and values.
@@ -63,9 +69,12 @@ def check_trusted(
             own_name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', '')}"
             if own_name.startswith((*_FUNCTIONS, *trusted)):
                 continue
-            if inspect.isclass(found) and own_name.startswith(tuple(beginnings)):
+            runs = own_name.startswith(_RUNNING)
+            if inspect.isclass(found) and own_name.startswith(tuple(beginnings)) and not runs:
                 continue
-            if own_name != name:
+            if runs:
+                reason = ", which runs what it is given"
+            elif own_name != name:
                 reason = f", which is {own_name}"
             elif not inspect.isclass(found):
                 reason = ", which is no class"

@@ -13,7 +13,8 @@ Reading order, each file resting on the ones before it:
     small.py        all of it in one launch, for small tensors
     resident.py     all of it in one launch that reads each element from memory once
     checks.py       what is wrong with the arguments
-    ops.py          the ops, their fakes, gradients and vmap, and the choice of backend
+    dispatch.py     from a tensor to the kernels: choice of backend, layout in memory, schedule
+    ops.py          the ops, their fakes, gradients and vmap
     stages.py       the stages one by one, for a batch that lies on several ranks
 
 Triton is imported by the files with kernels only, and those only when a kernel runs.

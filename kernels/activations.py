@@ -63,6 +63,23 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def recomputes_z(activation: str, has_residual: bool) -> bool:
+    """Says whether the gradient computes z again: from x, bias and, if there is one, residual."""
+    if activation == "identity":
+        return False
+    return not has_residual or ACTIVATIONS[activation].saves is Saves.RESIDUAL
+
+
+def saves_bits(activation: str, has_residual: bool) -> bool:
+    """Says whether the forward writes a bit an element for the gradient."""
+    return has_residual and ACTIVATIONS[activation].saves is Saves.BITS
+
+
+def saves_output(activation: str, has_residual: bool) -> bool:
+    """Says whether the gradient reads y."""
+    return has_residual and ACTIVATIONS[activation].saves is Saves.OUTPUT
+
+
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
     """Computes act(z).
 

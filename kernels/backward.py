@@ -28,7 +28,7 @@ from bn_lightning.kernels.elements import (
     tile_offsets,
 )
 from bn_lightning.kernels.normalize import flat_offsets
-from bn_lightning.kernels.schedule import Schedule
+from bn_lightning.kernels.schedule import Schedule, cdiv
 
 
 @triton.jit
@@ -122,6 +122,10 @@ def store_gradients(
     inverse_count: tl.tensor,  # 1 / M
     TRAINING: tl.constexpr,
 ) -> None:
+    """Stores dresidual = g and dx = scale * (g - (dbias + x_hat * dweight) / M), where wanted.
+
+    Without TRAINING dx = scale * g.
+    """
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + offsets, g, mask=mask)
     if dx_ptr is not None:
@@ -366,7 +370,7 @@ def affine_gradients(call: BackwardCall, schedule: Schedule) -> tuple[Tensor, Te
     )
     dweight_C, dbias_C = call.new_sums()
     block_s, block_c = schedule.finish_tile
-    _bn_backward_finish_sums_kernel[(triton.cdiv(schedule.C, block_c),)](
+    _bn_backward_finish_sums_kernel[(cdiv(schedule.C, block_c),)](
         partial_dweight_ptr=dweight_SC,
         partial_dbias_ptr=dbias_SC,
         dweight_ptr=dweight_C,

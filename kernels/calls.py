@@ -13,19 +13,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ForwardCall:
-    """A forward in training.
+    """A forward: in training, in evaluation, or the normalisation of one rank's part.
+
+    `normalize.normalize` alone, which evaluation and the ranks run, reads neither statistics,
+    `momentum` nor `eps`: it is given mean and rstd.
 
     Attributes:
         x: fp32, fp16 or bf16.
         residual: added before the activation, or None.
         weight: any float dtype, or None for ones.
         bias: any float dtype, or None for zeros.
-        running_mean: any float dtype, updated; None together with `running_var`.
-        running_var: any float dtype, unbiased, updated.
-        num_batches_tracked: int64 scalar to which one is added, or None.
+        running_mean: any float dtype, updated in training; None together with `running_var`.
+        running_var: any float dtype, unbiased, updated in training.
+        num_batches_tracked: int64 scalar to which training adds one, or None.
         momentum: weight of the batch in the running statistics, in [0, 1]; None for the average
             over all batches, which `num_batches_tracked` counts.
-        eps: added to the biased variance, > 0.
+        eps: added to the biased variance, > 0, in training; unread otherwise.
         activation: a key of `ACTIVATIONS`.
         negative_slope: of leaky_relu.
         writes_bits: whether the backward will read bits of the derivative.

@@ -7,6 +7,30 @@ from bn_lightning.kernels.activations import ACTIVATIONS
 BACKENDS = ("auto", "native", "triton")
 
 
+def check_backend(backend: str | None, may_be_none: bool = False) -> None:
+    """Raises a ValueError for an unknown backend."""
+    if backend not in BACKENDS and not (may_be_none and backend is None):
+        choices = f"{'None or ' if may_be_none else ''}one of {BACKENDS}"
+        raise ValueError(f"expected `backend` to be {choices}, got {backend!r}")
+
+
+def check_activation(activation: str) -> None:
+    """Raises a ValueError for an unknown activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"expected `activation` to be one of {tuple(ACTIVATIONS)}, got {activation!r}"
+        )
+
+
+def check_average(running_mean: Tensor | None, num_batches_tracked: Tensor | None) -> None:
+    """Raises a ValueError where an average over all batches, `momentum` None, lacks their count."""
+    if running_mean is not None and num_batches_tracked is None:
+        raise ValueError(
+            "expected `num_batches_tracked` with `momentum`=None, which averages over the batches "
+            "it counts, got None"
+        )
+
+
 def check_choices(x: Tensor, residual: Tensor | None, activation: str, backend: str) -> None:
     """Checks what torch's BatchNorm does not have, or has no clear words for.
 
@@ -15,12 +39,8 @@ def check_choices(x: Tensor, residual: Tensor | None, activation: str, backend: 
         RuntimeError: a residual on another device.
         NotImplementedError: an `x` of integers.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"expected `backend` to be one of {BACKENDS}, got {backend!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"expected `activation` to be one of {tuple(ACTIVATIONS)}, got {activation!r}"
-        )
+    check_backend(backend)
+    check_activation(activation)
     if not x.is_floating_point():
         raise NotImplementedError(f"expected `x` to be a tensor of floats, got {x.dtype}")
     if residual is None:
@@ -34,7 +54,8 @@ def check_choices(x: Tensor, residual: Tensor | None, activation: str, backend: 
         raise ValueError(
             f"expected `residual` to have the dtype of `x`, {x.dtype}, got {residual.dtype}"
         )
-    _check_same_device(x, "residual", residual)
+    if residual.device != x.device:
+        raise _on_another_device(x, "residual", residual)
 
 
 def check_batch(x: Tensor, training: bool) -> None:
@@ -88,7 +109,7 @@ def check_like_aten(
             )
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    C = x.shape[1]
+    C, device = x.shape[1], x.device
     per_channel = (
         ("weight", weight),
         ("bias", bias),
@@ -103,12 +124,12 @@ def check_like_aten(
                 f"{name} should contain {C} elements not {value.numel()}; `x` has shape "
                 f"{tuple(x.shape)}, and its second dimension is the channels"
             )
-        _check_same_device(x, name, value)
+        if value.device != device:
+            raise _on_another_device(x, name, value)
 
 
-def _check_same_device(x: Tensor, name: str, value: Tensor) -> None:
-    if value.device != x.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but `x` is on {x.device} and "
-            f"`{name}` on {value.device}; move one of them"
-        )
+def _on_another_device(x: Tensor, name: str, value: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"Expected all tensors to be on the same device, but `x` is on {x.device} and "
+        f"`{name}` on {value.device}; move one of them"
+    )

@@ -93,6 +93,7 @@ def scale_shift(
     offs_c: tl.tensor,
     mask_c: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:
+    """Returns scale = rstd * weight and shift = bias."""
     scale = rstd
     shift = tl.zeros_like(rstd)
     if weight_ptr is not None:
@@ -316,6 +317,7 @@ def choose_branch(
     negative_slope: tl.tensor,
     ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
+    """dy * act'(z) for a piecewise linear activation: dy on the upper branch, less on the lower."""
     # Not a product with 0: an infinite dy must not become NaN.
     if ACTIVATION == "leaky_relu":
         return tl.where(upper, dy, dy * negative_slope)

@@ -1,4 +1,4 @@
-"""Batch Normalization as PyTorch ops, and the choice between ATen and Triton.
+"""Batch Normalization as PyTorch ops: ATen's, or custom ones around the Triton kernels.
 
 Three ops in the namespace `bn_lightning`, each with its fake beside it:
 
@@ -13,30 +13,32 @@ A compiler sees one op, AOTAutograd goes through it, and a statistic is written 
 What is saved for the backward: x, fp32 mean and rstd, weight and bias, and what activations.py says
 for a residual. In evaluation and frozen, x only where the activation or dweight needs it.
 
-Triton is imported only inside the ops and the checks that lead to them.
+Triton is imported only inside the ops and the checks of dispatch.py.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.utils.module_tracker import ModuleTracker
 
 from bn_lightning.kernels import reference
-from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
+from bn_lightning.kernels.activations import activate, recomputes_z, saves_bits, saves_output
 from bn_lightning.kernels.calls import BackwardCall, ForwardCall
-from bn_lightning.kernels.checks import BACKENDS, check_batch, check_choices, check_like_aten
-from bn_lightning.kernels.schedule import INTERPRETER, Device, Regime, Schedule, make_schedule
+from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
+from bn_lightning.kernels.dispatch import (
+    as_layout,
+    check_device,
+    contiguous,
+    is_channels_last,
+    is_recomputation,
+    schedule_of,
+    uses_triton,
+)
+from bn_lightning.kernels.schedule import Regime
 
-__all__ = ["BACKENDS", "batch_norm"]
-
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-# Tells a backward pass from a forward one; its hooks are never entered.
-_tracker = ModuleTracker()
+__all__ = ["batch_norm"]
 
 
 def batch_norm(
@@ -102,27 +104,19 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2.
     """
-    if backend == "auto":
-        triton = x.is_cuda and _TRITON_INSTALLED and x.dtype in _TRITON_DTYPES
-    else:
-        triton = backend == "triton"
     check_choices(x, residual, activation, backend)
-    if triton:
-        _check_triton_takes(x)
+    triton = uses_triton(x, backend)
     if training:
-        if momentum is None and running_mean is not None and num_batches_tracked is None:
-            raise ValueError(
-                "expected `num_batches_tracked` with `momentum`=None, which averages over the "
-                "batches it counts, got None"
-            )
-        if not torch.compiler.is_compiling() and _tracker.is_bw:
+        if momentum is None:
+            check_average(running_mean, num_batches_tracked)
+        if is_recomputation():
             # Copies: what is saved must be as many tensors as the first time.
             momentum, num_batches_tracked = 0.0, None
             running_mean = None if running_mean is None else running_mean.clone()
             running_var = None if running_var is None else running_var.clone()
     else:
         num_batches_tracked = None
-    if not triton or x.numel() == 0:
+    if not triton:
         return _composite(
             x,
             residual,
@@ -169,27 +163,8 @@ def _composite(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """Computes the whole with ATen's ops, which know every kind of derivative."""
-    y = _native(
-        x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-    )
-    if residual is not None:
-        y = y + residual
-    return y if activation == "identity" else activate(y, activation, negative_slope)
-
-
-def _native(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
-    """Runs ATen's BatchNorm; a cumulative average without asking the device for its count."""
+    """Computes the whole with ATen's ops, which know every kind of derivative; a cumulative average
+    without asking the device for its count."""
     batch_mean, batch_var = running_mean, running_var
     cumulative = training and momentum is None and running_mean is not None
     if cumulative and running_mean is not None and running_var is not None:
@@ -207,7 +182,9 @@ def _native(
             if running is not None and batch is not None:
                 precise = torch.promote_types(running.dtype, torch.float32)
                 running.lerp_(batch, num_batches_tracked.to(precise).reciprocal().to(running.dtype))
-    return y
+    if residual is not None:
+        y = y + residual
+    return y if activation == "identity" else activate(y, activation, negative_slope)
 
 
 _LIBRARY = torch.library.Library("bn_lightning", "DEF")
@@ -245,15 +222,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bn_lightning.kernels import normalize, resident, small, statistics
 
-    _check_device(x)
+    check_device(x)
     channels_last = is_channels_last(x)
-    x = _as_layout(x, channels_last)
-    new_mean, new_var = _contiguous(running_mean), _contiguous(running_var)
+    x = as_layout(x, channels_last)
+    new_mean, new_var = contiguous(running_mean), contiguous(running_var)
     call = ForwardCall(
         x,
-        None if residual is None else _as_layout(residual, channels_last),
-        _contiguous(weight),
-        _contiguous(bias),
+        None if residual is None else as_layout(residual, channels_last),
+        contiguous(weight),
+        contiguous(bias),
         new_mean,
         new_var,
         num_batches_tracked,
@@ -263,12 +240,15 @@ def _forward(
         negative_slope,
         writes_bits,
     )
-    schedule = _schedule(x, channels_last, writes_bits, training and momentum is None)
+    schedule = schedule_of(x, channels_last, writes_bits, training and momentum is None)
     bits: Tensor | None
     with torch.cuda.device_of(x):
         if not training:
             if new_mean is None or new_var is None:
-                raise RuntimeError("expected `running_mean` and `running_var` in evaluation")
+                raise RuntimeError(
+                    "expected `running_mean` and `running_var` in evaluation, got None for at "
+                    "least one; pass both, or training=True"
+                )
             mean, rstd = statistics.evaluation_statistics(new_mean, new_var, eps)
             y, bits = normalize.normalize(call, mean, rstd, schedule)
         elif schedule.regime is Regime.SMALL:
@@ -303,7 +283,7 @@ def _fake_forward(
     negative_slope: float,
     writes_bits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = torch.empty_like(_as_layout(x, is_channels_last(x)))
+    y = torch.empty_like(as_layout(x, is_channels_last(x)))
     mean, rstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if writes_bits else _nothing(x)
     return y, mean, rstd, bits
@@ -331,17 +311,17 @@ def _backward(
     """Computes dx, dweight, dbias, dresidual; what is not needed comes back with shape (0,)."""
     from bn_lightning.kernels import backward, resident, small
 
-    dy = _as_layout(dy, channels_last)
+    dy = as_layout(dy, channels_last)
     call = BackwardCall(
         dy,
-        None if x is None else _as_layout(x, channels_last),
-        None if residual is None else _as_layout(residual, channels_last),
+        None if x is None else as_layout(x, channels_last),
+        None if residual is None else as_layout(residual, channels_last),
         y,
         bits,
         mean,
         rstd,
-        _contiguous(weight),
-        _contiguous(bias),
+        contiguous(weight),
+        contiguous(bias),
         activation,
         negative_slope,
         training,
@@ -349,7 +329,7 @@ def _backward(
         needs_affine,
         needs_dresidual,
     )
-    schedule = _schedule(dy, channels_last, False, False)
+    schedule = schedule_of(dy, channels_last, False, False)
     dweight: Tensor | None = None
     dbias: Tensor | None = None
     with torch.cuda.device_of(dy):
@@ -392,7 +372,7 @@ def _fake_backward(
     needs_affine: bool,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy = _as_layout(dy, channels_last)
+    dy = as_layout(dy, channels_last)
     dx = torch.empty_like(dy) if needs_dx else _nothing(dy)
     dresidual = torch.empty_like(dy) if needs_dresidual else _nothing(dy)
     if needs_affine:
@@ -411,13 +391,13 @@ class _BatchNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs_dx, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
         needs_affine = needs_dweight or needs_dbias
-        saves = ACTIVATIONS[activation].saves
-        from_z = activation != "identity" and (residual is None or saves is Saves.RESIDUAL)
+        has_residual = residual is not None
+        from_z = recomputes_z(activation, has_residual)
         needs_x = from_z or needs_affine or (training and needs_dx)
         ctx.save_for_backward(
             x if needs_x else None,
             residual if from_z else None,
-            y if residual is not None and saves is Saves.OUTPUT else None,
+            y if saves_output(activation, has_residual) else None,
             bits if writes_bits else None,
             mean,
             rstd,
@@ -516,9 +496,7 @@ def _with_gradient(*args: Any) -> Tensor:
         return _composite(*args)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
         return torch.ops.bn_lightning.batch_norm_forward(*args, False)[0]
-    activation = args[10]
-    writes_bits = args[1] is not None and ACTIVATIONS[activation].saves is Saves.BITS
-    return _BatchNorm.apply(*args, writes_bits)[0]
+    return _BatchNorm.apply(*args, saves_bits(args[10], args[1] is not None))[0]
 
 
 def _differentiates_otherwise(inputs: list[Tensor]) -> bool:
@@ -588,85 +566,5 @@ torch.library.register_fake("bn_lightning::batch_norm_backward", _fake_backward,
 torch.library.register_vmap("bn_lightning::batch_norm", _vmap, lib=_LIBRARY)
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Says whether the channels lie side by side in memory; a contiguous `x` is not meant."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-
-
-def _as_layout(value: Tensor, channels_last: bool) -> Tensor:
-    """Returns `value`, copied once if it does not lie in memory as wanted."""
-    if not channels_last:
-        return value.contiguous()
-    return value.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
-
-
 def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
-
-
-def _schedule(x: Tensor, channels_last: bool, writes_bits: bool, cumulative: bool) -> Schedule:
-    return make_schedule(
-        x.shape,
-        x.element_size(),
-        channels_last,
-        _device(x.device),
-        writes_bits=writes_bits,
-        cumulative=cumulative,
-    )
-
-
-_devices: dict[torch.device, Device] = {}
-
-
-def _device(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return INTERPRETER
-    if device not in _devices:
-        found = torch.cuda.get_device_properties(device)
-        _devices[device] = Device(
-            found.multi_processor_count,
-            found.L2_cache_size,
-            found.warp_size,
-            # torch's stubs do not name it.
-            0 if torch.version.hip else getattr(found, "regs_per_multiprocessor", 0),
-        )
-    return _devices[device]
-
-
-def _check_triton_takes(x: Tensor) -> None:
-    advice = 'use backend="auto" or backend="native"'
-    if not _TRITON_INSTALLED:
-        raise ValueError(
-            f'expected Triton to be installed for `backend`="triton", found none; {advice}, '
-            f"or pip install triton"
-        )
-    if x.dtype not in _TRITON_DTYPES:
-        raise ValueError(
-            f'expected `x` in fp32, fp16 or bf16 for `backend`="triton", got {x.dtype}; {advice}'
-        )
-    # A compiler cannot look at the kernels; there the ops check by themselves.
-    if not torch.compiler.is_compiling():
-        _check_device(x)
-
-
-def _check_device(x: Tensor) -> None:
-    """Raises where the kernels cannot reach `x`: they run on the CPU only when interpreted."""
-    if x.is_cuda:
-        return
-    if x.device.type == "cpu":
-        from triton.runtime import JITFunction
-
-        from bn_lightning.kernels import statistics
-
-        # What TRITON_INTERPRET was when the kernels were made is what counts.
-        if not isinstance(statistics._bn_finish_statistics_kernel, JITFunction):
-            return
-    raise ValueError(
-        f'expected `x` on a CUDA or ROCm device for `backend`="triton", got one on {x.device}; '
-        f'use backend="auto" or backend="native", or, to run the kernels on CPU tensors under '
-        f"Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
-    )

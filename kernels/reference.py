@@ -199,6 +199,9 @@ def fused_backward(
 
     Returns:
         dx, dweight, dbias and dresidual; dweight is None without `x`.
+
+    Raises:
+        ValueError: as `gradient_of_z`.
     """
     if training and x is not None:
         mean, var_C = batch_statistics(x)
@@ -238,7 +241,11 @@ def gradient_of_z(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """Computes g = dy * act'(z), in the dtype of `mean`; the arguments are `fused_backward`'s."""
+    """Computes g = dy * act'(z), in the dtype of `mean`; the arguments are `fused_backward`'s.
+
+    Raises:
+        ValueError: a `y` for an activation whose derivative is no function of it.
+    """
     g = dy.to(mean.dtype)
     if activation == "identity":
         return g
@@ -248,7 +255,10 @@ def gradient_of_z(
     if y is not None:
         of_output = ACTIVATIONS[activation].derivative_of_output
         if of_output is None:
-            raise ValueError(f"expected no `y` for {activation}, whose derivative it has not")
+            raise ValueError(
+                f"expected no `y` for {activation}, whose derivative is no function of it, got "
+                f"one; pass the `residual`, or None"
+            )
         return g * of_output(y.to(mean.dtype))
     if x is None:
         return g
@@ -303,6 +313,7 @@ def as_channels(value_C: Tensor, x: Tensor) -> Tensor:
 
 
 def channel_sum(x: Tensor) -> Tensor:
+    """Sums (N, C, ...) to (C,), in its own dtype."""
     return x.sum(dim=[d for d in range(x.dim()) if d != 1])
 
 

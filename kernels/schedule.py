@@ -134,7 +134,7 @@ class Schedule:
     @property
     def channel_blocks(self) -> int:
         """Blocks of `block_c` channels."""
-        return _cdiv(self.C, self.block_c)
+        return cdiv(self.C, self.block_c)
 
     @property
     def finish_tile(self) -> tuple[int, int]:
@@ -150,7 +150,7 @@ class Schedule:
     @property
     def flat_grid(self) -> tuple[int]:
         """Programs of the elementwise pass."""
-        return (_cdiv(self.N * self.C * self.L, self.flat_elements),)
+        return (cdiv(self.N * self.C * self.L, self.flat_elements),)
 
     @property
     def flat_warps(self) -> int:
@@ -285,19 +285,19 @@ def _make_schedule(
     block_n = min(_next_power_of_2(N), max(1, tile_elements // (block_c * block_l)))
     elements = block_n * block_c * block_l
     max_warps = MAX_THREADS // device.warp_size
-    tiles = _cdiv(N, block_n) * _cdiv(L, block_l)
+    tiles = cdiv(N, block_n) * cdiv(L, block_l)
 
-    blocks = _cdiv(C, block_c)
+    blocks = cdiv(C, block_c)
     if regime is Regime.SMALL:
         splits = 1
     elif regime is Regime.RESIDENT:
         # One item of a group combines all splits of its channels.
         splits = min(tiles * elements * itemsize // RESIDENT_ITEM_BYTES, FINISH_ELEMENTS // block_c)
     else:
-        splits = _cdiv(PROGRAMS_PER_PROCESSOR * device.processors, blocks)
-    tiles_per_split = _cdiv(tiles, max(1, min(splits, tiles, MAX_SPLITS)))
+        splits = cdiv(PROGRAMS_PER_PROCESSOR * device.processors, blocks)
+    tiles_per_split = cdiv(tiles, max(1, min(splits, tiles, MAX_SPLITS)))
     # Counted anew, so that no split is empty.
-    splits = _cdiv(tiles, tiles_per_split)
+    splits = cdiv(tiles, tiles_per_split)
     programs = min(PROGRAMS_AT_WORK * device.processors, blocks * splits)
     max_registers = None
     if regime is Regime.RESIDENT and device.registers:
@@ -315,7 +315,7 @@ def _make_schedule(
         splits=splits,
         tiles_per_split=tiles_per_split,
         # Far enough that the items waited for have ended when an item of the second reading begins.
-        lag=_cdiv(programs, splits) + 1,
+        lag=cdiv(programs, splits) + 1,
         programs=programs,
         wide=N * C * L >= 1 << 31,
         max_warps=max_warps,
@@ -334,15 +334,9 @@ def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regi
     channels = max(1, ROW_BYTES // itemsize) if L == 1 else 1
     at_work = PROGRAMS_AT_WORK * device.processors
     in_flight = at_work * channels * N * L * itemsize
-    if _cdiv(C, channels) >= at_work and in_flight <= CACHE_SHARE * device.cache_bytes:
+    if cdiv(C, channels) >= at_work and in_flight <= CACHE_SHARE * device.cache_bytes:
         return Regime.SMALL
     return Regime.SPLIT
-
-
-def resident_cache_bytes(schedule: Schedule, itemsize: int) -> int:
-    """Returns what `resident` needs to stay in L2: the blocks between first and second reading."""
-    block = schedule.block_c * schedule.values_per_channel * itemsize
-    return (schedule.lag + 1) * block
 
 
 def _columns(L: int) -> int:
@@ -350,13 +344,14 @@ def _columns(L: int) -> int:
     widest = min(_next_power_of_2(L), TILE_ELEMENTS)
     columns = widest
     while columns > 64:
-        if _cdiv(L, columns) * columns - L <= MAX_PADDING * L:
+        if cdiv(L, columns) * columns - L <= MAX_PADDING * L:
             return columns
         columns //= 2
-    return columns if _cdiv(L, columns) * columns - L <= MAX_PADDING * L else min(widest, 256)
+    return columns if cdiv(L, columns) * columns - L <= MAX_PADDING * L else min(widest, 256)
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
+    """Returns a / b, rounded up; `triton.cdiv` takes over 1 us, which every launch would pay."""
     return -(-a // b)
 
 

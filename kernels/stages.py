@@ -25,34 +25,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bn_lightning.kernels import ops, reference
+from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import activate, upper_branch
 from bn_lightning.kernels.calls import BackwardCall, ForwardCall
+from bn_lightning.kernels.dispatch import (
+    as_layout,
+    check_device,
+    contiguous,
+    is_channels_last,
+    schedule_of,
+)
 
 # A count as two numbers below 2^24, each exact in fp32.
 _HALF = 1 << 24
 
 
-def uses_triton(x: Tensor, backend: str) -> bool:
-    """Says whether the stages of `x` run in Triton; an empty `x` never does.
-
-    Args:
-        x: (N, C, ...).
-        backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
-
-    Raises:
-        ValueError: "triton" for a tensor it cannot take.
-    """
-    if backend == "triton":
-        ops._check_triton_takes(x)
-        return x.numel() > 0
-    takes = ops._TRITON_INSTALLED and x.is_cuda and x.dtype in ops._TRITON_DTYPES
-    return backend == "auto" and takes and x.numel() > 0
-
-
 def as_dense(x: Tensor) -> Tensor:
     """Returns `x`, copied once if it is neither contiguous nor channels-last."""
-    return x if ops.is_channels_last(x) else x.contiguous()
+    return x if is_channels_last(x) else x.contiguous()
 
 
 def local_statistics(x: Tensor, triton: bool) -> Tensor:
@@ -60,7 +50,7 @@ def local_statistics(x: Tensor, triton: bool) -> Tensor:
 
     Args:
         x: (N, C, ...), dense; may be empty, natively.
-        triton: from `uses_triton`.
+        triton: from `dispatch.uses_triton`.
 
     Returns:
         (2 * C + 2,) in the compute dtype: the means, the roots of M2 (M2 of values near 1e30 is no
@@ -140,7 +130,7 @@ def normalize(
         activation: a key of `ACTIVATIONS`.
         negative_slope: of leaky_relu.
         writes_bits: whether the backward will read bits of the derivative.
-        triton: from `uses_triton`.
+        triton: from `dispatch.uses_triton`.
 
     Returns:
         y, with shape, dtype and strides of `x`; the bits, (ceil(N * C * L / 8),) uint8 in the order
@@ -155,7 +145,7 @@ def normalize(
     y = z if activation == "identity" else activate(z, activation, negative_slope)
     bits = x.new_empty(0, dtype=torch.uint8)
     if writes_bits:
-        bits = reference.pack_bits(upper_branch(z, activation), ops.is_channels_last(x))
+        bits = reference.pack_bits(upper_branch(z, activation), is_channels_last(x))
     return y.to(x.dtype), bits
 
 
@@ -205,7 +195,7 @@ def local_sums(call: Backward, triton: bool) -> Tensor:
 
     Args:
         call: the backward.
-        triton: from `uses_triton`.
+        triton: from `dispatch.uses_triton`.
 
     Returns:
         (2, C) in the compute dtype: this part's dbias and dweight.
@@ -227,7 +217,7 @@ def input_gradients(
             the whole batch.
         needs_dx: whether to compute dx.
         needs_dresidual: whether to compute dresidual.
-        triton: from `uses_triton`.
+        triton: from `dispatch.uses_triton`.
 
     Returns:
         dx and dresidual, with shape, dtype and strides of x; each (0,) where it is not needed.
@@ -271,10 +261,10 @@ _LIBRARY.define(
 def _local_statistics(x: Tensor) -> Tensor:
     from bn_lightning.kernels import statistics
 
-    ops._check_device(x)
-    channels_last = ops.is_channels_last(x)
-    x = ops._as_layout(x, channels_last)
-    schedule = ops._schedule(x, channels_last, False, False)
+    check_device(x)
+    channels_last = is_channels_last(x)
+    x = as_layout(x, channels_last)
+    schedule = schedule_of(x, channels_last, False, False)
     packed = _fake_local_statistics(x)
     C = x.shape[1]
     for at, half in enumerate(divmod(schedule.values_per_channel, _HALF)):
@@ -302,14 +292,14 @@ def _normalize(
 ) -> tuple[Tensor, Tensor]:
     from bn_lightning.kernels.normalize import normalize
 
-    ops._check_device(x)
-    channels_last = ops.is_channels_last(x)
-    x = ops._as_layout(x, channels_last)
+    check_device(x)
+    channels_last = is_channels_last(x)
+    x = as_layout(x, channels_last)
     call = ForwardCall(
         x,
-        None if residual is None else ops._as_layout(residual, channels_last),
-        ops._contiguous(weight),
-        ops._contiguous(bias),
+        None if residual is None else as_layout(residual, channels_last),
+        contiguous(weight),
+        contiguous(bias),
         running_mean=None,
         running_var=None,
         num_batches_tracked=None,
@@ -319,7 +309,7 @@ def _normalize(
         negative_slope=negative_slope,
         writes_bits=writes_bits,
     )
-    schedule = ops._schedule(x, channels_last, writes_bits, False)
+    schedule = schedule_of(x, channels_last, writes_bits, False)
     with torch.cuda.device_of(x):
         y, bits = normalize(call, mean, rstd, schedule)
     return y, _no_bits(x) if bits is None else bits
@@ -336,7 +326,7 @@ def _fake_normalize(
     negative_slope: float,
     writes_bits: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(ops._as_layout(x, ops.is_channels_last(x)))
+    y = torch.empty_like(as_layout(x, is_channels_last(x)))
     if not writes_bits:
         return y, _no_bits(x)
     return y, x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
@@ -350,7 +340,7 @@ def _local_sums(*arguments: Any) -> Tensor:
     from bn_lightning.kernels.backward import affine_gradients
 
     call, channels_last = _as_call(Backward(*arguments), False, False)
-    schedule = ops._schedule(call.dy, channels_last, False, False)
+    schedule = schedule_of(call.dy, channels_last, False, False)
     with torch.cuda.device_of(call.dy):
         dweight_C, dbias_C = affine_gradients(call, schedule)
     return torch.stack([dbias_C, dweight_C])
@@ -366,7 +356,7 @@ def _input_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     *backward, means, needs_dx, needs_dresidual = arguments
     call, channels_last = _as_call(Backward(*backward), needs_dx, needs_dresidual)
-    schedule = ops._schedule(call.dy, channels_last, False, False)
+    schedule = schedule_of(call.dy, channels_last, False, False)
     # The kernel divides by the count of its own tensor.
     dbias_C, dweight_C = (means * schedule.values_per_channel).unbind()
     with torch.cuda.device_of(call.dy):
@@ -378,7 +368,7 @@ def _input_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _fake_input_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
     *backward, _, needs_dx, needs_dresidual = arguments
     call = Backward(*backward)
-    dy = ops._as_layout(call.dy, call.channels_last)
+    dy = as_layout(call.dy, call.channels_last)
     dx, dresidual = (
         torch.empty_like(dy) if needed else dy.new_empty(0)
         for needed in (needs_dx, needs_dresidual)
@@ -391,17 +381,17 @@ def _as_call(
 ) -> tuple[BackwardCall, bool]:
     """Returns what the launchers take, and whether it is channels-last."""
     channels_last = backward.channels_last
-    ops._check_device(backward.dy)
+    check_device(backward.dy)
     call = BackwardCall(
-        ops._as_layout(backward.dy, channels_last),
-        ops._as_layout(backward.x, channels_last),
-        None if backward.residual is None else ops._as_layout(backward.residual, channels_last),
+        as_layout(backward.dy, channels_last),
+        as_layout(backward.x, channels_last),
+        None if backward.residual is None else as_layout(backward.residual, channels_last),
         backward.y,
         backward.bits,
         backward.mean,
         backward.rstd,
-        ops._contiguous(backward.weight),
-        ops._contiguous(backward.bias),
+        contiguous(backward.weight),
+        contiguous(backward.bias),
         backward.activation,
         backward.negative_slope,
         True,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bn_lightning.kernels.calls import ForwardCall
 from bn_lightning.kernels.elements import row_sum, tile_offsets
-from bn_lightning.kernels.schedule import Schedule
+from bn_lightning.kernels.schedule import Schedule, cdiv
 
 
 @triton.jit
@@ -400,20 +400,16 @@ def finish_statistics(
     mean_C, rstd_C = call.new_statistics()
     block_s, block_c = schedule.finish_tile
     cumulative = call.momentum is None
-    _bn_finish_statistics_kernel[(1 if cumulative else triton.cdiv(schedule.C, block_c),)](
+    _bn_finish_statistics_kernel[(1 if cumulative else cdiv(schedule.C, block_c),)](
+        **call.state,
         partial_count_ptr=count_SC,
         partial_mean_ptr=mean_SC,
         partial_root_ptr=root_SC,
         mean_ptr=mean_C,
         rstd_ptr=rstd_C,
-        running_mean_ptr=call.running_mean,
-        running_var_ptr=call.running_var,
-        tracked_ptr=call.num_batches_tracked,
         S=schedule.splits,
         C=schedule.C,
         total=float(schedule.values_per_channel),
-        momentum=call.momentum or 0.0,
-        eps=call.eps,
         CUMULATIVE=cumulative,
         BLOCK_S=block_s,
         BLOCK_C=block_c,
@@ -434,7 +430,7 @@ def finish_partial(
     """
     count_SC, mean_SC, root_SC = partials
     block_s, block_c = schedule.finish_tile
-    _bn_finish_partial_kernel[(triton.cdiv(schedule.C, block_c),)](
+    _bn_finish_partial_kernel[(cdiv(schedule.C, block_c),)](
         partial_count_ptr=count_SC,
         partial_mean_ptr=mean_SC,
         partial_root_ptr=root_SC,
@@ -464,7 +460,7 @@ def evaluation_statistics(
     C = running_mean.numel()
     mean_C = running_mean.new_empty(C, dtype=torch.float32)
     rstd_C = torch.empty_like(mean_C)
-    _bn_evaluation_statistics_kernel[(triton.cdiv(C, 256),)](
+    _bn_evaluation_statistics_kernel[(cdiv(C, 256),)](
         running_mean_ptr=running_mean,
         running_var_ptr=running_var,
         mean_ptr=mean_C,

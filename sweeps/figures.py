@@ -6,9 +6,11 @@ writes these and every other static picture.
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1.
 """
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -18,6 +20,7 @@ from matplotlib.figure import Figure
 from bn_lightning.metrics_csv import read_metrics
 from bn_lightning.sweeps.arms import COLOURS, Style, label_of, style_of
 from bn_lightning.sweeps.paper import paper_accuracy
+from bn_lightning.whole_file import write_atomically
 
 Series = Sequence[tuple[int, float]]
 """(step, value) pairs in order of steps."""
@@ -43,7 +46,7 @@ def draw_run(directory: str | Path) -> None:
     Each is written as PNG and SVG; one whose metrics the run did not log is left out.
     """
     metrics = read_metrics(directory)
-    folder = Path(directory) / "figures"
+    folder = folder_in(Path(directory))
     if "test/accuracy" in metrics:
         save(accuracy_figure({"": metrics["test/accuracy"]}), folder / "accuracy")
     if "activation/p50" in metrics:
@@ -93,7 +96,9 @@ def throughput_figure(speeds: Mapping[str, float], arms: Arms | None = None) -> 
     axes = figure.subplots()
     styles = run_styles(speeds, arms)
     bars = axes.barh(
-        list(speeds), list(speeds.values()), color=[styles[label].colour for label in speeds]
+        [literal(label) for label in speeds],
+        list(speeds.values()),
+        color=[styles[label].colour for label in speeds],
     )
     axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize="small")
     axes.invert_yaxis()
@@ -156,7 +161,9 @@ def batch_norm_figure(metrics: Mapping[str, Series]) -> Figure:
                 steps, values = zip(*monitored[layer, number], strict=True)
                 # viridis grows lighter all the way, and ends before it is too light to see.
                 colour = colormaps["viridis"](0.9 * i / max(len(layers) - 1, 1))
-                axes.plot(steps, values, color=colour, label=layer, marker="." * (len(steps) < 3))
+                axes.plot(
+                    steps, values, color=colour, label=literal(layer), marker="." * (len(steps) < 3)
+                )
         axes.set_xscale("log")
         axes.set_title(label, fontsize="medium")
         if number == "dead":
@@ -201,7 +208,7 @@ def landscape_figure(
     axes.set_ylim(min(low.min(), 0.5) * 0.9, min(max(high.max(), 2), 1e3))
     axes.set_xlabel("step size η along the gradient")
     axes.set_ylabel("loss(w − ηg) / loss(w)")
-    axes.set_title(caption, fontsize="small")
+    axes.set_title(literal(caption), fontsize="small")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -230,7 +237,7 @@ def _draw_panels(
         if panel is not panels[0]:
             panel.sharey(panels[0])
         draw_percentiles(panel, metrics, styles[label].colour)
-        panel.set_title(label)
+        panel.set_title(literal(label))
     panels[0].set_ylabel("input of one unit of the last\nactivation, percentiles 15, 50, 85")
 
 
@@ -268,7 +275,7 @@ def _draw_lines(axes: Axes, runs: Mapping[str, Series], arms: Arms | None) -> No
             styles[label].line,
             color=styles[label].colour,
             marker="." if len(steps) < 3 else "",
-            label=label,
+            label=literal(label),
         )
     if any(runs):
         axes.legend(frameon=False)
@@ -290,12 +297,37 @@ def draw_percentiles(axes: Axes, metrics: Mapping[str, Series], colour: str = CO
     _tidy(axes)
 
 
+def literal(text: str) -> str:
+    """What stands in a configuration as matplotlib may draw it: no mathematics."""
+    return text.replace("$", "\\$")
+
+
+def folder_in(directory: Path) -> Path:
+    """The folder of a directory's pictures.
+
+    Raises:
+        ValueError: it is a link: a directory of somebody else's would say where pictures go.
+    """
+    folder = directory / "figures"
+    if folder.is_symlink():
+        raise ValueError(
+            f"{folder} expected a folder for pictures, got a link to {folder.readlink()}; remove it"
+        )
+    return folder
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write `path`.png and `path`.svg; the same figure gives the same bytes."""
+    """Write `path`.png and `path`.svg; the same figure gives the same bytes.
+
+    A link of that name is replaced, not followed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
-    with rc_context({"svg.hashsalt": "bn_lightning"}):  # else names in the file are random
-        figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})
+    options: dict[str, dict[str, Any]] = {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}
+    for suffix, chosen in options.items():
+        drawn = io.BytesIO()
+        with rc_context({"svg.hashsalt": "bn_lightning"}):  # else names in the file are random
+            figure.savefig(drawn, format=suffix, **chosen)
+        write_atomically(path.with_name(f"{path.name}.{suffix}"), drawn.getvalue())
 
 
 def _tidy(axes: Axes) -> None:

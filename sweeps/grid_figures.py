@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from bn_lightning.sweeps.arms import style_of
+from bn_lightning.sweeps.figures import literal
 from bn_lightning.sweeps.tolerance import Arm, Grid, Outcome, estimate, widths
 
 # Of larger grids: cells without numbers in them, fewer labels, and panels of fewer initialisations.
@@ -237,7 +238,7 @@ def importances_figure(
             label=drawn_text(label),
         )
         axes.bar_label(bars, fmt="{:.2f}", padding=2, fontsize="small")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [drawn_text(name) for name in names])
     axes.set_xlim(0, 1.1)
     _caption(figure, "share of the variance of accuracy (fANOVA)", caption)
     axes.spines[["top", "right"]].set_visible(False)
@@ -267,7 +268,7 @@ def _has_texts(grid: Grid) -> bool:
 
 
 def _caption(figure: Figure, label: str, caption: str) -> None:
-    figure.supxlabel(f"{label}\n{caption}", fontsize="medium", wrap=True)
+    figure.supxlabel(literal(f"{label}\n{caption}"), fontsize="medium", wrap=True)
 
 
 def _draw_cells(
@@ -339,7 +340,7 @@ def init_name(init: str | float) -> str:
 def drawn_text(text: str) -> str:
     """A name from a configuration as matplotlib may draw it: not too long, and no mathematics."""
     text = text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…"
-    return text.replace("$", "\\$")
+    return literal(text)
 
 
 def short_number(value: float) -> str:

@@ -94,7 +94,8 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     records = [read_run(directory) for directory in directories]
     metrics = [read_metrics(directory) for directory in directories]
     for directory, record, logged in zip(directories, records, metrics, strict=True):
-        missing = sorted({"test/accuracy", "activation/p50"} - logged.keys())
+        wanted = {"test/accuracy", *(f"activation/p{number}" for number in (15, 50, 85))}
+        missing = sorted(wanted - logged.keys())
         if "norm" not in record["config"] or missing:
             raise ValueError(
                 f"{directory} expected a run of bn_lightning.train and its metrics.csv, got one "
@@ -127,8 +128,10 @@ def width_growth(run: Run) -> float | None:
     Of each percentile the median over the layer's units, where the run logged it; None if the first
     width is 0.
     """
-    suffix = "_median" if "activation/p15_median" in run.metrics else ""
-    low, high = (run.metrics[f"activation/p{number}{suffix}"] for number in (15, 85))
+    names = [f"activation/p{number}" for number in (15, 85)]
+    medians = [f"{name}_median" for name in names]
+    chosen = medians if run.metrics.keys() >= {*medians} else names
+    low, high = (run.metrics[name] for name in chosen)
     first, last = (high[i][1] - low[i][1] for i in (0, -1))
     return last / first if first > 0 else None
 

@@ -45,12 +45,12 @@ def _kind_of(directory: Path) -> str | None:
         return None
 
 
-def _storage_in(directory: Path) -> str | None:
+def _storage_in(directory: Path) -> Path | None:
     if (directory / JOURNAL_FILE).is_file():
-        return str(directory / JOURNAL_FILE)
+        return directory / JOURNAL_FILE
     found = sorted(path for pattern in DATABASES for path in directory.glob(pattern))
     databases = [path for path in found if _is_of_optuna(path)]
-    return f"sqlite:///{databases[0].absolute()}" if len(databases) == 1 else None
+    return databases[0] if len(databases) == 1 else None
 
 
 def _is_of_optuna(path: Path) -> bool:
@@ -80,7 +80,8 @@ def read_sweep(source: str, name: str | None) -> tuple[Path, Table]:
     """The directory of a sweep, and its trials.
 
     Args:
-        source: a sweep's directory, a journal file, a storage URL, or the folder of a report.
+        source: a sweep's directory, a journal file or a database, a storage URL, or the folder of a
+            report.
         name: of the study, where a storage holds several.
 
     Raises:

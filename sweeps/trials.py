@@ -6,6 +6,7 @@ A study is only ever read. Of a journal that was cut off, what is whole is taken
 import csv
 import io
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bn_lightning.sweeps.engine.journal_file import whole_record
 from bn_lightning.sweeps.engine.names import COMMAND, DESCRIPTION
 from bn_lightning.sweeps.engine.outcome import DIVERGED
-from bn_lightning.sweeps.engine.passwords import redacted
+from bn_lightning.sweeps.engine.passwords import redacted, refuse_several_ats
 
 TABLE = "trials.csv"
 DATABASES = ("*.db", "*.sqlite", "*.sqlite3")
@@ -105,8 +106,8 @@ def read_study(storage: str | Path, name: str | None = None) -> Table:
     """Read a study.
 
     Args:
-        storage: path of a journal file, or the URL of a storage as Optuna takes it, or
-            `journal:///PATH` or `grpc://HOST:PORT`.
+        storage: path of a journal file or of a database (`DATABASES`), or the URL of a storage as
+            Optuna takes it, or `journal:///PATH` or `grpc://HOST:PORT`.
         name: of the study; None where the storage holds one only.
 
     Raises:
@@ -222,10 +223,10 @@ class _WholeRecords(BaseJournalBackend):
 def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
     url = str(storage)
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme == "journal":
-        return _open_journal(Path(rest if separator else storage))
-    if scheme == "sqlite" and not Path(rest.removeprefix("/")).is_file():
-        raise ValueError(f"expected a database file, got {redacted(url, url)}: no such file")
+    is_path = isinstance(storage, Path) or not separator
+    is_database = is_path and any(Path(storage).match(pattern) for pattern in DATABASES)
+    if scheme == "journal" or (is_path and not is_database):
+        return _open_journal(Path(storage if is_path else rest))
     try:
         with catch_warnings():
             simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -234,6 +235,13 @@ def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
                 proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
                 proxy.get_all_studies()
                 return proxy, ()
+            if is_database:
+                return _open_sqlite(Path(storage)), ()
+            from sqlalchemy.engine import make_url
+
+            if (address := make_url(url)).get_backend_name() == "sqlite":
+                return _open_sqlite(Path(address.database or "")), ()
+            refuse_several_ats(url)
             return RDBStorage(url, skip_table_creation=True), ()
     except Exception as error:
         # Here, as it imports SQLAlchemy, which journals do without.
@@ -243,6 +251,18 @@ def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
             f"expected a storage of Optuna's that answers, got {redacted(url, url)}: "
             f"{redacted(reason_of(error), url)}"
         ) from None
+
+
+def _open_sqlite(path: Path) -> RDBStorage:
+    """From a path, as in a URL ? and % mean something else; a database is not written to."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file as {path}")
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    return RDBStorage(
+        "sqlite://",
+        engine_kwargs={"creator": lambda: sqlite3.connect(address, uri=True)},
+        skip_table_creation=True,
+    )
 
 
 def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:

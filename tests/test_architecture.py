@@ -84,6 +84,13 @@ def test_every_part_has_its_place():
     assert {part_of(path) for path in sources()} == set(ORDER)
 
 
+@pytest.mark.parametrize("list_of_files", ["kernels/__init__.py", "docs/architecture.md"])
+def test_every_kernel_file_is_in_the_lists(list_of_files):
+    listed = (ROOT / list_of_files).read_text(encoding="utf-8").split()
+    files = {path.name for path in (ROOT / "kernels").glob("*.py")} - {"__init__.py"}
+    assert files and files <= set(listed)
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path):
     part = part_of(path)

@@ -4,9 +4,17 @@ import os
 import tarfile
 import tempfile
 import zlib
+from lzma import LZMAError
 from pathlib import Path
+from typing import Literal
 
 from bn_lightning.data.errors import DataError
+
+_COMPRESSIONS: dict[bytes, Literal["r:gz", "r:bz2", "r:xz"]] = {
+    b"\x1f\x8b": "r:gz",
+    b"BZh": "r:bz2",
+    b"\xfd7zXZ\0": "r:xz",
+}
 
 
 def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -43,9 +51,9 @@ def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
         # One folder deeper, so that what is renamed is as readable as any new folder.
         whole = Path(temporary) / "whole"
         try:
-            with tarfile.open(archive) as tar:
+            with tarfile.open(archive, _mode(archive)) as tar:
                 tar.extractall(whole, filter=_files_and_folders)
-        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        except (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError) as error:
             raise DataError(
                 f"{archive}: expected a whole tar archive that stays in its folder, got: {error};"
                 " get it again, or unpack it yourself"
@@ -66,3 +74,10 @@ def _files_and_folders(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | 
     if not (member.isreg() or member.isdir()):
         raise tarfile.SpecialFileError(member)
     return tarfile.data_filter(member, path)
+
+
+def _mode(archive: Path) -> Literal["r:", "r:gz", "r:bz2", "r:xz"]:
+    # tarfile would try the format before xz, too, of which any bytes can ask for gigabytes.
+    with open(archive, "rb") as file:
+        start = file.read(6)
+    return next((mode for magic, mode in _COMPRESSIONS.items() if start.startswith(magic)), "r:")

@@ -111,13 +111,7 @@ def sampler_class(sampler: Mapping[str, Any]) -> type[BaseSampler]:
     Raises:
         SweepError: there is no such sampler.
     """
-    target = sampler.get("_target_")
-    try:
-        found = get_class(str(target))
-    except Exception as error:
-        raise SweepError(f"`sampler` expected one of Optuna's samplers, got {target}") from error
-    if not issubclass(found, BaseSampler):
-        raise SweepError(f"`sampler` expected one of Optuna's samplers, got {target}")
+    found: type[BaseSampler] = _class_of("sampler", sampler, BaseSampler)
     return found
 
 
@@ -133,7 +127,6 @@ def make_sampler(sampler: Mapping[str, Any], first_trial: int = 0) -> BaseSample
     Raises:
         SweepError: its arguments cannot be used.
     """
-    sampler_class(sampler)
     arguments = dict(sampler)
     seed = arguments.get("seed")
     if seed is not None and first_trial > 0:
@@ -152,7 +145,19 @@ def make_pruner(pruner: Mapping[str, Any] | None) -> optuna.pruners.BasePruner:
     return _built("pruner", pruner, optuna.pruners.BasePruner)
 
 
+def _class_of(key: str, config: Mapping[str, Any], kind: type) -> Any:
+    target = config.get("_target_")
+    try:
+        found = get_class(str(target))
+    except Exception as error:
+        raise SweepError(f"`{key}` expected one of Optuna's {key}s, got {target}") from error
+    if not issubclass(found, kind):
+        raise SweepError(f"`{key}` expected one of Optuna's {key}s, got {target}")
+    return found
+
+
 def _built(key: str, config: Mapping[str, Any], kind: type) -> Any:
+    _class_of(key, config, kind)  # before anything else is called
     try:
         with warnings.catch_warnings():
             # Who names a sampler has chosen it.
@@ -161,6 +166,6 @@ def _built(key: str, config: Mapping[str, Any], kind: type) -> Any:
     except (HydraException, ValueError, TypeError, ImportError) as error:
         reason = error.__cause__ or error
         raise SweepError(f"`{key}` {config.get('_target_')} cannot be built: {reason}") from error
-    if not isinstance(built, kind):
+    if not isinstance(built, kind):  # with `_partial_`
         raise SweepError(f"`{key}` expected one of Optuna's {key}s, got {config.get('_target_')}")
     return built

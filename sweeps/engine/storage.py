@@ -35,7 +35,7 @@ from sqlalchemy.exc import (
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.journal_file import open_journal
 from bn_lightning.sweeps.engine.names import JOURNAL_FILE
-from bn_lightning.sweeps.engine.passwords import redacted
+from bn_lightning.sweeps.engine.passwords import redacted, refuse_several_ats
 
 JOURNAL = "journal"
 
@@ -79,6 +79,7 @@ def storage_url(setting: str, directory: Path) -> str:
     if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
         path = Path(url.database).absolute()
         return url.set(database=str(path)).render_as_string(hide_password=False)
+    refuse_several_ats(setting)
     return setting
 
 

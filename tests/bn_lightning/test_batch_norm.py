@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bn_lightning import batch_norm
-from bn_lightning.kernels import ops
+from bn_lightning.kernels import dispatch
 from bn_lightning.kernels.activations import activate
 
-needs_triton = pytest.mark.skipif(not ops._TRITON_INSTALLED, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 backends = pytest.mark.parametrize(
     "backend", ["native", pytest.param("triton", marks=needs_triton)]
 )

@@ -56,7 +56,13 @@ class TestLoad:
 
     def test_no_such_file(self, tmp_path: Path) -> None:
         assert "no such file" in refused(tmp_path / "nowhere.ckpt")
-        refused(tmp_path)
+        assert "`last` is what bn-train goes on with" in refused("last")
+        assert refused(tmp_path).endswith(f"got {tmp_path}: a directory")
+        for folder in ("run", "run/checkpoints"):
+            best = tmp_path / "run" / "checkpoints" / "best.ckpt"
+            best.parent.mkdir(parents=True, exist_ok=True)
+            best.touch()
+            assert refused(tmp_path / folder).endswith(f"a directory; give {best}")
 
     # Of protocols that torch itself does not write.
     @pytest.mark.filterwarnings("ignore:Detected pickle protocol.*")

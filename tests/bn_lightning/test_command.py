@@ -74,6 +74,14 @@ LINES = {
         ["`trainer.max_stps` is no key", "did you mean `trainer.max_steps`?"],
     ),
     "capital": (composed, ("optimizer.Lr=5",), ["did you mean `optimizer.lr`?"]),
+    "a_key_of_a_group": (composed, ("lr=5",), ["`lr` is no key", "did you mean `optimizer.lr`?"]),
+    "no_key": (composed, ("runs/best.ckpt",), ["'runs/best.ckpt': expected KEY=VALUE"]),
+    "a_path": (composed, (__file__,), [f"expected KEY=VALUE, such as ckpt_path={__file__}"]),
+    "quotes": (
+        composed,
+        ("ckpt_path=epoch=1.ckpt",),
+        ["in a shell 'ckpt_path=\"epoch=1.ckpt\"'"],
+    ),
     "typo_at_the_top": (composed, ("sed=5",), ["`sed` is no key", "did you mean `seed`?"]),
     "far_from_any_key": (
         composed,
@@ -82,7 +90,11 @@ LINES = {
     ),
     "no_such_reference": (composed, ("optimizer.lr=${nope}",), ["nope", "not found"]),
     "no_such_variable": (composed, ("optimizer.lr=${oc.env:NO_SUCH_NAME}",), ["NO_SUCH_NAME"]),
-    "missing": (picked, ({"ckpt_path": "???"}, "ckpt_path"), ["Missing mandatory", "ckpt_path"]),
+    "missing": (
+        picked,
+        ({"ckpt_path": "???"}, "ckpt_path"),
+        ["`ckpt_path` expected a value, got none; give ckpt_path=VALUE"],
+    ),
     "built_of_bad_values": (
         instantiate,
         (
@@ -243,6 +255,15 @@ class TestHydraCommand:
         assert done.returncode == 1
         assert "Traceback" in done.stderr
         assert "task.py" in done.stderr
+
+    @pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "sweep"])
+    def test_a_typed_password_is_not_written(self, tmp_path: Path, mode: list[str]) -> None:
+        setting = "hydra.sweeper.storage=postgresql://user:geheim@host/db"
+        done = self.run(tmp_path, *mode, setting)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: `storage` expected its password from the environment")
+        assert "geheim" not in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["task.py"]
 
     def test_a_sweep_ends_with_the_error_of_its_job(self, tmp_path: Path) -> None:
         done = self.run(tmp_path, "-m", "seed=1,2")

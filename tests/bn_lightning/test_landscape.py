@@ -1,6 +1,7 @@
 """The loss along the gradient: beside a quadratic computed by hand, and of a run's checkpoint."""
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def test_the_checkpoint_of_either_arm(command, norm) -> None:
     result = command(landscape.main, f"ckpt_path={checkpoint}", "batches=2", "points=5")
     assert result.code == 0, result.err
     assert checkpoint.read_bytes() == before
+    assert "relative loss, median of batches: least " in result.out
     with open(result.directory / "landscape.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 6
@@ -90,6 +92,21 @@ def test_the_checkpoint_of_either_arm(command, norm) -> None:
     assert all(float(row["relative_loss"]) < 1 for row in rows if row["step_size"] == "0.001")
     names = {path.name for path in (result.directory / "figures").iterdir()}
     assert names == {"landscape.png", "landscape.svg"}
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([[0.9, 0.5, 0.8, 1.2]], "least 0.5 at 0.1, above 1 from 10 on"),
+        ([[1.1, 0.5, 2.0, 0.9]], "least 0.5 at 0.1, above 1 from 1 on"),
+        ([[0.9, 0.8, 0.7, 0.6]], "least 0.6 at 10"),
+        ([[0.9, 0.5, math.nan, 1], [0.9, 0.5, math.inf, 1]], "least 0.5 at 0.1, above 1 from 1 on"),
+        ([[0.9, 0.4, 0.5, 0.9], [0.9, 0.6, 0.6, 9]], "least 0.5 at 0.1, above 1 from 10 on"),
+    ],
+)
+def test_what_the_picture_shows_in_words(batches, words) -> None:
+    found = landscape.in_words([0.01, 0.1, 1.0, 10.0], batches)
+    assert found == f"relative loss, median of batches: {words}"
 
 
 def test_errors(command) -> None:
@@ -102,3 +119,12 @@ def test_errors(command) -> None:
     ):
         result = command(landscape.main, *arguments)
         assert result.code == 1 and words in result.err, (arguments, result.err)
+
+
+def test_ones_own_configuration_builds_no_command(command) -> None:
+    for key in ("data",):
+        node = f"+{key}={{_target_: os.mkdir, _args_: [made]}}"
+        result = command(landscape.main, "ckpt_path=nowhere", node)
+        assert result.code == 1
+        assert f"`{key}._target_` in the configuration" in result.err
+    assert not Path("made").exists()

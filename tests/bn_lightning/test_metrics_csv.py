@@ -29,6 +29,25 @@ VAL = (2, {"val/loss": 1.0, "val/accuracy": 0.5})
 END = (3, {"train/loss": 1.25})
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tep,a\n1,2\n", "line 2 is no row of"),
+        ("step,a\n1,2\n3,4,5\n", "line 3 is no row of"),
+        ("step,a\n1,2\n3\n", "line 3 is no row of"),
+        ("step,a\nx,2\n", "line 2 is no row of"),
+        ("step,a\n-1,2\n", "line 2 is no row of"),
+        ("step,a\n1,two\n", "metrics.csv expected a number for a at step 1, got 'two'"),
+        (f"step,a\n1,{'1' * 200_000}\n", "field larger than field limit"),
+    ],
+)
+def test_another_table(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        read_metrics(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
 class TestLogger:
     def test_a_row_for_each_call_and_a_column_for_each_metric(self, tmp_path: Path) -> None:
         log(tmp_path, *TRAIN, VAL, END)

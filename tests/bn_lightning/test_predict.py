@@ -186,6 +186,9 @@ def test_coloured_images_of_any_size(command, tmp_path, recwarn):
         r"\xff.png",
     ]
     assert "4 images, 5 left out" in result.out
+    for row in rows:
+        label, probability = row["label"], float(row["probability"])
+        assert f"{row['path']}: {label}, {probability:.3f}\n" in result.out
     assert len([w for w in recwarn if w.category is CorruptImageWarning]) == 5
     for number in (1, 2, 3):
         (images / f"{number:03}.png").write_text("no image")
@@ -245,6 +248,15 @@ def test_cifar_images_are_normalised(tmp_path):
     expected = (pixels / 255 - mean) / std
     found = torch.cat([inputs for inputs, _ in batches]).numpy()
     np.testing.assert_allclose(found, expected.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_ones_own_configuration_builds_no_command(command):
+    for key in ("trainer.plugins",):
+        node = f"+{key}={{_target_: os.mkdir, _args_: [made]}}"
+        result = command(predict.main, "ckpt_path=nowhere", "input=nowhere", node)
+        assert result.code == 1
+        assert f"`{key}._target_` in the configuration" in result.err
+    assert not Path("made").exists()
 
 
 def test_names_are_quoted():

@@ -230,6 +230,20 @@ class TestSweep:
         assert summary(sweep)["counts"]["waiting"] == 48
         assert not (sweep / "figures").exists()
 
+    def test_names_that_look_like_mathematics(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        name = "$x_{$"
+
+        def change(number: int, params: dict[str, Any]) -> dict[str, Any]:
+            return {"user_attrs": {"test/accuracy": 0.5, "data": name}}
+
+        report([str(make_study(tmp_path / "sweep", change=change))])
+        assert summary(tmp_path / "sweep")["study"]["about"]["runs"]["data"] == {name: 48}
+        runs = [run(tmp_path / "a"), run(tmp_path / "b", {"_target_": name})]
+        report([*map(str, runs)], Options(tmp_path))
+        assert name in [found["label"] for found in summary(tmp_path)["runs"]]
+
     def test_unequal_seeds(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweep = make_study(tmp_path, skip=lambda p: p["norm"] == "none" and p["seed"] == 3)
         page = report([str(sweep)]).read_text()
@@ -312,6 +326,54 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(figures, "comparison_figure", recording)
     return given
+
+
+def linked(folder: Path, names: set[str]) -> Path:
+    """Make each name in `folder` a link to the file that is returned."""
+    victim = folder.parent / "victim"
+    victim.write_text("mine")
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(victim)
+    return victim
+
+
+class TestLinks:
+    """A directory of somebody else's does not say what is overwritten."""
+
+    def test_files_of_a_sweep(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        sweep = make_study(tmp_path / "sweep")
+        (sweep / "figures").mkdir()
+        names = {*PAGE_FILES, *(f"figures/{name}" for name in GRID_FIGURES)}
+        victim = linked(sweep, names)
+        report([str(sweep)])
+        assert victim.read_text() == "mine"
+        assert not any((sweep / name).is_symlink() for name in names)
+
+    def test_files_of_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run(tmp_path / "runs/a"), run(tmp_path / "runs/b", BATCH)
+        monkeypatch.chdir(tmp_path / "runs")
+        Path("figures").mkdir()
+        names = {*PAGE_FILES, "comparison.png", "comparison.svg", "figures/accuracy.svg"}
+        victim = linked(tmp_path / "runs", names)
+        report(["a", "b"])
+        assert victim.read_text() == "mine"
+
+    def test_the_folder_of_figures(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        sweep = make_study(tmp_path / "sweep")
+        (tmp_path / "mine").mkdir()
+        (sweep / "figures").symlink_to(tmp_path / "mine")
+        with pytest.raises(ValueError, match="figures expected a folder for pictures, got a link"):
+            report([str(sweep)])
+        with pytest.raises(ValueError, match="got a link to"):
+            report([str(run(tmp_path / "run"))], Options(sweep))
+        assert not list((tmp_path / "mine").iterdir())
+
+    def test_an_output_may_be_a_link(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "link").symlink_to("folder")
+        report([str(make_study(tmp_path / "sweep"))], Options(tmp_path / "link"))
+        assert (tmp_path / "folder/report.html").is_file()
 
 
 class TestRuns:

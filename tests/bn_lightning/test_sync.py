@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bn_lightning import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, sync
-from bn_lightning.kernels import ops
+from bn_lightning.kernels import dispatch
 from bn_lightning.sync import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
-needs_triton = pytest.mark.skipif(not ops._TRITON_INSTALLED, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 
 SPLITS = {"7+3": 7, "10+0": 10, "even": 5}
 splits = pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
@@ -311,7 +311,7 @@ def rank_saved() -> None:
         there = {v.data_ptr() for v in (x, y, residual)}
         return sum(v.nbytes for v in packed if v.data_ptr() not in there and v.numel() > C)
 
-    for backend in ("native", *(["triton"] if ops._TRITON_INSTALLED else [])):
+    for backend in ("native", *(["triton"] if dispatch.TRITON_INSTALLED else [])):
         for activation, add in FUSED.values():
             bits = add and activation in ("relu", "leaky_relu")
             expected = 4 * C * 16 * 16 // 8 if bits else 0

@@ -39,6 +39,7 @@ def test_a_run_leaves_what_the_design_says(command):
     result = command(main, *SHORT)
     assert result.code == 0, result.err
     run = result.directory
+    assert result.out.startswith(f"mnist_bn: 50 steps, in {run}\n")
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert files == {
         ".hydra/config.yaml",
@@ -340,6 +341,10 @@ BAD = {
         "data.fallback=digits",
     ),
     "directory under a file": (["paths.log_dir=a_file/logs"], "a_file"),
+    "network for other data": (
+        ["model.network.in_features=100"],
+        "`model.network` expected inputs of another shape than the data's, got (1, 28, 28): ",
+    ),
     "no such checkpoint": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     "file that is no checkpoint": (["ckpt_path=a_file"], "a_file"),
     "nothing to resume": (["ckpt_path=last"], "checkpoints/last.ckpt"),
@@ -367,7 +372,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(
         if torch.cuda.is_available():
             pytest.skip("the kernels run on this machine")
         # In this process the kernels may be interpreted ones already.
-        monkeypatch.setattr("bn_lightning.kernels.ops._check_device", refuse_cpu)
+        monkeypatch.setattr("bn_lightning.kernels.dispatch.check_device", refuse_cpu)
     (tmp_path / "a_file").write_text("no checkpoint")
     result = command(main, *SHORT, *BARE, *arguments)
     assert result.code == 1

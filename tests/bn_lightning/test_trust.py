@@ -73,6 +73,21 @@ def test_ones_own_configuration_may_build_more():
             check_trusted(target(name), OF_CHECKPOINTS, [], "it")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.utils.benchmark.Timer",
+        "torch.package.PackageImporter",
+        "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler",
+        "lightning.pytorch.cli.LightningCLI",
+    ],
+)
+def test_what_runs_its_arguments_is_not_built(name):
+    with pytest.raises(UntrustedError, match="which runs what it is given"):
+        check_trusted(target(name), OF_CONFIGURATIONS, [], "it")
+    check_trusted(target(name), OF_CONFIGURATIONS, ["torch.", "lightning."], "it")
+
+
 MADE = {"_target_": "os.mkdir", "_args_": ["made"]}
 MAKES = "{_target_: os.mkdir, _args_: [made]}"
 HIDDEN = {

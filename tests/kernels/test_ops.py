@@ -1,6 +1,7 @@
 """The public function and its ops: numbers, gradients, strides, compilers, errors."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bn_lightning.kernels import batch_norm, ops, reference
+from bn_lightning.kernels import batch_norm, dispatch, ops, reference
+from bn_lightning.kernels.activations import ACTIVATIONS
 
-needs_triton = pytest.mark.skipif(not ops._TRITON_INSTALLED, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 triton = pytest.param("triton", marks=needs_triton)
 backends = pytest.mark.parametrize("backend", ["native", triton])
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -500,11 +502,16 @@ def test_integers_raise_torchs_type(backend: str, device: str) -> None:
         batch_norm(x, training=True, backend=backend)
 
 
-def test_triton_where_it_is_not_installed_raises(monkeypatch: Any) -> None:
-    monkeypatch.setattr(ops, "_TRITON_INSTALLED", False)
-    with pytest.raises(ValueError, match='Triton to be installed .* backend="native"'):
-        batch_norm(torch.ones(4, 3), training=True, backend="triton")
-    batch_norm(torch.ones(4, 3), training=True)
+def test_the_docstring_names_the_activations() -> None:
+    listed = re.search(r"^ +activation: (.*?)^ +negative_slope: ", batch_norm.__doc__, re.M | re.S)
+    assert listed and re.findall(r'"(\w+)"', listed[1]) == list(ACTIVATIONS)
+
+
+@needs_triton
+def test_the_op_alone_raises_without_running_statistics_in_evaluation(device: str) -> None:
+    arguments = (torch.ones(4, 3, device=device), *[None] * 6, False, 0.1, 1e-5, "identity", 0.01)
+    with pytest.raises(RuntimeError, match=r"evaluation, got None .*; pass both, or training=True"):
+        torch.ops.bn_lightning.batch_norm(*arguments)
 
 
 def _python(code: str) -> str:

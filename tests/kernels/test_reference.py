@@ -192,6 +192,13 @@ def test_evaluation_without_running_statistics_raises() -> None:
         reference.batch_norm(torch.ones(4, 3), training=False)
 
 
+def test_an_output_that_says_nothing_of_the_derivative_raises() -> None:
+    x, channels = torch.ones(4, 3), torch.ones(3)
+    rest = (channels, channels, None, None, False, "silu", 0.01)
+    with pytest.raises(ValueError, match="expected no `y` for silu.*got one; pass the `residual`"):
+        reference.gradient_of_z(x, x, None, x, None, *rest)
+
+
 def _statistics(t: dict[str, Tensor], training: bool) -> tuple[Tensor, Tensor]:
     if training:
         mean, var = reference.batch_statistics(t["x"])

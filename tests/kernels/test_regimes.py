@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from bn_lightning.kernels import batch_norm, ops, reference, schedule
+from bn_lightning.kernels import batch_norm, dispatch, reference, schedule
 from bn_lightning.kernels.activations import ACTIVATIONS, activate
 from bn_lightning.kernels.schedule import Regime, forced_regime
 
@@ -193,7 +193,7 @@ def test_offsets_of_64_bits(regime: Regime, monkeypatch: pytest.MonkeyPatch, dev
     def wide(*arguments: Any, **options: Any) -> schedule.Schedule:
         return dataclasses.replace(schedule.make_schedule(*arguments, **options), wide=True)
 
-    monkeypatch.setattr(ops, "make_schedule", wide)
+    monkeypatch.setattr(dispatch, "make_schedule", wide)
     t = _tensors((3, 8, 5, 3), True, torch.float32, device)
     with forced_regime(regime):
         _assert_three_way(t, True, training=True, activation="relu")

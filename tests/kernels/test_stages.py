@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from bn_lightning.kernels import ops, reference, stages
+from bn_lightning.kernels import dispatch, reference, stages
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
 from bn_lightning.kernels.schedule import Regime, forced_regime
 
-needs_triton = pytest.mark.skipif(not ops._TRITON_INSTALLED, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 paths = pytest.mark.parametrize(
     "triton", [False, pytest.param(True, marks=needs_triton)], ids=["native", "triton"]
 )
@@ -129,7 +129,7 @@ def _run(
         mean,
         rstd,
         *affine,
-        ops.is_channels_last(x),
+        dispatch.is_channels_last(x),
         activation,
         SLOPE,
     )
@@ -171,7 +171,7 @@ def test_several_splits_of_a_channel(regime, device):
     t = _tensors(device, torch.float32)
     t |= {k: t[k].repeat(29, 1, 4, 4) for k in ("x", "residual", "dy")}
     with forced_regime(regime):
-        schedule = ops._schedule(t["x"], False, False, False)
+        schedule = dispatch.schedule_of(t["x"], False, False, False)
         found = _run(t, "relu", True, triton=True)
     assert (schedule.splits > 1) == (regime is not Regime.SMALL)
     for value, expected in zip(found, _true(t, "relu", True), strict=True):
@@ -224,15 +224,3 @@ def test_opcheck(device):
     means = torch.rand(2, C, device=device)
     for needs in ((True, True), (True, False), (False, True)):
         opcheck(library.input_gradients, (*back, means, *needs))
-
-
-def test_which_tensors_go_to_triton(device):
-    x = torch.ones(4, C, device=device)
-    assert not stages.uses_triton(x, "native")
-    assert stages.uses_triton(x, "auto") == (x.is_cuda and ops._TRITON_INSTALLED)
-    assert not stages.uses_triton(x.double(), "auto")
-    with pytest.raises(ValueError, match="fp32, fp16 or bf16|Triton to be installed"):
-        stages.uses_triton(x.double(), "triton")
-    if ops._TRITON_INSTALLED:
-        assert stages.uses_triton(x, "triton")
-        assert not stages.uses_triton(x[:0], "triton")

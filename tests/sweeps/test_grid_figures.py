@@ -153,3 +153,13 @@ def test_names_are_short_and_no_mathematics():
     figure.draw_without_rendering()
     label = figure.axes[0].get_yticklabels()[0].get_text()
     assert label == r"\$x\$" + "y" * 26 + "…"
+
+
+@pytest.mark.parametrize("name", ["$x_{$", r"$\frac{a$", "$$"])
+def test_captions_and_labels_are_no_mathematics(grid, name):
+    """Matplotlib refuses to draw what it cannot read as mathematics."""
+    shares = {"batch": {name: 0.5}}
+    drawn = [rates_figure(grid, ARMS, name), importances_figure(shares, {"batch": name}, name)]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        assert name.replace("$", r"\$") in words(figure)

@@ -1,7 +1,9 @@
 """Studies are read whole, never written to, and come back from trials.csv as they were."""
 
+import contextlib
 import json
 import math
+import sqlite3
 from pathlib import Path
 
 import optuna
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState, create_trial
 
+from bn_lightning.sweeps.sources import read_sweep
 from bn_lightning.sweeps.trials import (
     Row,
     Table,
@@ -41,6 +44,33 @@ class TestRead:
         )
         study.add_trials(optuna.load_study(study_name="sweep", storage=source).trials[:5])
         assert read_study(url).rows == table.rows[:5]
+
+    @pytest.mark.parametrize("folder", ["we?ird", "pl%41in", "a#b", "c d"])
+    def test_a_database_is_found_by_its_path(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        optuna.create_study(storage="sqlite:///study.db", study_name="sweep")
+        place = tmp_path / folder / "study.db"
+        place.parent.mkdir()
+        Path("study.db").rename(place)
+        for path in (place, place.relative_to(tmp_path)):
+            assert read_study(path).name == "sweep"
+        assert read_sweep(folder, None)[1].name == "sweep"
+        assert list(tmp_path.rglob("*")) == [place.parent, place]
+
+    def test_a_database_is_not_changed(self, tmp_path: Path) -> None:
+        """Optuna writes the row of its version where it is missing."""
+        path = tmp_path / "study.db"
+        optuna.create_study(storage=f"sqlite:///{path}", study_name="sweep")
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("DELETE FROM version_info")
+            database.commit()
+        before = path.read_bytes()
+        for storage in (path, f"sqlite:///{path}"):
+            with pytest.raises(ValueError, match="readonly database"):
+                read_study(storage)
+        assert path.read_bytes() == before
 
     def test_states_are_counted(self, tmp_path: Path, make_study) -> None:
         failed = {"state": TrialState.FAIL, "user_attrs": {"error": "disk full"}}
@@ -119,6 +149,12 @@ class TestRead:
             read_study(url)
         assert "sec:r@et" not in str(caught.value)
         assert url.replace("sec:r@et", "***") in str(caught.value)
+
+    def test_a_part_of_a_password_is_not_taken_for_the_host(self) -> None:
+        """A driver would say that it cannot find the host `cret@127.0.0.1`."""
+        with pytest.raises(ValueError, match="@ is written %40") as caught:
+            read_study("postgresql+psycopg://me:se@cret@127.0.0.1:1/db")
+        assert "cret" not in str(caught.value)
 
     def test_no_password_is_shown_in_another_s_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(url: str, **_: object) -> None:

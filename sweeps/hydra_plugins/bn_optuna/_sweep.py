@@ -1,5 +1,6 @@
 """A sweep from its configuration to its end."""
 
+import copy
 import logging
 import os
 import sys
@@ -22,7 +23,7 @@ from bn_lightning.sweeps.engine.environment import STORAGE, STUDY, WORKER, envir
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE, JOURNAL_FILE
 from bn_lightning.sweeps.engine.outcome import ERROR, HOPELESS, last_line
-from bn_lightning.sweeps.engine.passwords import refuse_password
+from bn_lightning.sweeps.engine.passwords import refuse_copied_password, refuse_password
 from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
 from bn_lightning.sweeps.engine.program import as_typed, run_command, shown_command
 from bn_lightning.sweeps.engine.space import CustomSpace, Space, flat, parse_space, to_overrides
@@ -340,6 +341,8 @@ def _quiet_optuna() -> None:
 def _refuse_passwords(config: DictConfig) -> None:
     settings: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
     refuse_password(str(settings["storage"]))
+    # In a copy, as a configuration keeps what its interpolations gave.
+    refuse_copied_password(str(config.hydra.sweeper.storage), copy.deepcopy(config))
 
 
 def _task_configuration(config: DictConfig) -> dict[str, Any]:

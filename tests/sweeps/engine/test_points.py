@@ -101,5 +101,10 @@ class TestBadInput:
         with pytest.raises(SweepError, match="`pruner`"):
             make_pruner({"_target_": target})
 
+    def test_a_pruner_that_is_a_command_is_not_run(self, tmp_path):
+        with pytest.raises(SweepError, match="`pruner` expected one of Optuna's pruners"):
+            make_pruner({"_target_": "os.mkdir", "path": str(tmp_path / "made")})
+        assert not (tmp_path / "made").exists()
+
     def test_no_pruner(self):
         assert isinstance(make_pruner(None), optuna.pruners.NopPruner)

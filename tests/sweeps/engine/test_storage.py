@@ -47,6 +47,12 @@ class TestAddresses:
         with pytest.raises(SweepError, match="`storage` expected journal"):
             storage_url(setting, tmp_path)
 
+    def test_a_part_of_a_password_is_not_taken_for_the_host(self, tmp_path):
+        with pytest.raises(SweepError, match="@ is written %40") as error:
+            storage_url("postgresql://u:se@cret@h/d", tmp_path)
+        assert "cret" not in str(error.value)
+        assert storage_url("journal:///a@b@c/d", tmp_path) == "journal:///a@b@c/d"
+
     @pytest.mark.parametrize(
         ("url", "words"),
         [

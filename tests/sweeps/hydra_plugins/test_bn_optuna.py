@@ -231,6 +231,19 @@ class TestBadInput:
         for path in program.folder.rglob("*"):
             assert path.is_dir() or b"geheim" not in path.read_bytes()
 
+    def test_a_password_does_not_reach_the_trials(self, program, monkeypatch):
+        monkeypatch.setenv("STORAGE", "postgresql://u:geheim@127.0.0.1:1/d")
+        done = program.run(
+            "-m",
+            "x=0,1",
+            "+db=${oc.env:STORAGE}",
+            "hydra.sweeper.storage=${db}",
+            "hydra.sweeper.storage_patience=0.1",
+        )
+        assert done.returncode == 1
+        assert "`db` expected no password" in done.stderr
+        assert "geheim" not in done.stderr + done.stdout
+
 
 class TestParallel:
     def test_worker_processes(self, program):
