@@ -186,6 +186,8 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}; choose another place, or mend this one"
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.strerror} ({FULL_ERROR}=1 shows where); make room, or mend this place"
+    if text.startswith("BasicSweeper does not support sweep type"):
+        return f"{text}; add hydra/sweeper=bn_optuna, or give values one by one"
     is_own = type(error).__module__.startswith("bn_lightning.")
     if text and (is_own or isinstance(error, ValueError | HydraException | OmegaConfBaseException)):
         return text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
@@ -57,6 +58,11 @@ LINES = {
     ),
     "folder": (os.listdir, ("/proc/nowhere",), ["/proc/nowhere", "No such file or directory"]),
     "no_file_name": (OSError, ("no space",), ["OSError", "no space", "HYDRA_FULL_ERROR=1"]),
+    "sweeper": (
+        HydraException,
+        ("BasicSweeper does not support sweep type : INTERVAL_SWEEP",),
+        ["INTERVAL_SWEEP; add hydra/sweeper=bn_optuna"],
+    ),
     "other": (
         RuntimeError,
         ("shapes differ",),
