@@ -97,7 +97,7 @@ class Chain:
         shutil.rmtree(self.folder / "logs")
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(tmp_path, kills):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
