@@ -39,7 +39,7 @@ def test_a_run_leaves_what_the_design_says(command):
     result = command(main, *SHORT)
     assert result.code == 0, result.err
     run = result.directory
-    assert result.out.startswith(f"mnist_bn: 50 steps, in {run}\n")
+    assert f"mnist_bn: 50 steps, in {run}\n" in result.out
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert files == {
         ".hydra/config.yaml",
