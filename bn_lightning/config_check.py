@@ -1,13 +1,13 @@
 """What people type, checked before anything is built from it."""
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from bn_lightning.machine import MOST_PROCESSES
 from bn_lightning.sweeps.engine.environment import in_trial
 
 
@@ -25,9 +25,6 @@ def _is_number(value: Any) -> bool:
 
 _POSITIVE = _number("a positive number", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a number of at least 0", lambda value: value >= 0)
-
-MOST_PROCESSES = max(64, os.cpu_count() or 1)
-"""More processes or threads help nobody; a few zeros too many would take the machine with them."""
 
 _ABSENT = object()
 

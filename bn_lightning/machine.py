@@ -1,4 +1,4 @@
-"""What a result was made with and on: packages, commit, processor, memory."""
+"""The machine: what a result was made with and on, and how many processes it may be asked for."""
 
 import os
 import platform
@@ -7,6 +7,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+MOST_PROCESSES = max(64, os.cpu_count() or 1)
+"""More processes or threads help nobody; a few zeros too many would take the machine with them."""
 
 _PACKAGES = ("bn-lightning", "torch", "triton", "lightning", "torchmetrics", "hydra-core", "optuna")
 

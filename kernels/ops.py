@@ -163,8 +163,10 @@ def _composite(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """Computes the whole with ATen's ops, which know every kind of derivative; a cumulative average
-    without asking the device for its count."""
+    """Computes the whole with ATen's ops, which know every kind of derivative.
+
+    A cumulative average does not ask the device for its count.
+    """
     batch_mean, batch_var = running_mean, running_var
     cumulative = training and momentum is None and running_mean is not None
     if cumulative and running_mean is not None and running_var is not None:

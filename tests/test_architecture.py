@@ -38,7 +38,7 @@ ORDER = {
     "callbacks": 5,
     "config_check": 5,
     "models": 5,
-    "data": 6,
+    "data": 5,
     "command": 6,
     "run_lock": 7,
     "train": 7,

@@ -36,14 +36,14 @@ class FusedBatchNorm(Callback):
         self._reverts = self.revert and (self._reverts or not is_converted(pl_module))
         self.conversion = convert_batchnorm(pl_module, fuse=self.fuse, backend=self.backend)
         skipped = self.conversion.skipped
-        why = "".join(
-            f"; first {name or 'the model itself'}: {why}"
-            for name, why in list(skipped.items())[:1]
-        )
-        rank_zero_info(
+        said = (
             f"BatchNorm: {len(self.conversion.converted)} converted, {len(self.conversion.fused)} "
-            f"fused, {len(skipped)} left alone{why}"
+            f"fused, {len(skipped)} left alone"
         )
+        if skipped:
+            name, why = next(iter(skipped.items()))
+            said += f"; first {name or 'the model itself'}: {why}"
+        rank_zero_info(said)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

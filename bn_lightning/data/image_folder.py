@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from bn_lightning.config_check import MOST_PROCESSES
 from bn_lightning.data.archive import unpack
 from bn_lightning.data.batches import check_integer
 from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavailableError
@@ -26,6 +25,7 @@ from bn_lightning.data.image_transforms import (
     check_statistics,
 )
 from bn_lightning.data.tensor_data_module import check_same_on_all_ranks
+from bn_lightning.machine import MOST_PROCESSES
 
 _CHOICES = {
     "augment": ("resized_crop", "pad_crop", "none"),

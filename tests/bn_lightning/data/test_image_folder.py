@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from bn_lightning import Classifier
-from bn_lightning.config_check import MOST_PROCESSES
 from bn_lightning.data import ImageFolderDataModule
 from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavailableError
 from bn_lightning.data.image_file import ImageFileError
 from bn_lightning.data.image_folder import list_images
 from bn_lightning.data.image_transforms import CentreCrop, PadCrop, ResizedCrop
+from bn_lightning.machine import MOST_PROCESSES
 
 # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
