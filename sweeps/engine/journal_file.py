@@ -59,11 +59,14 @@ class JournalFile(BaseJournalBackend):
                 file.seek(end - 1)
                 if file.read(1) != b"\n":
                     raise broken_journal(self.path)
+            content = "".join(map(_line, logs)).encode()
             try:
-                _write(file.fileno(), "".join(map(_line, logs)).encode())
+                _write(file.fileno(), content)
                 os.fsync(file.fileno())
-            except BaseException:
-                file.truncate(end)
+            except BaseException as error:
+                # Ended by a signal, whole records are left: others may have read them already.
+                if isinstance(error, OSError) or file.seek(0, os.SEEK_END) < end + len(content):
+                    file.truncate(end)
                 raise
 
 

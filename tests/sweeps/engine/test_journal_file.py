@@ -82,6 +82,34 @@ def test_a_full_disk_leaves_whole_records(journal, monkeypatch):
     assert open_journal(journal).get_study_user_attrs(0) == {"key": "value"}
 
 
+def test_a_signal_leaves_a_record_that_others_may_have_read(journal, monkeypatch):
+    storage, reader = open_journal(journal), open_journal(journal)
+
+    def ended(descriptor):
+        assert reader.get_study_user_attrs(0) == {"a": 1}
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr("os.fsync", ended)
+        storage.set_study_user_attr(0, "a", 1)
+    storage.set_study_user_attr(0, "b", 2)
+    assert reader.get_study_user_attrs(0) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("end", [SystemExit(143), OSError(errno.EIO, "no disk")])
+def test_half_a_record_is_taken_back(journal, monkeypatch, end):
+    storage, before, write = open_journal(journal), journal.read_bytes(), os.write
+
+    def torn(descriptor, content):
+        write(descriptor, content[:10])
+        raise end
+
+    with monkeypatch.context() as patched, pytest.raises(type(end)):
+        patched.setattr("os.write", torn)
+        storage.set_study_user_attr(0, "a", 1)
+    assert journal.read_bytes() == before
+
+
 def test_something_else_is_no_journal(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("just text\n")
