@@ -134,6 +134,11 @@ def failed(error: str, **attributes: Any) -> Outcome:
     return Outcome("FAIL", None, {ERROR: error[-ERROR_CHARACTERS:], **attributes})
 
 
+def interrupted() -> Outcome:
+    """The outcome of a trial that was stopped: it will be tried again, and it is no failure."""
+    return failed("interrupted", **{INTERRUPTED: True})
+
+
 def last_line(error: str) -> str:
     """The line of an error that says what was wrong."""
     return (error.strip().splitlines() or [""])[-1]

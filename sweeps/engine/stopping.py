@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from bn_lightning.sweeps.engine.outcome import Outcome, interrupted
+
 
 class Stopping:
     """Lets a sweep end in order.
@@ -18,7 +20,7 @@ class Stopping:
 
     def __init__(self) -> None:
         # A plain flag: a lock that the interrupted code holds would never be free in a handler.
-        self._requested = False
+        self._requested = self._is_ending = False
         self._before: dict[signal.Signals, object] = {}
 
     def __call__(self) -> bool:
@@ -28,6 +30,14 @@ class Stopping:
     def request(self) -> None:
         """Ask the sweep to end when the running trials have."""
         self._requested = True
+
+    def excused(self, outcome: Outcome) -> Outcome:
+        """The outcome of a trial: interrupted, if it failed when the sweep was ended at once.
+
+        Code that this end passes through may answer it with an error of its own: OmegaConf does, in
+        the middle of a list.
+        """
+        return interrupted() if self._is_ending and outcome.state == "FAIL" else outcome
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -48,7 +58,7 @@ class Stopping:
             self.request()
             os.write(2, b"\nending when the running trials have; Ctrl-C again ends at once\n")
             return
-        self.request()
+        self._requested = self._is_ending = True
         before = self._before[signal.Signals(signum)]
         if callable(before):
             before(signum, frame)

@@ -34,14 +34,15 @@ from bn_lightning.sweeps.engine.names import COMMAND
 from bn_lightning.sweeps.engine.outcome import (
     DIRECTORY,
     FILE_NAME,
-    INTERRUPTED,
     Outcome,
     failed,
+    interrupted,
     outcome_of_error,
     read_outcome,
 )
 from bn_lightning.sweeps.engine.points import Points, Suggest, make_sampler
 from bn_lightning.sweeps.engine.space import Parameter
+from bn_lightning.sweeps.engine.stopping import Stopping
 from bn_lightning.sweeps.engine.storage import PatientStorage
 
 # Seconds: between a claim to fill the study and the look whether it was the last one, and without a
@@ -213,6 +214,9 @@ class SweepStudy:
                 return ClaimedTrial(waiting.number, self._draw(waiting.number))
             except Exception as error:
                 self.finish(waiting.number, outcome_of_error(error))
+            except BaseException:
+                self.interrupt(waiting.number)
+                raise
         return None
 
     def _draw(self, number: int) -> dict[str, Parameter]:
@@ -270,7 +274,7 @@ class SweepStudy:
 
     def interrupt(self, number: int) -> None:
         """Tell that a trial was stopped: it will be tried again, and it is no failure."""
-        self.finish(number, failed("interrupted").with_attributes(**{INTERRUPTED: True}))
+        self.finish(number, interrupted())
 
     def close(self) -> None:
         """End the heartbeat, and let the storage go."""
@@ -287,7 +291,7 @@ class SweepStudy:
 def work(
     sweep: SweepStudy,
     run: Callable[[ClaimedTrial], Outcome],
-    is_stopped: Callable[[], bool],
+    stopping: Stopping,
     watch: Callable[[], None] = lambda: None,
     pause: float = 0.5,
 ) -> None:
@@ -295,11 +299,11 @@ def work(
 
     Args:
         run: runs a trial; an exception that is no `Exception` interrupts the trial and comes out.
-        is_stopped: asked between two trials.
+        stopping: asked between two trials.
         watch: called whenever the study was read.
         pause: seconds to wait when nothing waits.
     """
-    while not is_stopped():
+    while not stopping():
         claimed = sweep.claim()
         watch()
         if claimed is None:
@@ -316,7 +320,7 @@ def work(
         except BaseException:
             sweep.interrupt(claimed.number)
             raise
-        sweep.finish(claimed.number, outcome)
+        sweep.finish(claimed.number, stopping.excused(outcome))
 
 
 def _lost_process(trial: FrozenTrial) -> Outcome:

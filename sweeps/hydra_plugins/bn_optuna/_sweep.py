@@ -203,7 +203,7 @@ def _launch_batches(
                 study.interrupt(claimed.number)
             raise
         for claimed, outcome in zip(batch, outcomes, strict=True):
-            study.finish(claimed.number, outcome)
+            study.finish(claimed.number, stopping.excused(outcome))
         study.refresh()
         display.update()
 

@@ -1,5 +1,6 @@
 """The engine: claims, outcomes, retries, and going on."""
 
+import signal
 from dataclasses import replace
 
 import optuna
@@ -22,6 +23,7 @@ from bn_lightning.sweeps.engine.outcome import (
 )
 from bn_lightning.sweeps.engine.points import Points, make_pruner
 from bn_lightning.sweeps.engine.space import parse_space
+from bn_lightning.sweeps.engine.stopping import Stopping
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 from bn_lightning.sweeps.engine.study import Policy, SweepStudy, work
 
@@ -57,9 +59,9 @@ class Sweep:
         else:
             self.study.fill()
 
-    def work(self, run, stop=lambda: False):
+    def work(self, run, stopping=None):
         try:
-            work(self.study, run, stop, pause=0.01)
+            work(self.study, run, stopping or Stopping(), pause=0.01)
         finally:
             self.study.close()
         return self
@@ -78,10 +80,15 @@ def product(claimed):
     )
 
 
-def stop_after(n):
+class StopAfter(Stopping):
     """A worker that is asked to stop after n trials."""
-    count = iter(range(n))
-    return lambda: next(count, None) is None
+
+    def __init__(self, n):
+        super().__init__()
+        self.count = iter(range(n))
+
+    def __call__(self):
+        return super().__call__() or next(self.count, None) is None
 
 
 @pytest.fixture(params=["journal", "sqlite"])
@@ -97,7 +104,7 @@ class TestWork:
         assert trials[5].user_attrs == {"a": "b", "directory": str(tmp_path / "5")}
 
     def test_it_goes_on_where_it_stopped(self, tmp_path):
-        Sweep(tmp_path).work(product, stop_after(5))
+        Sweep(tmp_path).work(product, StopAfter(5))
         seen = []
         second = Sweep(tmp_path).work(lambda c: seen.append(c.number) or product(c))
         assert seen == list(range(5, 12))
@@ -195,6 +202,47 @@ class TestFailures:
         assert sweep.trials[3].user_attrs[INTERRUPTED]
         assert sweep.study.refresh().lost == 0
 
+    def test_an_error_that_took_the_place_of_an_interruption(self, tmp_path):
+        stopping = Stopping()
+
+        def run(claimed):
+            if claimed.number < 3:
+                return product(claimed)
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                raise ValueError("half done")
+
+        with stopping.on_signals():
+            Sweep(tmp_path, retries=0).work(run, stopping)
+        sweep = Sweep(tmp_path, retries=0).work(product)
+        assert sweep.states() == ["COMPLETE"] * 3 + ["FAIL"] + ["COMPLETE"] * 9
+        assert sweep.trials[3].user_attrs[INTERRUPTED]
+
+    def test_a_failure_after_one_was_asked_to_stop_is_one(self, tmp_path):
+        stopping = Stopping()
+
+        def run(claimed):
+            stopping.request()
+            raise ValueError("of the trial's own")
+
+        sweep = Sweep(tmp_path, retries=0).work(run, stopping)
+        assert sweep.states() == ["FAIL"] + ["WAITING"] * 11
+        assert INTERRUPTED not in sweep.trials[0].user_attrs
+
+    def test_interrupted_while_its_point_is_drawn(self, tmp_path, monkeypatch):
+        sweep = Sweep(tmp_path, retries=0)
+
+        def suggest(trial):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sweep.study, "_suggest", suggest)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.work(product)
+        again = Sweep(tmp_path, retries=0).work(product)
+        assert again.states() == ["FAIL"] + ["COMPLETE"] * 12
+        assert again.trials[0].user_attrs[INTERRUPTED]
+
 
 def kill(sweep, number):
     """As if the process that runs this trial had died."""
@@ -234,7 +282,7 @@ class TestDeath:
         living = Sweep(tmp_path)
         claimed = living.study.claim()
         other = Sweep(tmp_path)
-        work(other.study, product, stop_after(40), pause=0)
+        work(other.study, product, StopAfter(40), pause=0)
         assert other.states() == ["RUNNING"] + ["COMPLETE"] * 11
         living.study.finish(claimed.number, product(claimed))
         assert other.study.refresh().settled == 12
