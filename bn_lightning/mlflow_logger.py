@@ -1,6 +1,8 @@
 """The MLflow logger of a run: Lightning's, with a database of its own where no server is named."""
 
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ class RunMLFlowLogger(MLFlowLogger):
             by the seed, the same for all runs of a seed. The whole is the tag `directory`.
         database: of all runs where the environment names no server; it is made if it is absent.
         options: those of Lightning's MLFlowLogger but `tracking_uri`, `run_name` and `tags`.
+
+    Raises:
+        ValueError: `database` can be opened by no SQLite.
     """
 
     def __init__(
@@ -28,6 +33,7 @@ class RunMLFlowLogger(MLFlowLogger):
         if not address:
             path = Path(database).absolute()
             path.parent.mkdir(parents=True, exist_ok=True)
+            _check_database(path)
             address = f"sqlite:///{path}"
         super().__init__(
             tracking_uri=address,
@@ -35,3 +41,15 @@ class RunMLFlowLogger(MLFlowLogger):
             tags={"directory": str(directory)},
             **options,
         )
+
+
+def _check_database(path: Path) -> None:
+    # MLflow tries again and again for minutes, with ten lines each time.
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except (sqlite3.Error, ValueError) as error:
+        raise ValueError(
+            f"`database` expected an SQLite file, which is made where there is none, got {path}: "
+            f"{error}"
+        ) from error

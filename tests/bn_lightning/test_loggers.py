@@ -84,6 +84,19 @@ def test_a_package_that_is_absent(command, monkeypatch):
     assert '-e ".[mlflow]"' in result.err
 
 
+@pytest.mark.parametrize("database", ["", "notes.txt", "a\0b"])
+def test_what_is_no_database_is_said_at_once(tmp_path, monkeypatch, database):
+    """MLflow itself would try again for minutes."""
+    from bn_lightning.mlflow_logger import RunMLFlowLogger
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Path("notes.txt").write_text("no database\n" * 100)
+    with pytest.raises(ValueError, match="`database` expected an SQLite file"):
+        RunMLFlowLogger("a/b/c", database)
+    assert Path("notes.txt").read_text() == "no database\n" * 100
+
+
 def test_a_server_is_in_no_file(command, monkeypatch):
     """Its address may hold a password."""
     from bn_lightning.mlflow_logger import RunMLFlowLogger
