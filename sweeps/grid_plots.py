@@ -27,6 +27,9 @@ from bn_lightning.sweeps.page import Plot
 from bn_lightning.sweeps.tolerance import Grid, Trial
 from bn_lightning.sweeps.traces import MARGIN, MARKERS, band, line, rounded
 
+# Learning rates of which every one has room for a level label below a small plot.
+MOST_LEVEL_LABELS = 4
+
 
 def cells_json(
     grid: Grid, numbers: Mapping[int, Trial], links: Mapping[int, str], base: str
@@ -163,11 +166,15 @@ def rates(found: Findings, metric: str) -> list[Plot]:
                 x, np.nanmean(seeds, axis=1), label_of(name), style_of(name, grid.arms), "markers+"
             )
             traces += band(x, np.nanmin(seeds, axis=1), np.nanmax(seeds, axis=1), traces[-1])
+        ticks: dict[str, Any] = {"exponentformat": "power"}
+        if len(grid.rates) <= MOST_LEVEL_LABELS:
+            names = [short_number(rate) for rate in grid.rates]
+            ticks = {"tickvals": list(grid.rates), "ticktext": names}
         layout = {
             "height": 260,
             "margin": {**MARGIN, "l": 45},
             "showlegend": False,
-            "xaxis": {"type": "log", "title": {"text": "learning rate"}, "exponentformat": "power"},
+            "xaxis": {"type": "log", "title": {"text": "learning rate"}, **ticks},
             "yaxis": {"range": [0, 1.02], "title": {"text": metric}},
             "shapes": [_rule(grid.levels.trained)],
         }
@@ -319,7 +326,7 @@ def _grid_layout(grid: Grid) -> dict[str, Any]:
         "xaxis": {
             "tickvals": list(places),
             "ticktext": [short_number(grid.rates[i]) for i in places],
-            "tickangle": -90,
+            "tickangle": 0 if len(places) <= MOST_LEVEL_LABELS else -90,
             "title": {"text": "learning rate", "standoff": 6},
             "range": [-0.5, len(grid.rates) - 0.5],
             "showgrid": False,

@@ -120,14 +120,19 @@ def _steps_layout(
 
 
 def _log_ticks(traces: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Any]:
-    """Ticks at 1, 2 and 5 where a logarithmic axis spans less than one and a half decades."""
+    """Ticks at 1, 2 and 5 where a logarithmic axis spans less than one and a half decades.
+
+    Around a single value plotly shows two.
+    """
     values = [v for trace in traces for v in trace[axis] if math.isfinite(v) and v > 0]
     ratio = max(values) / min(values) if values else 1.0
-    if ratio < 3:
+    if 1 < ratio < 3:
         return {}  # plotly's own are closer
-    return {"dtick": "D2" if ratio < 30 else 1}
+    return {"dtick": "D2" if 1 < ratio < 30 else 1}
 
 
 def _series(series: Series, label: str, style: Style, mode: str = "") -> list[dict[str, Any]]:
     steps, values = zip(*series, strict=True)
+    if len(steps) < 3 and not mode:
+        mode = "markers+"  # one point makes no line
     return line(steps, values, label, style, mode)

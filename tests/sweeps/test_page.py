@@ -8,7 +8,7 @@ import pytest
 
 from bn_lightning.sweeps.arms import label_of
 from bn_lightning.sweeps.findings import findings
-from bn_lightning.sweeps.grid_plots import cells_json
+from bn_lightning.sweeps.grid_plots import cells_json, heatmaps, rates
 from bn_lightning.sweeps.page import Html, Plot, figures, json_block, page, table, tag
 from bn_lightning.sweeps.pages import grid_page, study_page
 from bn_lightning.sweeps.study_plots import optuna_plots
@@ -89,6 +89,15 @@ def test_the_page_of_a_grid_is_small_enough(inits: int, rates: int) -> None:
     assert (number, accuracy, diverged, link) == (number, trials[number].accuracy, 0, 1)
     assert content["grid"]["arms"][arm] == label_of(trials[number].arm)
     assert (init, rate, seed) == (inits - 1, rates - 1, 3)
+
+
+@pytest.mark.parametrize(("count", "angle"), [(4, 0), (5, -90)])
+def test_few_learning_rates_are_labelled_level(count: int, angle: int) -> None:
+    found = findings(big_grid(2, count), 2.3, is_planned=False)
+    plots = [*heatmaps(found, "test/accuracy"), *rates(found, "test/accuracy")]
+    axes = {plot.id: plot.layout["xaxis"] for plot in plots}
+    assert axes["accuracy-0"]["tickangle"] == angle
+    assert (axes["rates-0"].get("tickvals") == list(found.grid.rates)) == (count == 4)
 
 
 class TestOtherStudies:

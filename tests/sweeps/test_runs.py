@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,24 @@ def test_nothing_lies_on_the_curves(tmp_path: Path, make_run: Callable[..., Path
     assert not plots["throughput"].has_tools
 
 
+@pytest.mark.parametrize(("points", "mode"), [(1, "markers+lines"), (3, "lines")])
+def test_a_single_evaluation_is_seen(
+    tmp_path: Path, make_run: Callable[..., Path], points: int, mode: str
+) -> None:
+    (read,) = read_runs([make_run(tmp_path / "a", None)])
+    metrics = {name: series[:1] * points for name, series in read.metrics.items()}
+    accuracy, loss, *_ = run_plots([replace(read, metrics=metrics)], False)
+    assert [accuracy.traces[0]["mode"], loss.traces[0]["mode"]] == [mode, mode]
+
+
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [
         ([1000, 2000], {}),
         ([0, 0.1, math.nan, 1.0], {"dtick": "D2"}),
         ([1, 50_000], {"dtick": 1}),
-        ([0], {}),
+        ([1000, 1000], {"dtick": 1}),
+        ([0], {"dtick": 1}),
     ],
 )
 def test_ticks_of_a_logarithmic_axis(values: list[float], ticks: dict[str, Any]) -> None:
