@@ -35,6 +35,9 @@ from bn_lightning.sweeps.engine.passwords import refuse_typed_password
 FULL_ERROR = "HYDRA_FULL_ERROR"
 _ONE_LINE = "BN_LIGHTNING_ONE_LINE"  # tells the ranks of a run that nobody asked for tracebacks
 
+# Names of files may hold control characters and line breaks, of ASCII, Latin-1 and Unicode.
+_SHOWN = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+
 
 def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make a function of a composed configuration a command.
@@ -153,11 +156,15 @@ def report(error: Exception) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong and what to do, without line breaks.
+    """What went wrong and what to do, without line breaks or what a terminal would obey.
 
     Configuration errors name the key and the nearest one that exists; an error that Hydra or
     OmegaConf met while building an object is that object's own error.
     """
+    return _message(error).translate(_SHOWN)
+
+
+def _message(error: BaseException) -> str:
     built = ""
     while error.__cause__ is not None and (
         isinstance(error, InstantiationException)

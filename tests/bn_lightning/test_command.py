@@ -121,6 +121,11 @@ LINES = {
         ({"a": {"b": target("torch.nn.Linear", in_features="x", out_features=1)}},),
         ["`a.b` cannot be built of these values: ", "str"],
     ),
+    "name_that_a_terminal_obeys": (
+        NotADirectoryError,
+        (20, "Not a directory", "é\n\x1b[2J\u2028caf\udce9"),
+        ["é\\n\\x1b[2J\\u2028caf\udce9: Not a directory; choose another place"],
+    ),
     "no_such_target": (instantiate, (target("bn_lightning.Nothing"),), ["bn_lightning.Nothing"]),
 }
 
