@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,6 +23,7 @@ class Program:
     """The program `app.py`, run in a folder of its own."""
 
     folder: Path
+    started: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(APP), *arguments]
@@ -43,7 +44,7 @@ class Program:
         )
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command(*arguments),
             cwd=self.folder,
             env=self.environment(),
@@ -53,11 +54,17 @@ class Program:
             text=True,
             start_new_session=True,
         )
+        self.started.append(process)
+        return process
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Program:
-    return Program(tmp_path)
+def program(tmp_path: Path) -> Iterator[Program]:
+    program = Program(tmp_path)
+    yield program
+    for process in program.started:
+        with process:
+            process.kill()  # nothing, if it has ended
 
 
 class PostgreSQL:

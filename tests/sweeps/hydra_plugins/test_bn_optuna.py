@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from html import escape
 
 import optuna
@@ -336,9 +337,12 @@ class TestParallel:
         assert "expected to return a number, got None" in errors[2]
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
+def wait_until_one_runs(program, seconds=60):
+    sweep, end = program.folder / "sweep", time.monotonic() + seconds
+    while True:
+        with suppress(KeyError):  # the journal is there before the study
+            if (sweep / "journal.log").exists() and "RUNNING" in states(sweep):
+                return
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -347,8 +351,7 @@ class TestCtrlC:
     def test_once_lets_running_trials_end(self, program):
         arguments = (*GRID, "seconds=1", "hydra.sweeper.n_jobs=2")
         process = program.start(*arguments)
-        journal = program.folder / "sweep" / "journal.log"
-        wait_for(lambda: journal.exists() and "RUNNING" in states(program.folder / "sweep"))
+        wait_until_one_runs(program)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130, output
@@ -364,8 +367,7 @@ class TestCtrlC:
     def test_twice_ends_at_once(self, program, n_jobs):
         arguments = ("-m", "x=0,1", "hydra/sweeper/sampler=grid", f"hydra.sweeper.n_jobs={n_jobs}")
         process = program.start(*arguments, "seconds=60")
-        journal = program.folder / "sweep" / "journal.log"
-        wait_for(lambda: journal.exists() and "RUNNING" in states(program.folder / "sweep"))
+        wait_until_one_runs(program)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
