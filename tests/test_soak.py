@@ -19,9 +19,13 @@ EVERY_SECONDS = 0.5
 
 
 class Sample(NamedTuple):
-    """Of a process, at one time: its resident set, what it has open, its children."""
+    """Of a process, at one time: its memory, what it has open, its children.
 
-    resident_mib: float
+    The memory is what it has itself written, swapped out or not: pages of mapped libraries come and
+    go as the system likes, by hundreds of MiB.
+    """
+
+    memory_mib: float
     open_files: int
     children: int
     zombies: int
@@ -30,7 +34,8 @@ class Sample(NamedTuple):
 def sample(pid: int) -> Sample:
     """What /proc says of it now."""
     process = Path("/proc") / str(pid)
-    pages = int((process / "statm").read_text().split()[1])
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    kibibytes = sum(int(status[key].split()[0]) for key in ("RssAnon", "RssShmem", "VmSwap"))
     states = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -40,7 +45,7 @@ def sample(pid: int) -> Sample:
         if int(parent) == pid:
             states.append(state)
     return Sample(
-        pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+        kibibytes / 2**10,
         len(list((process / "fd").iterdir())),
         len(states),
         states.count("Z"),
@@ -61,7 +66,7 @@ def watched(command: list[str], folder: Path) -> list[Sample]:
     while process.poll() is None:
         try:
             samples.append(sample(process.pid))
-        except OSError:  # ended in between
+        except (OSError, KeyError):  # ended in between: nothing of it, or no memory
             break
         time.sleep(EVERY_SECONDS)
     assert process.wait() == 0, (folder / "output.txt").read_text()[-3000:]
@@ -77,9 +82,9 @@ def check_steady(samples: list[Sample], name: str) -> None:
     def median(part: list[Sample], field: str) -> float:
         return statistics.median(getattr(s, field) for s in part)
 
-    growth = median(last, "resident_mib") / median(warm, "resident_mib") - 1
+    growth = median(last, "memory_mib") / median(warm, "memory_mib") - 1
     print(
-        f"\n{name}: {len(samples)} samples, {median(warm, 'resident_mib'):.0f} MiB, growth"
+        f"\n{name}: {len(samples)} samples, {median(warm, 'memory_mib'):.0f} MiB, growth"
         f" {growth:.2%}, open files {median(warm, 'open_files'):.0f} to"
         f" {median(last, 'open_files'):.0f}, children at most {max(s.children for s in samples)},"
         f" zombies at most {max(s.zombies for s in samples)}"
