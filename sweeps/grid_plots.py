@@ -152,6 +152,10 @@ def outcomes(found: Findings) -> list[Plot]:
 def rates(found: Findings, metric: str) -> list[Plot]:
     """Accuracy against learning rate, a plot for each initialisation, or for evenly chosen ones."""
     grid = found.grid
+    ticks: dict[str, Any] = {"exponentformat": "power"}
+    if len(grid.rates) <= MOST_LEVEL_LABELS:
+        texts = [short_number(rate) for rate in grid.rates]
+        ticks = {"tickvals": list(grid.rates), "ticktext": texts}
     plots = []
     for i in in_panels(len(grid.inits)):
         traces: list[dict[str, Any]] = []
@@ -166,10 +170,6 @@ def rates(found: Findings, metric: str) -> list[Plot]:
                 x, np.nanmean(seeds, axis=1), label_of(name), style_of(name, grid.arms), "markers+"
             )
             traces += band(x, np.nanmin(seeds, axis=1), np.nanmax(seeds, axis=1), traces[-1])
-        ticks: dict[str, Any] = {"exponentformat": "power"}
-        if len(grid.rates) <= MOST_LEVEL_LABELS:
-            names = [short_number(rate) for rate in grid.rates]
-            ticks = {"tickvals": list(grid.rates), "ticktext": names}
         layout = {
             "height": 260,
             "margin": {**MARGIN, "l": 45},
