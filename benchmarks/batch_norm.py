@@ -28,9 +28,9 @@ from rows import append_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.kernels.schedule import Regime, forced_regime
-from bn_lightning.machine import git_commit
+from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_lightning.runs.machine import git_commit
 
 RESULTS = Path(__file__).parent / "results" / "batch_norm.csv"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

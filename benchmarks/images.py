@@ -40,7 +40,7 @@ from rows import append_rows
 from bn_lightning.data import ImageFolderDataModule
 from bn_lightning.data.image_batches import ImageBatches
 from bn_lightning.data.image_transforms import random_part
-from bn_lightning.machine import git_commit, hardware
+from bn_lightning.runs.machine import git_commit, hardware
 
 RESULTS = Path(__file__).parent / "results" / "images.csv"
 BATCH_SIZE = {224: 32, 32: 128}

@@ -1,7 +1,7 @@
 """Mutation tests: how many small errors in a source file its own tests notice.
 
     python benchmarks/mutation.py                            # all of TARGETS, rows to results/
-    python benchmarks/mutation.py sweeps/tolerance.py        # one file, its survivors printed
+    python benchmarks/mutation.py sweeps/analysis/tolerance.py  # one file, survivors printed
 
 The mutations are cosmic-ray's, less those that fail by their type alone and would flatter the score
 (see `_is_kept`). Its own runner starts an interpreter a mutant, which imports torch for seconds.
@@ -53,15 +53,15 @@ from rows import append_rows
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (
-    "sweeps/tolerance.py",
+    "sweeps/analysis/tolerance.py",
     "kernels/schedule.py",
-    "bn_lightning/convert.py",
+    "bn_lightning/conversion/convert.py",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bn_lightning/data").glob("*.py")),
 )
 # Files whose tests stand in those of the modules that use them.
 TESTS = {
     "bn_lightning/data/binarize.py": ["tests/bn_lightning/data/test_mnist.py"],
-    "bn_lightning/data/given_images.py": ["tests/bn_lightning/test_predict.py"],
+    "bn_lightning/data/prediction_images.py": ["tests/bn_lightning/test_predict.py"],
     "bn_lightning/data/published.py": [
         "tests/bn_lightning/data/test_mnist.py",
         "tests/bn_lightning/data/test_fashion_mnist.py",

@@ -30,8 +30,8 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import create_trial
 from rows import append_rows
 
-from bn_lightning.machine import git_commit, hardware
 from bn_lightning.report import PAGE
+from bn_lightning.runs.machine import git_commit, hardware
 
 RESULTS = Path(__file__).parent / "results" / "report.csv"
 

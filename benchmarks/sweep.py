@@ -24,11 +24,11 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 from rows import append_rows
 
-from bn_lightning.machine import git_commit, hardware, package_versions
+from bn_lightning.runs.machine import git_commit, hardware, package_versions
 from bn_lightning.sweeps.engine.creation import create_study
-from bn_lightning.sweeps.engine.ledger import SLOT
 from bn_lightning.sweeps.engine.outcome import Outcome
-from bn_lightning.sweeps.engine.points import Points, make_pruner
+from bn_lightning.sweeps.engine.sampling import Points, make_pruner
+from bn_lightning.sweeps.engine.slots import SLOT
 from bn_lightning.sweeps.engine.space import Space
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 from bn_lightning.sweeps.engine.study import Policy, SweepStudy

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bn_lightning.data import MNISTDataModule
-from bn_lightning.machine import git_commit, hardware, package_versions
+from bn_lightning.runs.machine import git_commit, hardware, package_versions
 from bn_lightning.train import train
 
 RESULTS = Path(__file__).parent / "results" / "train_loop.csv"

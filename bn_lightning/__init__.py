@@ -8,18 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from bn_lightning.callbacks.fused_batch_norm import FusedBatchNorm
-    from bn_lightning.convert import convert_batchnorm, revert_batchnorm
-    from bn_lightning.fold import fold_batchnorm
-    from bn_lightning.layer_sync import FusedSyncBatchNorm
+    from bn_lightning.conversion.convert import convert_batchnorm, revert_batchnorm
+    from bn_lightning.conversion.fold import fold_batchnorm
     from bn_lightning.models.classifier import Classifier
-    from bn_lightning.sync import (
+    from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bn_lightning.modules.sync_batch_norm import (
         SyncBatchNorm,
         SyncBatchNorm1d,
         SyncBatchNorm2d,
         SyncBatchNorm3d,
     )
+    from bn_lightning.plugins.layer_sync import FusedSyncBatchNorm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,19 +39,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "BatchNorm1d": "bn_lightning.batch_norm",
-    "BatchNorm2d": "bn_lightning.batch_norm",
-    "BatchNorm3d": "bn_lightning.batch_norm",
+    "BatchNorm1d": "bn_lightning.modules.batch_norm",
+    "BatchNorm2d": "bn_lightning.modules.batch_norm",
+    "BatchNorm3d": "bn_lightning.modules.batch_norm",
     "Classifier": "bn_lightning.models.classifier",
     "FusedBatchNorm": "bn_lightning.callbacks.fused_batch_norm",
-    "FusedSyncBatchNorm": "bn_lightning.layer_sync",
-    "SyncBatchNorm": "bn_lightning.sync",
-    "SyncBatchNorm1d": "bn_lightning.sync",
-    "SyncBatchNorm2d": "bn_lightning.sync",
-    "SyncBatchNorm3d": "bn_lightning.sync",
-    "convert_batchnorm": "bn_lightning.convert",
-    "fold_batchnorm": "bn_lightning.fold",
-    "revert_batchnorm": "bn_lightning.convert",
+    "FusedSyncBatchNorm": "bn_lightning.plugins.layer_sync",
+    "SyncBatchNorm": "bn_lightning.modules.sync_batch_norm",
+    "SyncBatchNorm1d": "bn_lightning.modules.sync_batch_norm",
+    "SyncBatchNorm2d": "bn_lightning.modules.sync_batch_norm",
+    "SyncBatchNorm3d": "bn_lightning.modules.sync_batch_norm",
+    "convert_batchnorm": "bn_lightning.conversion.convert",
+    "fold_batchnorm": "bn_lightning.conversion.fold",
+    "revert_batchnorm": "bn_lightning.conversion.convert",
 }
 
 

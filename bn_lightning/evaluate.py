@@ -5,11 +5,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
-from bn_lightning.command import hydra_command, one_line, quiet_lightning
-from bn_lightning.run_record import RunRecord, logged_numbers
-from bn_lightning.summary import print_summary
-from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
+from bn_lightning.cli.command import hydra_command, one_line, quiet_lightning
+from bn_lightning.cli.run_table import print_summary
+from bn_lightning.runs.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
+from bn_lightning.runs.record import RunRecord, logged_numbers
+from bn_lightning.runs.trust import OF_CONFIGURATIONS, check_trusted
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:

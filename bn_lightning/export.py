@@ -19,9 +19,9 @@ from jaxtyping import Float
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
-from bn_lightning.command import hydra_command, quiet_lightning
-from bn_lightning.fold import find_foldable, fold_batchnorm
+from bn_lightning.cli.command import hydra_command, quiet_lightning
+from bn_lightning.conversion.fold import find_foldable, fold_batchnorm
+from bn_lightning.runs.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
 
 ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
 """The formats, and what the names of their files end in."""

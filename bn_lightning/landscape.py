@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from bn_lightning.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
-from bn_lightning.command import hydra_command, quiet_lightning
-from bn_lightning.sweeps.arms import label_of
-from bn_lightning.sweeps.figures import folder_in, landscape_figure, save
-from bn_lightning.sweeps.runs import arm_of
-from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
-from bn_lightning.whole_file import write_atomically
+from bn_lightning.cli.command import hydra_command, quiet_lightning
+from bn_lightning.runs.atomic_write import write_atomically
+from bn_lightning.runs.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
+from bn_lightning.runs.trust import OF_CONFIGURATIONS, check_trusted
+from bn_lightning.sweeps.analysis.arms import label_of
+from bn_lightning.sweeps.analysis.compared_runs import arm_of
+from bn_lightning.sweeps.report.run_matplotlib import folder_in, landscape_figure, save
 
 _MOST_POINTS = 10_000  # more than a picture shows; each is a forward pass of each batch
 COLUMNS = ("batch", "step_size", "loss", "relative_loss")

@@ -9,16 +9,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.checkpoint import (
+from bn_lightning.cli.command import hydra_command, quiet_lightning
+from bn_lightning.runs.atomic_write import write_atomically
+from bn_lightning.runs.checkpoint import (
     check_data,
     class_names,
     load_checkpoint,
     trained_model,
     trusted_config,
 )
-from bn_lightning.command import hydra_command, quiet_lightning
-from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
-from bn_lightning.whole_file import write_atomically
+from bn_lightning.runs.trust import OF_CONFIGURATIONS, check_trusted
 
 _SHOWN = 10  # so few predictions are printed, too
 
@@ -112,7 +112,7 @@ class _Samples:
     """
 
     def __init__(self, datamodule: Any, source: Path, skip: bool) -> None:
-        from bn_lightning.data.given_images import find_images, image_batches
+        from bn_lightning.data.prediction_images import find_images, image_batches
         from bn_lightning.data.tabular import TabularDataModule
 
         self.source, self.skip = source, skip

@@ -13,27 +13,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bn_lightning.command import FULL_ERROR, run_reported
-from bn_lightning.sweeps import figures, grid_figures
-from bn_lightning.sweeps.arms import label_of
-from bn_lightning.sweeps.engine.passwords import redacted
-from bn_lightning.sweeps.findings import Findings, findings, sentences
-from bn_lightning.sweeps.grid_plots import cells_json
-from bn_lightning.sweeps.pages import grid_page, runs_page, study_page
-from bn_lightning.sweeps.paper import is_paper_experiment
-from bn_lightning.sweeps.provenance import (
+from bn_lightning.cli.command import FULL_ERROR, run_reported
+from bn_lightning.runs.atomic_write import write_atomically, write_json
+from bn_lightning.sweeps.analysis.arms import label_of
+from bn_lightning.sweeps.analysis.columns import NoGrid, Roles, Scored, scored
+from bn_lightning.sweeps.analysis.compared_runs import (
+    Run,
+    read_runs,
+    runtime_sentences,
+    runtimes,
+    width_growth,
+)
+from bn_lightning.sweeps.analysis.paper_curves import is_paper_experiment
+from bn_lightning.sweeps.analysis.provenance import (
     classes_of,
     is_planned,
     mixed,
     with_provenance,
 )
-from bn_lightning.sweeps.roles import NoGrid, Roles, Scored, scored
-from bn_lightning.sweeps.runs import Run, read_runs, runtime_sentences, runtimes, width_growth
-from bn_lightning.sweeps.sources import SCHEMA_VERSION, SUMMARY, read_sweep, runs_in
-from bn_lightning.sweeps.study_plots import optuna_plots
-from bn_lightning.sweeps.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
-from bn_lightning.sweeps.trials import TABLE, Cell, Row, Table, to_csv
-from bn_lightning.whole_file import write_atomically, write_json
+from bn_lightning.sweeps.analysis.sources import SCHEMA_VERSION, SUMMARY, read_sweep, runs_in
+from bn_lightning.sweeps.analysis.summary import Findings, findings, sentences
+from bn_lightning.sweeps.analysis.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
+from bn_lightning.sweeps.analysis.trials import TABLE, Cell, Row, Table, to_csv
+from bn_lightning.sweeps.engine.passwords import redacted
+from bn_lightning.sweeps.report import grid_matplotlib as grid_figures
+from bn_lightning.sweeps.report import run_matplotlib as figures
+from bn_lightning.sweeps.report.grid_plotly import cells_json
+from bn_lightning.sweeps.report.optuna_plotly import optuna_plots
+from bn_lightning.sweeps.report.page_text import grid_page, runs_page, study_page
 
 PAGE = "report.html"
 MOST_PLACES = 2

@@ -14,16 +14,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.batch_norm_table import print_batch_norms
-from bn_lightning.command import hydra_command, in_sweep, one_line, quiet_lightning
-from bn_lightning.config_check import check_config, check_nodes
-from bn_lightning.interruption import Interrupted, RankLostError
-from bn_lightning.resume import Start, go_on
-from bn_lightning.run_directory import LAST
-from bn_lightning.run_record import RunRecord, logged_numbers, run_outcome
-from bn_lightning.summary import print_steps, print_summary
+from bn_lightning.cli.batch_norm_table import print_batch_norms
+from bn_lightning.cli.command import hydra_command, in_sweep, one_line, quiet_lightning
+from bn_lightning.cli.config_check import check_config, check_nodes
+from bn_lightning.cli.run_table import print_steps, print_summary
+from bn_lightning.runs.directory import LAST
+from bn_lightning.runs.interruption import Interrupted, RankLostError
+from bn_lightning.runs.record import RunRecord, logged_numbers, run_outcome
+from bn_lightning.runs.resume import Start, go_on
+from bn_lightning.runs.trust import OF_CONFIGURATIONS, check_trusted
 from bn_lightning.sweeps.engine.environment import in_trial
-from bn_lightning.trust import OF_CONFIGURATIONS, check_trusted
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -105,9 +105,9 @@ def _fit_and_test(
     from lightning.pytorch.utilities import rank_zero_only
 
     from bn_lightning.callbacks import DivergenceGuard, RunCheckpoints
-    from bn_lightning.checkpoint import CONFIG_KEY, METRICS_KEY, check_fits
-    from bn_lightning.metrics_csv import truncate_metrics
     from bn_lightning.models.initialization import initialize
+    from bn_lightning.runs.checkpoint import CONFIG_KEY, METRICS_KEY, check_fits
+    from bn_lightning.runs.metrics_csv import truncate_metrics
 
     if in_sweep() and gc.get_freeze_count() == 0:
         # Libraries outlive the sweep: the collections after each run need not look at them.
@@ -198,7 +198,7 @@ def _fit_and_test(
     if diverged_at is None:
         trainer.test(model, datamodule=datamodule, verbose=False)
     if config.extras.figures and trainer.is_global_zero and not in_trial():
-        from bn_lightning.sweeps.figures import draw_run
+        from bn_lightning.sweeps.report.run_matplotlib import draw_run
 
         draw_run(directory)
     # The last thing that a run leaves: what is killed before can be resumed.

@@ -19,16 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.calls import BackwardCall
-from bn_lightning.kernels.elements import (
+from bn_lightning.kernels.arguments import BackwardCall
+from bn_lightning.kernels.normalize import flat_offsets
+from bn_lightning.kernels.schedule import Schedule, cdiv
+from bn_lightning.kernels.tile import (
     as_tile,
     channel_sum,
     load_channels,
     load_gradient,
     tile_offsets,
 )
-from bn_lightning.kernels.normalize import flat_offsets
-from bn_lightning.kernels.schedule import Schedule, cdiv
 
 
 @triton.jit

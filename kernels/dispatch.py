@@ -61,7 +61,7 @@ def check_device(x: Tensor) -> None:
     if x.device.type == "cpu":
         from triton.runtime import JITFunction
 
-        from bn_lightning.kernels import statistics
+        from bn_lightning.kernels import stats as statistics
 
         # What TRITON_INTERPRET was when the kernels were made is what counts.
         if not isinstance(statistics._bn_finish_statistics_kernel, JITFunction):

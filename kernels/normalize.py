@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.calls import ForwardCall
-from bn_lightning.kernels.elements import as_tile, load_channels, tile_offsets, write_output
+from bn_lightning.kernels.arguments import ForwardCall
 from bn_lightning.kernels.schedule import Schedule
+from bn_lightning.kernels.tile import as_tile, load_channels, tile_offsets, write_output
 
 
 @triton.jit

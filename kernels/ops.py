@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import activate, recomputes_z, saves_bits, saves_output
-from bn_lightning.kernels.calls import BackwardCall, ForwardCall
+from bn_lightning.kernels.arguments import BackwardCall, ForwardCall
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import (
     as_layout,
@@ -222,7 +222,10 @@ def _forward(
     negative_slope: float,
     writes_bits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from bn_lightning.kernels import normalize, resident, small, statistics
+    from bn_lightning.kernels import normalize
+    from bn_lightning.kernels import persistent as resident
+    from bn_lightning.kernels import single_launch as small
+    from bn_lightning.kernels import stats as statistics
 
     check_device(x)
     channels_last = is_channels_last(x)
@@ -311,7 +314,9 @@ def _backward(
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes dx, dweight, dbias, dresidual; what is not needed comes back with shape (0,)."""
-    from bn_lightning.kernels import backward, resident, small
+    from bn_lightning.kernels import backward
+    from bn_lightning.kernels import persistent as resident
+    from bn_lightning.kernels import single_launch as small
 
     dy = as_layout(dy, channels_last)
     call = BackwardCall(

@@ -124,8 +124,8 @@ def make_run() -> Callable[..., Path]:
         directory: Path, norm: Any, lr: float = 1.0, seed: int = 1, spread: float = 4.0
     ) -> Path:
         # Here, as the tests of the kernels run where Lightning is not installed.
-        from bn_lightning.metrics_logger import MetricsCSVLogger
-        from bn_lightning.run_record import RunRecord
+        from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
+        from bn_lightning.runs.record import RunRecord
 
         directory.mkdir(parents=True)
         trainer = {"max_steps": 2}

@@ -10,7 +10,7 @@ from hydra_plugins.bn_optuna import register
 from omegaconf import OmegaConf
 from torch import nn
 
-from bn_lightning.sweeps.engine.points import Points, make_pruner
+from bn_lightning.sweeps.engine.sampling import Points, make_pruner
 from bn_lightning.sweeps.engine.space import parse_space, to_overrides
 
 register()  # before Hydra looks for configurations

@@ -12,9 +12,9 @@ from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.evaluate import evaluate
-from bn_lightning.metrics_csv import read_metrics
 from bn_lightning.models.initialization import initialize
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.metrics_csv import read_metrics
+from bn_lightning.runs.record import read_run
 from bn_lightning.train import train
 
 register()  # before Hydra looks for configurations

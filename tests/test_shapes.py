@@ -6,7 +6,6 @@ from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError, jaxtyped
 
-from bn_lightning.batch_norm import BatchNorm1d
 from bn_lightning.callbacks import activation_percentiles as percentiles
 from bn_lightning.data.batches import TensorBatches
 from bn_lightning.models.classifier import Classifier
@@ -14,6 +13,7 @@ from bn_lightning.models.cnn import CNN
 from bn_lightning.models.inception import Inception
 from bn_lightning.models.mlp import MLP
 from bn_lightning.models.resnet import CIFARResNet
+from bn_lightning.modules.batch_norm import BatchNorm1d
 
 checked = jaxtyped(typechecker=beartype)
 REFUSED = (TypeCheckError, BeartypeCallHintViolation)

@@ -4,7 +4,12 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from bn_lightning.convert import Conversion, convert_batchnorm, is_converted, revert_batchnorm
+from bn_lightning.conversion.convert import (
+    Conversion,
+    convert_batchnorm,
+    is_converted,
+    revert_batchnorm,
+)
 
 
 class FusedBatchNorm(Callback):

@@ -13,12 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from bn_lightning.callbacks.steps import step_is_over, validation_follows
-from bn_lightning.checkpoint import METRICS_KEY
-from bn_lightning.checkpoint_file import WholeCheckpointIO
-from bn_lightning.interruption import Interrupted, handled_by
-from bn_lightning.run_directory import make_newest
-from bn_lightning.run_record import logged_numbers
-from bn_lightning.whole_file import UNFINISHED
+from bn_lightning.plugins.checkpoint_io import WholeCheckpointIO
+from bn_lightning.runs.atomic_write import UNFINISHED
+from bn_lightning.runs.checkpoint import METRICS_KEY
+from bn_lightning.runs.directory import make_newest
+from bn_lightning.runs.interruption import Interrupted, handled_by
+from bn_lightning.runs.record import logged_numbers
 
 
 class RunCheckpoints(ModelCheckpoint):
@@ -27,7 +27,7 @@ class RunCheckpoints(ModelCheckpoint):
     `last.ckpt` is written after every validation, when training ends, and when interrupted: while
     training, SIGINT and SIGTERM wait for the end of the optimiser's step, and of the validation
     that follows it, so that the checkpoint holds a moment from which the run continues bit for bit;
-    then `bn_lightning.interruption.Interrupted` is raised. A second signal raises it at once.
+    then `bn_lightning.runs.interruption.Interrupted` is raised. A second signal raises it at once.
 
     Checkpoints are written by `WholeCheckpointIO`, unless the Trainer was given another than
     Lightning's. `last.ckpt` is put in place when everything is logged that belongs to its step, and

@@ -25,7 +25,7 @@ from bn_lightning.data.image_transforms import (
     check_statistics,
 )
 from bn_lightning.data.tensor_data_module import check_same_on_all_ranks
-from bn_lightning.machine import MOST_PROCESSES
+from bn_lightning.runs.machine import MOST_PROCESSES
 
 _CHOICES = {
     "augment": ("resized_crop", "pad_crop", "none"),

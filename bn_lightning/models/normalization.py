@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from bn_lightning.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
 @runtime_checkable
@@ -41,7 +41,11 @@ def sync_batch_norm(
 ) -> nn.Module:
     """BatchNorm over all ranks (`norm=sync`). Arguments as for `bn_lightning.SyncBatchNorm1d`."""
     # Not every build of torch has torch.distributed.
-    from bn_lightning.sync import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+    from bn_lightning.modules.sync_batch_norm import (
+        SyncBatchNorm1d,
+        SyncBatchNorm2d,
+        SyncBatchNorm3d,
+    )
 
     modules = (SyncBatchNorm1d, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
     return modules[spatial_dims](num_features, eps=eps, momentum=momentum, backend=backend)

@@ -14,7 +14,6 @@ from rich.live import Live
 from rich.table import Table
 
 from bn_lightning.sweeps.engine.best import best_trials
-from bn_lightning.sweeps.engine.ledger import Counts, Ledger
 from bn_lightning.sweeps.engine.outcome import (
     DIRECTORY,
     DIVERGED,
@@ -23,6 +22,7 @@ from bn_lightning.sweeps.engine.outcome import (
     SECONDS,
     last_line,
 )
+from bn_lightning.sweeps.engine.slots import Counts, Ledger
 from bn_lightning.sweeps.engine.space import value_text
 
 RESULTS_FILE = "optimization_results.yaml"

@@ -29,7 +29,6 @@ from bn_lightning.sweeps.engine.heartbeat import (
     is_known_dead,
     signature,
 )
-from bn_lightning.sweeps.engine.ledger import DUPLICATE, SLOT, Counts, Ledger
 from bn_lightning.sweeps.engine.names import COMMAND
 from bn_lightning.sweeps.engine.outcome import (
     DIRECTORY,
@@ -40,7 +39,8 @@ from bn_lightning.sweeps.engine.outcome import (
     outcome_of_error,
     read_outcome,
 )
-from bn_lightning.sweeps.engine.points import Points, Suggest, make_sampler
+from bn_lightning.sweeps.engine.sampling import Points, Suggest, make_sampler
+from bn_lightning.sweeps.engine.slots import DUPLICATE, SLOT, Counts, Ledger
 from bn_lightning.sweeps.engine.space import Parameter
 from bn_lightning.sweeps.engine.stopping import Stopping
 from bn_lightning.sweeps.engine.storage import PatientStorage

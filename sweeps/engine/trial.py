@@ -10,7 +10,7 @@ from optuna.trial import Trial
 
 from bn_lightning.sweeps.engine.environment import STORAGE, STUDY, in_trial
 from bn_lightning.sweeps.engine.environment import TRIAL as NUMBER
-from bn_lightning.sweeps.engine.points import make_pruner
+from bn_lightning.sweeps.engine.sampling import make_pruner
 from bn_lightning.sweeps.engine.storage import PatientStorage, open_storage
 
 _storages: dict[str, PatientStorage] = {}

@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def fused_calls(monkeypatch) -> list[bool]:
     """For each call of one of our BatchNorms, whether something was fused into it."""
-    from bn_lightning import batch_norm as module
+    from bn_lightning.modules import batch_norm as module
 
     seen: list[bool] = []
     whole = module.batch_norm

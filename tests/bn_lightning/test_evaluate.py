@@ -9,7 +9,7 @@ from image_folders import write_images
 
 from bn_lightning import evaluate, train
 from bn_lightning.data.errors import CorruptImageWarning
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.record import read_run
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from bn_lightning import BatchNorm1d, export, train
-from bn_lightning.checkpoint import load_checkpoint, trained_model
 from bn_lightning.export import ExportError, largest_difference, read_program
+from bn_lightning.runs.checkpoint import load_checkpoint, trained_model
 
 pytestmark = [
     # Lightning 2.6 calls what torch 2.13 calls deprecated.

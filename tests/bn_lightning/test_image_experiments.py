@@ -7,8 +7,8 @@ import torch
 from image_folders import write_images
 
 from bn_lightning.evaluate import main as evaluate
-from bn_lightning.metrics_csv import read_metrics
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.metrics_csv import read_metrics
+from bn_lightning.runs.record import read_run
 from bn_lightning.train import main as train
 
 pytestmark = [

@@ -212,9 +212,14 @@ def test_two_processes(tmp_path, strategy, variants):
     for name in variants:
         assert json.loads((tmp_path / f"{name}.after.json").read_text()) is True
     plain, synchronised = reports["plain"], reports["fused+sync"]
-    assert synchronised["during"]["block.bn1"] == "bn_lightning.sync.SyncBatchNorm1d"
+    assert (
+        synchronised["during"]["block.bn1"]
+        == "bn_lightning.modules.sync_batch_norm.SyncBatchNorm1d"
+    )
     # The statistics are of both ranks' batches now.
     assert synchronised["losses"][0] != pytest.approx(plain["losses"][0], abs=1e-4)
     if "fused" in reports:
         assert reports["fused"]["losses"] == pytest.approx(plain["losses"], abs=1e-6)
-        assert reports["fused"]["during"]["block.bn1"] == "bn_lightning.batch_norm.BatchNorm1d"
+        assert (
+            reports["fused"]["during"]["block.bn1"] == "bn_lightning.modules.batch_norm.BatchNorm1d"
+        )

@@ -8,8 +8,8 @@ from sklearn.metrics import roc_auc_score
 
 from bn_lightning import evaluate, landscape, train
 from bn_lightning.data.tabular import generate
-from bn_lightning.metrics_csv import read_metrics
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.metrics_csv import read_metrics
+from bn_lightning.runs.record import read_run
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")

@@ -16,10 +16,10 @@ from bn_lightning import evaluate, predict, train
 from bn_lightning.data import CIFAR10DataModule, MNISTDataModule
 from bn_lightning.data.digits import load_digits
 from bn_lightning.data.errors import CorruptImageWarning
-from bn_lightning.data.given_images import find_images, image_batches
 from bn_lightning.data.mnist import MNIST
+from bn_lightning.data.prediction_images import find_images, image_batches
 from bn_lightning.predict import to_csv
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.record import read_run
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")

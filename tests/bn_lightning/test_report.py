@@ -12,13 +12,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from bn_lightning.metrics_logger import MetricsCSVLogger
+from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
 from bn_lightning.report import Options, main, report
-from bn_lightning.run_record import RunRecord, read_run
-from bn_lightning.sweeps import figures
-from bn_lightning.sweeps.figures import run_styles
-from bn_lightning.sweeps.roles import Roles
-from bn_lightning.whole_file import write_json
+from bn_lightning.runs.atomic_write import write_json
+from bn_lightning.runs.record import RunRecord, read_run
+from bn_lightning.sweeps.analysis.columns import Roles
+from bn_lightning.sweeps.report import run_matplotlib as figures
+from bn_lightning.sweeps.report.run_matplotlib import run_styles
 
 METRICS = {
     "test/accuracy": 0.9,

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bn_lightning.metrics_csv import read_metrics
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.atomic_write import write_json
+from bn_lightning.runs.metrics_csv import read_metrics
+from bn_lightning.runs.record import read_run
 from bn_lightning.train import main
-from bn_lightning.whole_file import write_json
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")

@@ -7,7 +7,7 @@ from image_folders import write_images
 from run_process import one_line_error, small_images
 
 from bn_lightning.evaluate import main as evaluate
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.record import read_run
 from bn_lightning.train import main
 
 pytestmark = [

@@ -8,7 +8,7 @@ import time
 import pytest
 from run_process import SMALL, check_same_end, check_whole, finish, one_line_error, run, start
 
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.record import read_run
 from bn_lightning.train import main
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from run_process import SMALL, check_same_end, check_whole, finish, run, start
 
-from bn_lightning.checkpoint import load_checkpoint
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.checkpoint import load_checkpoint
+from bn_lightning.runs.record import read_run
 from bn_lightning.train import main
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
@@ -123,8 +123,8 @@ KILLED = {
 SCRIPT = """
 import os, signal
 from lightning import Trainer
-from bn_lightning.metrics_logger import MetricsCSVLogger
-from bn_lightning.run_record import RunRecord
+from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
+from bn_lightning.runs.record import RunRecord
 from bn_lightning.train import main
 log = MetricsCSVLogger.log_metrics
 kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)

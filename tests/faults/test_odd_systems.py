@@ -11,7 +11,7 @@ from image_folders import write_images
 from run_process import SMALL, check_same_end, finish, one_line_error, run, small_images, start
 
 from bn_lightning.evaluate import main as evaluate
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.record import read_run
 from bn_lightning.train import main
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.

@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bn_lightning.checkpoint import CheckpointError, load_checkpoint, trusted_config
 from bn_lightning.data.archive import unpack
 from bn_lightning.data.cifar10 import read_records
 from bn_lightning.data.csv_table import parse_csv
@@ -29,7 +28,8 @@ from bn_lightning.data.errors import DataError
 from bn_lightning.data.idx import LARGEST, read_idx
 from bn_lightning.data.image_file import ImageFileError, read_image
 from bn_lightning.report import Options, report
-from bn_lightning.trust import UntrustedError
+from bn_lightning.runs.checkpoint import CheckpointError, load_checkpoint, trusted_config
+from bn_lightning.runs.trust import UntrustedError
 
 COUNTS: Counter[str] = Counter()
 

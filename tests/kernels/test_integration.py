@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from bn_lightning.batch_norm import BatchNorm2d
 from bn_lightning.kernels import batch_norm
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
+from bn_lightning.modules.batch_norm import BatchNorm2d
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 needs_compiler = pytest.mark.skipif(

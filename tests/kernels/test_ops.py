@@ -547,6 +547,6 @@ def test_native_runs_without_triton_installed() -> None:
         "import torch\n"
         "from bn_lightning.kernels import batch_norm\n"
         "print(batch_norm(torch.randn(4, 3), training=True).shape)\n"
-        "print('bn_lightning.kernels.statistics' in sys.modules)\n"
+        "print('bn_lightning.kernels.stats' in sys.modules)\n"
     )
     assert printed == "torch.Size([4, 3])\nFalse\n"

@@ -255,7 +255,7 @@ def test_a_mean_1e5_times_the_deviation(regime: Regime, device: str) -> None:
 def test_resident_counters_are_zero_after_a_launch(
     monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    from bn_lightning.kernels import resident
+    from bn_lightning.kernels import persistent as resident
 
     used: list[Tensor] = []
     make = resident._counters

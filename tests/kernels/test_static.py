@@ -140,9 +140,12 @@ def _calls(everything: bool) -> Iterator[_Call]:
 
 def _record(warp_size: int, everything: bool) -> list[tuple[str, bool, Any, dict[str, Any]]]:
     """Makes the calls and returns (layout, aligned, kernel, arguments) of each launch."""
-    from bn_lightning.kernels import backward, normalize, resident, small, statistics
+    from bn_lightning.kernels import backward, normalize
+    from bn_lightning.kernels import persistent as resident
+    from bn_lightning.kernels import single_launch as small
+    from bn_lightning.kernels import stats as statistics
     from bn_lightning.kernels.activations import ACTIVATIONS, Saves
-    from bn_lightning.kernels.calls import BackwardCall, ForwardCall
+    from bn_lightning.kernels.arguments import BackwardCall, ForwardCall
     from bn_lightning.kernels.schedule import Device, Regime, forced_regime, make_schedule
 
     launches: list[tuple[Any, dict[str, Any]]] = []

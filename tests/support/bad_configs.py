@@ -27,7 +27,7 @@ from hydra_plugins.bn_optuna import register
 from image_folders import write_images
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.command import run_reported
+from bn_lightning.cli.command import run_reported
 
 CONF = Path(__file__).parents[2] / "conf"
 SECONDS = 30  # a run that lasts longer hangs: as it comes it takes a second
@@ -236,7 +236,7 @@ def _import() -> None:
     import sklearn.datasets  # noqa: F401
     from hydra.utils import get_object
 
-    from bn_lightning import checkpoint, config_check, run_record  # noqa: F401
+    from bn_lightning import run_record
 
     for command, base, field in all_fields():
         if field.endswith("_target_"):
@@ -256,7 +256,7 @@ def _write_checkpoint(task: Callable[[DictConfig], Any]) -> None:
 def serve() -> None:
     """Answer until standard input ends."""
     from bn_lightning.evaluate import evaluate
-    from bn_lightning.inspect import inspect
+    from bn_lightning.inspect_checkpoint import inspect
     from bn_lightning.landscape import landscape
     from bn_lightning.train import train
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from bn_lightning.checkpoint import load_checkpoint
-from bn_lightning.metrics_csv import read_rows
-from bn_lightning.run_record import read_run
+from bn_lightning.runs.checkpoint import load_checkpoint
+from bn_lightning.runs.metrics_csv import read_rows
+from bn_lightning.runs.record import read_run
 
 # A checkpoint after every second step, a row after every step; an epoch has 21 steps.
 SMALL = (

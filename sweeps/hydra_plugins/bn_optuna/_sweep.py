@@ -24,8 +24,8 @@ from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE, JOURNAL_FILE
 from bn_lightning.sweeps.engine.outcome import ERROR, HOPELESS, last_line
 from bn_lightning.sweeps.engine.passwords import refuse_copied_password, refuse_password
-from bn_lightning.sweeps.engine.points import Points, make_pruner, make_sampler
 from bn_lightning.sweeps.engine.program import as_typed, run_command, shown_command
+from bn_lightning.sweeps.engine.sampling import Points, make_pruner, make_sampler
 from bn_lightning.sweeps.engine.space import CustomSpace, Space, flat, parse_space, to_overrides
 from bn_lightning.sweeps.engine.stopping import Stopping
 from bn_lightning.sweeps.engine.storage import JOURNAL, open_storage, storage_url

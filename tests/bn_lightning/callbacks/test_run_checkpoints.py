@@ -20,7 +20,7 @@ from bn_lightning import Classifier
 from bn_lightning.callbacks import RunCheckpoints
 from bn_lightning.callbacks.steps import validation_follows
 from bn_lightning.data.batches import TensorBatches
-from bn_lightning.interruption import SIGNALS, Interrupted
+from bn_lightning.runs.interruption import SIGNALS, Interrupted
 
 pytestmark = [
     # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
@@ -431,7 +431,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 warnings.simplefilter("ignore")
 from pathlib import Path
 from test_run_checkpoints import At, fit
-from bn_lightning.interruption import Interrupted
+from bn_lightning.runs.interruption import Interrupted
 stop = At("on_train_batch_start", 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
 try:
     fit(Path({str(tmp_path)!r}), stop)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bn_lightning.callbacks import RunCheckpoints, StepsToAccuracy
 from bn_lightning.data.batches import TensorBatches
-from bn_lightning.metrics_csv import read_metrics
-from bn_lightning.metrics_logger import MetricsCSVLogger
+from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
+from bn_lightning.runs.metrics_csv import read_metrics
 
 pytestmark = [
     # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.

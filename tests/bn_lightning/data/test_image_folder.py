@@ -19,7 +19,7 @@ from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavail
 from bn_lightning.data.image_file import ImageFileError
 from bn_lightning.data.image_folder import list_images
 from bn_lightning.data.image_transforms import CentreCrop, PadCrop, ResizedCrop
-from bn_lightning.machine import MOST_PROCESSES
+from bn_lightning.runs.machine import MOST_PROCESSES
 
 # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")

@@ -6,8 +6,8 @@ import pytest
 from optuna.study import StudyDirection
 from optuna.trial import create_trial
 
+from bn_lightning.sweeps.analysis.trials import Row
 from bn_lightning.sweeps.engine.best import best_trials
-from bn_lightning.sweeps.trials import Row
 
 MIN, MAX = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
 

@@ -14,7 +14,7 @@ from bn_lightning.sweeps.engine.display import (
     trial_line,
     write_results,
 )
-from bn_lightning.sweeps.engine.ledger import SLOT, Counts, Ledger
+from bn_lightning.sweeps.engine.slots import SLOT, Counts, Ledger
 
 MIN, MAX = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
 COUNTS = Counts(total=6, complete=3, pruned=1, diverged=2, lost=1, running=1)

@@ -12,7 +12,6 @@ from bn_lightning.sweeps.engine import study as engine
 from bn_lightning.sweeps.engine.creation import create_study, study_name
 from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.heartbeat import SIGNATURE, signature
-from bn_lightning.sweeps.engine.ledger import SLOT
 from bn_lightning.sweeps.engine.outcome import (
     ERROR,
     HOPELESS,
@@ -21,7 +20,8 @@ from bn_lightning.sweeps.engine.outcome import (
     failed,
     outcome_of,
 )
-from bn_lightning.sweeps.engine.points import Points, make_pruner
+from bn_lightning.sweeps.engine.sampling import Points, make_pruner
+from bn_lightning.sweeps.engine.slots import SLOT
 from bn_lightning.sweeps.engine.space import parse_space
 from bn_lightning.sweeps.engine.stopping import Stopping
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url

@@ -1,0 +1,1 @@
+"""What the commands share: Hydra, one-line errors, configuration checks, tables."""

@@ -1,0 +1,57 @@
+"""What a run prints when it ends."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bn_lightning.runs.metrics_csv import read_metrics
+
+
+def print_summary(record: dict[str, Any], directory: str | Path) -> None:
+    """Print a run's result and where its files are, as a short table."""
+    table = Table(title=f"{record['config']['task_name']}: {record['status']}", show_header=False)
+    rows = {}
+    if data := record["data"]:
+        sizes = " / ".join(f"{data[split]:,}" for split in ("train", "validation", "test"))
+        rows["data"] = f"{data['source']}, {sizes}"
+    if record.get("diverged_at"):
+        # The loss was no number, or above max_loss for too long: the record does not say which.
+        rows["diverged"] = f"at step {record['diverged_at']:,}: scored as chance"
+    for name in ("val/accuracy", "test/accuracy", "test/accuracy_top5", "test/auroc", "test/loss"):
+        if name in record["metrics"]:
+            value = record["metrics"][name]
+            # The cross-entropy of the predicted classes in nats, which is their log loss.
+            label = f"{name} (log loss)" if name == "test/loss" else name
+            rows[label] = "not a number" if value is None else f"{value:.4f}"
+    interval = (record["config"].get("trainer") or {}).get("val_check_interval")
+    is_validated = "val/accuracy" in record["metrics"]
+    if not is_validated and isinstance(interval, int) and interval > record["steps"]:
+        rows["validation"] = f"none before trainer.val_check_interval={interval}"
+    rows["steps"] = f"{record['steps']:,}"
+    if "seconds" in record:
+        rows["time"] = f"{record['seconds']:.1f} s, {record['steps_per_second']:.0f} steps/s"
+    rows["peak memory"] = f"{record['peak_memory_mib']:.0f} MiB"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+    # Outside the table, which would break a long path over lines.
+    print(directory)
+
+
+def print_steps(directory: str | Path) -> None:
+    """Print validation loss and accuracy of each evaluation of a run, from its metrics.csv.
+
+    Nothing where the run logged none.
+    """
+    metrics = read_metrics(directory)
+    losses, accuracies = (dict(metrics.get(f"val/{name}", ())) for name in ("loss", "accuracy"))
+    if not losses:
+        return
+    table = Table()
+    for heading in ("step", "val/loss", "val/accuracy"):
+        table.add_column(heading, justify="right")
+    for step, loss in losses.items():
+        table.add_row(f"{step:,}", f"{loss:.4f}", f"{accuracies[step]:.4f}")
+    Console().print(table)

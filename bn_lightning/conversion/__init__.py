@@ -1,0 +1,1 @@
+"""Exchanging the BatchNorms of any model for this project's, fusing and folding them."""

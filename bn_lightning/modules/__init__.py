@@ -1,0 +1,1 @@
+"""BatchNorm as torch modules: on one device, and synchronised over ranks."""

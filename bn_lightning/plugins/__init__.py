@@ -1,0 +1,1 @@
+"""Lightning plugins: layer synchronisation, loggers, checkpoint writing, profiler."""

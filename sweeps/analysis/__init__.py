@@ -1,0 +1,1 @@
+"""From a study or runs to numbers."""

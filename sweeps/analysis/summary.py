@@ -1,0 +1,405 @@
+"""What a tolerance grid says: every number with its interval and count, and the sentences."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from bn_lightning.sweeps.analysis import tolerance
+from bn_lightning.sweeps.analysis.arms import BASELINE, label_of, ordered
+from bn_lightning.sweeps.analysis.tolerance import (
+    TEN_CLASSES,
+    TRAINED,
+    Arm,
+    Estimate,
+    Grid,
+    Levels,
+    Outcome,
+    Trial,
+)
+
+SHARE, WIDTH, INITS = "share_trained", "mean_width", "inits_that_train"
+
+
+def measures_of(levels: Levels) -> dict[str, str]:
+    """Measure -> what it is. The first three are shares; for each the functions of tolerance.py."""
+    return {
+        SHARE: f"share of cells with accuracy ≥ {levels.trained:.2f}",
+        "share_at_chance": f"share of cells at chance, accuracy < {levels.at_chance:.2f}",
+        "share_diverged": "share of cells that diverged",
+        WIDTH: "decades of learning rate that train, mean over initialisations",
+        INITS: "initialisations that train at some rate",
+    }
+
+
+@dataclass(frozen=True)
+class InitFindings:
+    """One arm at one initialisation: widths in decades, rates, and sensitivity in nats."""
+
+    init: str | float
+    width: Estimate
+    largest_rate: Estimate
+    rate_sensitivity: Estimate
+
+
+@dataclass(frozen=True)
+class ArmFindings:
+    """One arm.
+
+    Args:
+        label: what it is called.
+        trials: how many its numbers come from.
+        outcomes: trials by what became of them.
+        measures: of `measures_of`; no width where there is one rate only.
+        inits: in the grid's order.
+        importances: parameter -> share of the variance of accuracy.
+    """
+
+    label: str
+    trials: int
+    outcomes: dict[str, int]
+    measures: dict[str, Estimate]
+    inits: tuple[InitFindings, ...]
+    importances: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm minus another.
+
+    Args:
+        first: arm.
+        second: arm, the one without normalisation where there is one.
+        is_paired: whether both have the same seeds, so that seeds were compared one by one.
+        cells: initialisations x rates that count; for a pair, those that both arms have.
+        differences: of `measures_of`.
+        ratio: of the shares that train.
+        headroom: at the initialisation where `second` does best: (it, ratio of the largest rates).
+    """
+
+    first: str
+    second: str
+    is_paired: bool
+    cells: int
+    differences: dict[str, Estimate]
+    ratio: Estimate
+    headroom: tuple[str | float, float] | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All of a grid's numbers.
+
+    Args:
+        arms: name -> findings, in the order in which arms are shown.
+        comparisons: of the other arms with the one without normalisation, or with the first.
+        notes: what a reader must know before believing them.
+    """
+
+    grid: Grid
+    arms: dict[str, ArmFindings]
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return {
+            "grid": {
+                "inits": list(self.grid.inits),
+                "rates": list(self.grid.rates),
+                "seeds": list(self.grid.seeds),
+            },
+            "arms": {name: asdict(found) for name, found in self.arms.items()},
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "notes": list(self.notes),
+            "sentences": sentences(self),
+        }
+
+
+def findings(
+    trials: Mapping[int, Trial] | list[Trial],
+    chance_loss: float,
+    is_planned: bool | None = None,
+    levels: Levels = TEN_CLASSES,
+) -> Findings:
+    """Compute all numbers of a grid.
+
+    Args:
+        trials: one for each place.
+        chance_loss: of a guess, in nats.
+        is_planned: whether the points were chosen before any result; None if not known, and then
+            importances are given for grids only.
+        levels: what accuracies mean.
+
+    Raises:
+        ValueError: there is no trial.
+    """
+    trials = list(trials.values()) if isinstance(trials, Mapping) else trials
+    grid = Grid.of(trials, levels)
+    names = ordered(grid.arms)
+    grid = replace(grid, arms={name: grid.arms[name] for name in names})
+    notes = []
+    if levels.trained != TRAINED:
+        notes.append(f"A cell trains here from accuracy {levels.trained:.2f} on.")
+    arms = {}
+    for name in names:
+        shares: dict[str, float] = {}
+        try:
+            if is_planned is False:
+                raise ValueError("an adaptive sampler chose the points")
+            of_arm = [trial for trial in trials if trial.arm == name]
+            shares = {
+                key: float(value)
+                for key, value in sorted(
+                    tolerance.importances(of_arm, random_sample=is_planned is True).items()
+                )
+            }
+        except ValueError as error:
+            notes.append(f"No importances of {label_of(name)}: {error}.")
+        arms[name] = _of_arm(grid, name, chance_loss, shares)
+    baseline = BASELINE if BASELINE in names else names[-1]
+    comparisons = tuple(_compare(grid, name, baseline) for name in names if name != baseline)
+    return Findings(grid, arms, comparisons, (*_notes(grid, comparisons), *notes))
+
+
+def measure(grid: Grid, arm: Arm) -> tuple[dict[str, Float[np.ndarray, "S"]], bool]:
+    """The measures of an arm for each seed, and whether the grid's edge cuts its widths off."""
+    accuracy, trained = arm.accuracy, grid.levels.trained
+    values = {
+        SHARE: tolerance.share_trained(accuracy, trained),
+        "share_at_chance": tolerance.share_at_chance(accuracy, grid.levels.at_chance),
+        "share_diverged": tolerance.share_diverged(arm.diverged, accuracy),
+    }
+    censored = False
+    if len(grid.rates) > 1:
+        values[WIDTH] = tolerance.mean_width(accuracy, grid.rates, trained)
+        censored = bool(tolerance.widths(accuracy, grid.rates, trained)[1].any())
+    values[INITS] = tolerance.inits_that_train(accuracy, trained)
+    return values, censored
+
+
+def sentences(found: Findings) -> list[str]:
+    """What the numbers say, in words."""
+    texts = []
+    for pair in found.comparisons:
+        first, second = found.arms[pair.first], found.arms[pair.second]
+        texts += _comparison_sentences(found.grid, pair, first, second)
+    if not found.comparisons:
+        (arm,) = found.arms.values()
+        share = arm.measures[SHARE]
+        texts.append(f"{capital(arm.label)} {percent(share)} of the grid trains.")
+        if WIDTH in arm.measures:
+            on_average = "On average over initialisations " if len(found.grid.inits) > 1 else ""
+            texts.append(f"{on_average}{decades(arm.measures[WIDTH])} of learning rate train.")
+    return texts
+
+
+def percent(found: Estimate) -> str:
+    """A share as text: 46% [44, 48]."""
+    return _with_interval(found, lambda value: f"{100 * value:.0f}", "%")
+
+
+def points(found: Estimate) -> str:
+    """A difference of shares as text: 35 points [32, 37]."""
+    return _with_interval(found, lambda value: f"{100 * value:.0f}", " points")
+
+
+def decades(found: Estimate) -> str:
+    """A width as text: ≥ 2.5 decades [2.4, 2.6]."""
+    return _with_interval(found, lambda value: f"{value:.2f}", " decades")
+
+
+def plain(found: Estimate) -> str:
+    """A number as text: 4.1 [3.9, 4.4]."""
+    return _with_interval(found, lambda value: f"{value:.3g}", "")
+
+
+def shown(name: str, found: Estimate, is_difference: bool = False) -> str:
+    """An estimate of one of `measures_of` as text."""
+    if name.startswith("share"):
+        return points(found) if is_difference else percent(found)
+    return decades(found) if name == WIDTH else plain(found)
+
+
+def capital(text: str) -> str:
+    """The text as a sentence or a title begins."""
+    return text[:1].upper() + text[1:]
+
+
+def _with_interval(found: Estimate, number: Any, unit: str) -> str:
+    if math.isnan(found.value):
+        return "not known"
+    if math.isinf(found.value):
+        return "infinitely many"
+    text = f"{'≥ ' if found.at_least else ''}{number(found.value)}{unit}"
+    if math.isnan(found.low) or math.isnan(found.high):
+        return text
+    return f"{text} [{number(found.low)}, {number(found.high)}]"
+
+
+def _of_arm(grid: Grid, name: str, chance_loss: float, shares: dict[str, float]) -> ArmFindings:
+    arm = grid.arms[name]
+    values, censored = measure(grid, arm)
+    outcomes = arm.outcomes()
+    return ArmFindings(
+        label_of(name),
+        int((~np.isnan(arm.accuracy)).sum()),
+        {str(outcome): int((outcomes == outcome).sum()) for outcome in Outcome},
+        {
+            key: tolerance.estimate(value_S, at_least=censored and key == WIDTH)
+            for key, value_S in values.items()
+        },
+        _of_inits(grid, arm, chance_loss),
+        shares,
+    )
+
+
+def _of_inits(grid: Grid, arm: Arm, chance_loss: float) -> tuple[InitFindings, ...]:
+    nothing = np.full((len(grid.inits), len(grid.seeds)), np.nan)
+    width_IS, censored_IS = nothing, np.zeros(nothing.shape, bool)
+    if len(grid.rates) > 1:
+        width_IS, censored_IS = tolerance.widths(arm.accuracy, grid.rates, grid.levels.trained)
+    rate_IS = tolerance.largest_rate(arm.accuracy, grid.rates, grid.levels.trained)
+    at_edge_I = (rate_IS == grid.rates[-1]).any(axis=1)
+    sensitivity_IS = tolerance.rate_sensitivity(arm.loss, chance_loss)
+    return tuple(
+        InitFindings(
+            init,
+            tolerance.estimate(width_IS[i], at_least=bool(censored_IS[i].any())),
+            tolerance.estimate_rate(rate_IS[i], at_least=bool(at_edge_I[i])),
+            tolerance.estimate(sensitivity_IS[i]),
+        )
+        for i, init in enumerate(grid.inits)
+    )
+
+
+def _compare(grid: Grid, first: str, second: str) -> Comparison:
+    one, other = grid.arms[first], grid.arms[second]
+    has_seed = [~np.isnan(arm.accuracy).all(axis=(0, 1)) for arm in (one, other)]
+    is_paired = bool((has_seed[0] == has_seed[1]).all())
+    if is_paired:
+        # What only one arm has says nothing of their difference.
+        lacking = np.isnan(one.accuracy) | np.isnan(other.accuracy)
+        one, other = (
+            replace(arm, accuracy=np.where(lacking, np.nan, arm.accuracy)) for arm in (one, other)
+        )
+    (values, censored), (other_values, other_censored) = measure(grid, one), measure(grid, other)
+    difference = tolerance.paired_difference if is_paired else tolerance.unpaired_difference
+    there = ~np.isnan(one.accuracy).all(axis=2) & ~np.isnan(other.accuracy).all(axis=2)
+    return Comparison(
+        first,
+        second,
+        is_paired,
+        int(there.sum()),
+        {
+            key: difference(
+                values[key],
+                other_values[key],
+                # Only the wider one's being cut off makes the difference a lower bound.
+                at_least=key == WIDTH and censored and not other_censored,
+            )
+            for key in values
+        },
+        tolerance.ratio(values[SHARE], other_values[SHARE]),
+        _headroom(grid, one, other),
+    )
+
+
+def _headroom(grid: Grid, one: Arm, other: Arm) -> tuple[str | float, float] | None:
+    if len(grid.rates) < 2:
+        return None
+    trained = grid.levels.trained
+    width_I = np.nan_to_num(tolerance.widths(other.accuracy, grid.rates, trained)[0]).mean(axis=1)
+    best = int(width_I.argmax())
+    # A rate counts if all seeds that were tried train at it.
+    largest = []
+    for arm in (one, other):
+        accuracy_RS = arm.accuracy[best]
+        tried = ~np.isnan(accuracy_RS)
+        trained_R = ((accuracy_RS >= trained) | ~tried).all(axis=1) & tried.any(axis=1)
+        if not trained_R.any():
+            return None
+        largest.append(grid.rates[int(np.flatnonzero(trained_R)[-1])])
+    return grid.inits[best], largest[0] / largest[1]
+
+
+def _notes(grid: Grid, comparisons: tuple[Comparison, ...]) -> list[str]:
+    notes = []
+    seeds = len(grid.seeds)
+    if seeds == 1:
+        notes.append("One seed only: there are no intervals, and one seed proves nothing.")
+    elif seeds < 5:
+        notes.append(
+            f"Intervals are of the bootstrap over {seeds} seeds, too narrow with so few: at best "
+            "they reach from the smallest to the largest value."
+        )
+    accuracies = np.stack([arm.accuracy for arm in grid.arms.values()])
+    best = float(np.nanmax(accuracies))
+    if best < grid.levels.trained:
+        notes.append(
+            f"No cell trains: the best accuracy is {best:.3f}, and {grid.levels.trained:.2f} is "
+            "asked for. `--threshold` asks for another."
+        )
+    for name, arm in grid.arms.items():
+        if arm.missing:
+            notes.append(
+                f"{capital(label_of(name))} {arm.missing:,} of {arm.accuracy.size:,} trials are "
+                "missing; shares leave them out, widths count them as not trained."
+            )
+    for pair in comparisons:
+        if not pair.is_paired:
+            notes.append(
+                f"The arms {label_of(pair.first)} and {label_of(pair.second)} do not have the same "
+                "seeds: their differences are not paired."
+            )
+    return notes
+
+
+def _comparison_sentences(
+    grid: Grid, pair: Comparison, first: ArmFindings, second: ArmFindings
+) -> list[str]:
+    one, other = first.label, second.label
+    share = pair.differences[SHARE]
+    times = ""
+    if math.isfinite(pair.ratio.value):
+        times = f", {plain(pair.ratio)} times as much"
+    texts = [
+        f"{capital(one)} {percent(first.measures[SHARE])} of the grid trains, {other} "
+        f"{percent(second.measures[SHARE])}: a difference of {points(share)}{times}.",
+        f"{capital(one)} {percent(first.measures['share_at_chance'])} of the grid is still at "
+        f"chance when the budget ends, {other} {percent(second.measures['share_at_chance'])}.",
+    ]
+    if WIDTH in pair.differences and len(grid.inits) == 1:
+        texts.append(
+            f"{capital(one)} {decades(first.measures[WIDTH])} of learning rate train, {other} "
+            f"{decades(second.measures[WIDTH])}: a difference of "
+            f"{decades(pair.differences[WIDTH])}."
+        )
+    elif WIDTH in pair.differences:
+        texts.append(
+            f"Averaged over {len(grid.inits)} initialisations, {decades(first.measures[WIDTH])} of "
+            f"learning rate train {one}, {decades(second.measures[WIDTH])} {other}: a difference "
+            f"of {decades(pair.differences[WIDTH])}."
+        )
+    if len(grid.inits) > 1:
+        texts.append(
+            f"{capital(one)} {plain(first.measures[INITS])} of {len(grid.inits)} initialisations "
+            f"train at some rate, {other} {plain(second.measures[INITS])}."
+        )
+    if pair.headroom is not None:
+        init, factor = pair.headroom
+        name = init if isinstance(init, str) else f"{init:.3g}"
+        how = f"{factor:.3g} times as large" if factor != 1 else "the same"
+        where = f"At initialisation {name}, where the most rates train {other}, the"
+        if len(grid.inits) == 1:
+            where = "The"
+        texts.append(f"{where} largest rate that trains is {how} {one}.")
+    if not (share.low > 0 or share.high < 0) and not math.isnan(share.low):
+        texts.append(
+            "The interval of the difference of shares reaches zero: these seeds do not tell the "
+            "arms apart."
+        )
+    return texts

@@ -1,0 +1,75 @@
+"""Where a run lies: a new directory, or that of the run it resumes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bn_lightning.runs.directory import LAST, hydra_directory, run_directory
+
+
+def run(runs: Path, name: str, age: float = 0, last: bool = True) -> Path:
+    """A run's directory whose last checkpoint is so many seconds old."""
+    directory = runs / name
+    (directory / "checkpoints").mkdir(parents=True)
+    (directory / "run.json").write_text("{}")
+    if last:
+        (directory / LAST).write_bytes(b"")
+        os.utime(directory / LAST, (1e9 - age, 1e9 - age))
+    return directory
+
+
+class TestNew:
+    def test_without_a_checkpoint(self, tmp_path: Path) -> None:
+        run(tmp_path, "before")
+        assert run_directory(None, str(tmp_path), "now") == str(tmp_path / "now")
+        assert not (tmp_path / "now").exists()
+
+    def test_from_a_checkpoint_that_lies_in_no_run(self, tmp_path: Path) -> None:
+        lonely = tmp_path / "elsewhere/deep/a.ckpt"
+        lonely.parent.mkdir(parents=True)
+        lonely.write_bytes(b"")
+        runs = tmp_path / "runs"
+        assert run_directory(str(lonely), str(runs), "now") == str(runs / "now")
+
+
+class TestResumed:
+    @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+    def test_by_path_it_goes_on_in_its_own_directory(self, tmp_path: Path, name: str) -> None:
+        directory = run(tmp_path / "of_another_task", "then")
+        path = directory / "checkpoints" / name
+        assert run_directory(str(path), str(tmp_path / "runs"), "now") == str(directory)
+
+    def test_by_relative_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        directory = run(tmp_path, "then")
+        monkeypatch.chdir(directory / "checkpoints")
+        assert Path(run_directory("last.ckpt", "runs", "now")) == directory
+        monkeypatch.chdir(tmp_path)
+        assert Path(run_directory(f"then/{LAST}", "runs", "now")) == directory
+
+    def test_last_is_the_newest_checkpoint(self, tmp_path: Path) -> None:
+        run(tmp_path, "2026-01-03", age=20)
+        newest = run(tmp_path, "2026-01-01", age=10)
+        run(tmp_path, "2026-01-02", age=30)
+        assert run_directory("last", str(tmp_path), "now") == str(newest)
+
+    def test_last_passes_over_runs_that_have_none(self, tmp_path: Path) -> None:
+        directory = run(tmp_path, "2026-01-01", age=10)
+        run(tmp_path, "2026-01-02", last=False)
+        assert run_directory("last", str(tmp_path), "now") == str(directory)
+
+    @pytest.mark.parametrize("exists", [True, False], ids=["no_checkpoint", "no_folder"])
+    def test_last_of_none(self, tmp_path: Path, exists: bool) -> None:
+        runs = tmp_path / "runs"
+        if exists:
+            run(runs, "then", last=False)
+        with pytest.raises(ValueError, match="`ckpt_path=last`.*got none; leave") as error:
+            run_directory("last", str(runs), "now")
+        assert str(runs) in str(error.value)
+
+
+def test_a_resumed_run_keeps_the_hydra_directory_it_began_with(tmp_path: Path) -> None:
+    (tmp_path / "run.json").touch()
+    resumed = hydra_directory(str(tmp_path / "checkpoints" / "best.ckpt"))
+    assert hydra_directory("last") == resumed != ".hydra"
+    assert hydra_directory(None) == hydra_directory("in_no_run.ckpt") == ".hydra"

@@ -1,0 +1,90 @@
+"""The Triton side of the table of activations against the torch side, in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from bn_lightning.kernels import tile as elements
+from bn_lightning.kernels.activations import (
+    ACTIVATIONS,
+    Saves,
+    activate,
+    derivative,
+    lower_derivative,
+    upper_branch,
+)
+
+SLOPE = 0.1
+# Relative, for values far from 0 and near it; absolute, where gelu and mish cancel below zero.
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+@triton.jit
+def _evaluate_kernel(
+    z_ptr: tl.tensor,  # (128,)
+    value_ptr: tl.tensor,  # (128,)
+    derivative_ptr: tl.tensor,  # (128,)
+    of_output_ptr: tl.tensor,  # (128,)
+    negative_slope: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    OF_OUTPUT: tl.constexpr,
+) -> None:
+    offsets = tl.arange(0, 128)
+    z = tl.load(z_ptr + offsets)
+    y = elements.activate(z, negative_slope, ACTIVATION)
+    tl.store(value_ptr + offsets, y)
+    one = tl.zeros_like(z) + 1.0
+    if ACTIVATION != "identity":
+        slope = elements.multiply_derivative(one, z, negative_slope, ACTIVATION)
+        tl.store(derivative_ptr + offsets, slope)
+    if OF_OUTPUT:
+        slope = elements.multiply_derivative_of_output(one, y, ACTIVATION)
+        tl.store(of_output_ptr + offsets, slope)
+
+
+def _points(device: str) -> Tensor:
+    """Makes 128 points: near 0 and far from it, on both sides, and where the pieces meet."""
+    magnitudes = torch.logspace(-6, 1.5, 60)
+    kinks = torch.tensor([0.0, 6.0, 3.0, -3.0, 0.5, -0.5, 15.0, 20.0])
+    return torch.cat([magnitudes, -magnitudes, kinks]).to(device)
+
+
+@activations
+def test_triton_and_torch_agree(activation: str, device: str) -> None:
+    z = _points(device)
+    value, slope, of_output = (torch.full_like(z, float("nan")) for _ in range(3))
+    entry = ACTIVATIONS[activation]
+    serves = entry.derivative_of_output
+    _evaluate_kernel[(1,)](z, value, slope, of_output, SLOPE, activation, serves is not None)
+    z64 = z.double()
+    torch.testing.assert_close(value.double(), activate(z64, activation, SLOPE), **TOLERANCE)
+    true_slope = derivative(z64, activation, SLOPE).detach()
+    if activation != "identity":
+        torch.testing.assert_close(slope.double(), true_slope, **TOLERANCE)
+    if serves is not None:
+        torch.testing.assert_close(of_output.double(), true_slope, **TOLERANCE)
+        in_torch = serves(activate(z64, activation, SLOPE))
+        torch.testing.assert_close(in_torch, true_slope, **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@activations
+def test_nan_stays_nan(activation: str, device: str) -> None:
+    z = torch.full((128,), float("nan"), device=device)
+    value, rest = torch.zeros_like(z), torch.zeros_like(z)
+    _evaluate_kernel[(1,)](z, value, rest, rest, SLOPE, activation, False)
+    assert value.isnan().all()
+
+
+@pytest.mark.parametrize("activation", [k for k, v in ACTIVATIONS.items() if v.saves is Saves.BITS])
+def test_bits_say_the_derivative(activation: str, device: str) -> None:
+    z = _points(device).double()
+    lower = lower_derivative(activation, SLOPE)
+    slope = torch.where(upper_branch(z, activation), 1.0, lower).double()
+    torch.testing.assert_close(slope, derivative(z, activation, SLOPE).detach())

@@ -1,0 +1,22 @@
+"""A study in memory is made without a word, and leaves Optuna's words as they were."""
+
+import optuna
+import pytest
+
+from bn_lightning.sweeps.report.memory_study import memory_study
+
+
+@pytest.mark.parametrize("direction", ["maximize", "neither"])
+def test_the_verbosity_is_given_back(direction: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    try:
+        if direction == "maximize":
+            assert memory_study([direction]).direction == optuna.study.StudyDirection.MAXIMIZE
+        else:
+            with pytest.raises(ValueError):
+                memory_study([direction])  # type: ignore[list-item]
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        optuna.logging.set_verbosity(before)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,196 @@
+"""The page in a real browser: it draws everything, asks nobody, and can be pointed at.
+
+Needs playwright and a Chromium of the system (`apt install chromium`); no browser is downloaded.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from bn_lightning.report import Options, report
+from bn_lightning.sweeps.analysis.columns import Roles
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
+
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium in the PATH")
+
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page that was opened, and what it said and asked for meanwhile."""
+
+    def __init__(self, browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
+        viewport = {"width": width, "height": 900}
+        self.page = browser.new_page(viewport=viewport, color_scheme=scheme)
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.absolute().as_uri())
+        self.page.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
+
+    def check(self) -> None:
+        """Every figure is drawn, no message, no request but for the page itself."""
+        assert self.said == []
+        assert self.asked == [self.page.url]
+        plots = self.page.locator(".plot")
+        assert self.page.locator(".plot .main-svg").count() >= plots.count() > 0
+        # Nothing is wider than the window: what is, scrolls by itself.
+        width = self.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= self.page.viewport_size["width"]
+
+
+@pytest.fixture(scope="module")
+def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
+    opened: list[Opened] = []
+
+    def open_one(*arguments: Any, **options: Any) -> Opened:
+        opened.append(Opened(browser, *arguments, **options))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.page.close()
+
+
+@pytest.fixture
+def sweep_page(tmp_path: Path, make_study: Callable[..., Path]) -> Path:
+    """Of a grid, of which trial 7 has its directory."""
+    sweep = make_study(tmp_path / "sweep")
+    (sweep / "7").mkdir()
+    return report([str(sweep)])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_grid_is_drawn(open_page: Any, sweep_page: Path, width: int, scheme: str) -> None:
+    opened = open_page(sweep_page, width=width, scheme=scheme)
+    opened.check()
+    ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
+    assert {"accuracy-0", "accuracy-1", "difference-0", "outcome-1", "widths"} <= ids
+    paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_pointing_at_a_cell_shows_its_trials(open_page: Any, sweep_page: Path) -> None:
+    opened = open_page(sweep_page)
+    plot = opened.page.locator("#accuracy-0")
+    plot.scroll_into_view_if_needed()
+    box = plot.locator(".heatmaplayer image").first.bounding_box()
+    # The lower left cell of 4 x 2.
+    x, y = box["x"] + box["width"] / 8, box["y"] + box["height"] * 3 / 4
+    opened.page.mouse.move(x, y)
+    hover = plot.locator(".hoverlayer text").first
+    hover.wait_for(timeout=10_000)
+    text = hover.text_content()
+    assert "learning rate 0.01" in text and "standard deviation of the initial weights 0.01" in text
+    assert "seed 3: 0.9500 (trial 5)" in text
+    opened.page.mouse.click(x, y)
+    opened.page.locator("#cell li").first.wait_for()
+    assert "seed 1: 0.9500, trial 3" in opened.page.locator("#cell").inner_text()
+    opened.check()
+
+
+def test_cells_are_reached_by_keys_and_lead_to_their_runs(open_page: Any, sweep_page: Path) -> None:
+    opened = open_page(sweep_page)
+    opened.page.locator("#difference-0").focus()
+    for key in ("ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "ArrowLeft", "ArrowUp"):
+        opened.page.keyboard.press(key)
+    cell = opened.page.locator("#cell")
+    assert "weights 0.1, learning rate 0.01" in cell.inner_text()
+    assert cell.locator("li").count() == 6
+    link = cell.locator("a")
+    assert link.count() == 1 and link.inner_text() == "trial 7"
+    assert link.evaluate("a => a.href") == (sweep_page.parent / "7").as_uri() + "/"
+
+
+def test_on_paper_it_is_light_and_fits(open_page: Any, sweep_page: Path) -> None:
+    opened = open_page(sweep_page, scheme="dark")
+    colour = "getComputedStyle(document.querySelector('#accuracy-0 .xtick text')).fill"
+    width = "Math.max(...[...document.querySelectorAll('.main-svg')].map(svg => svg.clientWidth))"
+    dark = opened.page.evaluate(colour)
+    for event, words in (("beforeprint", "light"), ("afterprint", "dark")):
+        opened.page.evaluate(f"dispatchEvent(new Event('{event}'))")
+        is_dark = opened.page.evaluate(f"{colour} === '{dark}'")
+        assert is_dark == (words == "dark")
+        assert (opened.page.evaluate(width) <= 640) == (words == "light")
+    opened.check()
+
+
+def test_all_trials_are_listed(open_page: Any, sweep_page: Path) -> None:
+    opened = open_page(sweep_page)
+    opened.page.locator("#all-trials summary").click()
+    rows = opened.page.locator("#all-trials tbody tr")
+    rows.last.wait_for()  # the browser tells that it was opened when it has the time
+    assert rows.count() == 48
+    assert rows.nth(7).locator("a").inner_text() == "trial 7"
+    opened.check()
+
+
+def test_names_with_html_run_nothing(
+    open_page: Any, tmp_path: Path, make_study: Callable[..., Path]
+) -> None:
+    failed = {"state": TrialState.FAIL, "user_attrs": {"error": HOSTILE}}
+    space = {"optimizer.lr": [0.1, 1.0], "init": [HOSTILE, "he"], HOSTILE: [HOSTILE, "b"]}
+    sweep = make_study(
+        tmp_path / "s", name=HOSTILE, space=space, change=lambda n, p: [failed, {}] if not n else {}
+    )
+    pages = [
+        report([str(sweep)], Options(tmp_path / "grid", roles=Roles(arm=(HOSTILE,)))),
+        report([str(sweep)], Options(tmp_path / "study")),
+    ]
+    for page in pages:
+        opened = open_page(page)
+        opened.check()
+        assert opened.page.evaluate("window.hacked") is None
+        assert opened.page.locator("img").count() == 0
+        assert HOSTILE in opened.page.locator("h1").inner_text()
+    opened = open_page(pages[0])
+    opened.page.locator("#accuracy-0").focus()
+    opened.page.keyboard.press("ArrowUp")
+    assert HOSTILE in opened.page.locator("#cell").inner_text()
+    assert opened.page.evaluate("window.hacked") is None
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_runs_are_drawn(
+    open_page: Any, tmp_path: Path, make_run: Callable[..., Path], width: int
+) -> None:
+    runs = [
+        make_run(tmp_path / name, norm) for name, norm in (("a", {"_target_": "x"}), ("b", None))
+    ]
+    opened = open_page(report([*map(str, runs)], Options(tmp_path / "out")), width=width)
+    opened.check()
+    ids = [plot.get_attribute("id") for plot in opened.page.locator(".plot").all()]
+    assert ids == ["accuracy", "loss", "percentiles-0", "percentiles-1", "throughput"]
+
+
+def test_a_page_without_figures(
+    open_page: Any, tmp_path: Path, make_study: Callable[..., Path]
+) -> None:
+    sweep = make_study(tmp_path, change=lambda n, p: {"state": TrialState.WAITING})
+    opened = open_page(report([str(sweep)]))
+    assert opened.said == [] and opened.asked == [opened.page.url]

@@ -1,0 +1,153 @@
+"""The page: everything is escaped, nothing is fetched, and its size has a bound."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from bn_lightning.sweeps.analysis.arms import label_of
+from bn_lightning.sweeps.analysis.summary import findings
+from bn_lightning.sweeps.analysis.tolerance import Trial
+from bn_lightning.sweeps.analysis.trials import Row, Table
+from bn_lightning.sweeps.report.grid_plotly import cells_json, heatmaps, rates
+from bn_lightning.sweeps.report.optuna_plotly import optuna_plots
+from bn_lightning.sweeps.report.page_skeleton import (
+    Html,
+    Plot,
+    figures,
+    json_block,
+    page,
+    table,
+    tag,
+)
+from bn_lightning.sweeps.report.page_text import grid_page, study_page
+
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{plotly}}"
+
+
+def test_text_is_escaped_and_html_is_not() -> None:
+    assert (
+        tag("p", "<b>", Html("<i></i>"), title='"').text == '<p title="&quot;">&lt;b&gt;<i></i></p>'
+    )
+    assert "&lt;b&gt;" in table(["<b>"], [["<b>", "x"]], "<b>").text
+    assert "<b>" not in table(["<b>"], [["<b>", "x"]], "<b>").text
+
+
+def test_json_cannot_end_its_element() -> None:
+    text = json_block({"a": "</script><!--&\u2028", "b": float("nan")})
+    assert "<" not in text and ">" not in text and "&" not in text and "\u2028" not in text
+    assert json.loads(text) == {"a": "</script><!--&\u2028", "b": None}
+
+
+def test_nothing_of_a_hostile_name_becomes_html() -> None:
+    plot = Plot("plot", HOSTILE, [{"type": "bar", "x": [1], "y": [HOSTILE]}], {}, HOSTILE)
+    text = page(HOSTILE, [tag("h1", HOSTILE), figures([plot])], [plot])
+    assert "<img" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert len(re.findall(r"<script[ >]", without_plotly(text))) == 3
+    assert text.count("{{plotly}}") >= 3  # as text, not as the field it names
+
+
+def test_only_its_own_scripts_may_run() -> None:
+    text = page("t", [], [])
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    assert policy[1].startswith("default-src 'none'")
+    assert re.search(r"script-src 'sha256-[^']+=' 'sha256-[^']+='$", policy[1])
+    assert not re.search(r"<(?:link|img|iframe|script)[^>]*(?:src|href)=", text[:5000])
+
+
+def without_plotly(text: str) -> str:
+    """plotly's own code names tags in its strings."""
+    start = text.index("</script>\n<script>") + len("</script>\n<script>")
+    return text[:start] + text[text.index("</script>", start) :]
+
+
+def big_grid(inits: int, rates: int) -> dict[int, Trial]:
+    points = [
+        (arm, 1.1**i, 1.1**r, seed)
+        for arm in ("batch", "none")
+        for i in range(inits)
+        for r in range(rates)
+        for seed in (1, 2, 3)
+    ]
+    return {
+        n: Trial(arm, init, lr, seed, ((n * 37) % 1000) / 1000, 1.0)
+        for n, (arm, init, lr, seed) in enumerate(points)
+    }
+
+
+@pytest.mark.parametrize(("inits", "rates"), [(8, 11), (41, 41)], ids=["528", "10,086"])
+def test_the_page_of_a_grid_is_small_enough(inits: int, rates: int) -> None:
+    trials = big_grid(inits, rates)
+    rows = tuple(Row(n, "COMPLETE", (t.accuracy,), {"lr": t.lr}) for n, t in trials.items())
+    found = findings(trials, 2.3, is_planned=False)
+    links = {number: str(number) for number in trials}
+    cells = cells_json(found.grid, trials, links, ".")
+    study = Table("big", ("maximize",), rows)
+    text = grid_page(study, found, "test/accuracy", cells, [])
+    assert len(text.encode()) <= 6e6
+    assert len(cells["trials"]) == len(trials) == 6 * inits * rates
+    data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    content = json.loads(data[1])
+    for plot in content["plots"]:
+        assert f'id="{plot["id"]}"' in text
+    number, arm, init, rate, seed, accuracy, diverged, link = content["grid"]["trials"][-1]
+    assert (number, accuracy, diverged, link) == (number, trials[number].accuracy, 0, 1)
+    assert content["grid"]["arms"][arm] == label_of(trials[number].arm)
+    assert (init, rate, seed) == (inits - 1, rates - 1, 3)
+
+
+@pytest.mark.parametrize(("count", "angle"), [(4, 0), (5, -90)])
+def test_few_learning_rates_are_labelled_level(count: int, angle: int) -> None:
+    found = findings(big_grid(2, count), 2.3, is_planned=False)
+    plots = [*heatmaps(found, "test/accuracy"), *rates(found, "test/accuracy")]
+    axes = {plot.id: plot.layout["xaxis"] for plot in plots}
+    assert axes["accuracy-0"]["tickangle"] == angle
+    assert (axes["rates-0"].get("tickvals") == list(found.grid.rates)) == (count == 4)
+
+
+class TestOtherStudies:
+    def rows(self, count: int = 5, **attributes: Any) -> tuple[Row, ...]:
+        return tuple(
+            Row(i, "COMPLETE", (i / 7,), {"width": 2**i % 1024, "kind": f"k{i % 2}"}, attributes)
+            for i in range(count)
+        )
+
+    def test_tables_and_optunas_plots(self) -> None:
+        study = Table("s", ("minimize",), self.rows())
+        drawn, count = optuna_plots(study)
+        assert [plot.id for plot in drawn] == ["optuna-history", "optuna-slice", "optuna-parallel"]
+        assert count == 5
+        text = study_page(study, "it varies no learning rate", drawn, count, ["a note"])
+        assert "There is no map of what trains: it varies no learning rate." in text
+        best = text.index("Best trials")
+        assert text.index("0.142857", best) > text.index(">0<", best)  # the smallest first
+
+    def test_a_large_study_is_small_enough(self) -> None:
+        study = Table("s", ("minimize",), self.rows(10_000))
+        drawn, count = optuna_plots(study)
+        assert count == 1000
+        assert len(study_page(study, "", drawn, count, []).encode()) <= 6e6
+
+    def test_several_values(self) -> None:
+        rows = (
+            Row(0, "COMPLETE", (1.0, 1.0), {"a": 1}),
+            Row(1, "COMPLETE", (2.0, 2.0), {"a": 2}),
+            Row(2, "COMPLETE", (0.5, 3.0), {"a": 3}),
+        )
+        study = Table("s", ("maximize", "minimize"), rows)
+        drawn, count = optuna_plots(study)
+        assert [plot.id for plot in drawn] == ["optuna-pareto"]
+        text = study_page(study, "", drawn, count, [])
+        best = text[text.index("Best trials") : text.index("Optuna&#x27;s plots")]
+        assert len(re.findall(r'scope="row"', best)) == 2  # the third is worse than both
+
+    @pytest.mark.parametrize("states", [(), ("FAIL", "WAITING")], ids=["none", "unfinished"])
+    def test_no_finished_trial(self, states: tuple[str, ...]) -> None:
+        rows = tuple(Row(i, state) for i, state in enumerate(states))
+        study = Table("s", ("maximize",), rows)
+        assert optuna_plots(study) == ([], 0)
+        text = study_page(study, "", [], 0, [])
+        assert f"No trial has finished: of {len(states)} trials none" in text

@@ -1,0 +1,322 @@
+"""The pictures of runs: what is drawn, what is written, the same bytes twice."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+
+from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
+from bn_lightning.sweeps.analysis.paper_curves import paper_accuracy
+from bn_lightning.sweeps.report.run_matplotlib import (
+    accuracy_figure,
+    batch_norm_figure,
+    comparison_figure,
+    draw_run,
+    landscape_figure,
+    loss_figure,
+    percentiles_figure,
+    save,
+    throughput_figure,
+)
+
+ACCURACY = [(1, 0.1), (1000, 0.5), (50_000, 0.98)]
+PERCENTILES = {
+    "activation/p15": [(0, -2.0), (10, -1.0)],
+    "activation/p50": [(0, 0.5), (10, 0.25)],
+    "activation/p85": [(0, 3.0), (10, 2.0)],
+}
+RUN = {"test/accuracy": ACCURACY, **PERCENTILES}
+NUMBERS = ("scale", "shift", "mean_distance", "log_std_distance", "dead")
+
+
+def monitored(
+    layers: int = 2, numbers: tuple[str, ...] = NUMBERS, steps: tuple[int, ...] = (1, 100, 200)
+) -> dict[str, list[tuple[int, float]]]:
+    """Metrics as BatchNormMonitor logs them, each line with values of its own."""
+    return {
+        f"batch_norm/network.{layer}/{number}": [
+            (step, layer + i / 10 + step / 1000) for step in steps
+        ]
+        for layer in range(layers)
+        for i, number in enumerate(numbers)
+    }
+
+
+def lines(axes: Axes) -> list[list[tuple[float, float]]]:
+    return [
+        [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
+        for line in axes.get_lines()
+    ]
+
+
+def legend(axes: Axes) -> list[str]:
+    found = axes.get_legend()
+    return [] if found is None else [text.get_text() for text in found.get_texts()]
+
+
+def filled(axes: Axes) -> tuple[np.ndarray, np.ndarray]:
+    """The lower left and the upper right corner of the band."""
+    (band,) = axes.collections
+    vertices = band.get_paths()[0].vertices
+    return vertices.min(0), vertices.max(0)
+
+
+class TestAccuracy:
+    def test_a_line_for_each_run(self) -> None:
+        other = [(1, 0.2), (50_000, 0.9)]
+        (axes,) = accuracy_figure({"with": ACCURACY, "without": other}).axes
+        assert lines(axes) == [ACCURACY, other]
+        assert legend(axes) == ["with", "without"]
+        styles = {(line.get_linestyle(), line.get_color()) for line in axes.get_lines()}
+        assert len(styles) == 2
+        assert axes.get_xlabel() == "training steps"
+        assert axes.get_ylabel() == "test accuracy"
+        assert axes.get_ylim()[1] == 1
+
+    def test_one_run_needs_no_legend(self) -> None:
+        (axes,) = accuracy_figure({"": ACCURACY}).axes
+        assert lines(axes) == [ACCURACY]
+        assert axes.get_legend() is None
+
+    def test_a_single_evaluation_is_seen(self) -> None:
+        """A line through one point has no ink."""
+        (axes,) = accuracy_figure({"": ACCURACY[:1]}).axes
+        (line,) = axes.get_lines()
+        assert line.get_marker() not in ("", "None", None)
+
+    def test_many_runs_are_told_apart(self) -> None:
+        (axes,) = accuracy_figure({str(i): ACCURACY for i in range(28)}).axes
+        styles = {(line.get_linestyle(), line.get_color()) for line in axes.get_lines()}
+        assert len(styles) == 28
+
+
+class TestPercentiles:
+    def test_three_lines_and_the_band_between(self) -> None:
+        (axes,) = percentiles_figure({"": PERCENTILES}).axes
+        assert sorted(lines(axes)) == sorted(PERCENTILES.values())
+        low, high = filled(axes)
+        assert low.tolist() == [0, -2]
+        assert high.tolist() == [10, 3]
+        assert axes.get_xlabel() == "training steps"
+        assert "15, 50, 85" in axes.get_ylabel()
+
+    def test_a_panel_for_each_run_on_one_scale(self) -> None:
+        wide = {name: [(s, 10 * v) for s, v in points] for name, points in PERCENTILES.items()}
+        first, second = percentiles_figure({"with": PERCENTILES, "without": wide}).axes
+        assert (first.get_title(), second.get_title()) == ("with", "without")
+        assert first.get_ylim() == second.get_ylim()
+        assert first.get_ylim()[1] >= 30
+        assert sorted(lines(second)) == sorted(wide.values())
+
+
+class TestArms:
+    ARMS = {"a run": "none", "another": "batch", "a third": "none"}
+
+    def test_colours_are_the_arms_in_any_order(self) -> None:
+        colours = []
+        for labels in (list(self.ARMS), list(self.ARMS)[::-1]):
+            (axes,) = accuracy_figure(dict.fromkeys(labels, ACCURACY), self.ARMS).axes
+            colours.append({line.get_label(): line.get_color() for line in axes.get_lines()})
+        assert colours[0] == colours[1]
+        assert colours[0]["a run"] == colours[0]["a third"] != colours[0]["another"]
+
+    def test_runs_of_one_arm_have_lines_of_their_own(self) -> None:
+        (axes,) = accuracy_figure(dict.fromkeys(self.ARMS, ACCURACY), self.ARMS).axes
+        styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+        assert len(styles) == 3
+
+    def test_the_papers_points_have_the_arms_colours(self) -> None:
+        (axes,) = accuracy_figure({"ours": ACCURACY}, {"ours": "batch"}, with_paper=True).axes
+        ours, with_, without = axes.get_lines()
+        assert with_.get_label() == "the paper's, with BatchNorm"
+        assert ours.get_color() == with_.get_color() != without.get_color()
+        assert lines(axes)[1] == [tuple(map(float, p)) for p in paper_accuracy()["batch"]]
+
+    def test_loss_is_drawn_on_a_logarithmic_axis(self) -> None:
+        (axes,) = loss_figure({"with": [(1, 2.3), (100, 0.1)]}).axes
+        assert lines(axes) == [[(1, 2.3), (100, 0.1)]]
+        assert axes.get_yscale() == "log" and "nats" in axes.get_ylabel()
+
+    def test_throughput_has_a_bar_for_each_run(self) -> None:
+        (axes,) = throughput_figure({"a run": 300.0, "another": 200.0}, self.ARMS).axes
+        assert [bar.get_width() for bar in axes.patches] == [300, 200]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["a run", "another"]
+
+    def test_landscape_is_the_median_and_keeps_what_overflows_above(self) -> None:
+        relative = [[0.9, 0.5, 4.0], [0.7, 0.4, float("inf")], [0.8, 0.6, float("nan")]]
+        (axes,) = landscape_figure([0.1, 1.0, 10.0], relative, "none", "caption").axes
+        median, _ = axes.get_lines()
+        assert median.get_ydata()[:2].tolist() == [0.8, 0.5]
+        assert median.get_ydata()[2] > axes.get_ylim()[1]
+        low, high = filled(axes)
+        assert low.tolist() == [0.1, 0.4] and high[0] == 10
+        assert axes.get_title() == "caption"
+
+
+class TestSteps:
+    def test_equal_ratios_are_equally_far_apart(self) -> None:
+        """Most of what normalisation changes happens early."""
+        for figure in (accuracy_figure({"": ACCURACY}), percentiles_figure({"": PERCENTILES})):
+            (axes,) = figure.axes
+            places = axes.transData.transform([(step, 0.5) for step in (10, 100, 1000)])[:, 0]
+            assert places[1] - places[0] == pytest.approx(places[2] - places[1])
+
+    def test_step_0_has_its_place(self) -> None:
+        (axes,) = percentiles_figure({"": PERCENTILES}).axes
+        assert axes.get_xlim()[0] <= 0
+        zero, one = axes.transData.transform([(0, 0.5), (1, 0.5)])[:, 0]
+        assert np.isfinite(zero)
+        assert zero < one
+
+
+class TestComparison:
+    @pytest.mark.parametrize("labels", [["with"], ["with", "without"]], ids=["one", "two"])
+    def test_accuracy_of_all_then_percentiles_of_each(self, labels: list[str]) -> None:
+        accuracy, *panels = comparison_figure({label: RUN for label in labels}).axes
+        assert lines(accuracy) == [ACCURACY] * len(labels)
+        assert legend(accuracy) == labels
+        assert [panel.get_title() for panel in panels] == labels
+        for panel in panels:
+            assert sorted(lines(panel)) == sorted(PERCENTILES.values())
+
+
+class TestBatchNorm:
+    def test_a_panel_for_each_number_a_line_for_each_layer(self) -> None:
+        metrics = monitored()
+        panels = batch_norm_figure({"train/loss": ACCURACY, **metrics}).axes
+        assert len(panels) == len(NUMBERS)
+        for panel, number in zip(panels, NUMBERS, strict=True):
+            expected = [metrics[f"batch_norm/network.{layer}/{number}"] for layer in range(2)]
+            assert lines(panel) == expected
+            assert panel.get_xlabel() == "training steps"
+            assert panel.get_xscale() == "log"
+        titles = [panel.get_title() for panel in panels]
+        assert len(set(titles)) == len(NUMBERS)
+        for title, word in zip(
+            titles, ("scale", "shift", "mean", "deviation", "dead"), strict=True
+        ):
+            assert word in title
+        low, high = panels[-1].get_ylim()
+        assert low <= 0 < 1 <= high
+
+    @pytest.mark.parametrize("layers", [1, 2, 12])
+    def test_layers_are_named_in_their_order(self, layers: int) -> None:
+        (found,) = batch_norm_figure(monitored(layers)).legends
+        names = [text.get_text() for text in found.get_texts()]
+        assert names == [f"network.{layer}" for layer in range(layers)]
+
+    def test_too_many_layers_are_not_named(self) -> None:
+        figure = batch_norm_figure(monitored(13))
+        assert not figure.legends
+        assert [len(panel.get_lines()) for panel in figure.axes] == [13] * len(NUMBERS)
+
+    @pytest.mark.parametrize("layers", [2, 30])
+    def test_the_darkest_is_nearest_to_the_input(self, layers: int) -> None:
+        for panel in batch_norm_figure(monitored(layers)).axes:
+            colours = [to_rgb(line.get_color()) for line in panel.get_lines()]
+            brightness = [0.3 * red + 0.6 * green + 0.1 * blue for red, green, blue in colours]
+            assert brightness == sorted(set(brightness))
+
+    def test_layers_keep_their_colour_in_each_panel(self) -> None:
+        """Also where one of them has no running statistics."""
+        metrics = monitored(3)
+        for number in ("mean_distance", "log_std_distance"):
+            del metrics[f"batch_norm/network.0/{number}"]
+        scale, _, mean, *_ = batch_norm_figure(metrics).axes
+        colours = {line.get_label(): line.get_color() for line in scale.get_lines()}
+        assert len(mean.get_lines()) == 2
+        for line in mean.get_lines():
+            assert line.get_color() == colours[line.get_label()]
+
+    def test_a_compiled_network_logs_two_numbers(self) -> None:
+        figure = batch_norm_figure(monitored(2, ("scale", "shift")))
+        assert [len(panel.get_lines()) for panel in figure.axes] == [2, 2, 0, 0, 0]
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+            "network.0",
+            "network.1",
+        ]
+
+    def test_a_single_look_is_seen(self) -> None:
+        for panel in batch_norm_figure(monitored(steps=(1,))).axes:
+            assert all(line.get_marker() == "." for line in panel.get_lines())
+
+    def test_a_layer_with_slashes_in_its_name(self) -> None:
+        series = [(1, 0.5), (2, 0.25)]
+        figure = batch_norm_figure({"batch_norm/a/b/scale": series})
+        assert lines(figure.axes[0]) == [series]
+        assert figure.legends[0].get_texts()[0].get_text() == "a/b"
+
+
+class TestSave:
+    def test_png_and_svg(self, tmp_path: Path) -> None:
+        save(accuracy_figure({"": ACCURACY}), tmp_path / "new/folder/accuracy")
+        assert {path.name for path in (tmp_path / "new/folder").iterdir()} == {
+            "accuracy.png",
+            "accuracy.svg",
+        }
+        assert (tmp_path / "new/folder/accuracy.png").read_bytes().startswith(b"\x89PNG\r\n")
+        text = (tmp_path / "new/folder/accuracy.svg").read_text()
+        assert text.startswith("<?xml")
+        assert text.rstrip().endswith("</svg>")
+
+    def test_a_name_with_a_dot(self, tmp_path: Path) -> None:
+        save(accuracy_figure({"": ACCURACY}), tmp_path / "lr-0.5")
+        assert {path.name for path in tmp_path.iterdir()} == {"lr-0.5.png", "lr-0.5.svg"}
+
+    @pytest.mark.parametrize("suffix", ["png", "svg"])
+    @pytest.mark.parametrize("twice", ["figure", "drawing"])
+    def test_the_same_figure_gives_the_same_bytes(
+        self, tmp_path: Path, suffix: str, twice: str
+    ) -> None:
+        figure: Any = comparison_figure({"with": RUN, "without": RUN})
+        for name in ("first", "second"):
+            save(figure, tmp_path / name)
+            if twice == "drawing":
+                figure = comparison_figure({"with": RUN, "without": RUN})
+        first, second = (tmp_path / f"{name}.{suffix}" for name in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+class TestRun:
+    ALL = {**RUN, **monitored()}
+    FILES = {
+        f"{name}.{suffix}"
+        for name in ("accuracy", "percentiles", "batch_norm")
+        for suffix in ("png", "svg")
+    }
+
+    def run(self, directory: Path, metrics: dict[str, Any]) -> set[str]:
+        logger = MetricsCSVLogger(directory)
+        for name, points in metrics.items():
+            for step, value in points:
+                logger.log_metrics({name: value}, step)
+        logger.save()
+        draw_run(directory)
+        return {path.name for path in directory.glob("figures/*")}
+
+    def test_all_that_was_logged(self, tmp_path: Path) -> None:
+        assert self.run(tmp_path, self.ALL) == self.FILES
+
+    @pytest.mark.parametrize(
+        ("metrics", "names"),
+        [
+            ({"test/accuracy": ACCURACY}, {"accuracy"}),
+            (PERCENTILES, {"percentiles"}),
+            ({"train/loss": ACCURACY}, set()),
+            ({}, set()),
+        ],
+        ids=["accuracy", "percentiles", "none_of_them", "nothing"],
+    )
+    def test_what_was_not_logged_is_left_out(
+        self, tmp_path: Path, metrics: dict[str, Any], names: set[str]
+    ) -> None:
+        expected = {file for file in self.FILES if file.partition(".")[0] in names}
+        assert self.run(tmp_path, metrics) == expected
+
+    def test_a_diverged_run_is_drawn_as_far_as_it_came(self, tmp_path: Path) -> None:
+        nan = float("nan")
+        metrics = {name: [(1, 1.0), (2, nan)] for name in (*PERCENTILES, *monitored())}
+        assert self.run(tmp_path, {**metrics, "test/accuracy": ACCURACY[:1]}) == self.FILES
