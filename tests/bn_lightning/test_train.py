@@ -259,7 +259,7 @@ def read_trials(sweep):
 
 def test_all_ranks_of_a_trial_share_its_configuration(tmp_path):
     here = Path(__file__)
-    checkout = [str(here.parent), str(here.parents[2]), str(here.parents[2] / "sweeps")]
+    checkout = [str(here.parents[1] / "support"), str(here.parents[2]), str(here.parents[2] / "sweeps")]
     done = subprocess.run(
         [sys.executable, "-m", "bn_lightning.train", *SWEEP, "trainer=ddp_sim", "logger={}",
          "trainer.max_steps=2", "trainer.val_check_interval=1",
