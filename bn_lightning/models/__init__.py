@@ -1,1 +1,1 @@
-"""Networks, their initialisation, and the LightningModule that trains them."""
+"""Networks, their initialization, and the LightningModules that train them."""

@@ -1,4 +1,4 @@
-"""The classifier of two classes by one logit: binary cross-entropy, accuracy and AUROC."""
+"""The LightningModule for two classes and one logit: accuracy and AUROC."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,21 +17,21 @@ from bn_lightning.models.classifier import Classifier
 
 
 class BinaryClassifier(Classifier):
-    """Trains `network` to tell class 1 from class 0 by the binary cross-entropy of one logit.
+    """Trains `network` to tell class 1 from class 0, with binary cross-entropy on one logit.
 
         P(class 1) = sigmoid(logit)
 
-    Logs what `Classifier` does, with the area under the ROC curve, `val/auroc` and `test/auroc`, in
-    the place of top-5 accuracy: the probability that a sample of class 1 gets a larger logit than
-    one of class 0. Accuracy counts a probability above .5 as class 1.
+    Logs what `Classifier` logs, but instead of top-5 accuracy `val/auroc` and `test/auroc` (in
+    [0, 1]): the area under the ROC curve, which is the probability that a sample of class 1 gets a
+    larger logit than a sample of class 0. Accuracy predicts class 1 above a probability of 0.5.
 
     Args:
         network: maps inputs (N, ...) to logits (N, 1).
-        optimizer: called with the parameters, returns the optimiser.
-        scheduler: called with the optimiser, returns a scheduler stepped after every batch.
+        optimizer: takes the parameters and returns the optimizer.
+        scheduler: takes the optimizer and returns a scheduler, stepped after every batch.
 
     Raises:
-        ValueError: in training or evaluation, a network with other than one output.
+        ValueError: In training or evaluation, if the network does not have exactly one output.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class BinaryClassifier(Classifier):
 
     @override
     def loss(self, logits: Float[Tensor, "N 1"], target: Int[Tensor, "N"]) -> Float[Tensor, ""]:
-        """The mean binary cross-entropy, in nats."""
+        """Return the mean binary cross-entropy in nats."""
         if logits.shape[1:] != (1,):
             raise ValueError(
-                f"`network` expected to give one logit for each sample, got {tuple(logits.shape)}"
+                f"expected `network` to return logits of shape (N, 1), got {tuple(logits.shape)}"
             )
         return F.binary_cross_entropy_with_logits(logits[:, 0], target.to(logits.dtype))
 
     @override
-    def predicted(self, logits: Float[Tensor, "N 1"]) -> Int[Tensor, "N"]:
+    def predicted_classes(self, logits: Float[Tensor, "N 1"]) -> Int[Tensor, "N"]:
         return (logits[:, 0] > 0).long()
 
     @override
@@ -60,18 +60,18 @@ class BinaryClassifier(Classifier):
         return torch.cat([-logits, logits], dim=1).sigmoid()
 
     @override
-    def scores(self, logits: Float[Tensor, "N 1"]) -> Float[Tensor, "N"]:
-        # Probabilities: torchmetrics takes logits that all lie in [0, 1] for such.
+    def metric_inputs(self, logits: Float[Tensor, "N 1"]) -> Float[Tensor, "N"]:
+        # torchmetrics would take logits that all lie in [0, 1] for probabilities.
         return logits[:, 0].sigmoid()
 
     @override
-    def metrics(self) -> dict[str, Metric]:
+    def make_metrics(self) -> dict[str, Metric]:
         return {
             "accuracy": BinaryAccuracy(validate_args=False),
             "auroc": BinaryAUROC(validate_args=False),
         }
 
     @override
-    def guess(self) -> dict[str, float]:
-        """The loss, and each of `metrics`, of a coin, whatever the classes' shares."""
+    def chance_level(self) -> dict[str, float]:
+        """Return the loss and metrics of tossing a coin, whatever the sizes of the classes."""
         return {"loss": math.log(2), "accuracy": 0.5, "auroc": 0.5}

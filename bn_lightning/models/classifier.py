@@ -1,4 +1,4 @@
-"""The LightningModule: a network, an optimiser factory, cross-entropy and its metrics."""
+"""The LightningModule that trains a classifier and measures it."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,25 +20,28 @@ Batch = Sequence[Tensor]
 
 
 class Classifier(LightningModule):
-    """Trains `network` to tell `num_classes` classes apart by cross-entropy.
+    """Trains `network` to classify inputs, with cross-entropy.
 
-    Logs `train/loss` (nats) and `train/accuracy` (of the batch) every `log_every_n_steps` steps of
-    the Trainer. Each evaluation logs loss (nats), accuracy and top-5 accuracy over the whole set:
-    `val/loss`, `val/accuracy`, `val/accuracy_top5` for the first validation loader, `test/...` for
-    the second, so that test accuracy can be drawn against steps, and `test/...` for `test`. `step`,
-    the x axis of all of them, counts the optimiser's steps. Accuracies lie in [0, 1].
+    Logs, with the optimizer step as the x axis `step`:
+        `train/loss` (nats), `train/accuracy` (in [0, 1]): of one batch, every `log_every_n_steps`
+            steps of the Trainer.
+        `val/loss` (nats), `val/accuracy`, `val/accuracy_top5` (in [0, 1]): of the whole validation
+            set, at each validation.
+        `test/loss`, `test/accuracy`, `test/accuracy_top5`: of the whole test set, in `test`, and at
+            each validation if there is a second validation loader.
 
     Args:
         network: maps inputs (N, ...) to logits (N, num_classes).
-        optimizer: called with the parameters, returns the optimiser.
-        scheduler: called with the optimiser, returns a scheduler stepped after every batch.
-        num_classes: at least 2.
-        channels_last: keep the network's 4d weights, and with them what its convolutions compute,
-            in the memory format NHWC.
-        compile: compile the network by torch.compile when it is first called; its state_dict stays.
+        optimizer: takes the parameters and returns the optimizer.
+        scheduler: takes the optimizer and returns a scheduler, stepped after every batch.
+        num_classes: number of classes, at least 2.
+        channels_last: whether to store the network's 4D weights in the memory format NHWC, which
+            its convolutions then compute in.
+        compile: whether to compile the network with torch.compile at its first call. The keys of
+            the state_dict do not change.
 
     Raises:
-        ValueError: a number of classes below 2, or a switch that is neither true nor false.
+        ValueError: If `num_classes` is below 2, or `channels_last` or `compile` is not a bool.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1.
     """
@@ -49,17 +52,18 @@ class Classifier(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         num_classes: int = 10,
+        *,
         channels_last: bool = False,
         compile: bool = False,
     ) -> None:
         if num_classes < 2:
-            raise ValueError(f"`num_classes` expected at least 2, got {num_classes}")
+            raise ValueError(f"expected `num_classes` to be at least 2, got {num_classes}")
         for name, value in (("channels_last", channels_last), ("compile", compile)):
             if type(value) is not bool:
-                raise ValueError(f"`{name}` expected true or false, got {value!r}")
+                raise ValueError(f"expected `{name}` to be true or false, got {value!r}")
         super().__init__()
         if channels_last:
-            # Convolutions take the format of their weights, whatever that of their input.
+            # A convolution computes in the memory format of its weights, not of its input.
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
             network.compile()
@@ -71,11 +75,10 @@ class Classifier(LightningModule):
             {
                 name: MetricCollection(
                     {
-                        # A diverged network's loss is NaN, and is reported so: NaN stays NaN. The
-                        # strategy "disable" would leave it so too, but in torchmetrics 1.9 it drops
-                        # the weights.
+                        # Keeps NaN, the loss of a diverged network. The strategy "disable" would
+                        # keep it too, but ignores the weights in torchmetrics 1.9.
                         "loss": MeanMetric(nan_strategy=float("nan")),
-                        **self.metrics(),
+                        **self.make_metrics(),
                     },
                     prefix=f"{name}/",
                     compute_groups=False,
@@ -86,8 +89,8 @@ class Classifier(LightningModule):
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning writes the running hook's name to its module some forty times a step, and
-        # nn.Module's own __setattr__ makes that 6% of a step of a small network.
+        # Lightning sets the name of the current hook about forty times per step. With nn.Module's
+        # __setattr__ that takes 6% of a step of a small network.
         if type(value) is str:
             object.__setattr__(self, name, value)
         else:
@@ -95,20 +98,16 @@ class Classifier(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Refuses data with more classes than the network can tell apart.
-
-        Args:
-            stage: ignored.
+        """Check that the network has an output for every class of the data.
 
         Raises:
-            ValueError: the data module's `num_classes` is above this one's.
+            ValueError: If the data module has a `num_classes` above this module's.
         """
-        # The data module has been set up by now. One that does not say how many is not asked.
         classes = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
         if classes is not None and classes > self.num_classes:
             raise ValueError(
-                f"`num_classes` expected at least the {classes} classes of the data, got"
-                f" {self.num_classes}; set model.num_classes={classes}"
+                f"expected `num_classes` to be at least {classes}, the number of classes of the"
+                f" data, got {self.num_classes}; set model.num_classes={classes}"
             )
 
     @override
@@ -120,10 +119,10 @@ class Classifier(LightningModule):
         x, target = batch
         logits = self.network(x)
         loss = self.loss(logits, target)
-        # Through self.log on every step, Lightning would spend longer on the log than on the step.
+        # Calling self.log on every step would take longer than the step itself.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         if every and (self.global_step + 1) % every == 0:
-            accuracy = (self.predicted(logits.detach()) == target).float().mean()
+            accuracy = (self.predicted_classes(logits.detach()) == target).float().mean()
             self.log_dict(
                 {
                     "train/loss": loss.detach(),
@@ -137,7 +136,7 @@ class Classifier(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if dataloader_idx > 1:
             raise ValueError(
-                "Classifier expected at most two validation loaders, validation and test, got "
+                "expected `val_dataloaders` to be at most two, validation and test, got "
                 f"{dataloader_idx + 1} or more"
             )
         self._evaluate(("val", "test")[dataloader_idx], batch)
@@ -160,38 +159,38 @@ class Classifier(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = _made("optimizer", self.optimizer_factory, self.network.parameters())
+        optimizer = _call_factory("optimizer", self.optimizer_factory, self.network.parameters())
         if self.scheduler_factory is None:
             return optimizer
-        scheduler = _made("scheduler", self.scheduler_factory, optimizer)
+        scheduler = _call_factory("scheduler", self.scheduler_factory, optimizer)
         lr_scheduler = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
 
     def chance_metrics(self) -> dict[str, float]:
-        """The metrics of a guess, the score of a run that diverged: loss ln(num_classes)."""
-        guess = self.guess()
-        return {f"{split}/{name}": v for split in ("val", "test") for name, v in guess.items()}
+        """Return the metrics of random guessing, which stand in for those of a diverged run."""
+        chance = self.chance_level()
+        return {f"{split}/{name}": v for split in ("val", "test") for name, v in chance.items()}
 
-    # What another kind of classifier has in its own way.
+    # Subclasses for other kinds of classification override the methods below.
 
     def loss(self, logits: Float[Tensor, "N K"], target: Int[Tensor, "N"]) -> Float[Tensor, ""]:
-        """The mean cross-entropy, in nats."""
+        """Return the mean cross-entropy in nats."""
         return F.cross_entropy(logits, target)
 
-    def predicted(self, logits: Float[Tensor, "N K"]) -> Int[Tensor, "N"]:
-        """The most likely classes."""
+    def predicted_classes(self, logits: Float[Tensor, "N K"]) -> Int[Tensor, "N"]:
+        """Return the most likely class of each sample."""
         return logits.argmax(1)
 
     def probabilities(self, logits: Float[Tensor, "N K"]) -> Tensor:
-        """What `predict` returns, (N, num_classes), rows that sum to 1."""
+        """Return class probabilities (N, num_classes), the output of `predict`."""
         return logits.softmax(1)
 
-    def scores(self, logits: Float[Tensor, "N K"]) -> Tensor:
-        """What `metrics` are updated with, beside the targets."""
+    def metric_inputs(self, logits: Float[Tensor, "N K"]) -> Tensor:
+        """Return what the metrics are updated with, together with the targets."""
         return logits
 
-    def metrics(self) -> dict[str, Metric]:
-        """What an evaluation measures beside the loss, anew in each call."""
+    def make_metrics(self) -> dict[str, Metric]:
+        """Return new metrics, which an evaluation computes besides the loss."""
         classes = self.num_classes
         return {
             "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
@@ -200,8 +199,8 @@ class Classifier(LightningModule):
             ),
         }
 
-    def guess(self) -> dict[str, float]:
-        """The loss, and each of `metrics`, of a guess among classes of equal size."""
+    def chance_level(self) -> dict[str, float]:
+        """Return the loss and metrics of random guessing among classes of equal size."""
         return {
             "loss": math.log(self.num_classes),
             "accuracy": 1 / self.num_classes,
@@ -213,10 +212,10 @@ class Classifier(LightningModule):
         logits = self.network(x)
         metrics = cast(MetricCollection, self.evaluations[name])
         metrics["loss"].update(self.loss(logits, target), weight=len(target))
-        scores = self.scores(logits)
-        for measure, metric in metrics.items(keep_base=True):
-            if measure != "loss":
-                metric.update(scores, target)
+        inputs = self.metric_inputs(logits)
+        for metric_name, metric in metrics.items(keep_base=True):
+            if metric_name != "loss":
+                metric.update(inputs, target)
 
     def _log_evaluations(self) -> None:
         values: dict[str, Any] = {"step": float(self.global_step)}
@@ -225,12 +224,12 @@ class Classifier(LightningModule):
             if metrics["loss"].update_called:
                 values |= metrics.compute()
                 metrics.reset()
-        # Computed over all ranks already; without sync_dist Lightning would warn that it is not.
+        # torchmetrics has reduced the values over all ranks; sync_dist only avoids a warning.
         self.log_dict(values, sync_dist=True)
 
 
-def _made(name: str, factory: Callable[[Any], Any], over: Any) -> Any:
+def _call_factory(name: str, factory: Callable[[Any], Any], argument: Any) -> Any:
     try:
-        return factory(over)
+        return factory(argument)
     except TypeError as error:
-        raise ValueError(f"`{name}` expected arguments that it takes: {error}") from error
+        raise ValueError(f"expected `{name}` to have arguments that it takes: {error}") from error

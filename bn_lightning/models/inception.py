@@ -1,4 +1,4 @@
-"""BN-Inception, and the Inception it was made from, which is the same network without BatchNorm."""
+"""BN-Inception, and Inception, which is the same network without BatchNorm."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,23 +9,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bn_lightning.models.convolution import ConvLayer, check_ends
+from bn_lightning.models.layers import ConvLayer, check_positive_integers
 from bn_lightning.models.normalization import NormFactory
 
-Activation = Literal["relu", "sigmoid"]
+InceptionActivation = Literal["relu", "sigmoid"]
 
 
-class Branches(NamedTuple):
+class BlockChannels(NamedTuple):
     """Output channels of one block's convolutions, a row of the paper's Figure 5.
 
-    `reduce_3x3` and `reduce_double_3x3` are of the 1x1 convolutions before a branch's 3x3 ones, of
-    which the double branch has two. A block without `one` and `projection` halves height and width:
-    its last convolutions and its pooling have stride 2.
+    Attributes:
+        conv_1x1: of the 1x1 branch. 0 for none: the block then halves height and width by stride 2
+            in its last convolutions and its pooling.
+        reduce_3x3: of the 1x1 convolution before the 3x3 convolution.
+        conv_3x3: of the 3x3 convolution.
+        reduce_double_3x3: of the 1x1 convolution before the two 3x3 convolutions.
+        double_3x3: of each of the two 3x3 convolutions.
+        pool: kind of pooling, "avg" or "max".
+        projection: of the 1x1 convolution after the pooling; 0 for none.
     """
 
-    one: int
+    conv_1x1: int
     reduce_3x3: int
-    three: int
+    conv_3x3: int
     reduce_double_3x3: int
     double_3x3: int
     pool: Literal["avg", "max"]
@@ -33,108 +39,115 @@ class Branches(NamedTuple):
 
 
 FIGURE_5 = {
-    "3a": Branches(64, 64, 64, 64, 96, "avg", 32),
-    "3b": Branches(64, 64, 96, 64, 96, "avg", 64),
-    "3c": Branches(0, 128, 160, 64, 96, "max", 0),
-    "4a": Branches(224, 64, 96, 96, 128, "avg", 128),
-    "4b": Branches(192, 96, 128, 96, 128, "avg", 128),
-    "4c": Branches(160, 128, 160, 128, 160, "avg", 128),
-    "4d": Branches(96, 128, 192, 160, 192, "avg", 128),
-    "4e": Branches(0, 128, 192, 192, 256, "max", 0),
-    "5a": Branches(352, 192, 320, 160, 224, "avg", 128),
-    "5b": Branches(352, 192, 320, 192, 224, "max", 128),
+    "3a": BlockChannels(64, 64, 64, 64, 96, "avg", 32),
+    "3b": BlockChannels(64, 64, 96, 64, 96, "avg", 64),
+    "3c": BlockChannels(0, 128, 160, 64, 96, "max", 0),
+    "4a": BlockChannels(224, 64, 96, 96, 128, "avg", 128),
+    "4b": BlockChannels(192, 96, 128, 96, 128, "avg", 128),
+    "4c": BlockChannels(160, 128, 160, 128, 160, "avg", 128),
+    "4d": BlockChannels(96, 128, 192, 160, 192, "avg", 128),
+    "4e": BlockChannels(0, 128, 192, 192, 256, "max", 0),
+    "5a": BlockChannels(352, 192, 320, 160, 224, "avg", 128),
+    "5b": BlockChannels(352, 192, 320, 192, 224, "max", 128),
 }
-"""The paper's Figure 5. It lists 576 outputs of 4c and 4d, whose branches sum to 608: 608 here."""
+"""The paper's Figure 5. It lists 576 outputs for 4c and 4d, but their branches sum to 608."""
 
 
 class InceptionBlock(nn.Module):
-    """The branches of one row of `FIGURE_5` side by side, their outputs one after another.
+    """The parallel branches of one row of `FIGURE_5`, their outputs concatenated.
 
-    Maps (N, inputs, H, W) to (N, outputs, H, W), or to half the height and width, rounded up.
+    Maps (N, C, H, W) to (N, out_channels, H, W), or to half the height and width, rounded up.
 
     Args:
-        inputs: channels.
-        row: the branches' channels; without `one` the block halves height and width.
-        conv: makes a convolution with its normalisation and activation, as `ConvLayer`.
+        in_channels: number of input channels C.
+        channels: output channels of the branches.
+        conv: builds a convolution with its normalization and activation, as `ConvLayer` does.
     """
 
-    def __init__(self, inputs: int, row: Branches, conv: Callable[..., ConvLayer]) -> None:
+    def __init__(
+        self, in_channels: int, channels: BlockChannels, conv: Callable[..., ConvLayer]
+    ) -> None:
         super().__init__()
-        stride = 1 if row.one else 2
+        stride = 1 if channels.conv_1x1 else 2
         branches: dict[str, nn.Module] = {}
-        if row.one:
-            branches["one"] = conv(inputs, row.one, 1)
+        if channels.conv_1x1:
+            branches["one"] = conv(in_channels, channels.conv_1x1, 1)
         branches["three"] = nn.Sequential(
-            conv(inputs, row.reduce_3x3, 1), conv(row.reduce_3x3, row.three, 3, stride=stride)
+            conv(in_channels, channels.reduce_3x3, 1),
+            conv(channels.reduce_3x3, channels.conv_3x3, 3, stride=stride),
         )
         branches["double_three"] = nn.Sequential(
-            conv(inputs, row.reduce_double_3x3, 1),
-            conv(row.reduce_double_3x3, row.double_3x3, 3),
-            conv(row.double_3x3, row.double_3x3, 3, stride=stride),
+            conv(in_channels, channels.reduce_double_3x3, 1),
+            conv(channels.reduce_double_3x3, channels.double_3x3, 3),
+            conv(channels.double_3x3, channels.double_3x3, 3, stride=stride),
         )
         pool: nn.Module
-        if row.pool == "max":
+        if channels.pool == "max":
             pool = nn.MaxPool2d(3, stride, padding=1)
         else:
             pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
+        if channels.projection:
+            pool = nn.Sequential(pool, conv(in_channels, channels.projection, 1))
         branches["pool"] = pool
-        if row.projection:
-            branches["pool"] = nn.Sequential(pool, conv(inputs, row.projection, 1))
         self.branches = nn.ModuleDict(branches)
-        self.outputs = row.one + row.three + row.double_3x3 + (row.projection or inputs)
+        pooled = channels.projection or in_channels
+        self.out_channels = channels.conv_1x1 + channels.conv_3x3 + channels.double_3x3 + pooled
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D I J"]:
         return torch.cat([branch(x) for branch in self.branches.values()], 1)
 
 
 class Inception(nn.Module):
-    """The network of the paper's ImageNet experiment, with normalisation or without.
+    """The network of the paper's ImageNet experiment, with or without normalization.
 
-    With 1,000 classes, three channels, BatchNorm and `bias` it has 11,295,240 parameters, 20,032 of
-    them BatchNorm's and 10,016 the biases it makes redundant. At 224 pixels the blocks 3a to 3c see
-    28x28, 4a to 4e 14x14 and 5a and 5b 7x7, as in the paper; any other size works, for the last
-    pooling is over all that is left.
+    With 1,000 classes, three channels, BatchNorm and `bias` it has 11,295,240 parameters: 20,032 of
+    BatchNorm and 10,016 redundant biases. For images of 224x224 pixels, blocks 3a to 3c work at
+    28x28, 4a to 4e at 14x14, and 5a and 5b at 7x7, as in the paper. Other sizes work too, because
+    the last pooling is global.
 
-    Not as in the paper, or not stated there: the first convolution is a plain one, as in public
-    implementations, where the paper's is separable with depth multiplier 8; pooling pads like the
-    convolutions beside it and leaves the padding out of averages; GoogLeNet's auxiliary classifiers
-    are left out. The paper counts 13.6 million parameters for its own.
+    It differs from the paper, which counts 13.6 million parameters, or fills in what the paper does
+    not state:
+        The first convolution is plain, as in public implementations, not separable with depth
+        multiplier 8.
+        Pooling pads as the convolutions beside it do; averages exclude the padding.
+        GoogLeNet's auxiliary classifiers are left out.
 
     Args:
-        in_channels: channels of the images.
-        num_classes: logits.
+        in_channels: number of image channels.
+        num_classes: number of logits.
         activation: "relu", or "sigmoid" as in BN-x5-Sigmoid.
-        norm: builds the normalisation between each of the 69 convolutions and its activation; None
-            for none.
-        bias: of the convolutions; kept under BatchNorm so that both arms hold the same weights.
-        dropout: probability in [0, 1) with which a feature is dropped before the linear layer.
-        local_response_norm: normalise across channels after the first and before the second
-            pooling, as GoogLeNet does (over 5 channels, alpha 1e-4, beta .75, k 1: Caffe's, for the
-            papers give none).
+        norm: builds the normalization between each of the 69 convolutions and its activation; None
+            for no normalization.
+        bias: whether the convolutions have a bias, redundant under BatchNorm; keep it there to
+            compare networks with the same weights.
+        dropout: probability in [0, 1) of dropping a feature before the linear output.
+        local_response_norm: whether to normalize across channels after the first and before the
+            second pooling, as GoogLeNet does, with Caffe's values because the papers give none:
+            5 channels, alpha 1e-4, beta 0.75, k 1.
 
     Raises:
-        ValueError: a size that is not a positive integer, an unknown activation, a probability out
-            of range.
+        ValueError: If a size is not a positive integer, the activation is unknown, or `dropout` is
+            outside [0, 1).
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.2 and Figure 5; Szegedy et al. 2014,
-    arXiv 1409.4842, for dropout and local response normalisation.
+    arXiv 1409.4842, for dropout and local response normalization.
     """
 
     def __init__(
         self,
         in_channels: int,
         num_classes: int,
-        activation: Activation,
+        activation: InceptionActivation,
         norm: NormFactory | None,
         bias: bool,
         dropout: float,
         local_response_norm: bool,
     ) -> None:
-        check_ends(in_channels, num_classes)
-        if activation not in get_args(Activation):
-            raise ValueError(f"`activation` expected relu or sigmoid, got {activation!r}")
+        check_positive_integers(in_channels=in_channels, num_classes=num_classes)
+        if activation not in get_args(InceptionActivation):
+            raise ValueError(f"expected `activation` to be relu or sigmoid, got {activation!r}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` expected a number in [0, 1), got {dropout}")
+            raise ValueError(f"expected `dropout` to be in [0, 1), got {dropout}")
         super().__init__()
 
         conv = partial(ConvLayer, bias=bias, norm=norm, activation=activation)
@@ -155,10 +168,10 @@ class Inception(nn.Module):
         )
         channels = 192
         self.blocks = nn.Sequential()
-        for name, row in FIGURE_5.items():
-            block = InceptionBlock(channels, row, conv)
+        for name, block_channels in FIGURE_5.items():
+            block = InceptionBlock(channels, block_channels, conv)
             self.blocks.add_module(name, block)
-            channels = block.outputs
+            channels = block.out_channels
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(channels, num_classes)
 

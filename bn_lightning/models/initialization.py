@@ -1,8 +1,8 @@
-"""Initial weights from one seeded stream, the same for networks with and without BatchNorm.
+"""Initial weights from one seeded generator, the same for networks with and without BatchNorm.
 
-`initialize` walks a network's linear and convolution layers in the order in which they were
-registered and draws every weight from one generator. Normalisation layers draw nothing, so two
-networks that differ only in them start from the same weights: the arms of a comparison are paired.
+`initialize` goes through a network's linear and convolution layers in the order of registration and
+draws every weight from one generator. Normalization layers draw nothing, so two networks that
+differ only in normalization start from the same weights and can be compared as a pair.
 """
 
 from collections.abc import Callable
@@ -14,29 +14,24 @@ from torch import Tensor, nn
 Scheme = Callable[[Tensor, torch.Generator], object]
 """Fills a weight (out_features, in_features, *kernel) in place from the generator."""
 
-_WEIGHTED = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-)
+_INITIALIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def initialize(network: nn.Module, scheme: Scheme, seed: int) -> None:
-    """Fill the weights of linear and convolution layers by `scheme`, and their biases with 0.
+    """Fill the weights of linear and convolution layers with `scheme`, and their biases with 0.
 
-    Other layers, transposed convolutions among them, keep what they have.
+    Other layers, including transposed convolutions, keep their values.
 
     Args:
-        network: changed in place, whatever the device its parameters are on.
-        scheme: one of this module's functions with its own arguments bound, or the user's own.
-        seed: of the stream of random numbers; the global stream is left alone.
+        network: modified in place; its parameters may be on any device.
+        scheme: a function of this module with its keyword arguments bound, or a user's own.
+        seed: seed of the generator. The global random state is not used.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
-        if isinstance(module, _WEIGHTED):
-            # Drawn on the CPU, so that a seed gives the same weights on every device,
-            # and contiguous, so in every memory format.
+        if isinstance(module, _INITIALIZED):
+            # On the CPU and contiguous, so that a seed gives the same weights on every device and
+            # in every memory format.
             weight = torch.empty(module.weight.shape, dtype=module.weight.dtype)
             scheme(weight, generator)
             with torch.no_grad():
@@ -46,44 +41,44 @@ def initialize(network: nn.Module, scheme: Scheme, seed: int) -> None:
 
 
 def normal(weight: Tensor, generator: torch.Generator, *, std: float) -> None:
-    """w ~ N(0, std²). The paper's "small random Gaussian values" (section 4.1)."""
+    """Draw w ~ N(0, std²), the paper's "small random Gaussian values" (section 4.1)."""
     nn.init.normal_(weight, 0.0, std, generator=generator)
 
 
 def uniform(weight: Tensor, generator: torch.Generator, *, bound: float) -> None:
-    """w ~ U(-bound, bound)."""
+    """Draw w ~ U(-bound, bound)."""
     nn.init.uniform_(weight, -bound, bound, generator=generator)
 
 
 def zeros(weight: Tensor, generator: torch.Generator) -> None:
-    """w = 0: every unit of a layer stays the same as its neighbours."""
+    """Set w = 0. All units of a hidden layer then stay identical in training."""
     nn.init.zeros_(weight)
 
 
 def xavier(
     weight: Tensor, generator: torch.Generator, *, distribution: Literal["normal", "uniform"]
 ) -> None:
-    """Variance 2 / (fan_in + fan_out). Glorot & Bengio 2010, equation 16.
+    """Draw w with variance 2 / (fan_in + fan_out). Glorot & Bengio 2010, equation 16.
 
     Raises:
-        ValueError: `distribution` is neither normal nor uniform.
+        ValueError: If `distribution` is neither normal nor uniform.
     """
     fill = {"normal": nn.init.xavier_normal_, "uniform": nn.init.xavier_uniform_}
     if distribution not in fill:
-        raise ValueError(f"`distribution` expected normal or uniform, got {distribution!r}")
+        raise ValueError(f"expected `distribution` to be normal or uniform, got {distribution!r}")
     fill[distribution](weight, generator=generator)
 
 
 def he(weight: Tensor, generator: torch.Generator) -> None:
-    """w ~ N(0, 2 / fan_in). He et al. 2015, equation 10."""
+    """Draw w ~ N(0, 2 / fan_in). He et al. 2015, equation 10."""
     nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
 
 
 def lecun(weight: Tensor, generator: torch.Generator) -> None:
-    """w ~ N(0, 1 / fan_in). LeCun et al. 1998, Efficient BackProp, equation 16."""
+    """Draw w ~ N(0, 1 / fan_in). LeCun et al. 1998, Efficient BackProp, equation 16."""
     nn.init.kaiming_normal_(weight, nonlinearity="linear", generator=generator)
 
 
 def orthogonal(weight: Tensor, generator: torch.Generator, *, gain: float) -> None:
-    """Orthonormal rows or columns times `gain`. Saxe et al. 2014."""
+    """Draw orthonormal rows or columns, times `gain`. Saxe et al. 2014."""
     nn.init.orthogonal_(weight, gain, generator=generator)

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from bn_lightning.models.binary_classifier import BinaryClassifier
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # Lightning advises worker processes, which data of this size do not need.
+    # Lightning recommends worker processes, which data of this size do not need.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
 ]
 
@@ -39,7 +39,7 @@ def quiet(tmp_path) -> Trainer:
     ("scale", "shift"), [(2.0, 0.0), (0.1, 0.5)], ids=["any", "all logits in 0..1"]
 )
 def test_metrics_of_a_whole_set(tmp_path, scale: float, shift: float) -> None:
-    """Batches of unequal sizes; logits that all lie in [0, 1] are no probabilities."""
+    """With batches of different sizes, and with logits that all lie in [0, 1]."""
     random = np.random.default_rng(0)
     target = random.integers(2, size=50)
     logits = np.float32(np.clip(random.normal(target, 1), -4, 4) * scale + shift)
@@ -58,18 +58,18 @@ def test_predictions() -> None:
     found = module.predict_step([logits], 0)
     p = logits[:, 0].sigmoid()
     torch.testing.assert_close(found, torch.stack([1 - p, p], 1))
-    assert module.predicted(logits).tolist() == [0, 0, 1]
+    assert module.predicted_classes(logits).tolist() == [0, 0, 1]
 
 
-def test_a_guess_has_the_names_of_all_metrics() -> None:
+def test_chance_metrics_have_the_names_of_all_metrics() -> None:
     module = classifier(nn.Identity())
-    guess = module.chance_metrics()
+    chance = module.chance_metrics()
     names = {name for metrics in module.evaluations.values() for name in metrics}
-    assert guess.keys() == names
-    assert guess["test/loss"] == pytest.approx(0.6931472)
-    assert (guess["test/accuracy"], guess["val/auroc"]) == (0.5, 0.5)
+    assert chance.keys() == names
+    assert chance["test/loss"] == pytest.approx(0.6931472)
+    assert (chance["test/accuracy"], chance["val/auroc"]) == (0.5, 0.5)
 
 
 def test_a_network_of_two_outputs() -> None:
-    with pytest.raises(ValueError, match=r"one logit for each sample, got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"`network`.*got \(3, 2\)"):
         classifier(nn.Identity()).loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""The Classifier in a script of the user's own: a plain Trainer, torch's DataLoader, no Hydra."""
+"""Classifier in a plain script: a Trainer and torch's DataLoader, no Hydra."""
 
 import math
 from functools import partial
@@ -17,11 +17,11 @@ from bn_lightning import Classifier
 from bn_lightning.models.mlp import MLP
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # Lightning advises worker processes, which data of this size do not need.
+    # Lightning recommends worker processes, which data of this size do not need.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    # What Lightning says of a Trainer that only trains, and of a log less than once an epoch.
+    # Lightning warns about training without validation, and logging less than once per epoch.
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:The number of training batches.*"),
 ]
@@ -31,7 +31,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 class Recorder(Logger):
-    """Keeps what was logged as (step, metrics)."""
+    """Records what is logged as (step, metrics)."""
 
     name = version = "recorder"
 
@@ -84,7 +84,7 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
 
 
 def by_hand(module: Classifier, dataset: TensorDataset) -> dict[str, float]:
-    """Loss, accuracy and top-5 accuracy over a whole set, sample by sample."""
+    """Compute loss, accuracy and top-5 accuracy over a whole data set, sample by sample."""
     x, target = dataset.tensors
     module.eval()
     with torch.no_grad():
@@ -109,7 +109,7 @@ class TestTrainingLog:
             "train/loss",
             "train/accuracy",
         }
-        # Four batches an epoch: the steps go on across epochs.
+        # Four batches per epoch: steps continue across epochs.
         assert [step for step, _ in recorder.rows] == [3, 6, 9]
 
     def test_loss_and_accuracy_of_the_batch(self, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ class TestTrainingLog:
                 self, trainer: Trainer, pl_module: Classifier, batch: Any, batch_idx: int
             ) -> None:
                 x, target = batch
-                # As in training, but its running statistics must not move twice.
+                # As in training, but without updating the running statistics twice.
                 state = {k: v.clone() for k, v in pl_module.state_dict().items()}
                 with torch.no_grad():
                     logits = pl_module(x)
@@ -153,8 +153,8 @@ class TestTrainingLog:
         assert after["accuracy"] > 0.9
 
     @pytest.mark.parametrize("every", [0, 1], ids=["never", "every_step"])
-    def test_the_log_changes_no_weight(self, tmp_path: Path, every: int) -> None:
-        """A Trainer with `log_every_n_steps=0` logs nothing; it trains all the same."""
+    def test_logging_does_not_change_the_weights(self, tmp_path: Path, every: int) -> None:
+        """A Trainer with `log_every_n_steps=0` trains the same and logs nothing."""
         modules = [classifier(), classifier()]
         trainer(tmp_path, log_every_n_steps=1000).fit(modules[0], loader(40))
         trainer(tmp_path, log_every_n_steps=every).fit(modules[1], loader(40))
@@ -176,7 +176,7 @@ class TestEvaluation:
         run = trainer(tmp_path, logger=recorder, max_steps=9, val_check_interval=2)
         run.fit(module, loader(20), loader(11, seed=1))
         series = recorder.series("val/accuracy")
-        # Five batches an epoch, and Lightning counts the interval anew in each.
+        # Five batches per epoch; Lightning restarts the interval in each.
         assert list(series) == [2, 4, 7, 9]
         expected = by_hand(module, data(11, seed=1))
         assert recorder.series("val/loss")[9] == pytest.approx(expected["loss"])
@@ -258,7 +258,7 @@ class TestOptimisation:
                 rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
         scheduler = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
-        # Two batches an epoch: a scheduler stepped every epoch would give pairs.
+        # Two batches per epoch: a scheduler stepped every epoch would give pairs.
         trainer(tmp_path, Rates(), max_steps=5).fit(classifier(scheduler=scheduler), loader(8))
         assert rates == pytest.approx([0.1 * 0.5**step for step in range(5)])
 
@@ -277,7 +277,7 @@ class TestSpeed:
     def test_a_compiled_network_has_the_same_checkpoints(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # The graph as it is: to generate code from it would take half a minute.
+        # Backend eager, because generating code takes half a minute.
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         torch.compiler.reset()
         plain, compiled = classifier(), classifier(compile=True)
@@ -320,8 +320,8 @@ class TestUse:
         other.load_state_dict(checkpoint["state_dict"])
         assert torch.equal(other.network.output.weight, module.network.output.weight)
 
-    def test_it_goes_on_from_a_checkpoint(self, tmp_path: Path) -> None:
-        """With momentum, and a scheduler whose state counts, at the end of the second epoch."""
+    def test_resuming_from_a_checkpoint(self, tmp_path: Path) -> None:
+        """With momentum and a stateful scheduler, at the end of the second epoch."""
         options = {
             "optimizer": partial(SGD, momentum=0.9),
             "scheduler": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9),
@@ -338,9 +338,13 @@ class TestUse:
             assert torch.equal(ours, theirs)
 
     def test_chance(self) -> None:
-        guess = {"loss": math.log(7), "accuracy": 1 / 7, "accuracy_top5": 5 / 7}
+        chance = {"loss": math.log(7), "accuracy": 1 / 7, "accuracy_top5": 5 / 7}
         assert classifier().chance_metrics() == pytest.approx(
-            {f"{split}/{name}": value for split in ("val", "test") for name, value in guess.items()}
+            {
+                f"{split}/{name}": value
+                for split in ("val", "test")
+                for name, value in chance.items()
+            }
         )
         assert classifier(num_classes=3).chance_metrics()["test/accuracy_top5"] == 1
 
@@ -354,11 +358,11 @@ class TestUse:
 
     @pytest.mark.parametrize("classes", [1, 0, -3])
     def test_at_least_two_classes(self, classes: int) -> None:
-        with pytest.raises(ValueError, match=f"`num_classes` expected at least 2, got {classes}"):
+        with pytest.raises(ValueError, match=f"`num_classes`.*at least 2, got {classes}"):
             classifier(num_classes=classes)
 
-    def test_attributes_are_as_a_modules(self) -> None:
-        """Strings, which are set past torch's own `__setattr__`, and everything else."""
+    def test_attributes_work_as_in_any_module(self) -> None:
+        """Strings, which bypass torch's `__setattr__`, and all other values."""
         module = classifier()
         module.note = "first"
         module.note = "second"
@@ -371,7 +375,7 @@ class TestUse:
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 def test_data_with_more_classes_than_outputs(tmp_path: Path, stage: str) -> None:
-    """Refused before the first batch is asked for."""
+    """The error comes before the first batch is loaded."""
 
     class Data(LightningDataModule):
         def train_dataloader(self) -> Any:
@@ -382,5 +386,5 @@ def test_data_with_more_classes_than_outputs(tmp_path: Path, stage: str) -> None
     data = Data()
     data.num_classes = CLASSES + 1
     trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="at least the 8 classes of the data, got 7; set"):
+    with pytest.raises(ValueError, match="`num_classes`.*at least 8.*got 7; set"):
         getattr(trainer, stage)(classifier(), datamodule=data)

@@ -1,4 +1,4 @@
-"""The convolutional network: what stands in it, in which order, with which shapes."""
+"""CNN: its modules, their order and shapes."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ CONV_NORM, DENSE_NORM = ["Conv2d", "BatchNorm2d", *CONV[1:]], ["Linear", "BatchN
     ],
     ids=["throughout", "in the convolutions", "none", "no dense layer"],
 )
-def test_what_stands_in_it(options: dict[str, Any], layers: list[list[str]]) -> None:
+def test_modules_and_their_order(options: dict[str, Any], layers: list[list[str]]) -> None:
     assert kinds(cnn(**options)) == layers
 
 
@@ -64,14 +64,14 @@ def test_forward_is_that_formula(kernel_size: int, size: int) -> None:
             nn.init.normal_(module.bias)
     x = h = torch.randn(7, 1, size, size) + 1
 
-    def normalised(u: torch.Tensor, bn: Any) -> torch.Tensor:
+    def normalized(u: torch.Tensor, bn: Any) -> torch.Tensor:
         return F.batch_norm(u, None, None, bn.weight, bn.bias, training=True, eps=bn.eps)
 
     for layer in network.convolutions:
         u = F.conv2d(h, layer.conv.weight, layer.conv.bias, padding=kernel_size // 2)
-        h = F.max_pool2d(normalised(u, layer.norm).relu(), 2)
+        h = F.max_pool2d(normalized(u, layer.norm).relu(), 2)
     (dense,) = network.hidden
-    h = normalised(F.linear(h.reshape(7, -1), dense.linear.weight, dense.linear.bias), dense.norm)
+    h = normalized(F.linear(h.reshape(7, -1), dense.linear.weight, dense.linear.bias), dense.norm)
     expected = F.linear(h.relu(), network.output.weight, network.output.bias)
     torch.testing.assert_close(network(x), expected)
 
@@ -84,7 +84,7 @@ def test_the_network_of_the_experiment() -> None:
     assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)
 
 
-def test_dropout_is_of_the_last_dense_layer_and_of_training() -> None:
+def test_dropout_acts_on_the_last_dense_layer_in_training_only() -> None:
     network = cnn(dropout=1.0)
     nn.init.constant_(network.output.bias, 2.0)
     x = torch.randn(6, 1, 9, 9)
@@ -95,13 +95,13 @@ def test_dropout_is_of_the_last_dense_layer_and_of_training() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": []}, "some `channels`, got 1, 9, \\[\\]"),
-        ({"channels": [2, 0]}, "positive integers"),
-        ({"widths": [-5]}, "positive integers"),
-        ({"kernel_size": 2.5}, "positive integers"),
-        ({"kernel_size": 4}, "`kernel_size` expected an odd number of pixels, got 4"),
-        ({"image_size": 3}, "`image_size` expected at least 4 pixels for 2 convolutions.*got 3"),
-        ({"activation": "swoosh"}, "`activation` expected one of .*'swoosh'"),
+        ({"channels": []}, "`channels`.*\\[\\]"),
+        ({"channels": [2, 0]}, "`channels`.*positive integers"),
+        ({"widths": [-5]}, "`widths`.*positive integers"),
+        ({"kernel_size": 2.5}, "`kernel_size`.*positive integer"),
+        ({"kernel_size": 4}, "`kernel_size`.*odd.*4"),
+        ({"image_size": 3}, "`image_size`.*at least 4 pixels.*got 3"),
+        ({"activation": "swoosh"}, "`activation`.*'swoosh'"),
         ({"dropout": 1.5}, "dropout probability .*1.5"),
     ],
     ids=str,

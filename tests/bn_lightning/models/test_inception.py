@@ -1,4 +1,4 @@
-"""BN-Inception: the paper's table, its parameters to the last one, and its arms."""
+"""Inception: the paper's Figure 5, the number of parameters, with and without BatchNorm."""
 
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ def inception(**options: Any) -> Inception:
 
 
 def count(network: nn.Module, kind: type[nn.Module] = nn.Module, name: str = "") -> int:
-    """Parameters of the modules of a kind, those of a name where one is given."""
+    """Count the parameters of the modules of a class, or only those of one name."""
     return sum(
         parameter.numel()
         for module in network.modules()
@@ -87,7 +87,7 @@ class TestPaper:
     @pytest.mark.parametrize(
         ("activation", "kind"), [("relu", nn.ReLU), ("sigmoid", nn.Sigmoid)], ids=str
     )
-    def test_each_convolution_is_normalised_and_activated(
+    def test_each_convolution_is_normalized_and_activated(
         self, norm: Any, activation: str, kind: type[nn.Module]
     ) -> None:
         with torch.device("meta"):
@@ -98,7 +98,7 @@ class TestPaper:
         norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
         assert norms == (0 if norm is None else 69)
 
-    def test_local_response_norm_stands_where_googlenet_has_it(self) -> None:
+    def test_local_response_norm_is_where_googlenet_has_it(self) -> None:
         def kinds(network: Inception) -> list[str]:
             return [type(module).__name__ for module in network.stem]
 
@@ -121,7 +121,7 @@ class TestPaper:
         network(x)
         inputs = network.blocks(network.stem(x)).mean((2, 3))
         kept = seen[0] != 0
-        # 4,096 features, three standard deviations of a share.
+        # Three standard deviations of the share kept among 4,096 features.
         assert kept.float().mean() / (inputs != 0).float().mean() == pytest.approx(0.6, abs=0.03)
         torch.testing.assert_close(seen[0][kept], inputs[kept] / 0.6)
         network.eval()(x)
@@ -131,7 +131,7 @@ class TestPaper:
 class TestSizes:
     @pytest.mark.parametrize("size", [(64, 64), (33, 47), (1, 1)], ids=str)
     def test_any_size(self, size: tuple[int, int]) -> None:
-        # A single pixel: every pooling must pad as the convolutions beside it.
+        # With a single pixel, every pooling must pad as the convolutions beside it do.
         network = inception(in_channels=2, num_classes=7, norm=None)
         assert network(torch.randn(1, 2, *size)).shape == (1, 7)
 
@@ -142,7 +142,7 @@ class TestArms:
         ours, torchs = inception(norm=OURS), inception(norm=TORCH)
         ours.load_state_dict(torchs.state_dict())
         x = torch.randn(4, 3, 64, 64)
-        # 69 layers in fp32, whose sums are taken in another order.
+        # 69 layers in fp32 that sum in a different order.
         torch.testing.assert_close(ours(x), torchs(x), rtol=1e-4, atol=1e-4)
         for mine, other in zip(ours.buffers(), torchs.buffers(), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
@@ -166,8 +166,8 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"in_channels": 0}, "`in_channels`.*positive integers.*0"),
-            ({"num_classes": 2.5}, "`num_classes`.*positive integers.*2.5"),
+            ({"in_channels": 0}, "`in_channels`.*positive integer.*0"),
+            ({"num_classes": 2.5}, "`num_classes`.*positive integer.*2.5"),
             ({"activation": "tanh"}, "`activation`.*relu or sigmoid.*'tanh'"),
             ({"dropout": 1.0}, r"`dropout`.*\[0, 1\).*1.0"),
             ({"dropout": -0.1}, r"`dropout`.*\[0, 1\).*-0.1"),

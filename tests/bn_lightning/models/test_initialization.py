@@ -1,4 +1,4 @@
-"""Initial weights: each scheme's distribution, and one stream that pairs the arms."""
+"""Initial weights: the distribution of each scheme, and one generator for all networks."""
 
 import math
 from functools import partial
@@ -12,7 +12,7 @@ from bn_lightning.models import initialization
 from bn_lightning.models.initialization import Scheme, initialize
 from bn_lightning.models.mlp import MLP
 
-FAN_IN, FAN_OUT = 400, 250  # 100,000 numbers: their variance is known to 1%, two deviations
+FAN_IN, FAN_OUT = 400, 250  # 100,000 values: two standard errors of their variance are 1%
 
 NORMAL = partial(initialization.normal, std=0.05)
 RANDOM: dict[str, tuple[Scheme, float, str]] = {
@@ -32,7 +32,7 @@ RANDOM: dict[str, tuple[Scheme, float, str]] = {
     "lecun": (initialization.lecun, 1 / FAN_IN, "normal"),
 }
 ORTHOGONAL = partial(initialization.orthogonal, gain=2.0)
-# Of the fourth moment over the square of the second.
+# Fourth moment over the square of the second.
 KURTOSIS = {"normal": 3.0, "uniform": 1.8}
 
 
@@ -96,7 +96,7 @@ class TestSchemes:
         }[name]
         assert filled(scheme, nn.Conv2d(channels, out, 5)).var() == pytest.approx(var, rel=0.03)
 
-    def test_a_scheme_of_ones_own(self) -> None:
+    def test_a_custom_scheme(self) -> None:
         def twos(weight: torch.Tensor, generator: torch.Generator) -> None:
             weight.fill_(2)
 
@@ -133,7 +133,7 @@ class TestStream:
         initialize(network, NORMAL, 1)
         assert same(first, weights(network))
 
-    def test_the_global_stream_is_left_alone(self) -> None:
+    def test_the_global_generator_is_not_used(self) -> None:
         network = arms()["torch"]
         before = torch.get_rng_state()
         initialize(network, ORTHOGONAL, 3)
@@ -148,7 +148,7 @@ class TestNetwork:
             if isinstance(module, nn.Linear):
                 assert not module.bias.any()
 
-    def test_normalisation_is_left_alone(self) -> None:
+    def test_normalization_is_not_changed(self) -> None:
         norm = nn.BatchNorm1d(4)
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)

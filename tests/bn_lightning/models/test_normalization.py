@@ -1,4 +1,4 @@
-"""The choices of the `norm` group build the layer that the number of dimensions asks for."""
+"""Each choice of the config group `norm` builds the layer for the number of dimensions."""
 
 from functools import partial
 
@@ -43,7 +43,7 @@ def test_without_spatial_dims_it_is_for_a_linear_layer(norm: NormFactory) -> Non
 
 
 @factories
-def test_eps_and_momentum_arrive(norm: NormFactory) -> None:
+def test_eps_and_momentum_are_passed_on(norm: NormFactory) -> None:
     layer = norm(7, 2)
     assert (layer.num_features, layer.eps, layer.momentum) == (7, 1e-3, 0.2)
     assert layer.affine
@@ -62,13 +62,13 @@ def test_momentum_none_averages_over_all_batches() -> None:
         torch.testing.assert_close(layer.running_mean, mean)
 
 
-def test_the_backend_arrives() -> None:
+def test_the_backend_is_passed_on() -> None:
     assert batch_norm(3, 2, eps=1e-5, momentum=0.1, backend="native").backend == "native"
     with pytest.raises(ValueError, match="`backend`.*'cuda'"):
         batch_norm(3, eps=1e-5, momentum=0.1, backend="cuda")
 
 
-def test_both_hold_the_same_state() -> None:
+def test_state_dicts_are_interchangeable() -> None:
     ours, theirs = (norm(3, 1) for norm in (FACTORIES["batch"], FACTORIES["torch"]))
     theirs(torch.randn(4, 3, 2))
     ours.load_state_dict(theirs.state_dict())

@@ -1,4 +1,4 @@
-"""The residual networks for CIFAR: the source's table, its shortcuts, and the arms."""
+"""CIFARResNet: the paper's table, its shortcuts, with and without BatchNorm."""
 
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ def resnet(depth: int = 14, **options: Any) -> CIFARResNet:
 
 class TestPaper:
     @pytest.mark.parametrize(
-        # Table 6 says 0.27, 0.85 and 1.7 million.
+        # The paper's Table 6 has 0.27, 0.85 and 1.7 million.
         ("depth", "parameters"),
         [(20, 269_722), (56, 853_018), (110, 1_727_962)],
         ids=str,
@@ -66,7 +66,7 @@ class TestBlock:
         expected[:, :16] += x[:, :, ::index, ::index]
         torch.testing.assert_close(block(x), expected.relu())
 
-    def test_both_convolutions_are_normalised_before_the_activation(self) -> None:
+    def test_both_convolutions_are_normalized_before_the_activation(self) -> None:
         block = resnet(14).blocks[0]
         nn.init.zeros_(block.norm2.weight)
         nn.init.constant_(block.norm2.bias, -0.25)
@@ -114,5 +114,5 @@ class TestArguments:
     @pytest.mark.parametrize("options", [{"in_channels": 0}, {"num_classes": "ten"}], ids=str)
     def test_sizes(self, options: dict[str, Any]) -> None:
         ((name, value),) = options.items()
-        with pytest.raises(ValueError, match=f"`{name}`.*positive integers.*{value!r}"):
+        with pytest.raises(ValueError, match=f"`{name}`.*positive integer.*{value!r}"):
             resnet(**options)

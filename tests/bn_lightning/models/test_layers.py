@@ -1,11 +1,11 @@
-"""A convolution with what follows it: order, sizes, formula."""
+"""ConvLayer: order of its modules, formula and sizes. HiddenLayer is tested with MLP."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bn_lightning.models.convolution import ConvLayer
+from bn_lightning.models.layers import ConvLayer
 
 
 def norm(num_features: int, spatial_dims: int = 0) -> nn.Module:
@@ -13,7 +13,7 @@ def norm(num_features: int, spatial_dims: int = 0) -> nn.Module:
     return nn.BatchNorm2d(num_features)
 
 
-def test_normalisation_stands_before_the_activation() -> None:
+def test_normalization_comes_before_the_activation() -> None:
     torch.manual_seed(0)
     layer = ConvLayer(3, 5, 3, stride=2, bias=True, norm=norm, activation="sigmoid")
     assert list(dict(layer.named_children())) == ["conv", "norm", "activation"]
@@ -36,7 +36,7 @@ def test_normalisation_stands_before_the_activation() -> None:
     ],
     ids=["no_norm", "no_activation", "neither"],
 )
-def test_what_is_left_out(options: dict, names: list[str]) -> None:
+def test_modules_that_are_left_out(options: dict, names: list[str]) -> None:
     layer = ConvLayer(3, 5, 1, **{"bias": False, "norm": norm, "activation": "relu", **options})
     assert list(dict(layer.named_children())) == names
     assert layer.conv.bias is None
