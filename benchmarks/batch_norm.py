@@ -236,7 +236,7 @@ def time_on_gpu(case: Case, repeats: int) -> list[dict[str, Any]]:
     dy = torch.randn_like(inputs[0])
     rows = []
     modules = make_modules(case, "cuda")
-    regimes = {"ours_resident": Regime.RESIDENT}
+    regimes = {"ours_resident": Regime.PERSISTENT}
     for who in (*modules, *regimes):
         module: Any = modules[who.removesuffix("_resident")]
         if who in regimes:

@@ -5,7 +5,7 @@
 The backward needs act'(z). Without a residual, z is recomputed from x, which is saved anyway. With
 one, the smallest thing that is right is saved beside x:
 
-    BITS      act' takes two values: one bit an element says which
+    MASK      act' takes two values: one bit an element says which
     OUTPUT    act' is a function of y, which exists anyway
     RESIDUAL  neither serves: the residual, which in a network lives on as its block's input
 
@@ -27,7 +27,7 @@ class Saves(Enum):
     """What the gradient of act(bn(x) + residual) needs beside x."""
 
     NOTHING = "nothing"
-    BITS = "bits"
+    MASK = "mask"
     OUTPUT = "output"
     RESIDUAL = "residual"
 
@@ -49,9 +49,9 @@ class Activation:
 
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(lambda z: z, Saves.NOTHING),
-    "relu": Activation(F.relu, Saves.BITS),
-    "relu6": Activation(F.relu6, Saves.BITS),
-    "leaky_relu": Activation(F.leaky_relu, Saves.BITS),
+    "relu": Activation(F.relu, Saves.MASK),
+    "relu6": Activation(F.relu6, Saves.MASK),
+    "leaky_relu": Activation(F.leaky_relu, Saves.MASK),
     "elu": Activation(F.elu, Saves.OUTPUT, lambda y: torch.where(y > 0, 1.0, y + 1)),
     "silu": Activation(F.silu, Saves.RESIDUAL),
     "gelu": Activation(F.gelu, Saves.RESIDUAL),
@@ -70,9 +70,9 @@ def recomputes_z(activation: str, has_residual: bool) -> bool:
     return not has_residual or ACTIVATIONS[activation].saves is Saves.RESIDUAL
 
 
-def saves_bits(activation: str, has_residual: bool) -> bool:
+def saves_mask(activation: str, has_residual: bool) -> bool:
     """Says whether the forward writes a bit an element for the gradient."""
-    return has_residual and ACTIVATIONS[activation].saves is Saves.BITS
+    return has_residual and ACTIVATIONS[activation].saves is Saves.MASK
 
 
 def saves_output(activation: str, has_residual: bool) -> bool:
@@ -115,7 +115,7 @@ def derivative(z: Tensor, activation: str, negative_slope: float) -> Tensor:
 
 
 def upper_branch(z: Tensor, activation: str) -> Tensor:
-    """Says, where `saves` is BITS, at which z the derivative is 1: the bit that is saved."""
+    """Says, where `saves` is MASK, at which z the derivative is 1: the bit that is saved."""
     above = z > 0
     return above & (z < 6) if activation == "relu6" else above
 

@@ -1,51 +1,46 @@
-"""What one call of the forward and of the backward hands to the kernels, whatever the regime.
+"""What a forward and a backward hand to the kernels, whatever the regime.
 
 Shapes: x is (N, C, ...), dense; residual, y, dy and the results have its shape, dtype and strides.
-Per-channel tensors are (C,) and contiguous.
+Per-channel tensors are (C,).
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bn_lightning.kernels.dispatch import as_layout, contiguous
 
-@dataclass(frozen=True, slots=True)
-class ForwardCall:
-    """A forward: in training, in evaluation, or the normalisation of one rank's part.
 
-    `normalize.normalize` alone, which evaluation and the ranks run, reads neither statistics,
-    `momentum` nor `eps`: it is given mean and rstd.
+class Forward(NamedTuple):
+    """The inputs of y = act((x - mean) * rstd * weight + bias + residual), but for mean and rstd.
 
     Attributes:
         x: fp32, fp16 or bf16.
         residual: added before the activation, or None.
         weight: any float dtype, or None for ones.
         bias: any float dtype, or None for zeros.
-        running_mean: any float dtype, updated in training; None together with `running_var`.
-        running_var: any float dtype, unbiased, updated in training.
-        num_batches_tracked: int64 scalar to which training adds one, or None.
-        momentum: weight of the batch in the running statistics, in [0, 1]; None for the average
-            over all batches, which `num_batches_tracked` counts.
-        eps: added to the biased variance, > 0, in training; unread otherwise.
         activation: a key of `ACTIVATIONS`.
         negative_slope: of leaky_relu.
-        writes_bits: whether the backward will read bits of the derivative.
+        writes_mask: whether to write the mask of the derivative, for the backward.
     """
 
     x: Tensor
     residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    momentum: float | None
-    eps: float
     activation: str
     negative_slope: float
-    writes_bits: bool
+    writes_mask: bool
+
+    def in_layout(self, channels_last: bool) -> "Forward":
+        """Return the same with dense tensors in one layout, each copied at most once."""
+        return self._replace(
+            x=as_layout(self.x, channels_last),
+            residual=None if self.residual is None else as_layout(self.residual, channels_last),
+            weight=contiguous(self.weight),
+            bias=contiguous(self.bias),
+        )
 
     @property
     def elementwise(self) -> dict[str, Any]:
@@ -59,68 +54,102 @@ class ForwardCall:
             "ACTIVATION": self.activation,
         }
 
+    def new_outputs(self) -> tuple[Tensor, Tensor | None]:
+        """Allocate y and, if it is written, the mask of the derivative: one bit per element."""
+        x = self.x
+        if not self.writes_mask:
+            return torch.empty_like(x), None
+        return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+class RunningStatistics(NamedTuple):
+    """What training updates.
+
+    Attributes:
+        mean: any float dtype, or None together with `var`.
+        var: any float dtype, unbiased.
+        num_batches_tracked: int64 scalar to which training adds one, or None.
+        momentum: weight of the batch, in [0, 1]; None for the average over all batches, which
+            `num_batches_tracked` counts.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+
+    def contiguous(self) -> "RunningStatistics":
+        """Return the same with contiguous `mean` and `var`, each copied at most once."""
+        return self._replace(mean=contiguous(self.mean), var=contiguous(self.var))
+
+    def take(self, updated: "RunningStatistics") -> None:
+        """Copy back what `contiguous` copied, and tell autograd that all of it has changed."""
+        for old, new in ((self.mean, updated.mean), (self.var, updated.var)):
+            if old is not None and new is not None and new is not old:
+                old.copy_(new)
+        tensors = (self.mean, self.var, self.num_batches_tracked)
+        torch.autograd.graph.increment_version([v for v in tensors if v is not None])
+
     @property
     def state(self) -> dict[str, Any]:
         """What every kernel that ends the statistics reads and writes."""
         return {
-            "running_mean_ptr": self.running_mean,
-            "running_var_ptr": self.running_var,
+            "running_mean_ptr": self.mean,
+            "running_var_ptr": self.var,
             "tracked_ptr": self.num_batches_tracked,
             "momentum": self.momentum or 0.0,
-            "eps": self.eps,
         }
 
-    def new_outputs(self) -> tuple[Tensor, Tensor | None]:
-        """Makes room for y and, where they are written, the bits: one for each element."""
-        x = self.x
-        if not self.writes_bits:
-            return torch.empty_like(x), None
-        return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
-    def new_statistics(self) -> tuple[Tensor, Tensor]:
-        """Makes room for mean and rstd, each (C,) fp32."""
-        C = self.x.shape[1]
-        mean_C = self.x.new_empty(C, dtype=torch.float32)
-        return mean_C, torch.empty_like(mean_C)
+# The fields of `Backward` in the schemas of the ops of sync_ops.py.
+BACKWARD_SCHEMA = (
+    "Tensor dy, Tensor? x, Tensor? residual, Tensor? y, Tensor? mask, Tensor mean, Tensor rstd, "
+    "Tensor? weight, Tensor? bias, bool channels_last, str activation, float negative_slope"
+)
 
 
-@dataclass(frozen=True, slots=True)
-class BackwardCall:
-    """A backward.
+class Backward(NamedTuple):
+    """The inputs of every backward, and of each stage of a backward across ranks.
 
     Attributes:
-        dy: fp32, fp16 or bf16.
-        x: the forward's; None in evaluation where neither z nor dweight needs it.
-        residual: the forward's, where z is recomputed and there was one.
-        y: the forward's, where the derivative is computed from it.
-        bits: the forward's, where the derivative is read from them.
-        mean: fp32, as the forward used it.
-        rstd: fp32, as the forward used it.
+        dy: gradient of y.
+        x: as the forward read it; None in evaluation if neither z nor dweight needs it.
+        residual: the forward's, if z is recomputed and there was one.
+        y: the forward's, if act' is computed from it.
+        mask: the forward's, (ceil(N * C * L / 8),) uint8, if act' is read from it.
+        mean: (C,) in the compute dtype (fp32 for the kernels), as the forward used it.
+        rstd: as `mean`.
         weight: any float dtype, or None for ones.
         bias: any float dtype, or None for zeros.
+        channels_last: whether `x` is, and `mask` with it.
         activation: a key of `ACTIVATIONS`.
         negative_slope: of leaky_relu.
-        training: whether mean and rstd were those of `x`.
-        needs_dx: whether to compute dx.
-        needs_affine: whether to compute dweight and dbias.
-        needs_dresidual: whether to compute dresidual.
     """
 
     dy: Tensor
     x: Tensor | None
     residual: Tensor | None
     y: Tensor | None
-    bits: Tensor | None
+    mask: Tensor | None
     mean: Tensor
     rstd: Tensor
     weight: Tensor | None
     bias: Tensor | None
+    channels_last: bool
     activation: str
     negative_slope: float
-    training: bool
-    needs_dx: bool
-    needs_affine: bool
-    needs_dresidual: bool
+
+    def in_layout(self) -> "Backward":
+        """Return the same with dense tensors in one layout, each copied at most once."""
+        return self._replace(
+            dy=as_layout(self.dy, self.channels_last),
+            x=None if self.x is None else as_layout(self.x, self.channels_last),
+            residual=(
+                None if self.residual is None else as_layout(self.residual, self.channels_last)
+            ),
+            weight=contiguous(self.weight),
+            bias=contiguous(self.bias),
+        )
 
     @property
     def gradient(self) -> dict[str, Any]:
@@ -130,7 +159,7 @@ class BackwardCall:
             "x_ptr": self.x,
             "residual_ptr": self.residual,
             "y_ptr": self.y,
-            "bits_ptr": self.bits,
+            "mask_ptr": self.mask,
             "mean_ptr": self.mean,
             "rstd_ptr": self.rstd,
             "weight_ptr": self.weight,
@@ -139,12 +168,33 @@ class BackwardCall:
             "ACTIVATION": self.activation,
         }
 
-    def new_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Makes room for dx and dresidual, where they are needed."""
-        dy = self.dy
-        dx = torch.empty_like(dy) if self.needs_dx else None
-        return dx, torch.empty_like(dy) if self.needs_dresidual else None
+    def new_gradients(self, needs: "BackwardNeeds") -> tuple[Tensor | None, Tensor | None]:
+        """Allocate dx and dresidual, each None if it is not needed."""
+        dx = torch.empty_like(self.dy) if needs.dx else None
+        return dx, torch.empty_like(self.dy) if needs.dresidual else None
 
     def new_sums(self) -> tuple[Tensor, Tensor]:
-        """Makes room for dweight and dbias, each (C,) fp32."""
+        """Allocate dweight and dbias, each (C,) fp32."""
         return torch.empty_like(self.mean), torch.empty_like(self.mean)
+
+
+class BackwardNeeds(NamedTuple):
+    """Which gradients a backward computes, and in which mode.
+
+    Attributes:
+        training: whether mean and rstd were those of x, so that dx goes through them.
+        dx: whether to compute dx.
+        affine: whether to compute dweight and dbias.
+        dresidual: whether to compute dresidual.
+    """
+
+    training: bool
+    dx: bool
+    affine: bool
+    dresidual: bool
+
+
+def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate mean and rstd of `x`, each (C,) fp32."""
+    mean_C = x.new_empty(x.shape[1], dtype=torch.float32)
+    return mean_C, torch.empty_like(mean_C)

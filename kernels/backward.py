@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.arguments import BackwardCall
+from bn_lightning.kernels.arguments import Backward, BackwardNeeds
 from bn_lightning.kernels.normalize import flat_offsets
 from bn_lightning.kernels.schedule import Schedule, cdiv
 from bn_lightning.kernels.tile import (
@@ -37,7 +37,7 @@ def walk_sums(
     x_ptr: tl.tensor,  # (N, C, L)
     residual_ptr: tl.tensor,  # (N, C, L) or None
     y_ptr: tl.tensor,  # (N, C, L) or None
-    bits_ptr: tl.tensor,  # uint8 or None
+    mask_ptr: tl.tensor,  # uint8 or None
     mean: tl.tensor,  # (BLOCK_C,), as the next three
     rstd: tl.tensor,
     scale: tl.tensor,
@@ -73,7 +73,7 @@ def walk_sums(
             as_tile(shift),
             residual_ptr,
             y_ptr,
-            bits_ptr,
+            mask_ptr,
             offsets,
             mask,
             negative_slope,
@@ -142,7 +142,7 @@ def _bn_backward_partial_sums_kernel(
     x_ptr: tl.tensor,  # (N, C, L)
     residual_ptr: tl.tensor,  # (N, C, L) or None
     y_ptr: tl.tensor,  # (N, C, L) or None
-    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
     mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
     weight_ptr: tl.tensor,  # (C,) or None
@@ -173,7 +173,7 @@ def _bn_backward_partial_sums_kernel(
         x_ptr,
         residual_ptr,
         y_ptr,
-        bits_ptr,
+        mask_ptr,
         mean,
         rstd,
         scale,
@@ -218,7 +218,7 @@ def _bn_backward_input_kernel(
     x_ptr: tl.tensor,  # (N, C, L), or None where neither dx nor z needs it
     residual_ptr: tl.tensor,  # (N, C, L) or None
     y_ptr: tl.tensor,  # (N, C, L) or None
-    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
     mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
     weight_ptr: tl.tensor,  # (C,) or None
@@ -254,7 +254,7 @@ def _bn_backward_input_kernel(
         shift,
         residual_ptr if residual_ptr is None else residual_ptr + start,
         y_ptr if y_ptr is None else y_ptr + start,
-        bits_ptr if bits_ptr is None else bits_ptr + start // 8,
+        mask_ptr if mask_ptr is None else mask_ptr + start // 8,
         offsets,
         mask,
         negative_slope,
@@ -289,7 +289,7 @@ def walk_gradients(
     x_ptr: tl.tensor,  # (N, C, L)
     residual_ptr: tl.tensor,  # (N, C, L) or None
     y_ptr: tl.tensor,  # (N, C, L) or None
-    bits_ptr: tl.tensor,  # uint8 or None
+    mask_ptr: tl.tensor,  # uint8 or None
     mean: tl.tensor,  # (BLOCK_C,), as the next five
     rstd: tl.tensor,
     scale: tl.tensor,
@@ -326,7 +326,7 @@ def walk_gradients(
             as_tile(shift),
             residual_ptr,
             y_ptr,
-            bits_ptr,
+            mask_ptr,
             offsets,
             mask,
             negative_slope,
@@ -350,7 +350,7 @@ def walk_gradients(
         )
 
 
-def affine_gradients(call: BackwardCall, schedule: Schedule) -> tuple[Tensor, Tensor]:
+def affine_gradients(call: Backward, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Computes dweight = sum g * x_hat and dbias = sum g.
 
     Args:
@@ -384,20 +384,25 @@ def affine_gradients(call: BackwardCall, schedule: Schedule) -> tuple[Tensor, Te
 
 
 def input_gradients(
-    call: BackwardCall, dweight: Tensor | None, dbias: Tensor | None, schedule: Schedule
+    call: Backward,
+    needs: BackwardNeeds,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    schedule: Schedule,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Computes dx and dresidual.
 
     Args:
         call: of the backward.
+        needs: which gradients, and the mode.
         dweight: (C,) fp32, from `affine_gradients`; may be None in evaluation, as the next.
         dbias: (C,) fp32, from `affine_gradients`.
         schedule: of the shape and layout of dy.
 
     Returns:
-        dx and dresidual, each None where the call does not need it.
+        dx and dresidual, each None if it is not needed.
     """
-    dx, dresidual = call.new_gradients()
+    dx, dresidual = call.new_gradients(needs)
     _bn_backward_input_kernel[schedule.flat_grid](
         **call.gradient,
         **schedule.flat,
@@ -407,6 +412,6 @@ def input_gradients(
         dresidual_ptr=dresidual,
         inverse_count=1.0 / schedule.values_per_channel,
         # Alone, the residual's gradient needs no sums.
-        TRAINING=call.training and call.needs_dx,
+        TRAINING=needs.training and needs.dx,
     )
     return dx, dresidual

@@ -61,10 +61,10 @@ def check_device(x: Tensor) -> None:
     if x.device.type == "cpu":
         from triton.runtime import JITFunction
 
-        from bn_lightning.kernels import stats as statistics
+        from bn_lightning.kernels import stats
 
         # What TRITON_INTERPRET was when the kernels were made is what counts.
-        if not isinstance(statistics._bn_finish_statistics_kernel, JITFunction):
+        if not isinstance(stats._bn_finish_statistics_kernel, JITFunction):
             return
     raise ValueError(
         f'expected `x` on a CUDA or ROCm device for `backend`="triton", got one on {x.device}; '
@@ -95,14 +95,14 @@ def contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def schedule_of(x: Tensor, channels_last: bool, writes_bits: bool, cumulative: bool) -> Schedule:
+def schedule_of(x: Tensor, channels_last: bool, writes_mask: bool, cumulative: bool) -> Schedule:
     """Returns how the kernels cut `x` on its device; the flags are those of `make_schedule`."""
     return make_schedule(
         x.shape,
         x.element_size(),
         channels_last,
         _device(x.device),
-        writes_bits=writes_bits,
+        writes_mask=writes_mask,
         cumulative=cumulative,
     )
 

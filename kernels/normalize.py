@@ -6,7 +6,7 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1, lines 3 and 4.
 
 Shapes: N batch, C channels, L flattened space; channels-last is (N * L, C, 1). The kernel walks
 memory flat, in groups of eight neighbours, which is what one thread moves in 16 bytes of a 16-bit
-dtype and what one byte of bits describes. It walks backwards: the statistics were read forwards,
+dtype and what one byte of mask describes. It walks backwards: the statistics were read forwards,
 so the end of x is what the cache still holds.
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.arguments import ForwardCall
+from bn_lightning.kernels.arguments import Forward
 from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.tile import as_tile, load_channels, tile_offsets, write_output
 
@@ -55,7 +55,7 @@ def _bn_forward_normalize_kernel(
     weight_ptr: tl.tensor,  # (C,) or None
     bias_ptr: tl.tensor,  # (C,) or None
     y_ptr: tl.tensor,  # (N, C, L)
-    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
     numel: tl.tensor,
     C: tl.tensor,
     L: tl.tensor,
@@ -76,7 +76,7 @@ def _bn_forward_normalize_kernel(
         shift,
         residual_ptr if residual_ptr is None else residual_ptr + start,
         y_ptr + start,
-        bits_ptr if bits_ptr is None else bits_ptr + start // 8,
+        mask_ptr if mask_ptr is None else mask_ptr + start // 8,
         offsets,
         mask,
         negative_slope,
@@ -89,7 +89,7 @@ def walk_normalize(
     x_ptr: tl.tensor,  # (N, C, L)
     residual_ptr: tl.tensor,  # (N, C, L) or None
     y_ptr: tl.tensor,  # (N, C, L)
-    bits_ptr: tl.tensor,  # uint8 or None
+    mask_ptr: tl.tensor,  # uint8 or None
     mean: tl.tensor,  # (BLOCK_C,), as the next two
     scale: tl.tensor,
     shift: tl.tensor,
@@ -117,7 +117,7 @@ def walk_normalize(
             as_tile(shift),
             residual_ptr,
             y_ptr,
-            bits_ptr,
+            mask_ptr,
             offsets,
             mask,
             negative_slope,
@@ -125,27 +125,27 @@ def walk_normalize(
         )
 
 
-def normalize(
-    call: ForwardCall, mean: Tensor, rstd: Tensor, schedule: Schedule
+def launch_normalize(
+    forward: Forward, mean: Tensor, rstd: Tensor, schedule: Schedule
 ) -> tuple[Tensor, Tensor | None]:
     """Computes y = act((x - mean) * rstd * weight + bias + residual).
 
     Args:
-        call: the tensors and the activation; its statistics are not touched.
+        forward: the tensors and the activation.
         mean: (C,) fp32.
         rstd: (C,) fp32, 1 / sqrt(var + eps).
         schedule: of the shape and layout of x.
 
     Returns:
-        y, and the bits of the derivative or None.
+        y, and the mask of the derivative or None.
     """
-    y, bits = call.new_outputs()
+    y, mask = forward.new_outputs()
     _bn_forward_normalize_kernel[schedule.flat_grid](
-        **call.elementwise,
+        **forward.elementwise,
         **schedule.flat,
         mean_ptr=mean,
         rstd_ptr=rstd,
         y_ptr=y,
-        bits_ptr=bits,
+        mask_ptr=mask,
     )
-    return y, bits
+    return y, mask

@@ -3,7 +3,7 @@
 Three ops in the namespace `bn_lightning`, each with its fake beside it:
 
     batch_norm           what the public function calls; knows its gradient and vmap
-    batch_norm_forward   x, parameters, statistics -> y, mean, rstd, bits; updates the statistics
+    batch_norm_forward   x, parameters, statistics -> y, mean, rstd, mask; updates the statistics
     batch_norm_backward  dy and what was saved -> dx, dweight, dbias, dresidual
 
 PyTorch registers no gradient for an op that writes into its arguments, so `batch_norm` brings its
@@ -16,7 +16,7 @@ for a residual. In evaluation and frozen, x only where the activation or dweight
 Triton is imported only inside the ops and the checks of dispatch.py.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,19 +24,20 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from bn_lightning.kernels import reference
-from bn_lightning.kernels.activations import activate, recomputes_z, saves_bits, saves_output
-from bn_lightning.kernels.arguments import BackwardCall, ForwardCall
+from bn_lightning.kernels.activations import activate, recomputes_z, saves_mask, saves_output
+from bn_lightning.kernels.arguments import (
+    Backward,
+    BackwardNeeds,
+    Forward,
+    RunningStatistics,
+)
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import (
     as_layout,
-    check_device,
-    contiguous,
     is_channels_last,
     is_recomputation,
-    schedule_of,
     uses_triton,
 )
-from bn_lightning.kernels.schedule import Regime
 
 __all__ = ["batch_norm"]
 
@@ -116,24 +117,7 @@ def batch_norm(
             running_var = None if running_var is None else running_var.clone()
     else:
         num_batches_tracked = None
-    if not triton:
-        return _composite(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-            activation,
-            negative_slope,
-        )
-
-    check_like_aten(x, weight, bias, running_mean, running_var, training, eps)
-    return torch.ops.bn_lightning.batch_norm(
+    arguments = BatchNormArguments(
         x,
         residual,
         weight,
@@ -142,311 +126,213 @@ def batch_norm(
         running_var,
         num_batches_tracked,
         training,
-        0.0 if momentum is None and running_mean is None else momentum,
+        momentum,
         eps,
         activation,
         negative_slope,
     )
+    if not triton:
+        return _composite(arguments)
+    check_like_aten(x, weight, bias, running_mean, running_var, training, eps)
+    if running_mean is None:
+        arguments = arguments._replace(momentum=momentum or 0.0)
+    return torch.ops.bn_lightning.batch_norm(*arguments)
 
 
-def _composite(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-) -> Tensor:
-    """Computes the whole with ATen's ops, which know every kind of derivative.
+class BatchNormArguments(NamedTuple):
+    """The arguments of the op `batch_norm`, in the order of its schema; see `batch_norm`."""
 
-    A cumulative average does not ask the device for its count.
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    training: bool
+    momentum: float | None
+    eps: float
+    activation: str
+    negative_slope: float
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What may need a gradient."""
+        return [t for t in (self.x, self.residual, self.weight, self.bias) if t is not None]
+
+
+def _composite(a: BatchNormArguments) -> Tensor:
+    """Compute the whole with ATen's ops, which have derivatives of every kind.
+
+    A cumulative average does not wait for the device to report its count.
     """
-    batch_mean, batch_var = running_mean, running_var
-    cumulative = training and momentum is None and running_mean is not None
-    if cumulative and running_mean is not None and running_var is not None:
-        batch_mean, batch_var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
-    factor = 1.0 if momentum is None else momentum
+    batch_mean, batch_var = a.running_mean, a.running_var
+    cumulative = a.training and a.momentum is None
+    if cumulative and batch_mean is not None and batch_var is not None:
+        batch_mean, batch_var = torch.zeros_like(batch_mean), torch.zeros_like(batch_var)
+    factor = 1.0 if a.momentum is None else a.momentum
     try:
-        y = F.batch_norm(x, batch_mean, batch_var, weight, bias, training, factor, eps)
+        y = F.batch_norm(a.x, batch_mean, batch_var, a.weight, a.bias, a.training, factor, a.eps)
     except ValueError:
-        check_batch(x, training)
+        check_batch(a.x, a.training)
         raise
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if cumulative and x.numel() > 0 and num_batches_tracked is not None:
-        for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
+    tracked = a.num_batches_tracked
+    if tracked is not None:
+        tracked.add_(1)
+    if cumulative and a.x.numel() > 0 and tracked is not None:
+        for running, batch in ((a.running_mean, batch_mean), (a.running_var, batch_var)):
             if running is not None and batch is not None:
                 precise = torch.promote_types(running.dtype, torch.float32)
-                running.lerp_(batch, num_batches_tracked.to(precise).reciprocal().to(running.dtype))
-    if residual is not None:
-        y = y + residual
-    return y if activation == "identity" else activate(y, activation, negative_slope)
+                running.lerp_(batch, tracked.to(precise).reciprocal().to(running.dtype))
+    if a.residual is not None:
+        y = y + a.residual
+    return y if a.activation == "identity" else activate(y, a.activation, a.negative_slope)
 
 
 _LIBRARY = torch.library.Library("bn_lightning", "DEF")
-_STATE = (
+_FORWARD_SCHEMA = (
     "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, "
     "float eps, str activation, float negative_slope"
 )
-_LIBRARY.define(f"batch_norm({_STATE}) -> Tensor")
+_LIBRARY.define(f"batch_norm({_FORWARD_SCHEMA}) -> Tensor")
 _LIBRARY.define(
-    f"batch_norm_forward({_STATE}, bool writes_bits) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"batch_norm_forward({_FORWARD_SCHEMA}, bool writes_mask) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "batch_norm_backward(Tensor dy, Tensor? x, Tensor? residual, Tensor? y, Tensor? bits, "
+    "batch_norm_backward(Tensor dy, Tensor? x, Tensor? residual, Tensor? y, Tensor? mask, "
     "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool channels_last, bool training, "
     "float eps, str activation, float negative_slope, bool needs_dx, bool needs_affine, "
     "bool needs_dresidual) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    writes_bits: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from bn_lightning.kernels import normalize
-    from bn_lightning.kernels import persistent as resident
-    from bn_lightning.kernels import single_launch as small
-    from bn_lightning.kernels import stats as statistics
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from bn_lightning.kernels.launch import run_forward
 
-    check_device(x)
-    channels_last = is_channels_last(x)
-    x = as_layout(x, channels_last)
-    new_mean, new_var = contiguous(running_mean), contiguous(running_var)
-    call = ForwardCall(
-        x,
-        None if residual is None else as_layout(residual, channels_last),
-        contiguous(weight),
-        contiguous(bias),
-        new_mean,
-        new_var,
-        num_batches_tracked,
-        momentum,
-        eps,
-        activation,
-        negative_slope,
-        writes_bits,
+    *fields, writes_mask = arguments
+    a = BatchNormArguments(*fields)
+    running = RunningStatistics(a.running_mean, a.running_var, a.num_batches_tracked, a.momentum)
+    call = Forward(
+        a.x, a.residual, a.weight, a.bias, a.activation, a.negative_slope, writes_mask=writes_mask
     )
-    schedule = schedule_of(x, channels_last, writes_bits, training and momentum is None)
-    bits: Tensor | None
-    with torch.cuda.device_of(x):
-        if not training:
-            if new_mean is None or new_var is None:
-                raise RuntimeError(
-                    "expected `running_mean` and `running_var` in evaluation, got None for at "
-                    "least one; pass both, or training=True"
-                )
-            mean, rstd = statistics.evaluation_statistics(new_mean, new_var, eps)
-            y, bits = normalize.normalize(call, mean, rstd, schedule)
-        elif schedule.regime is Regime.SMALL:
-            y, bits, mean, rstd = small.forward(call, schedule)
-        elif schedule.regime is Regime.RESIDENT:
-            y, bits, mean, rstd = resident.forward(call, schedule)
-        else:
-            partials = statistics.partial_statistics(x, schedule)
-            mean, rstd = statistics.finish_statistics(partials, call, schedule)
-            y, bits = normalize.normalize(call, mean, rstd, schedule)
-    if training:
-        for old, new in ((running_mean, new_mean), (running_var, new_var)):
-            if old is not None and new is not None and new is not old:
-                old.copy_(new)
-        state = (running_mean, running_var, num_batches_tracked)
-        torch.autograd.graph.increment_version([v for v in state if v is not None])
-    return y, mean, rstd, _nothing(x) if bits is None else bits
+    y, mask, mean, rstd = run_forward(call, running, a.eps, training=a.training)
+    return y, mean, rstd, _or_empty(mask, a.x)
 
 
-def _fake_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    writes_bits: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, *_, writes_mask = arguments
     y = torch.empty_like(as_layout(x, is_channels_last(x)))
     mean, rstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if writes_bits else _nothing(x)
-    return y, mean, rstd, bits
+    mask = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if writes_mask else None
+    return y, mean, rstd, _or_empty(mask, x)
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    bits: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    channels_last: bool,
-    training: bool,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    needs_dx: bool,
-    needs_affine: bool,
-    needs_dresidual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes dx, dweight, dbias, dresidual; what is not needed comes back with shape (0,)."""
-    from bn_lightning.kernels import backward
-    from bn_lightning.kernels import persistent as resident
-    from bn_lightning.kernels import single_launch as small
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from bn_lightning.kernels.launch import run_backward
 
-    dy = as_layout(dy, channels_last)
-    call = BackwardCall(
-        dy,
-        None if x is None else as_layout(x, channels_last),
-        None if residual is None else as_layout(residual, channels_last),
-        y,
-        bits,
-        mean,
-        rstd,
-        contiguous(weight),
-        contiguous(bias),
-        activation,
-        negative_slope,
-        training,
-        needs_dx,
-        needs_affine,
-        needs_dresidual,
-    )
-    schedule = schedule_of(dy, channels_last, False, False)
-    dweight: Tensor | None = None
-    dbias: Tensor | None = None
-    with torch.cuda.device_of(dy):
-        sums = needs_affine or (training and needs_dx)
-        if not sums:
-            dx, dresidual = backward.input_gradients(call, None, None, schedule)
-        elif schedule.regime is Regime.SMALL:
-            dx, dresidual, dweight, dbias = small.backward(call, schedule)
-        elif schedule.regime is Regime.RESIDENT:
-            dx, dresidual, dweight, dbias = resident.backward(call, schedule)
-        else:
-            dweight, dbias = backward.affine_gradients(call, schedule)
-            dx, dresidual = backward.input_gradients(call, dweight, dbias, schedule)
-    if not needs_affine:
-        dweight = dbias = None
+    call, needs, _ = _unpack_backward(*arguments)
+    dx, dresidual, dweight, dbias = run_backward(call, needs)
     return (
-        _nothing(dy) if dx is None else dx,
-        _nothing(mean) if dweight is None else dweight,
-        _nothing(mean) if dbias is None else dbias,
-        _nothing(dy) if dresidual is None else dresidual,
+        _or_empty(dx, call.dy),
+        _or_empty(dweight, call.mean),
+        _or_empty(dbias, call.mean),
+        _or_empty(dresidual, call.dy),
     )
 
 
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    bits: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    channels_last: bool,
-    training: bool,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-    needs_dx: bool,
-    needs_affine: bool,
-    needs_dresidual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy = as_layout(dy, channels_last)
-    dx = torch.empty_like(dy) if needs_dx else _nothing(dy)
-    dresidual = torch.empty_like(dy) if needs_dresidual else _nothing(dy)
-    if needs_affine:
-        return dx, torch.empty_like(mean), torch.empty_like(mean), dresidual
-    return dx, _nothing(mean), _nothing(mean), dresidual
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call, needs, _ = _unpack_backward(*arguments)
+    dx, dresidual = call.in_layout().new_gradients(needs)
+    dweight, dbias = call.new_sums() if needs.affine else (None, None)
+    return (
+        _or_empty(dx, call.dy),
+        _or_empty(dweight, call.mean),
+        _or_empty(dbias, call.mean),
+        _or_empty(dresidual, call.dy),
+    )
+
+
+def _unpack_backward(*arguments: Any) -> tuple[Backward, BackwardNeeds, float]:
+    """Return the arguments of `batch_norm_backward` as `Backward`, `BackwardNeeds` and eps."""
+    *tensors, channels_last, training, eps, activation, negative_slope, dx, affine, dresidual = (
+        arguments
+    )
+    call = Backward(*tensors, channels_last, activation, negative_slope)
+    return call, BackwardNeeds(training, dx=dx, affine=affine, dresidual=dresidual), eps
+
+
+def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
+    """Return `value`, or a tensor of shape (0,) for None, which an op cannot return."""
+    return like.new_empty(0) if value is None else value
 
 
 class _BatchNorm(torch.autograd.Function):
     """`batch_norm_forward` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, mean, rstd, bits = torch.ops.bn_lightning.batch_norm_forward(*args)
-        x, residual, weight, bias, _, _, _, training, _, eps, activation, slope, writes_bits = args
-        ctx.mark_non_differentiable(mean, rstd, bits)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, mean, rstd, mask = torch.ops.bn_lightning.batch_norm_forward(*arguments)
+        *fields, writes_mask = arguments
+        a = BatchNormArguments(*fields)
+        ctx.mark_non_differentiable(mean, rstd, mask)
         ctx.set_materialize_grads(False)
-        needs_dx, _, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
-        needs_affine = needs_dweight or needs_dbias
-        has_residual = residual is not None
-        from_z = recomputes_z(activation, has_residual)
-        needs_x = from_z or needs_affine or (training and needs_dx)
+        needs_dx, _, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
+        has_residual = a.residual is not None
+        from_z = recomputes_z(a.activation, has_residual)
+        needs_x = from_z or needs_dweight or needs_dbias or (a.training and needs_dx)
         ctx.save_for_backward(
-            x if needs_x else None,
-            residual if from_z else None,
-            y if saves_output(activation, has_residual) else None,
-            bits if writes_bits else None,
+            a.x if needs_x else None,
+            a.residual if from_z else None,
+            y if saves_output(a.activation, has_residual) else None,
+            mask if writes_mask else None,
             mean,
             rstd,
-            weight,
-            bias if from_z else None,
+            a.weight,
+            a.bias if from_z else None,
         )
-        ctx.options = (is_channels_last(x), training, eps, activation, slope)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y, mean, rstd, bits
+        ctx.options = (is_channels_last(a.x), a.training, a.eps, a.activation, a.negative_slope)
+        ctx.training = a.training
+        ctx.is_identity = a.activation == "identity"
+        ctx.dtypes = [None if t is None else t.dtype for t in (a.weight, a.bias)]
+        return y, mean, rstd, mask
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 13
+        # One for each argument of the op, and `writes_mask`.
+        others = (None,) * 9
         if dy is None:
-            return nothing
-        needs_dx, needs_dresidual, needs_dweight, needs_dbias = ctx.needs_input_grad[:4]
-        needs_affine = needs_dweight or needs_dbias
-        # Without an activation the residual's gradient is dy itself.
-        identity = ctx.options[3] == "identity"
-        writes_dresidual = needs_dresidual and not identity
+            return (None, None, None, None, *others)
+        needs_dx, needs_dresidual, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
+        # Without an activation the gradient of the residual is dy itself.
+        needs = BackwardNeeds(
+            ctx.training,
+            dx=needs_dx,
+            affine=needs_dweight or needs_dbias,
+            dresidual=needs_dresidual and not ctx.is_identity,
+        )
         dx = dweight = dbias = None
         dresidual: Tensor | None = dy
-        if needs_dx or needs_affine or writes_dresidual:
-            *tensors, weight, bias = ctx.saved_tensors
-            flags = (needs_dx, needs_affine, writes_dresidual)
-            arguments = (dy, *tensors, weight, bias, *ctx.options, *flags)
+        if needs.dx or needs.affine or needs.dresidual:
+            flags = (needs.dx, needs.affine, needs.dresidual)
+            arguments = (dy, *ctx.saved_tensors, *ctx.options, *flags)
             if torch.is_grad_enabled():
-                results = _BatchNormBackward.apply(*arguments)
+                dx, dweight, dbias, written = _BatchNormBackward.apply(*arguments)
             else:
                 results = torch.ops.bn_lightning.batch_norm_backward(*arguments)
-            dx, dweight, dbias, written = results
-            dresidual = dy if identity else written
+                dx, dweight, dbias, written = results
+            dresidual = dy if ctx.is_identity else written
+            weight_dtype, bias_dtype = ctx.dtypes
             if needs_dweight:
-                dweight = dweight.to(weight.dtype)
+                dweight = dweight.to(weight_dtype)
             if needs_dbias:
-                dbias = dbias.to(ctx.bias_dtype)
+                dbias = dbias.to(bias_dtype)
         return (
             dx if needs_dx else None,
             dresidual if needs_dresidual else None,
             dweight if needs_dweight else None,
             dbias if needs_dbias else None,
-            *nothing[4:],
+            *others,
         )
 
 
@@ -454,112 +340,94 @@ class _BatchNormBackward(torch.autograd.Function):
     """`batch_norm_backward` with its gradient, which is that of the composite in reference.py."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        call, ctx.needs, ctx.eps = _unpack_backward(*arguments)
+        *tensors, channels_last, activation, negative_slope = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:9])
-        ctx.options = args[9:]
-        return torch.ops.bn_lightning.batch_norm_backward(*args)
+        ctx.save_for_backward(*tensors)
+        ctx.options = (channels_last, activation, negative_slope)
+        return torch.ops.bn_lightning.batch_norm_backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        channels_last, training, eps, activation, slope, *needed = ctx.options
-        needs_dx, needs_affine, needs_dresidual = needed
-        with torch.enable_grad():
-            # Views, so that the way from the saved tensors to here is open to a third derivative.
-            tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            results = reference.fused_backward(
-                *tensors,
-                channels_last=channels_last,
-                training=training,
-                eps=eps,
-                activation=activation,
-                negative_slope=slope,
-            )
-            used = (needs_dx, needs_affine, needs_affine, needs_dresidual)
-            pairs = [
-                (r, u)
-                for r, u, use in zip(results, upstream, used, strict=True)
-                if use and u is not None and r is not None and r.requires_grad
-            ]
-            wanted = [t for t in tensors if t is not None and t.requires_grad]
-            gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
-            if pairs and wanted:
-                gradients = torch.autograd.grad(
-                    [r for r, _ in pairs],
-                    wanted,
-                    [u for _, u in pairs],
-                    create_graph=True,
-                    allow_unused=True,
-                )
-        found = iter(gradients)
-        by_tensor = [next(found) if t is not None and t.requires_grad else None for t in tensors]
-        return (*by_tensor, *(None for _ in ctx.options))
+        def composite(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+            call = Backward(*tensors, *ctx.options)
+            return reference.fused_backward(call, training=ctx.needs.training, eps=ctx.eps)
+
+        needs = ctx.needs
+        used = (needs.dx, needs.affine, needs.affine, needs.dresidual)
+        wanted = [u if use else None for u, use in zip(upstream, used, strict=True)]
+        gradients = reference.vector_jacobian_product(composite, ctx.saved_tensors, wanted)
+        # One for each argument of the op that is not a tensor.
+        return (*gradients, *(None,) * 8)
 
 
-def _with_gradient(*args: Any) -> Tensor:
+def _with_gradient(*arguments: Any) -> Tensor:
     """The Autograd kernel of `batch_norm`."""
-    inputs = [t for t in args[:4] if t is not None]
-    if _differentiates_otherwise(inputs):
-        return _composite(*args)
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
-        return torch.ops.bn_lightning.batch_norm_forward(*args, False)[0]
-    return _BatchNorm.apply(*args, saves_bits(args[10], args[1] is not None))[0]
+    a = BatchNormArguments(*arguments)
+    if _differentiates_otherwise(a.inputs):
+        return _composite(a)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in a.inputs):
+        return torch.ops.bn_lightning.batch_norm_forward(*a, False)[0]
+    return _BatchNorm.apply(*a, saves_mask(a.activation, a.residual is not None))[0]
 
 
 def _differentiates_otherwise(inputs: list[Tensor]) -> bool:
-    """Says whether torch.func or forward-mode differentiation is at work, which autograd functions
-    of Triton kernels have no part in."""
-    # torch.func has no public way to ask.
+    """Return whether torch.func or forward-mode differentiation is active.
+
+    Autograd functions around Triton kernels support neither.
+    """
+    # torch.func has no public function that tells.
     return torch._C._are_functorch_transforms_active() or any(
         forward_ad.unpack_dual(t).tangent is not None for t in inputs
     )
 
 
-def _without_gradient(*args: Any) -> Tensor:
+def _without_gradient(*arguments: Any) -> Tensor:
     """The CPU and CUDA kernel of `batch_norm`."""
-    return _forward(*args)[0]
+    return _forward(*arguments, False)[0]
 
 
-def _fake(*args: Any) -> Tensor:
-    return _fake_forward(*args)[0]
-
-
-def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    """Folds the mapped dimension into C: B BatchNorms of C channels are one of B * C."""
+def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """Fold the mapped dimension into C: B BatchNorms of C channels are one of B * C."""
+    a, dims = BatchNormArguments(*arguments), BatchNormArguments(*in_dims)
     B = info.batch_size
-    tensors: list[Any] = [
-        None if value is None else _mapped_first(value, dim, B)
-        for value, dim in zip(args[:6], in_dims[:6], strict=True)
-    ]
-    x, residual, *per_channel = tensors
-    C = x.shape[2]
-    running, tracked, training, momentum = args[4:6], args[6], args[7], args[8]
-    updates = training and running[0] is not None
-    if updates and (in_dims[4] is None or in_dims[5] is None):
+
+    def fold(value: Tensor | None, dim: int | None) -> Any:
+        """(N, C, ...) with B anywhere, or without it, to (N, B * C, ...), and (C,) to (B * C,)."""
+        if value is None:
+            return None
+        value = value.expand(B, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.flatten(0, 1) if value.dim() == 2 else value.movedim(0, 1).flatten(1, 2)
+
+    updates = a.training and a.running_mean is not None
+    if updates and (dims.running_mean is None or dims.running_var is None):
         raise RuntimeError(
-            "expected `running_mean` and `running_var` to be mapped by vmap as `x` is, for they "
-            "are updated in place; pass in_dims for them, or None for both"
+            "expected `running_mean` and `running_var` to be mapped by vmap, because they are "
+            "updated in place, got at least one that is not; pass in_dims for them, or None for "
+            "both statistics"
         )
-    if updates and momentum is None:
-        raise RuntimeError("expected `momentum` to be a number under vmap, got None")
-    folded: list[Any] = [None if v is None else v.reshape(B * C) for v in per_channel]
-    y = torch.ops.bn_lightning.batch_norm(
-        _fold(x), None if residual is None else _fold(residual), *folded, None, *args[7:]
+    if updates and a.momentum is None:
+        raise RuntimeError("expected `momentum` to be a number under vmap, got None; pass one")
+    folded = a._replace(
+        x=fold(a.x, dims.x),
+        residual=fold(a.residual, dims.residual),
+        weight=fold(a.weight, dims.weight),
+        bias=fold(a.bias, dims.bias),
+        running_mean=fold(a.running_mean, dims.running_mean),
+        running_var=fold(a.running_var, dims.running_var),
+        num_batches_tracked=None,
     )
+    y = torch.ops.bn_lightning.batch_norm(*folded)
     if updates:
-        for value, dim, new in zip(running, in_dims[4:6], folded[2:], strict=True):
-            value.movedim(dim, 0).copy_(new.reshape(B, C))
-    if training and tracked is not None:
-        tracked.add_(1)
-    return y.unflatten(1, (B, C)), 1
-
-
-def _mapped_first(value: Tensor, dim: int | None, B: int) -> Tensor:
-    return value.expand(B, *value.shape) if dim is None else value.movedim(dim, 0)
-
-
-def _fold(value_BNC: Tensor) -> Tensor:
-    return value_BNC.movedim(0, 1).flatten(1, 2)
+        for value, dim, new in (
+            (a.running_mean, dims.running_mean, folded.running_mean),
+            (a.running_var, dims.running_var, folded.running_var),
+        ):
+            value.movedim(dim, 0).copy_(new.unflatten(0, (B, -1)))
+    if a.training and a.num_batches_tracked is not None:
+        a.num_batches_tracked.add_(1)
+    return y.unflatten(1, (B, -1)), 1
 
 
 _LIBRARY.impl("batch_norm", _with_gradient, "Autograd")
@@ -567,11 +435,10 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("batch_norm", _without_gradient, _key)
     _LIBRARY.impl("batch_norm_forward", _forward, _key)
     _LIBRARY.impl("batch_norm_backward", _backward, _key)
-torch.library.register_fake("bn_lightning::batch_norm", _fake, lib=_LIBRARY)
-torch.library.register_fake("bn_lightning::batch_norm_forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("bn_lightning::batch_norm_backward", _fake_backward, lib=_LIBRARY)
+for _name, _fake in (
+    ("batch_norm", lambda *arguments: _fake_forward(*arguments, False)[0]),
+    ("batch_norm_forward", _fake_forward),
+    ("batch_norm_backward", _fake_backward),
+):
+    torch.library.register_fake(f"bn_lightning::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_vmap("bn_lightning::batch_norm", _vmap, lib=_LIBRARY)
-
-
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_empty(0)

@@ -33,7 +33,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.arguments import BackwardCall, ForwardCall
+from bn_lightning.kernels.arguments import (
+    Backward,
+    BackwardNeeds,
+    Forward,
+    RunningStatistics,
+    new_statistics,
+)
 from bn_lightning.kernels.backward import sum_partials, walk_gradients, walk_sums
 from bn_lightning.kernels.normalize import walk_normalize
 from bn_lightning.kernels.schedule import Schedule
@@ -99,7 +105,7 @@ def _bn_forward_resident_kernel(
     running_var_ptr: tl.tensor,  # (C,), unbiased, read and written, or None
     tracked_ptr: tl.tensor,  # int64, read and written, or None
     y_ptr: tl.tensor,  # (N, C, L)
-    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
     mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
     partial_count_ptr: tl.tensor,  # (S, C) fp32
@@ -193,7 +199,7 @@ def _bn_forward_resident_kernel(
                     x_ptr,
                     residual_ptr,
                     y_ptr,
-                    bits_ptr,
+                    mask_ptr,
                     mean,
                     scale,
                     shift,
@@ -219,7 +225,7 @@ def _bn_backward_resident_kernel(
     x_ptr: tl.tensor,  # (N, C, L)
     residual_ptr: tl.tensor,  # (N, C, L) or None
     y_ptr: tl.tensor,  # (N, C, L) or None
-    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
     mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
     weight_ptr: tl.tensor,  # (C,) or None
@@ -270,7 +276,7 @@ def _bn_backward_resident_kernel(
                     x_ptr,
                     residual_ptr,
                     y_ptr,
-                    bits_ptr,
+                    mask_ptr,
                     mean,
                     rstd,
                     scale,
@@ -309,7 +315,7 @@ def _bn_backward_resident_kernel(
                     x_ptr,
                     residual_ptr,
                     y_ptr,
-                    bits_ptr,
+                    mask_ptr,
                     mean,
                     rstd,
                     scale,
@@ -360,25 +366,30 @@ def _counters(x: Tensor, schedule: Schedule) -> Tensor:
     return counters
 
 
-def forward(call: ForwardCall, schedule: Schedule) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def forward(
+    call: Forward, running: RunningStatistics, eps: float, schedule: Schedule
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Runs a forward in training, reading x from memory once.
 
     Args:
-        call: its statistics are updated in place.
+        call: the tensors and the activation.
+        running: updated in place.
+        eps: added to the biased variance, > 0.
         schedule: of the shape and layout of x.
 
     Returns:
-        y, the bits of the derivative or None, and mean and rstd, each (C,) fp32.
+        y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
     """
-    y, bits = call.new_outputs()
-    mean_C, rstd_C = call.new_statistics()
+    y, mask = call.new_outputs()
+    mean_C, rstd_C = new_statistics(call.x)
     count_SC, mean_SC, root_SC = mean_C.new_empty((3, schedule.splits, schedule.C)).unbind()
     _bn_forward_resident_kernel[(schedule.programs,)](
         **call.elementwise,
-        **call.state,
+        **running.state,
+        eps=eps,
         **schedule.walk,
         y_ptr=y,
-        bits_ptr=bits,
+        mask_ptr=mask,
         mean_ptr=mean_C,
         rstd_ptr=rstd_C,
         partial_count_ptr=count_SC,
@@ -389,25 +400,26 @@ def forward(call: ForwardCall, schedule: Schedule) -> tuple[Tensor, Tensor | Non
         lag=schedule.lag,
         tiles_per_split=schedule.tiles_per_split,
         total=float(schedule.values_per_channel),
-        CUMULATIVE=call.momentum is None,
+        CUMULATIVE=running.momentum is None,
         BLOCK_S=schedule.finish_tile[0],
     )
-    return y, bits, mean_C, rstd_C
+    return y, mask, mean_C, rstd_C
 
 
 def backward(
-    call: BackwardCall, schedule: Schedule
+    call: Backward, needs: BackwardNeeds, schedule: Schedule
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Runs a backward with all its sums, reading dy and x from memory once.
 
     Args:
         call: of the backward; x is not None.
+        needs: which gradients, and the mode.
         schedule: of the shape and layout of x.
 
     Returns:
-        dx and dresidual, each None where the call does not need it; dweight and dbias, (C,) fp32.
+        dx and dresidual, each None if it is not needed; dweight and dbias, (C,) fp32.
     """
-    dx, dresidual = call.new_gradients()
+    dx, dresidual = call.new_gradients(needs)
     dweight_C, dbias_C = call.new_sums()
     dweight_SC, dbias_SC = call.mean.new_empty((2, schedule.splits, schedule.C)).unbind()
     _bn_backward_resident_kernel[(schedule.programs,)](
@@ -424,7 +436,7 @@ def backward(
         lag=schedule.lag,
         tiles_per_split=schedule.tiles_per_split,
         inverse_count=1.0 / schedule.values_per_channel,
-        TRAINING=call.training,
+        TRAINING=needs.training,
         BLOCK_S=schedule.finish_tile[0],
     )
     return dx, dresidual, dweight_C, dbias_C

@@ -11,10 +11,13 @@ and dx are (N, C) or (N, C, ...), per-channel ones (C,). Any float dtype: fp16 a
 in fp32, everything else in its own dtype. Only composite, differentiable torch operations.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from bn_lightning.kernels.activations import ACTIVATIONS, derivative, lower_derivative
+from bn_lightning.kernels.arguments import Backward
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,44 +161,19 @@ def batch_norm_backward(
 
 
 def fused_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    bits: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    channels_last: bool,
-    training: bool,
-    eps: float,
-    activation: str,
-    negative_slope: float,
+    call: Backward, *, training: bool, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Computes the gradients of y = act(bn(x) + residual), differentiable in what they come from.
+    """Compute the gradients of y = act(bn(x) + residual), differentiable in all they come from.
 
         g = dy * act'(z), and then as `batch_norm_backward`
 
-    with act' from `bits`, from `y` or from z, whichever is there first. In training mean and rstd
-    are computed anew from `x`, so that the way through them is seen.
+    In training mean and rstd are computed again from `x`, so that the gradient through them is
+    part of the graph.
 
     Args:
-        dy: (N, C, ...), any float dtype.
-        x: (N, C, ...); None in evaluation, where neither z nor dweight needs it.
-        residual: (N, C, ...) or None.
-        y: (N, C, ...), the forward's, for an activation with `derivative_of_output`, or None.
-        bits: (ceil(N * C * L / 8),) uint8, the forward's, in the order of memory, or None.
-        mean: (C,) in the compute dtype, used in evaluation.
-        rstd: (C,) in the compute dtype, used in evaluation.
-        weight: (C,) or None for ones.
-        bias: (C,) or None for zeros.
-        channels_last: whether the bits are in the order of channels-last memory.
+        call: of any float dtype; its mean and rstd are used in evaluation.
         training: whether mean and rstd were those of `x`.
         eps: as in the forward, > 0.
-        activation: a key of `ACTIVATIONS`.
-        negative_slope: of leaky_relu.
 
     Returns:
         dx, dweight, dbias and dresidual; dweight is None without `x`.
@@ -203,71 +181,82 @@ def fused_backward(
     Raises:
         ValueError: as `gradient_of_z`.
     """
+    x = call.x
     if training and x is not None:
-        mean, var_C = batch_statistics(x)
-        rstd = torch.rsqrt(var_C + eps)
-    g = gradient_of_z(
-        dy,
-        x,
-        residual,
-        y,
-        bits,
-        mean,
-        rstd,
-        weight,
-        bias,
-        channels_last,
-        activation,
-        negative_slope,
-    )
-    dresidual = g.to(dy.dtype)
+        mean_C, var_C = batch_statistics(x)
+        call = call._replace(mean=mean_C, rstd=torch.rsqrt(var_C + eps))
+    g = gradient_of_z(call)
+    dresidual = g.to(call.dy.dtype)
     if x is None:
-        dx = (g * as_channels(_scale(rstd, weight), g)).to(dy.dtype)
-        return dx, None, channel_sum(g), dresidual
-    return (*batch_norm_backward(g, x, mean, rstd, weight, training=training), dresidual)
+        scale_C = _scale(call.rstd, call.weight)
+        return (g * as_channels(scale_C, g)).to(call.dy.dtype), None, channel_sum(g), dresidual
+    gradients = batch_norm_backward(g, x, call.mean, call.rstd, call.weight, training=training)
+    return (*gradients, dresidual)
 
 
-def gradient_of_z(
-    dy: Tensor,
-    x: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    bits: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    channels_last: bool,
-    activation: str,
-    negative_slope: float,
-) -> Tensor:
-    """Computes g = dy * act'(z), in the dtype of `mean`; the arguments are `fused_backward`'s.
+def gradient_of_z(call: Backward) -> Tensor:
+    """Compute g = dy * act'(z) in the dtype of `mean`, from `mask`, else `y`, else z.
 
     Raises:
-        ValueError: a `y` for an activation whose derivative is no function of it.
+        ValueError: a `y` for an activation whose derivative is not a function of it.
     """
-    g = dy.to(mean.dtype)
-    if activation == "identity":
+    dtype = call.mean.dtype
+    g = call.dy.to(dtype)
+    if call.activation == "identity":
         return g
-    if bits is not None:
-        lower = lower_derivative(activation, negative_slope)
-        return torch.where(_unpack(bits, dy.shape, channels_last), g, g * lower)
-    if y is not None:
-        of_output = ACTIVATIONS[activation].derivative_of_output
+    if call.mask is not None:
+        lower = lower_derivative(call.activation, call.negative_slope)
+        upper = unpack_mask(call.mask, call.dy.shape, call.channels_last)
+        return torch.where(upper, g, g * lower)
+    if call.y is not None:
+        of_output = ACTIVATIONS[call.activation].derivative_of_output
         if of_output is None:
             raise ValueError(
-                f"expected no `y` for {activation}, whose derivative is no function of it, got "
-                f"one; pass the `residual`, or None"
+                f"expected `y` to be None for {call.activation}, whose derivative is not a "
+                f"function of y, got a tensor; pass `residual`, or None"
             )
-        return g * of_output(y.to(mean.dtype))
-    if x is None:
+        return g * of_output(call.y.to(dtype))
+    if call.x is None:
         return g
-    z = normalize(x.to(mean.dtype), mean, rstd, weight, bias)
-    z = z if residual is None else z + residual.to(mean.dtype)
-    return g * derivative(z, activation, negative_slope)
+    z = normalize(call.x.to(dtype), call.mean, call.rstd, call.weight, call.bias)
+    z = z if call.residual is None else z + call.residual.to(dtype)
+    return g * derivative(z, call.activation, call.negative_slope)
 
 
-def pack_bits(each: Tensor, channels_last: bool) -> Tensor:
+def vector_jacobian_product(
+    function: Callable[..., tuple[Tensor | None, ...]],
+    tensors: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Compute the gradients of `function(*tensors)`, differentiable again.
+
+    Args:
+        function: differentiable; some results may be None.
+        tensors: its arguments, some of which may be None.
+        upstream: the gradient of each result; None if there is none.
+
+    Returns:
+        The gradient of each of `tensors`; None if it needs none or has none.
+    """
+    with torch.enable_grad():
+        # Views, so that a third derivative finds the way from the saved tensors to here.
+        views = [None if t is None else t.view_as(t) for t in tensors]
+        pairs = [
+            (result, gradient)
+            for result, gradient in zip(function(*views), upstream, strict=True)
+            if gradient is not None and result is not None and result.requires_grad
+        ]
+        wanted = [t for t in views if t is not None and t.requires_grad]
+        if not pairs or not wanted:
+            return [None] * len(views)
+        results, gradients = zip(*pairs, strict=True)
+        found = iter(
+            torch.autograd.grad(results, wanted, gradients, create_graph=True, allow_unused=True)
+        )
+    return [next(found) if t is not None and t.requires_grad else None for t in views]
+
+
+def pack_mask(each: Tensor, channels_last: bool) -> Tensor:
     """Returns eight bools in a byte, in the order of memory.
 
     Args:
@@ -283,9 +272,9 @@ def pack_bits(each: Tensor, channels_last: bool) -> Tensor:
     return (flat.view(-1, 8) << shifts).sum(dim=1, dtype=torch.uint8)
 
 
-def _unpack(bits: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+def unpack_mask(mask: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     """Returns one bool for each element, from eight in a byte in the order of memory."""
-    each = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    each = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
     flat = each.flatten()[: shape.numel()] != 0
     if not channels_last:
         return flat.reshape(shape)

@@ -45,19 +45,19 @@ MAX_SPLITS = 256
 FINISH_ELEMENTS = 2048
 # Below this a launch costs more than the bytes: 1 MB takes 0.5 us at an H200's 4.3 TB/s, a launch
 # some 3 us.
-SMALL_BYTES = 1 << 20
+SINGLE_LAUNCH_BYTES = 1 << 20
 # The part of L2 that may hold what will be read again; the rest is for what passes through.
 CACHE_SHARE = 0.5
 # What one item of `resident` reads: long beside the cost of its ticket, short beside L2.
-RESIDENT_ITEM_BYTES = 1 << 15
+PERSISTENT_ITEM_BYTES = 1 << 15
 
 
 class Regime(Enum):
     """How a BatchNorm is cut into launches."""
 
-    SMALL = "small"
-    SPLIT = "split"
-    RESIDENT = "resident"
+    SINGLE_LAUNCH = "single_launch"
+    TWO_PASS = "two_pass"
+    PERSISTENT = "persistent"
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def make_schedule(
     channels_last: bool,
     device: Device,
     *,
-    writes_bits: bool = False,
+    writes_mask: bool = False,
     cumulative: bool = False,
 ) -> Schedule:
     """Chooses regime, tiles and splits for a dense tensor that is not empty.
@@ -237,7 +237,7 @@ def make_schedule(
         itemsize: bytes of one element.
         channels_last: whether the channels lie side by side in memory.
         device: where it runs.
-        writes_bits: whether the forward writes one bit an element.
+        writes_mask: whether the forward writes one bit an element.
         cumulative: whether `momentum` is None in training.
 
     Returns:
@@ -247,7 +247,7 @@ def make_schedule(
         ValueError: fewer than two dimensions, or a dimension below 1.
     """
     return _make_schedule(
-        tuple(shape), itemsize, channels_last, device, writes_bits, cumulative, _forced
+        tuple(shape), itemsize, channels_last, device, writes_mask, cumulative, _forced
     )
 
 
@@ -257,27 +257,27 @@ def _make_schedule(
     itemsize: int,
     channels_last: bool,
     device: Device,
-    writes_bits: bool,
+    writes_mask: bool,
     cumulative: bool,
     forced: Regime | None,
 ) -> Schedule:
     N, C, L = flatten(shape, channels_last)
     regime = forced or choose_regime(N, C, L, itemsize, device)
-    if writes_bits and (C if L == 1 else L) % 8:
+    if writes_mask and (C if L == 1 else L) % 8:
         # Eight neighbours must lie in one row, or two programs would write one byte.
-        regime = Regime.SPLIT
-    if cumulative and regime is Regime.SMALL:
+        regime = Regime.TWO_PASS
+    if cumulative and regime is Regime.SINGLE_LAUNCH:
         # Its programs would read the count of batches while one of them writes it.
-        regime = Regime.SPLIT
+        regime = Regime.TWO_PASS
 
     # One launch holds the registers of both its passes; where rows of channels begin anywhere, a
     # thread loads single values and holds their addresses. Half the values leave room for either.
-    halved = regime is not Regime.SPLIT or (L == 1 and C % 16 != 0)
+    halved = regime is not Regime.TWO_PASS or (L == 1 and C % 16 != 0)
     tile_elements = TILE_ELEMENTS // 2 if halved else TILE_ELEMENTS
     block_l = min(_columns(L), tile_elements)
     row = max(1, ROW_BYTES // itemsize // block_l)
     block_c = min(_next_power_of_2(C), row)
-    if regime is Regime.SMALL and N * L * block_c < tile_elements:
+    if regime is Regime.SINGLE_LAUNCH and N * L * block_c < tile_elements:
         # Several channels a program, as many as a tile holds, where enough programs are left.
         room = tile_elements // (_next_power_of_2(N) * block_l)
         share = 1 << max(0, (C // device.processors).bit_length() - 1)
@@ -288,11 +288,13 @@ def _make_schedule(
     tiles = cdiv(N, block_n) * cdiv(L, block_l)
 
     blocks = cdiv(C, block_c)
-    if regime is Regime.SMALL:
+    if regime is Regime.SINGLE_LAUNCH:
         splits = 1
-    elif regime is Regime.RESIDENT:
+    elif regime is Regime.PERSISTENT:
         # One item of a group combines all splits of its channels.
-        splits = min(tiles * elements * itemsize // RESIDENT_ITEM_BYTES, FINISH_ELEMENTS // block_c)
+        splits = min(
+            tiles * elements * itemsize // PERSISTENT_ITEM_BYTES, FINISH_ELEMENTS // block_c
+        )
     else:
         splits = cdiv(PROGRAMS_PER_PROCESSOR * device.processors, blocks)
     tiles_per_split = cdiv(tiles, max(1, min(splits, tiles, MAX_SPLITS)))
@@ -300,7 +302,7 @@ def _make_schedule(
     splits = cdiv(tiles, tiles_per_split)
     programs = min(PROGRAMS_AT_WORK * device.processors, blocks * splits)
     max_registers = None
-    if regime is Regime.RESIDENT and device.registers:
+    if regime is Regime.PERSISTENT and device.registers:
         # Left alone, ptxas saves registers for programs that do not exist, and spills a few.
         max_registers = device.registers // (PROGRAMS_AT_WORK * MAX_THREADS)
     return Schedule(
@@ -326,17 +328,17 @@ def _make_schedule(
 def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regime:
     """Chooses `small` for tensors one launch is enough for, else `split`.
 
-    That is: tensors below `SMALL_BYTES`, and those with a channel for each program at work and
+    That is: tensors below `SINGLE_LAUNCH_BYTES`, and those with a channel for each program at work and
     channels so short that what those programs read twice fits their share of the L2 cache.
     """
-    if N * C * L * itemsize <= SMALL_BYTES:
-        return Regime.SMALL
+    if N * C * L * itemsize <= SINGLE_LAUNCH_BYTES:
+        return Regime.SINGLE_LAUNCH
     channels = max(1, ROW_BYTES // itemsize) if L == 1 else 1
     at_work = PROGRAMS_AT_WORK * device.processors
     in_flight = at_work * channels * N * L * itemsize
     if cdiv(C, channels) >= at_work and in_flight <= CACHE_SHARE * device.cache_bytes:
-        return Regime.SMALL
-    return Regime.SPLIT
+        return Regime.SINGLE_LAUNCH
+    return Regime.TWO_PASS
 
 
 def _columns(L: int) -> int:

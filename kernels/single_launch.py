@@ -13,7 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.arguments import BackwardCall, ForwardCall
+from bn_lightning.kernels.arguments import (
+    Backward,
+    BackwardNeeds,
+    Forward,
+    RunningStatistics,
+    new_statistics,
+)
 from bn_lightning.kernels.backward import walk_gradients, walk_sums
 from bn_lightning.kernels.normalize import walk_normalize
 from bn_lightning.kernels.schedule import Schedule
@@ -35,7 +41,7 @@ def _bn_forward_small_kernel(
     running_var_ptr: tl.tensor,  # (C,), unbiased, read and written, or None
     tracked_ptr: tl.tensor,  # int64, read and written, or None
     y_ptr: tl.tensor,  # (N, C, L)
-    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
     mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
     N: tl.tensor,
@@ -79,7 +85,7 @@ def _bn_forward_small_kernel(
         x_ptr,
         residual_ptr,
         y_ptr,
-        bits_ptr,
+        mask_ptr,
         mean,
         scale,
         shift,
@@ -103,7 +109,7 @@ def _bn_backward_small_kernel(
     x_ptr: tl.tensor,  # (N, C, L)
     residual_ptr: tl.tensor,  # (N, C, L) or None
     y_ptr: tl.tensor,  # (N, C, L) or None
-    bits_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
+    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
     mean_ptr: tl.tensor,  # (C,) fp32
     rstd_ptr: tl.tensor,  # (C,) fp32
     weight_ptr: tl.tensor,  # (C,) or None
@@ -135,7 +141,7 @@ def _bn_backward_small_kernel(
         x_ptr,
         residual_ptr,
         y_ptr,
-        bits_ptr,
+        mask_ptr,
         mean,
         rstd,
         scale,
@@ -160,7 +166,7 @@ def _bn_backward_small_kernel(
         x_ptr,
         residual_ptr,
         y_ptr,
-        bits_ptr,
+        mask_ptr,
         mean,
         rstd,
         scale,
@@ -185,44 +191,50 @@ def _bn_backward_small_kernel(
     )
 
 
-def forward(call: ForwardCall, schedule: Schedule) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def forward(
+    call: Forward, running: RunningStatistics, eps: float, schedule: Schedule
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Runs a forward in training in one launch.
 
     Args:
-        call: with a momentum that is not None; its statistics are updated in place.
+        call: the tensors and the activation.
+        running: updated in place; its momentum is not None.
+        eps: added to the biased variance, > 0.
         schedule: of the shape and layout of x.
 
     Returns:
-        y, the bits of the derivative or None, and mean and rstd, each (C,) fp32.
+        y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
     """
-    y, bits = call.new_outputs()
-    mean_C, rstd_C = call.new_statistics()
+    y, mask = call.new_outputs()
+    mean_C, rstd_C = new_statistics(call.x)
     _bn_forward_small_kernel[(schedule.channel_blocks,)](
         **call.elementwise,
-        **call.state,
+        **running.state,
+        eps=eps,
         **schedule.walk,
         y_ptr=y,
-        bits_ptr=bits,
+        mask_ptr=mask,
         mean_ptr=mean_C,
         rstd_ptr=rstd_C,
         total=float(schedule.values_per_channel),
     )
-    return y, bits, mean_C, rstd_C
+    return y, mask, mean_C, rstd_C
 
 
 def backward(
-    call: BackwardCall, schedule: Schedule
+    call: Backward, needs: BackwardNeeds, schedule: Schedule
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Runs a backward with all its sums in one launch.
 
     Args:
         call: of the backward; x is not None.
+        needs: which gradients, and the mode.
         schedule: of the shape and layout of x.
 
     Returns:
-        dx and dresidual, each None where the call does not need it; dweight and dbias, (C,) fp32.
+        dx and dresidual, each None if it is not needed; dweight and dbias, (C,) fp32.
     """
-    dx, dresidual = call.new_gradients()
+    dx, dresidual = call.new_gradients(needs)
     dweight_C, dbias_C = call.new_sums()
     _bn_backward_small_kernel[(schedule.channel_blocks,)](
         **call.gradient,
@@ -232,6 +244,6 @@ def backward(
         dweight_ptr=dweight_C,
         dbias_ptr=dbias_C,
         inverse_count=1.0 / schedule.values_per_channel,
-        TRAINING=call.training,
+        TRAINING=needs.training,
     )
     return dx, dresidual, dweight_C, dbias_C

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.arguments import ForwardCall
+from bn_lightning.kernels.arguments import RunningStatistics, new_statistics
 from bn_lightning.kernels.schedule import Schedule, cdiv
 from bn_lightning.kernels.tile import row_sum, tile_offsets
 
@@ -384,24 +384,29 @@ def partial_statistics(x: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor, T
 
 
 def finish_statistics(
-    partials: tuple[Tensor, Tensor, Tensor], call: ForwardCall, schedule: Schedule
+    partials: tuple[Tensor, Tensor, Tensor],
+    running: RunningStatistics,
+    eps: float,
+    schedule: Schedule,
 ) -> tuple[Tensor, Tensor]:
     """Combines the partials, and updates the running statistics in place.
 
     Args:
         partials: count, mean and sqrt(M2), each (S, C) fp32.
-        call: its running statistics, momentum and eps.
+        running: updated in place.
+        eps: added to the biased variance, > 0.
         schedule: of the tensor the partials come from.
 
     Returns:
         Mean and rstd, each (C,) fp32.
     """
     count_SC, mean_SC, root_SC = partials
-    mean_C, rstd_C = call.new_statistics()
+    mean_C, rstd_C = new_statistics(mean_SC)
     block_s, block_c = schedule.finish_tile
-    cumulative = call.momentum is None
+    cumulative = running.momentum is None
     _bn_finish_statistics_kernel[(1 if cumulative else cdiv(schedule.C, block_c),)](
-        **call.state,
+        **running.state,
+        eps=eps,
         partial_count_ptr=count_SC,
         partial_mean_ptr=mean_SC,
         partial_root_ptr=root_SC,

@@ -19,7 +19,6 @@ Both compute in fp32, natively fp64 in fp64; "the compute dtype" below. Shapes: 
 L flattened space, R ranks.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +26,10 @@ from torch import Tensor
 
 from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import activate, upper_branch
-from bn_lightning.kernels.arguments import BackwardCall, ForwardCall
+from bn_lightning.kernels.arguments import BACKWARD_SCHEMA, Backward, BackwardNeeds, Forward
 from bn_lightning.kernels.dispatch import (
     as_layout,
     check_device,
-    contiguous,
     is_channels_last,
     schedule_of,
 )
@@ -115,7 +113,7 @@ def normalize(
     bias: Tensor | None,
     activation: str,
     negative_slope: float,
-    writes_bits: bool,
+    writes_mask: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """Computes y = act((x - mean) * rstd * weight + bias + residual), rounded once.
@@ -129,65 +127,24 @@ def normalize(
         bias: (C,), any float dtype, or None for zeros.
         activation: a key of `ACTIVATIONS`.
         negative_slope: of leaky_relu.
-        writes_bits: whether the backward will read bits of the derivative.
+        writes_mask: whether the backward will read mask of the derivative.
         triton: from `dispatch.uses_triton`.
 
     Returns:
-        y, with shape, dtype and strides of `x`; the bits, (ceil(N * C * L / 8),) uint8 in the order
+        y, with shape, dtype and strides of `x`; the mask, (ceil(N * C * L / 8),) uint8 in the order
         of memory, or (0,).
     """
-    options = (activation, negative_slope, writes_bits)
+    options = (activation, negative_slope, writes_mask)
     if triton:
         return torch.ops.bn_lightning.normalize(x, residual, mean, rstd, weight, bias, *options)
     z = reference.normalize(x.to(mean.dtype), mean, rstd, weight, bias)
     if residual is not None:
         z = z + residual.to(mean.dtype)
     y = z if activation == "identity" else activate(z, activation, negative_slope)
-    bits = x.new_empty(0, dtype=torch.uint8)
-    if writes_bits:
-        bits = reference.pack_bits(upper_branch(z, activation), is_channels_last(x))
-    return y.to(x.dtype), bits
-
-
-@dataclass(frozen=True, slots=True)
-class Backward:
-    """What the stages of a backward read.
-
-    Attributes:
-        dy: (N, C, ...), the gradient of y, in memory as `x` is.
-        x: as the forward read it.
-        residual: the forward's, where z is computed again and there was one.
-        y: the forward's, where act' is a function of it.
-        bits: the forward's, where act' is read from them.
-        mean: (C,) in the compute dtype, as the forward used it.
-        rstd: (C,) in the compute dtype, as the forward used it.
-        weight: (C,), any float dtype, or None for ones.
-        bias: (C,), any float dtype, or None for zeros.
-        channels_last: whether `x` is.
-        activation: a key of `ACTIVATIONS`.
-        negative_slope: of leaky_relu.
-    """
-
-    dy: Tensor
-    x: Tensor
-    residual: Tensor | None
-    y: Tensor | None
-    bits: Tensor | None
-    mean: Tensor
-    rstd: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    channels_last: bool
-    activation: str
-    negative_slope: float
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Returns all of them, in this order."""
-        return tuple(getattr(self, name) for name in self.__slots__)
-
-    def gradient_of_z(self) -> Tensor:
-        """Computes g = dy * act'(z), in the compute dtype."""
-        return reference.gradient_of_z(*self.arguments())
+    mask = x.new_empty(0, dtype=torch.uint8)
+    if writes_mask:
+        mask = reference.pack_mask(upper_branch(z, activation), is_channels_last(x))
+    return y.to(x.dtype), mask
 
 
 def local_sums(call: Backward, triton: bool) -> Tensor:
@@ -201,8 +158,8 @@ def local_sums(call: Backward, triton: bool) -> Tensor:
         (2, C) in the compute dtype: this part's dbias and dweight.
     """
     if triton:
-        return torch.ops.bn_lightning.local_sums(*call.arguments())
-    g = call.gradient_of_z()
+        return torch.ops.bn_lightning.local_sums(*call)
+    g = reference.gradient_of_z(call)
     return torch.stack([reference.channel_sum(g), reference.channel_sum(g * _x_hat(call))])
 
 
@@ -223,10 +180,8 @@ def input_gradients(
         dx and dresidual, with shape, dtype and strides of x; each (0,) where it is not needed.
     """
     if triton:
-        return torch.ops.bn_lightning.input_gradients(
-            *call.arguments(), means, needs_dx, needs_dresidual
-        )
-    g = call.gradient_of_z()
+        return torch.ops.bn_lightning.input_gradients(*call, means, needs_dx, needs_dresidual)
+    g = reference.gradient_of_z(call)
     dx = dresidual = g.new_empty(0)
     if needs_dx:
         mean_g, mean_gx = (reference.as_channels(mean_C, g) for mean_C in means)
@@ -245,21 +200,17 @@ _LIBRARY = torch.library.Library("bn_lightning", "FRAGMENT")
 _LIBRARY.define("local_statistics(Tensor x) -> Tensor")
 _LIBRARY.define(
     "normalize(Tensor x, Tensor? residual, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
-    "str activation, float negative_slope, bool writes_bits) -> (Tensor, Tensor)"
+    "str activation, float negative_slope, bool writes_mask) -> (Tensor, Tensor)"
 )
-_BACKWARD = (
-    "Tensor dy, Tensor x, Tensor? residual, Tensor? y, Tensor? bits, Tensor mean, Tensor rstd, "
-    "Tensor? weight, Tensor? bias, bool channels_last, str activation, float negative_slope"
-)
-_LIBRARY.define(f"local_sums({_BACKWARD}) -> Tensor")
+_LIBRARY.define(f"local_sums({BACKWARD_SCHEMA}) -> Tensor")
 _LIBRARY.define(
-    f"input_gradients({_BACKWARD}, Tensor means, bool needs_dx, bool needs_dresidual) "
+    f"input_gradients({BACKWARD_SCHEMA}, Tensor means, bool needs_dx, bool needs_dresidual) "
     "-> (Tensor, Tensor)"
 )
 
 
 def _local_statistics(x: Tensor) -> Tensor:
-    from bn_lightning.kernels import stats as statistics
+    from bn_lightning.kernels import stats
 
     check_device(x)
     channels_last = is_channels_last(x)
@@ -270,8 +221,8 @@ def _local_statistics(x: Tensor) -> Tensor:
     for at, half in enumerate(divmod(schedule.values_per_channel, _HALF)):
         packed[2 * C + at].fill_(half)
     with torch.cuda.device_of(x):
-        partials = statistics.partial_statistics(x, schedule)
-        statistics.finish_partial(partials, packed[:C], packed[C : 2 * C], schedule)
+        partials = stats.partial_statistics(x, schedule)
+        stats.finish_partial(partials, packed[:C], packed[C : 2 * C], schedule)
     return packed
 
 
@@ -288,31 +239,18 @@ def _normalize(
     bias: Tensor | None,
     activation: str,
     negative_slope: float,
-    writes_bits: bool,
+    writes_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    from bn_lightning.kernels.normalize import normalize
+    from bn_lightning.kernels.normalize import launch_normalize
 
     check_device(x)
     channels_last = is_channels_last(x)
-    x = as_layout(x, channels_last)
-    call = ForwardCall(
-        x,
-        None if residual is None else as_layout(residual, channels_last),
-        contiguous(weight),
-        contiguous(bias),
-        running_mean=None,
-        running_var=None,
-        num_batches_tracked=None,
-        momentum=None,
-        eps=0.0,
-        activation=activation,
-        negative_slope=negative_slope,
-        writes_bits=writes_bits,
-    )
-    schedule = schedule_of(x, channels_last, writes_bits, False)
+    call = Forward(x, residual, weight, bias, activation, negative_slope, writes_mask=writes_mask)
+    call = call.in_layout(channels_last)
+    schedule = schedule_of(call.x, channels_last, writes_mask, False)
     with torch.cuda.device_of(x):
-        y, bits = normalize(call, mean, rstd, schedule)
-    return y, _no_bits(x) if bits is None else bits
+        y, mask = launch_normalize(call, mean, rstd, schedule)
+    return y, _no_mask(x) if mask is None else mask
 
 
 def _fake_normalize(
@@ -324,23 +262,24 @@ def _fake_normalize(
     bias: Tensor | None,
     activation: str,
     negative_slope: float,
-    writes_bits: bool,
+    writes_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(as_layout(x, is_channels_last(x)))
-    if not writes_bits:
-        return y, _no_bits(x)
+    if not writes_mask:
+        return y, _no_mask(x)
     return y, x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
-def _no_bits(x: Tensor) -> Tensor:
+def _no_mask(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.uint8)
 
 
 def _local_sums(*arguments: Any) -> Tensor:
     from bn_lightning.kernels.backward import affine_gradients
 
-    call, channels_last = _as_call(Backward(*arguments), False, False)
-    schedule = schedule_of(call.dy, channels_last, False, False)
+    call = Backward(*arguments).in_layout()
+    check_device(call.dy)
+    schedule = schedule_of(call.dy, call.channels_last, False, False)
     with torch.cuda.device_of(call.dy):
         dweight_C, dbias_C = affine_gradients(call, schedule)
     return torch.stack([dbias_C, dweight_C])
@@ -355,12 +294,14 @@ def _input_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
     from bn_lightning.kernels.backward import input_gradients
 
     *backward, means, needs_dx, needs_dresidual = arguments
-    call, channels_last = _as_call(Backward(*backward), needs_dx, needs_dresidual)
-    schedule = schedule_of(call.dy, channels_last, False, False)
+    call = Backward(*backward).in_layout()
+    check_device(call.dy)
+    needs = BackwardNeeds(training=True, dx=needs_dx, affine=True, dresidual=needs_dresidual)
+    schedule = schedule_of(call.dy, call.channels_last, False, False)
     # The kernel divides by the count of its own tensor.
     dbias_C, dweight_C = (means * schedule.values_per_channel).unbind()
     with torch.cuda.device_of(call.dy):
-        dx, dresidual = input_gradients(call, dweight_C, dbias_C, schedule)
+        dx, dresidual = input_gradients(call, needs, dweight_C, dbias_C, schedule)
     nothing = call.dy.new_empty(0)
     return nothing if dx is None else dx, nothing.clone() if dresidual is None else dresidual
 
@@ -374,32 +315,6 @@ def _fake_input_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
         for needed in (needs_dx, needs_dresidual)
     )
     return dx, dresidual
-
-
-def _as_call(
-    backward: Backward, needs_dx: bool, needs_dresidual: bool
-) -> tuple[BackwardCall, bool]:
-    """Returns what the launchers take, and whether it is channels-last."""
-    channels_last = backward.channels_last
-    check_device(backward.dy)
-    call = BackwardCall(
-        as_layout(backward.dy, channels_last),
-        as_layout(backward.x, channels_last),
-        None if backward.residual is None else as_layout(backward.residual, channels_last),
-        backward.y,
-        backward.bits,
-        backward.mean,
-        backward.rstd,
-        contiguous(backward.weight),
-        contiguous(backward.bias),
-        backward.activation,
-        backward.negative_slope,
-        True,
-        needs_dx,
-        True,
-        needs_dresidual,
-    )
-    return call, channels_last
 
 
 for _name, _kernel, _fake in (

@@ -111,7 +111,7 @@ def write_output(
     shift: tl.tensor,
     residual_ptr: tl.tensor,  # or None
     y_ptr: tl.tensor,
-    bits_ptr: tl.tensor,  # uint8, bit i of byte b for the element at 8 b + i, or None
+    mask_ptr: tl.tensor,  # uint8, bit i of byte b for the element at 8 b + i, or None
     offsets: tl.tensor,
     mask: tl.tensor,
     negative_slope: tl.tensor,
@@ -129,13 +129,13 @@ def write_output(
         shift += residual.to(tl.float32)
     z = tl.fma(x - mean, scale, shift)
     tl.store(y_ptr + offsets, activate(z, negative_slope, ACTIVATION), mask=mask)
-    if bits_ptr is not None:
+    if mask_ptr is not None:
         groups: tl.constexpr = z.numel // 8
         bits = upper_branch(z, ACTIVATION).to(tl.int32).reshape((groups, 8))
         packed = tl.sum(bits << tl.arange(0, 8)[None, :], axis=1)
         first = tl.min(offsets.broadcast_to(z.shape).reshape((groups, 8)), axis=1)
         inside = tl.max(mask.broadcast_to(z.shape).to(tl.int32).reshape((groups, 8)), axis=1)
-        tl.store(bits_ptr + first // 8, packed.to(tl.uint8), mask=inside > 0)
+        tl.store(mask_ptr + first // 8, packed.to(tl.uint8), mask=inside > 0)
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def load_gradient(
     shift: tl.tensor,
     residual_ptr: tl.tensor,  # or None
     y_ptr: tl.tensor,  # or None
-    bits_ptr: tl.tensor,  # or None
+    mask_ptr: tl.tensor,  # or None
     offsets: tl.tensor,
     mask: tl.tensor,
     negative_slope: tl.tensor,
@@ -158,8 +158,8 @@ def load_gradient(
     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     if ACTIVATION == "identity":
         return dy
-    elif bits_ptr is not None:
-        byte = tl.load(bits_ptr + offsets // 8, mask=mask, other=0).to(tl.int32)
+    elif mask_ptr is not None:
+        byte = tl.load(mask_ptr + offsets // 8, mask=mask, other=0).to(tl.int32)
         upper = (byte >> (offsets % 8).to(tl.int32)) & 1
         return choose_branch(dy, upper != 0, negative_slope, ACTIVATION)
     elif y_ptr is not None:

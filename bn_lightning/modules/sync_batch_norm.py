@@ -18,7 +18,6 @@ DistributedDataParallel averages them like those of every other parameter.
 
 import functools
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.kernels import batch_norm, reference
 from bn_lightning.kernels import sync_ops as stages
-from bn_lightning.kernels.activations import recomputes_z, saves_bits, saves_output
+from bn_lightning.kernels.activations import recomputes_z, saves_mask, saves_output
+from bn_lightning.kernels.arguments import Backward
 from bn_lightning.kernels.checks import check_average, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import (
     as_layout,
@@ -183,18 +183,18 @@ class _SyncBatchNorm(torch.autograd.Function):
         negative_slope: float,
         triton: bool,
         group_name: str,
-        writes_bits: bool,
+        writes_mask: bool,
     ) -> tuple[Tensor, Tensor]:
         return stages.normalize(
-            x, residual, mean, rstd, weight, bias, activation, negative_slope, writes_bits, triton
+            x, residual, mean, rstd, weight, bias, activation, negative_slope, writes_mask, triton
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        y, bits = output
+        y, mask = output
         x, residual, weight, bias, mean, rstd, total, *options = inputs
-        eps, activation, negative_slope, triton, group_name, writes_bits = options
-        ctx.mark_non_differentiable(bits)
+        eps, activation, negative_slope, triton, group_name, writes_mask = options
+        ctx.mark_non_differentiable(mask)
         ctx.set_materialize_grads(False)
         has_residual = residual is not None
         from_z = recomputes_z(activation, has_residual)
@@ -203,7 +203,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             x,
             residual if from_z else None,
             y if saves_output(activation, has_residual) else None,
-            bits if writes_bits else None,
+            mask if writes_mask else None,
             mean,
             rstd,
             weight,
@@ -238,7 +238,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Computes dx, dresidual, and this rank's dbias and dweight as (2, C)."""
-    total, call = arguments[0], stages.Backward(*arguments[1:13])
+    total, call = arguments[0], Backward(*arguments[1:13])
     _, triton, group_name, needs_dx, needs_dresidual = arguments[13:]
     sums = stages.local_sums(call, triton)
     means = _all_reduce(sums, group_name) / total.to(sums.dtype).clamp(min=1.0)
@@ -264,7 +264,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         with torch.enable_grad():
             # Views, so that the way from the saved tensors to here is open to a third derivative.
             tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            call = stages.Backward(*tensors[1:], *of_activation)
+            call = Backward(*tensors[1:], *of_activation)
             results = _differentiable_backward(call, tensors[0], eps, group_name)
             used = (needs_dx, needs_dresidual, True)
             pairs = [(r, u) for r, u, use in zip(results, upstream, used, strict=True) if use]
@@ -282,7 +282,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
 
 
 def _differentiable_backward(
-    call: stages.Backward, total: Tensor, eps: float, group_name: str
+    call: Backward, total: Tensor, eps: float, group_name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes what `_backward` does, with mean and rstd as functions of every rank's x."""
     x = call.x.to(call.mean.dtype)
@@ -290,7 +290,7 @@ def _differentiable_backward(
     mean = _AllReduce.apply(reference.channel_sum(x), group_name) / total
     centred = x - reference.as_channels(mean, x)
     var = _AllReduce.apply(reference.channel_sum(centred * centred), group_name) / total
-    call = replace(call, mean=mean, rstd=torch.rsqrt(var + eps))
+    call = call._replace(mean=mean, rstd=torch.rsqrt(var + eps))
     sums = stages.local_sums(call, triton=False)
     means = _AllReduce.apply(sums, group_name) / total
     return *stages.input_gradients(call, means, True, True, triton=False), sums
@@ -325,7 +325,7 @@ def _with_gradient(*args: Any) -> Tensor:
         t is not None and t.requires_grad for t in (x, residual, weight, bias)
     ):
         return _without_gradient(*args)
-    return _SyncBatchNorm.apply(*args, saves_bits(args[8], residual is not None))[0]
+    return _SyncBatchNorm.apply(*args, saves_mask(args[8], residual is not None))[0]
 
 
 def _without_gradient(*args: Any) -> Tensor:

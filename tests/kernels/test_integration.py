@@ -82,7 +82,7 @@ def test_saved_bytes(
     assert sum(run(False).values()) <= size + per_channel
     extra = sum(run(True).values()) - size
     saves = ACTIVATIONS[activation].saves
-    if saves in (Saves.NOTHING, Saves.BITS):
+    if saves in (Saves.NOTHING, Saves.MASK):
         assert extra <= per_channel + size / 16
     else:
         # y or the residual, each of which exists anyway.
@@ -323,7 +323,7 @@ def test_only_the_residuals_gradient(device: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("regime", ["small", "split", "resident"])
+@pytest.mark.parametrize("regime", ["single_launch", "two_pass", "persistent"])
 def test_cuda_graph_capture_and_replay(regime: str) -> None:
     from bn_lightning.kernels.schedule import Regime, forced_regime
 

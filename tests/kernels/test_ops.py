@@ -343,11 +343,11 @@ def test_opcheck(activation: str, training: bool, device: str) -> None:
     plain = [v.detach() for v in (x, residual, weight, bias)]
     check(op.batch_norm_forward.default, (*plain, *state, *options, activation == "relu"))
     mean, rstd = torch.randn(3, device=device), torch.rand(3, device=device) + 0.5
-    y, bits = torch.randn_like(plain[0]), torch.zeros(12, dtype=torch.uint8, device=device)
+    y, mask = torch.randn_like(plain[0]), torch.zeros(12, dtype=torch.uint8, device=device)
     saved = (
         plain[1] if activation == "silu" else None,
         y if activation == "tanh" else None,
-        bits if activation == "relu" else None,
+        mask if activation == "relu" else None,
     )
     rest = (False, training, EPS, activation, 0.01)
     backward = op.batch_norm_backward.default

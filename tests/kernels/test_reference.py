@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bn_lightning.kernels import activations, reference
+from bn_lightning.kernels.arguments import Backward
 
 # fp64 against fp64: two orders of the same few sums, values up to about 10.
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
@@ -112,48 +113,33 @@ def test_fused_backward_is_autograds(activation: str, has_residual: bool, traini
     expected = torch.autograd.grad(y, wanted, t["dy"])
     saves = activations.ACTIVATIONS[activation].saves
     mean, rstd = _statistics(t, training)
-    ours = reference.fused_backward(
+    upper = activations.upper_branch(z, activation)
+    call = Backward(
         t["dy"],
         t["x"],
         residual,
         y if saves is activations.Saves.OUTPUT and has_residual else None,
-        _pack(activations.upper_branch(z, activation)) if "relu6" in activation else None,
+        reference.pack_mask(upper, channels_last=False) if "relu6" in activation else None,
         mean,
         rstd,
         t["weight"],
         t["bias"],
         channels_last=False,
-        training=training,
-        eps=EPS,
         activation=activation,
         negative_slope=0.01,
     )
+    ours = reference.fused_backward(call, training=training, eps=EPS)
     torch.testing.assert_close(ours[: len(wanted)], expected, **TOLERANCE)
-
-
-def _pack(upper: Tensor) -> Tensor:
-    flat = torch.nn.functional.pad(upper.flatten().to(torch.uint8), (0, -upper.numel() % 8))
-    return (flat.reshape(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def test_frozen_backward_needs_no_x() -> None:
     t = _tensors((4, 2, 3))
     mean, rstd = _statistics(t, training=False)
+    call = Backward(
+        t["dy"], t["x"], None, None, None, mean, rstd, t["weight"], None, False, "identity", 0.01
+    )
     with_x, without_x = (
-        reference.fused_backward(
-            t["dy"],
-            x,
-            *(None, None, None),
-            mean,
-            rstd,
-            t["weight"],
-            None,
-            channels_last=False,
-            training=False,
-            eps=EPS,
-            activation="identity",
-            negative_slope=0.01,
-        )
+        reference.fused_backward(call._replace(x=x), training=False, eps=EPS)
         for x in (t["x"], None)
     )
     torch.testing.assert_close(without_x[0], with_x[0], **TOLERANCE)
@@ -195,8 +181,8 @@ def test_evaluation_without_running_statistics_raises() -> None:
 def test_an_output_that_says_nothing_of_the_derivative_raises() -> None:
     x, channels = torch.ones(4, 3), torch.ones(3)
     rest = (channels, channels, None, None, False, "silu", 0.01)
-    with pytest.raises(ValueError, match="expected no `y` for silu.*got one; pass the `residual`"):
-        reference.gradient_of_z(x, x, None, x, None, *rest)
+    with pytest.raises(ValueError, match="`y`.*silu.*pass `residual`"):
+        reference.gradient_of_z(Backward(x, x, None, x, None, *rest))
 
 
 def _statistics(t: dict[str, Tensor], training: bool) -> tuple[Tensor, Tensor]:

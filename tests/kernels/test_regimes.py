@@ -46,7 +46,7 @@ def small_tiles_and_nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> Ite
         "TILE_ELEMENTS": 128,
         "FLAT_ELEMENTS": 128,
         "ROW_BYTES": 32,
-        "RESIDENT_ITEM_BYTES": 256,
+        "PERSISTENT_ITEM_BYTES": 256,
     }
     for name, value in sizes.items():
         monkeypatch.setattr(schedule, name, value)
@@ -160,8 +160,8 @@ def test_add_relu(
         _assert_three_way(t, True, training=True, activation="relu")
 
 
-# `small` goes through an activation as `resident` does.
-@pytest.mark.parametrize("regime", [Regime.SPLIT, Regime.RESIDENT], ids=["split", "resident"])
+# `single_launch` computes an activation as `persistent` does.
+@pytest.mark.parametrize("regime", [Regime.TWO_PASS, Regime.PERSISTENT], ids=lambda r: r.value)
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str, has_residual: bool, regime: Regime, device: str) -> None:
@@ -252,18 +252,18 @@ def test_a_mean_1e5_times_the_deviation(regime: Regime, device: str) -> None:
     assert error <= max(torch_error, 2**-7)
 
 
-def test_resident_counters_are_zero_after_a_launch(
+def test_persistent_counters_are_zero_after_a_launch(
     monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    from bn_lightning.kernels import persistent as resident
+    from bn_lightning.kernels import persistent
 
     used: list[Tensor] = []
-    make = resident._counters
+    make = persistent._counters
     monkeypatch.setattr(
-        resident, "_counters", lambda *arguments: (used.append(make(*arguments)), used[-1])[1]
+        persistent, "_counters", lambda *arguments: (used.append(make(*arguments)), used[-1])[1]
     )
     t = _tensors((3, 8, 5, 3), True, torch.float32, device)
-    with forced_regime(Regime.RESIDENT):
+    with forced_regime(Regime.PERSISTENT):
         _run(batch_norm, t, False, training=True, activation="relu", backend="triton")
     assert len(used) == 2
     assert all(counters.count_nonzero() == 0 for counters in used)

@@ -64,7 +64,7 @@ def test_splits_cover_every_tile_and_none_is_empty(
         tiles = math.ceil(s.N / s.block_n) * math.ceil(s.L / s.block_l)
         assert (s.splits - 1) * s.tiles_per_split < tiles <= s.splits * s.tiles_per_split
         assert 1 <= s.splits <= MAX_SPLITS
-        assert s.regime is not Regime.SMALL or s.splits == 1
+        assert s.regime is not Regime.SINGLE_LAUNCH or s.splits == 1
 
 
 @itemsizes
@@ -101,7 +101,7 @@ def test_finishing_holds_all_splits_at_once(
         assert block_s >= s.splits
         assert _is_power_of_2(block_s) and _is_power_of_2(block_c)
         assert block_s * block_c <= FINISH_ELEMENTS
-        if s.regime is Regime.RESIDENT:
+        if s.regime is Regime.PERSISTENT:
             assert s.splits * s.block_c <= FINISH_ELEMENTS
 
 
@@ -128,32 +128,54 @@ def test_padding_is_small_where_it_can_be() -> None:
 # beside it, with 132 processors, 2048 values a tile in one launch and 4096 in two.
 CUTS = [
     # A line of 128 bytes is 32 channels; 60 samples need 64.
-    ("mnist_mlp", (60, 100), 4, False, Regime.SMALL, (64, 32, 1), 8, (1, 1), 5, 4),
+    ("mnist_mlp", (60, 100), 4, False, Regime.SINGLE_LAUNCH, (64, 32, 1), 8, (1, 1), 5, 4),
     # 49 positions in 64, and 32 or 64 samples, to a tile; a program for each channel.
-    ("small_maps", (256, 2048, 7, 7), 2, False, Regime.SMALL, (32, 1, 64), 8, (1, 8), 265, 264),
-    ("small_maps", (256, 2048, 7, 7), 2, False, Regime.SPLIT, (64, 1, 64), 8, (1, 4), 265, 264),
+    (
+        "small_maps",
+        (256, 2048, 7, 7),
+        2,
+        False,
+        Regime.SINGLE_LAUNCH,
+        (32, 1, 64),
+        8,
+        (1, 8),
+        265,
+        264,
+    ),
+    ("small_maps", (256, 2048, 7, 7), 2, False, Regime.TWO_PASS, (64, 1, 64), 8, (1, 4), 265, 264),
     # 13 tiles along L and 16 along N, for each of 64 channels 1056 / 64 = 16.5 programs.
-    ("large_maps", (256, 64, 56, 56), 2, False, Regime.SPLIT, (16, 1, 256), 8, (16, 13), 18, 264),
+    (
+        "large_maps",
+        (256, 64, 56, 56),
+        2,
+        False,
+        Regime.TWO_PASS,
+        (16, 1, 256),
+        8,
+        (16, 13),
+        18,
+        264,
+    ),
     # 416 tiles of 4 KB in items of 32 KB; 264 programs follow 52 items to a channel.
-    ("large_maps", (256, 64, 56, 56), 2, False, Regime.RESIDENT, (8, 1, 256), 8, (52, 8), 7, 264),
+    ("large_maps", (256, 64, 56, 56), 2, False, Regime.PERSISTENT, (8, 1, 256), 8, (52, 8), 7, 264),
     # 12,544 rows in tiles of 64, 64 channels to a line.
-    ("rows", (256, 2048, 7, 7), 2, True, Regime.SPLIT, (64, 64, 1), 8, (33, 6), 9, 264),
+    ("rows", (256, 2048, 7, 7), 2, True, Regime.TWO_PASS, (64, 64, 1), 8, (33, 6), 9, 264),
     # The finishing item holds 2048 / 64 splits at most.
-    ("rows", (256, 2048, 7, 7), 2, True, Regime.RESIDENT, (32, 64, 1), 8, (31, 13), 10, 264),
+    ("rows", (256, 2048, 7, 7), 2, True, Regime.PERSISTENT, (32, 64, 1), 8, (31, 13), 10, 264),
     # 4097 channels begin anywhere: half a tile, in two launches as well.
-    ("odd_rows", (65536, 4097), 2, False, Regime.SPLIT, (32, 64, 1), 8, (17, 121), 17, 264),
+    ("odd_rows", (65536, 4097), 2, False, Regime.TWO_PASS, (32, 64, 1), 8, (17, 121), 17, 264),
     # 9 tiles of 512 hold 4097 with little padding; 1024 values are a quarter of the most.
-    ("tail", (2, 3, 4097), 4, False, Regime.SPLIT, (2, 1, 512), 2, (9, 1), 4, 27),
-    ("one_sample", (1, 3, 50_001), 2, False, Regime.SMALL, (1, 1, 2048), 8, (1, 25), 4, 3),
-    ("one_sample", (1, 3, 50_001), 2, False, Regime.RESIDENT, (1, 1, 2048), 8, (3, 9), 4, 9),
+    ("tail", (2, 3, 4097), 4, False, Regime.TWO_PASS, (2, 1, 512), 2, (9, 1), 4, 27),
+    ("one_sample", (1, 3, 50_001), 2, False, Regime.SINGLE_LAUNCH, (1, 1, 2048), 8, (1, 25), 4, 3),
+    ("one_sample", (1, 3, 50_001), 2, False, Regime.PERSISTENT, (1, 1, 2048), 8, (3, 9), 4, 9),
     # 3 channels take 4; 256 splits at most of 1954 tiles.
-    ("long_rows", (1_000_003, 3), 2, False, Regime.SPLIT, (512, 4, 1), 8, (245, 8), 2, 245),
+    ("long_rows", (1_000_003, 3), 2, False, Regime.TWO_PASS, (512, 4, 1), 8, (245, 8), 2, 245),
     # 2 samples leave room for 1024 channels a program, and 977 programs.
-    ("channels", (2, 1_000_000), 4, False, Regime.SMALL, (2, 1024, 1), 8, (1, 1), 265, 264),
-    ("channels", (2, 1_000_000), 4, False, Regime.SPLIT, (2, 32, 1), 1, (1, 1), 265, 264),
+    ("channels", (2, 1_000_000), 4, False, Regime.SINGLE_LAUNCH, (2, 1024, 1), 8, (1, 1), 265, 264),
+    ("channels", (2, 1_000_000), 4, False, Regime.TWO_PASS, (2, 32, 1), 1, (1, 1), 265, 264),
     # A power of two, not above 10,000 / 132, so that as many programs as processors are left.
-    ("some_channels", (2, 10_000), 4, False, Regime.SMALL, (2, 64, 1), 1, (1, 1), 158, 157),
-    ("one_value", (1, 1), 4, False, Regime.SMALL, (1, 1, 1), 1, (1, 1), 2, 1),
+    ("some_channels", (2, 10_000), 4, False, Regime.SINGLE_LAUNCH, (2, 64, 1), 1, (1, 1), 158, 157),
+    ("one_value", (1, 1), 4, False, Regime.SINGLE_LAUNCH, (1, 1, 1), 1, (1, 1), 2, 1),
 ]
 
 
@@ -200,7 +222,7 @@ def test_how_a_tensor_is_cut(
 def test_how_it_is_finished_and_passed_over(shape, channels_last, finish, flat, eights) -> None:
     s = make_schedule(shape, 2, channels_last, H200)
     if math.prod(shape) > 1 << 19:
-        assert s.regime is Regime.SPLIT
+        assert s.regime is Regime.TWO_PASS
     assert s.finish_tile == finish
     assert (s.flat_elements, *s.flat_grid, s.flat_warps) == flat
     assert s.eights == eights
@@ -227,16 +249,16 @@ def test_how_it_is_finished_and_passed_over(shape, channels_last, finish, flat, 
 
 def test_where_small_ends() -> None:
     # 1 MiB is small whatever the shape, and one row more has too few channels to be.
-    assert choose_regime(1 << 18, 1, 1, 4, H200) is Regime.SMALL
-    assert choose_regime((1 << 18) + 1, 1, 1, 4, H200) is Regime.SPLIT
+    assert choose_regime(1 << 18, 1, 1, 4, H200) is Regime.SINGLE_LAUNCH
+    assert choose_regime((1 << 18) + 1, 1, 1, 4, H200) is Regime.TWO_PASS
     # Two channels a processor, and all their values in half of 50 MiB: 99,296 bytes each.
-    assert choose_regime(1, 264, 49_648, 2, H200) is Regime.SMALL
-    assert choose_regime(1, 263, 49_648, 2, H200) is Regime.SPLIT
-    assert choose_regime(1, 264, 49_649, 2, H200) is Regime.SPLIT
+    assert choose_regime(1, 264, 49_648, 2, H200) is Regime.SINGLE_LAUNCH
+    assert choose_regime(1, 263, 49_648, 2, H200) is Regime.TWO_PASS
+    assert choose_regime(1, 264, 49_649, 2, H200) is Regime.TWO_PASS
     # Rows come by lines of 64 channels.
-    assert choose_regime(775, 264 * 64, 1, 2, H200) is Regime.SMALL
-    assert choose_regime(776, 264 * 64, 1, 2, H200) is Regime.SPLIT
-    assert choose_regime(775, 263 * 64, 1, 2, H200) is Regime.SPLIT
+    assert choose_regime(775, 264 * 64, 1, 2, H200) is Regime.SINGLE_LAUNCH
+    assert choose_regime(776, 264 * 64, 1, 2, H200) is Regime.TWO_PASS
+    assert choose_regime(775, 263 * 64, 1, 2, H200) is Regime.TWO_PASS
 
 
 def test_wide_begins_at_2_to_the_31() -> None:
@@ -245,12 +267,12 @@ def test_wide_begins_at_2_to_the_31() -> None:
 
 
 REGIMES = {
-    "mnist_mlp": ((60, 100), False, Regime.SMALL),
-    "small_maps": ((256, 2048, 7, 7), False, Regime.SMALL),
-    "large_maps": ((256, 64, 56, 56), False, Regime.SPLIT),
-    "long_channels": ((256, 512, 56, 56), False, Regime.SPLIT),
-    "channels_last": ((256, 2048, 7, 7), True, Regime.SPLIT),
-    "rows": ((65536, 4096), False, Regime.SPLIT),
+    "mnist_mlp": ((60, 100), False, Regime.SINGLE_LAUNCH),
+    "small_maps": ((256, 2048, 7, 7), False, Regime.SINGLE_LAUNCH),
+    "large_maps": ((256, 64, 56, 56), False, Regime.TWO_PASS),
+    "long_channels": ((256, 512, 56, 56), False, Regime.TWO_PASS),
+    "channels_last": ((256, 2048, 7, 7), True, Regime.TWO_PASS),
+    "rows": ((65536, 4096), False, Regime.TWO_PASS),
 }
 
 
@@ -258,7 +280,7 @@ REGIMES = {
 def test_regime(shape: tuple[int, ...], channels_last: bool, regime: Regime) -> None:
     s = make_schedule(shape, 2, channels_last, H200)
     assert s.regime is regime
-    if regime is Regime.SMALL and math.prod(shape) > 1 << 19:
+    if regime is Regime.SINGLE_LAUNCH and math.prod(shape) > 1 << 19:
         in_flight = 2 * H200.processors * s.values_per_channel * s.block_c * 2
         assert in_flight <= CACHE_SHARE * H200.cache_bytes
 
@@ -266,28 +288,30 @@ def test_regime(shape: tuple[int, ...], channels_last: bool, regime: Regime) -> 
 def test_what_a_regime_cannot_do_is_split() -> None:
     for regime in Regime:
         with forced_regime(regime):
-            assert make_schedule((4, 8, 7), 4, False, H200, writes_bits=True).regime is Regime.SPLIT
-            assert make_schedule((4, 8, 8), 4, False, H200, writes_bits=True).regime is regime
+            assert (
+                make_schedule((4, 8, 7), 4, False, H200, writes_mask=True).regime is Regime.TWO_PASS
+            )
+            assert make_schedule((4, 8, 8), 4, False, H200, writes_mask=True).regime is regime
             # Neighbours are channels where L is 1, positions elsewhere.
-            for shape, bits in (
+            for shape, expected in (
                 ((4, 8), regime),
-                ((4, 9), Regime.SPLIT),
-                ((4, 8, 2), Regime.SPLIT),
+                ((4, 9), Regime.TWO_PASS),
+                ((4, 8, 2), Regime.TWO_PASS),
             ):
-                assert make_schedule(shape, 4, False, H200, writes_bits=True).regime is bits
+                assert make_schedule(shape, 4, False, H200, writes_mask=True).regime is expected
             cumulative = make_schedule((4, 8, 8), 4, False, H200, cumulative=True).regime
-            assert cumulative is (Regime.SPLIT if regime is Regime.SMALL else regime)
-    assert make_schedule((4, 8, 8), 4, False, H200).regime is Regime.SMALL
+            assert cumulative is (Regime.TWO_PASS if regime is Regime.SINGLE_LAUNCH else regime)
+    assert make_schedule((4, 8, 8), 4, False, H200).regime is Regime.SINGLE_LAUNCH
 
 
 def test_few_channels_are_split_and_many_are_not() -> None:
     assert make_schedule((256, 3, 224, 224), 4, False, H200).splits > MAX_SPLITS // 2
-    with forced_regime(Regime.SPLIT):
+    with forced_regime(Regime.TWO_PASS):
         assert make_schedule((256, 2048, 7, 7), 4, False, H200).splits == 1
 
 
 def test_resident_keeps_its_blocks_in_the_cache() -> None:
-    with forced_regime(Regime.RESIDENT):
+    with forced_regime(Regime.PERSISTENT):
         s = make_schedule((256, 64, 56, 56), 2, False, H200)
     assert s.programs == 2 * H200.processors
     # All programs may be at items of one reading while the other's are waited for.
@@ -299,7 +323,7 @@ def test_resident_keeps_its_blocks_in_the_cache() -> None:
 
 def test_programs_that_stay_share_the_registers() -> None:
     device = dataclasses.replace(H200, registers=1 << 16)
-    with forced_regime(Regime.RESIDENT):
+    with forced_regime(Regime.PERSISTENT):
         s = make_schedule((256, 64, 56, 56), 2, False, device)
         assert "maxnreg" not in make_schedule((256, 64, 56, 56), 2, False, H200).walk
     per_processor = s.programs // H200.processors

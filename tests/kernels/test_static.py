@@ -105,17 +105,17 @@ class _Call:
     activation: str
     has_residual: bool
     training: bool
-    regimes: tuple[str, ...] = ("small", "split", "resident")
+    regimes: tuple[str, ...] = ("single_launch", "two_pass", "persistent")
 
 
 FEW = (
     _Call("ncl", torch.bfloat16, "relu", True, True),
     _Call("channels_last", torch.bfloat16, "silu", True, True),
-    _Call("ncl", torch.float32, "identity", False, True, ("split",)),
-    _Call("wide", torch.bfloat16, "tanh", True, True, ("small",)),
-    _Call("small_maps", torch.bfloat16, "leaky_relu", True, True, ("split",)),
-    _Call("rows", torch.float32, "sigmoid", False, True, ("small",)),
-    _Call("one_channel", torch.float16, "identity", True, False, ("split",)),
+    _Call("ncl", torch.float32, "identity", False, True, ("two_pass",)),
+    _Call("wide", torch.bfloat16, "tanh", True, True, ("single_launch",)),
+    _Call("small_maps", torch.bfloat16, "leaky_relu", True, True, ("two_pass",)),
+    _Call("rows", torch.float32, "sigmoid", False, True, ("single_launch",)),
+    _Call("one_channel", torch.float16, "identity", True, False, ("two_pass",)),
 )
 
 
@@ -131,8 +131,8 @@ def _calls(everything: bool) -> Iterator[_Call]:
         for i, (activation, has_residual) in enumerate(fusions):
             # The steps have no common factor, so that layout, dtype and regime mix.
             layout, dtype = list(LAYOUTS)[i % 5], dtypes[i % 7 % 2]
-            other = ("small", "resident")[i % 3 % 2]
-            yield _Call(layout, dtype, activation, has_residual, True, ("split", other))
+            other = ("single_launch", "persistent")[i % 3 % 2]
+            yield _Call(layout, dtype, activation, has_residual, True, ("two_pass", other))
         return
     for layout, dtype, (activation, has_residual) in product(LAYOUTS, dtypes, fusions):
         yield _Call(layout, dtype, activation, has_residual, dtype != torch.float16)
@@ -165,18 +165,18 @@ def _record(warp_size: int, everything: bool) -> list[tuple[str, bool, Any, dict
         per_channel = torch.empty(C, device="meta")
         affine = None if layout == "one_channel" else per_channel
         saves = ACTIVATIONS[activation].saves
-        bits = has_residual and saves is Saves.BITS
+        mask = has_residual and saves is Saves.MASK
         forward = ForwardCall(
             x, residual, affine, affine, affine, affine,
             torch.empty((), dtype=torch.int64, device="meta"),
-            None if dtype is torch.float16 else 0.1, 1e-5, activation, 0.01, bits,
+            None if dtype is torch.float16 else 0.1, 1e-5, activation, 0.01, mask,
         )  # fmt: skip
         back = BackwardCall(
             x,
             x,
             residual if saves is Saves.RESIDUAL else None,
             x if has_residual and saves is Saves.OUTPUT else None,
-            torch.empty(1, dtype=torch.uint8, device="meta") if bits else None,
+            torch.empty(1, dtype=torch.uint8, device="meta") if mask else None,
             per_channel, per_channel, affine, affine, activation, 0.01, training,
             True, True, has_residual and activation != "identity",
         )  # fmt: skip
@@ -185,19 +185,19 @@ def _record(warp_size: int, everything: bool) -> list[tuple[str, bool, Any, dict
             with forced_regime(Regime(regime)):
                 schedule = make_schedule(
                     shape, x.element_size(), channels_last, device,
-                    writes_bits=bits, cumulative=forward.momentum is None,
+                    writes_mask=mask, cumulative=forward.momentum is None,
                 )  # fmt: skip
-            if schedule.regime is Regime.SPLIT:
+            if schedule.regime is Regime.TWO_PASS:
                 partials = statistics.partial_statistics(x, schedule)
                 statistics.finish_statistics(partials, forward, schedule)
                 statistics.finish_partial(partials, per_channel, per_channel, schedule)
                 normalize.normalize(forward, per_channel, per_channel, schedule)
                 backward.affine_gradients(back, schedule)
                 backward.input_gradients(back, per_channel, per_channel, schedule)
-            elif schedule.regime is Regime.SMALL:
+            elif schedule.regime is Regime.SINGLE_LAUNCH:
                 small.forward(forward, schedule)
                 small.backward(back, schedule)
-            elif schedule.regime is Regime.RESIDENT:
+            elif schedule.regime is Regime.PERSISTENT:
                 resident.forward(forward, schedule)
                 resident.backward(back, schedule)
             else:

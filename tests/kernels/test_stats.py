@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from bn_lightning.kernels import reference
-from bn_lightning.kernels import stats as statistics
-from bn_lightning.kernels.arguments import ForwardCall
+from bn_lightning.kernels import reference, stats
+from bn_lightning.kernels.arguments import RunningStatistics
 from bn_lightning.kernels.schedule import (
     INTERPRETER,
     Regime,
@@ -55,7 +54,7 @@ def _input(shape: tuple[int, ...], device: str, mean: float = 3.0) -> Tensor:
 
 
 def _schedule(shape: tuple[int, ...], itemsize: int = 4) -> Schedule:
-    with forced_regime(Regime.SPLIT):
+    with forced_regime(Regime.TWO_PASS):
         return make_schedule(shape, itemsize, False, INTERPRETER)
 
 
@@ -67,10 +66,9 @@ def _statistics(
     momentum: float | None = 1.0,
     tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    running = (running_mean, running_var, tracked, momentum)
-    call = ForwardCall(x, None, None, None, *running, EPS, "identity", 0.0, False)
-    partials = statistics.partial_statistics(x, schedule)
-    return statistics.finish_statistics(partials, call, schedule)
+    running = RunningStatistics(running_mean, running_var, tracked, momentum)
+    partials = stats.partial_statistics(x, schedule)
+    return stats.finish_statistics(partials, running, EPS, schedule)
 
 
 def _many_tiles(shape: tuple[int, ...], tiles_per_split: int) -> Schedule:
@@ -137,7 +135,7 @@ def test_variance_survives_a_large_mean(shape: tuple[int, ...], device: str) -> 
 @pytest.mark.parametrize("shape", [(11, 5), (5, 3, 9)], ids=["mc", "ncl"])
 def test_partials_are_those_of_their_tiles(shape: tuple[int, ...], device: str) -> None:
     x = _input(shape, device)
-    count, mean, root = statistics.partial_statistics(x, _many_tiles(shape, 1))
+    count, mean, root = stats.partial_statistics(x, _many_tiles(shape, 1))
     M = x.numel() // x.shape[1]
     torch.testing.assert_close(count.sum(0), torch.full_like(count[0], M))
     # The first tile: two samples, and four positions where there are any.

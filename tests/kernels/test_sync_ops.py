@@ -10,6 +10,7 @@ from torch.library import opcheck
 from bn_lightning.kernels import dispatch, reference
 from bn_lightning.kernels import sync_ops as stages
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
+from bn_lightning.kernels.arguments import Backward
 from bn_lightning.kernels.schedule import Regime, forced_regime
 
 needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
@@ -116,17 +117,17 @@ def _run(
     mean, m2, total = stages.combine_statistics(part[None])
     mean, rstd = mean.to(part.dtype), torch.rsqrt(m2 / total + EPS).to(part.dtype)
     saves = ACTIVATIONS[activation].saves
-    writes_bits = add and saves is Saves.BITS
+    writes_mask = add and saves is Saves.MASK
     affine = (t["weight"], t["bias"])
-    y, bits = stages.normalize(
-        x, residual, mean, rstd, *affine, activation, SLOPE, writes_bits, triton
+    y, mask = stages.normalize(
+        x, residual, mean, rstd, *affine, activation, SLOPE, writes_mask, triton
     )
-    call = stages.Backward(
+    call = Backward(
         t["dy"],
         x,
         residual if saves is Saves.RESIDUAL else None,
         y if add and saves is Saves.OUTPUT else None,
-        bits if writes_bits else None,
+        mask if writes_mask else None,
         mean,
         rstd,
         *affine,
@@ -174,7 +175,7 @@ def test_several_splits_of_a_channel(regime, device):
     with forced_regime(regime):
         schedule = dispatch.schedule_of(t["x"], False, False, False)
         found = _run(t, "relu", True, triton=True)
-    assert (schedule.splits > 1) == (regime is not Regime.SMALL)
+    assert (schedule.splits > 1) == (regime is not Regime.SINGLE_LAUNCH)
     for value, expected in zip(found, _true(t, "relu", True), strict=True):
         _assert_close(value, expected)
 
@@ -205,8 +206,8 @@ def test_both_paths_write_the_same_bits(N, activation, layout, device):
     z = t["x"] + t["residual"]
     expected = (z > 0) & (z < 6) if activation == "relu6" else z > 0
     channels_last = layout == torch.channels_last
-    for bits in (native, triton):
-        assert torch.equal(reference._unpack(bits, z.shape, channels_last), expected)
+    for mask in (native, triton):
+        assert torch.equal(reference.unpack_mask(mask, z.shape, channels_last), expected)
 
 
 @needs_triton
@@ -219,8 +220,8 @@ def test_opcheck(device):
     opcheck(library.local_statistics, (t["x"],))
     forward: tuple[Any, ...] = (t["x"], t["residual"], mean, rstd, *affine, "relu", SLOPE, True)
     opcheck(library.normalize, forward)
-    _, bits = library.normalize(*forward)
-    back = (t["dy"], t["x"], None, None, bits, mean, rstd, *affine, False, "relu", SLOPE)
+    _, mask = library.normalize(*forward)
+    back = (t["dy"], t["x"], None, None, mask, mean, rstd, *affine, False, "relu", SLOPE)
     opcheck(library.local_sums, back)
     means = torch.rand(2, C, device=device)
     for needs in ((True, True), (True, False), (False, True)):

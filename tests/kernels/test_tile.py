@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bn_lightning.kernels import tile as elements
+from bn_lightning.kernels import tile
 from bn_lightning.kernels.activations import (
     ACTIVATIONS,
     Saves,
@@ -37,14 +37,14 @@ def _evaluate_kernel(
 ) -> None:
     offsets = tl.arange(0, 128)
     z = tl.load(z_ptr + offsets)
-    y = elements.activate(z, negative_slope, ACTIVATION)
+    y = tile.activate(z, negative_slope, ACTIVATION)
     tl.store(value_ptr + offsets, y)
     one = tl.zeros_like(z) + 1.0
     if ACTIVATION != "identity":
-        slope = elements.multiply_derivative(one, z, negative_slope, ACTIVATION)
+        slope = tile.multiply_derivative(one, z, negative_slope, ACTIVATION)
         tl.store(derivative_ptr + offsets, slope)
     if OF_OUTPUT:
-        slope = elements.multiply_derivative_of_output(one, y, ACTIVATION)
+        slope = tile.multiply_derivative_of_output(one, y, ACTIVATION)
         tl.store(of_output_ptr + offsets, slope)
 
 
@@ -82,8 +82,8 @@ def test_nan_stays_nan(activation: str, device: str) -> None:
     assert value.isnan().all()
 
 
-@pytest.mark.parametrize("activation", [k for k, v in ACTIVATIONS.items() if v.saves is Saves.BITS])
-def test_bits_say_the_derivative(activation: str, device: str) -> None:
+@pytest.mark.parametrize("activation", [k for k, v in ACTIVATIONS.items() if v.saves is Saves.MASK])
+def test_the_mask_is_the_derivative(activation: str, device: str) -> None:
     z = _points(device).double()
     lower = lower_derivative(activation, SLOPE)
     slope = torch.where(upper_branch(z, activation), 1.0, lower).double()

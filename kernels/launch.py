@@ -1,0 +1,95 @@
+"""One forward or one backward on the Triton kernels, in the regime that the schedule chooses.
+
+The regimes are those of schedule.py. Evaluation has no statistics to reduce, so its forward is the
+elementwise pass in every regime, and its backward too if weight and bias need no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from bn_lightning.kernels import backward, normalize, persistent, single_launch, stats
+from bn_lightning.kernels.arguments import (
+    Backward,
+    BackwardNeeds,
+    Forward,
+    RunningStatistics,
+)
+from bn_lightning.kernels.dispatch import check_device, is_channels_last, schedule_of
+from bn_lightning.kernels.schedule import Regime
+
+
+def run_forward(
+    call: Forward, running: RunningStatistics, eps: float, *, training: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Run a forward.
+
+    Args:
+        call: the tensors, of any strides, and the activation.
+        running: read in evaluation, updated in place in training.
+        eps: added to the biased variance, > 0.
+        training: normalize by the statistics of the batch, else by the running ones.
+
+    Returns:
+        y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
+
+    Raises:
+        ValueError: an `x` on a device that the kernels do not reach.
+        RuntimeError: no running statistics in evaluation.
+    """
+    check_device(call.x)
+    channels_last = is_channels_last(call.x)
+    call = call.in_layout(channels_last)
+    dense = running.contiguous()
+    cumulative = training and running.momentum is None
+    schedule = schedule_of(call.x, channels_last, call.writes_mask, cumulative)
+    mask: Tensor | None
+    with torch.cuda.device_of(call.x):
+        if not training:
+            if dense.mean is None or dense.var is None:
+                raise RuntimeError(
+                    "expected `running_mean` and `running_var` to be tensors in evaluation, got "
+                    "None for at least one; pass both, or training=True"
+                )
+            mean, rstd = stats.evaluation_statistics(dense.mean, dense.var, eps)
+            y, mask = normalize.launch_normalize(call, mean, rstd, schedule)
+        elif schedule.regime is Regime.SINGLE_LAUNCH:
+            y, mask, mean, rstd = single_launch.forward(call, dense, eps, schedule)
+        elif schedule.regime is Regime.PERSISTENT:
+            y, mask, mean, rstd = persistent.forward(call, dense, eps, schedule)
+        else:
+            partials = stats.partial_statistics(call.x, schedule)
+            mean, rstd = stats.finish_statistics(partials, dense, eps, schedule)
+            y, mask = normalize.launch_normalize(call, mean, rstd, schedule)
+    if training:
+        running.take(dense)
+    return y, mask, mean, rstd
+
+
+def run_backward(
+    call: Backward, needs: BackwardNeeds
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Run a backward.
+
+    Args:
+        call: the tensors, of any strides, and the activation.
+        needs: which gradients, and the mode.
+
+    Returns:
+        dx, dresidual, dweight and dbias, each None if it is not needed; the last two (C,) fp32.
+    """
+    call = call.in_layout()
+    schedule = schedule_of(call.dy, call.channels_last, False, False)
+    dweight = dbias = None
+    with torch.cuda.device_of(call.dy):
+        if not (needs.affine or (needs.training and needs.dx)):
+            dx, dresidual = backward.input_gradients(call, needs, None, None, schedule)
+        elif schedule.regime is Regime.SINGLE_LAUNCH:
+            dx, dresidual, dweight, dbias = single_launch.backward(call, needs, schedule)
+        elif schedule.regime is Regime.PERSISTENT:
+            dx, dresidual, dweight, dbias = persistent.backward(call, needs, schedule)
+        else:
+            dweight, dbias = backward.affine_gradients(call, schedule)
+            dx, dresidual = backward.input_gradients(call, needs, dweight, dbias, schedule)
+    if not needs.affine:
+        dweight = dbias = None
+    return dx, dresidual, dweight, dbias
