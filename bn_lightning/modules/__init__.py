@@ -1,1 +1,1 @@
-"""BatchNorm as torch modules: on one device, and synchronised over ranks."""
+"""BatchNorm as torch modules: on one device, and synchronized across ranks."""

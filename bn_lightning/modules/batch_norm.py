@@ -1,10 +1,11 @@
-"""BatchNorm modules: torch's state and meaning, with a choice of backend.
+"""BatchNorm modules with the state and semantics of torch's, and a choice of backend.
 
-Subclasses of `torch.nn.BatchNorm1d`, `2d` and `3d`: the same `state_dict`, so checkpoints load both
-ways, the same defaults, the same running statistics. The arithmetic is in kernels/ops.py.
+The classes are subclasses of `torch.nn.BatchNorm1d`, `2d` and `3d` with the same `state_dict`, so
+checkpoints load both ways, and with the same defaults and running statistics. The arithmetic is in
+kernels/ops.py.
 
-torch.jit takes none of them: it can neither compile the ops nor record the choice of a backend. To
-torch.fx each is one node, as torch's are.
+torch.jit is not supported, because it can neither compile the ops nor record the choice of a
+backend. torch.fx records each module as one node, as it does for torch's.
 """
 
 from typing import Any, NoReturn, Self
@@ -17,15 +18,16 @@ from bn_lightning.kernels.checks import check_activation, check_backend
 from bn_lightning.kernels.ops import batch_norm
 
 _NO_JIT = (
-    "expected no torch.jit around {0}, which it cannot compile; use torch.compile or torch.export, "
-    "or torch.nn.{0}, whose state_dict is the same"
+    "expected no torch.jit around {0}, got a torch.jit call, which cannot compile it; use "
+    "torch.compile or torch.export, or torch.nn.{0}, which has the same state_dict"
 )
 
 
 class _BackendMixin(_BatchNorm):
-    """What the three modules share: the constructor's checks, freezing, and the forward."""
+    """The constructor's checks, the freezing of statistics and the forward of all our modules."""
 
-    # On the class, so that modules pickled before they existed have them too.
+    # Class attributes, so that modules pickled by an older version and modules whose class was
+    # exchanged have them too.
     activation = "identity"
     negative_slope = 0.01
     backend = "auto"
@@ -54,7 +56,7 @@ class _BackendMixin(_BatchNorm):
             raise ValueError(f"expected `momentum` to be None or in [0, 1], got {momentum}")
         check_backend(backend)
         check_activation(activation)
-        # Passed on only when set: torch before 2.13 does not know it.
+        # Passed on only when set, because torch before 2.13 has no such argument.
         without_bias = {} if bias else {"bias": False}
         super().__init__(
             num_features,
@@ -71,23 +73,24 @@ class _BackendMixin(_BatchNorm):
         self.backend = backend
 
     def freeze_stats(self, frozen: bool = True) -> Self:
-        """Normalises by the running statistics, and leaves them alone, whatever `.train()` says.
+        """Freeze the running statistics: use them in training too, and do not update them.
 
-        Weight and bias train on. Not part of the state_dict.
+        `.train()` does not end the freezing. Weight and bias are still trained. The flag is not
+        part of the state_dict.
 
         Args:
-            frozen: False ends it.
+            frozen: True to freeze, False to unfreeze.
 
         Returns:
-            The module.
+            The module itself.
 
         Raises:
             ValueError: the module has no running statistics.
         """
         if frozen and self.running_mean is None:
             raise ValueError(
-                "expected a module with running statistics to freeze, got one with "
-                "`track_running_stats`=False"
+                "expected `track_running_stats` to be True to freeze the statistics, got False; "
+                "build the module with track_running_stats=True"
             )
         self.stats_frozen = frozen
         return self
@@ -99,37 +102,36 @@ class _BackendMixin(_BatchNorm):
         activation: str | None = None,
         negative_slope: float | None = None,
     ) -> Tensor:
-        """Normalises each channel of `input`, adds `residual` and applies the activation.
+        """Normalize each channel of `input`, add `residual` and apply the activation.
 
         Args:
-            input: as torch's module of the same name takes it.
-            residual: with the shape, dtype and device of `input`.
-            activation: for this call, instead of the module's own.
-            negative_slope: for this call, instead of the module's own.
+            input: the shapes that torch's module of the same name accepts; any float dtype.
+            residual: the shape, dtype and device of `input`, or None.
+            activation: overrides the module's activation for this call.
+            negative_slope: overrides the module's negative slope for this call.
 
         Returns:
-            y, with the shape, dtype and device of `input`.
+            y, the shape, dtype and device of `input`.
 
         Raises:
-            ValueError: another number of dimensions; one value per channel in training; a tensor
-                that `backend` cannot take; a residual unlike `input`. The state is then as it was.
-            RuntimeError: under torch.jit.trace.
+            ValueError: wrong number of dimensions; one value per channel in training; a tensor that
+                `backend` does not support; a residual of another shape or dtype. The module's state
+                is unchanged.
+            RuntimeError: a call under torch.jit.trace.
         """
         if isinstance(input, fx.Proxy):
             tracer: Any = input.tracer
-            given = {
+            options = {
                 "residual": residual,
                 "activation": activation,
                 "negative_slope": negative_slope,
             }
-            options = {name: value for name, value in given.items() if value is not None}
-            return tracer.create_proxy(
-                "call_module", tracer.path_of_module(self), (input,), options
-            )
+            given = {name: value for name, value in options.items() if value is not None}
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
         if torch.jit.is_tracing():
             raise RuntimeError(_NO_JIT.format(type(self).__name__))
         self._check_input_dim(input)
-        # Module.__getattr__ makes each read of a parameter or buffer slow, so each is read once.
+        # Read each once, because Module.__getattr__ is slow.
         running_mean, running_var = self.running_mean, self.running_var
         count = None
         if self.training and not self.stats_frozen:
@@ -157,15 +159,15 @@ class _BackendMixin(_BatchNorm):
         )
 
     def _batch_norm(self, input: Tensor, *state: Tensor | None, **options: Any) -> Tensor:
-        """The arithmetic of `forward`; the synchronised modules have another."""
+        """Compute `forward`'s result; the synchronized modules override this."""
         return batch_norm(input, *state, **options)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuses torch.jit.script, which asks for this before it compiles."""
+        """Raise a RuntimeError, because torch.jit.script calls this before it compiles."""
         raise RuntimeError(_NO_JIT.format(type(self).__name__))
 
     def extra_repr(self) -> str:
-        """Returns torch's description of the module, what is fused into it, and the backend."""
+        """Return torch's description, the fused activation, whether frozen, and the backend."""
         parts = [super().extra_repr()]
         if self.activation != "identity":
             parts.append(f"activation={self.activation}")
@@ -185,25 +187,25 @@ class BatchNorm2d(_BackendMixin, nn.BatchNorm2d):
 
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    with the mean and the biased variance of the batch in training, the running ones in evaluation.
+    Training uses the mean and the biased variance of the batch, evaluation the running statistics.
 
     Args:
         num_features: C, at least 1.
-        eps: added to the variance, at least 0, and above 0 to train.
+        eps: value added to the variance; at least 0, and above 0 in training.
         momentum: weight of a new batch in the running statistics, in [0, 1]; None for the average
             over all batches.
-        affine: whether there are `weight` and `bias`, each (C,).
-        track_running_stats: whether there are `running_mean` and `running_var` (unbiased), each
-            (C,); without them evaluation uses the batch's statistics.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers, which may differ from the input's.
+        affine: whether the module has `weight` and `bias`, each (C,).
+        track_running_stats: whether the module has `running_mean` and `running_var` (unbiased),
+            each (C,); without them evaluation uses the batch's statistics.
+        device: device of the parameters and buffers.
+        dtype: dtype of the parameters and buffers; may differ from the input's.
         bias: whether an affine module has a `bias`.
-        activation: its name, as in `bn_lightning.kernels.batch_norm`.
-        negative_slope: of "leaky_relu" below zero.
+        activation: name of the activation, as in `bn_lightning.kernels.batch_norm`.
+        negative_slope: slope of "leaky_relu" below zero.
         backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument is outside its range.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2.
     """

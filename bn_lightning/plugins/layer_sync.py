@@ -1,4 +1,4 @@
-"""Lightning's plugin that synchronises a model's BatchNorms over the ranks, while it fits."""
+"""A Lightning plugin that synchronizes a model's BatchNorms across the ranks during a fit."""
 
 import sys
 from typing import Any
@@ -22,8 +22,8 @@ from bn_lightning.modules.sync_batch_norm import (
 
 _KEY = "sync"
 
-# Exact classes: what a subclass overrides would be lost.
-_SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
+# Exact classes only, because the exchange would drop what a subclass overrides.
+_SYNC_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
@@ -32,29 +32,27 @@ _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
     BatchNorm2d: SyncBatchNorm2d,
     BatchNorm3d: SyncBatchNorm3d,
 }
-_OURS = (SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d)
 
 
 class FusedSyncBatchNorm(TorchSyncBatchNorm):
-    """Makes every BatchNorm of a model normalise by the batches of all ranks.
+    """Synchronize every BatchNorm of a model across the ranks.
 
         Trainer(strategy="ddp", plugins=[FusedSyncBatchNorm()])
 
-    with or without `sync_batchnorm=True`, on CPU (gloo) and GPU (NCCL). Lightning applies it when a
-    fit begins and reverts it when the fit ends. Modules keep their identity, parameters, buffers,
-    hooks and flags, ours their fused activation; only their class changes, to the one of
-    `bn_lightning.modules.sync_batch_norm`, and back.
+    The plugin works with or without `sync_batchnorm=True`, on CPU (gloo) and GPU (NCCL). Lightning
+    applies it when a fit begins and reverts it when the fit ends. It changes only the class of a
+    module, to one of `bn_lightning.modules.sync_batch_norm`. Identity, parameters, buffers, hooks,
+    flags and a fused activation stay.
 
-    Left alone, and named in a warning: subclasses of BatchNorm that are neither torch's nor ours,
-    modules with a parametrisation, which are such subclasses, and lazy ones not yet initialised.
-    Left alone without one: modules that are already of a class of
-    `bn_lightning.modules.sync_batch_norm`.
+    The plugin skips, with a warning that names them, subclasses of BatchNorm that are neither
+    torch's nor ours, modules with a parametrization (which are such subclasses), and uninitialized
+    lazy modules. It skips modules that are already synchronized by this project without a warning.
 
     Args:
-        process_group: over which to synchronise; None for all ranks. A `torch.nn.SyncBatchNorm`
-            with a group of its own keeps that.
-        backend: "auto", "native" or "triton" for all of them; None leaves ours their own, and
-            "auto" to torch's.
+        process_group: process group to synchronize over; None for all ranks. A
+            `torch.nn.SyncBatchNorm` with its own group keeps it.
+        backend: "auto", "native" or "triton" for all modules; None keeps the backend of our modules
+            and uses "auto" for torch's.
 
     Raises:
         ValueError: an unknown `backend`.
@@ -69,44 +67,44 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
 
     @override
     def apply(self, model: nn.Module) -> nn.Module:
-        """Exchanges the classes of the model's BatchNorms, in place.
+        """Exchange the classes of the model's BatchNorms in place.
 
         Args:
-            model: on any device, on every rank of the group.
+            model: the model, on any device; call this on every rank of the group.
 
         Returns:
             `model`.
         """
-        left_alone, exchanged = [], 0
+        skipped, exchanged = [], 0
         for name, module in model.named_modules():
-            if not isinstance(module, _BatchNorm) or type(module) in _OURS:
+            if not isinstance(module, _BatchNorm) or is_exchanged(module, _KEY):
                 continue
-            if is_exchanged(module, _KEY):
+            if type(module) in _SYNC_CLASSES.values():
                 continue
-            if type(module) not in _SYNCHRONISED:
-                left_alone.append(f"{name or 'the model itself'} ({type(module).__name__})")
+            if type(module) not in _SYNC_CLASSES:
+                skipped.append(f"{name or 'the model itself'} ({type(module).__name__})")
                 continue
             attributes: dict[str, Any] = {"_group_compared": None}
             if self.backend is not None:
                 attributes["backend"] = self.backend
             if getattr(module, "process_group", None) is None:
                 attributes["process_group"] = self.process_group
-            exchange_class(module, _SYNCHRONISED[type(module)], _KEY, **attributes)
+            exchange_class(module, _SYNC_CLASSES[type(module)], _KEY, **attributes)
             exchanged += 1
-        rank_zero_info(f"BatchNorm: {exchanged} synchronised over the ranks")
-        if left_alone:
+        rank_zero_info(f"BatchNorm: {exchanged} synchronized across the ranks")
+        if skipped:
             rank_zero_warn(
-                f"expected BatchNorms of torch.nn or bn_lightning to synchronise, and left these "
-                f"alone: {', '.join(left_alone)}; each rank normalises them by its own batch"
+                f"expected every BatchNorm to be of torch.nn or bn_lightning, got "
+                f"{', '.join(skipped)}; each rank normalizes these by its own batch"
             )
         return model
 
     @override
     def revert(self, model: nn.Module) -> nn.Module:
-        """Gives the BatchNorms their classes and attributes back, in place.
+        """Restore the classes and attributes that `apply` exchanged, in place.
 
         Args:
-            model: as `apply` left it; others stay as they are.
+            model: any model; modules that `apply` did not exchange stay unchanged.
 
         Returns:
             `model`.
@@ -116,11 +114,11 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
         return model
 
     def __repr__(self) -> str:
-        # pytorch_lightning's Trainer refuses it with an error that shows this.
+        # pytorch_lightning's Trainer refuses the plugin with an error that contains this repr.
         advice = ""
         if "pytorch_lightning" in sys.modules:
             advice = (
-                " (a plugin of `lightning`, which `pytorch_lightning` does not take: write "
+                " (a plugin of `lightning`, which `pytorch_lightning` does not accept: write "
                 "`from lightning.pytorch import Trainer, LightningModule` instead of "
                 "`from pytorch_lightning import ...`)"
             )

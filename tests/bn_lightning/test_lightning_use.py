@@ -1,6 +1,6 @@
-"""What people do with a Trainer, once as it is and once with the callback: the same numbers.
+"""What people do with a Trainer gives the same numbers with and without the callback.
 
-The network is torch's own (support/boring.py); nothing in it knows of this project.
+The network (support/boring.py) uses torch's modules only.
 """
 
 import copy
@@ -28,9 +28,9 @@ from bn_lightning import FusedBatchNorm
 from bn_lightning.callbacks import PreciseBatchNorm
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 has deprecated.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # What Lightning advises for larger data.
+    # Lightning's advice for larger data.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:The number of training batches.*"),
@@ -42,7 +42,7 @@ pytestmark = [
 def fitted(
     folder: Path, fused: bool, callbacks: Any = (), shuffle: bool = True, **options: Any
 ) -> tuple[Boring, Any]:
-    """A module after a fit and its Trainer; with the callback if `fused`."""
+    """Return a module after a fit, with the callback if `fused`, and its Trainer."""
     module = boring()
     own = [FusedBatchNorm()] if fused else []
     run = trainer(folder, [*own, *callbacks], **{"max_epochs": 3, **options})
@@ -51,7 +51,7 @@ def fitted(
 
 
 def assert_same(one: nn.Module, other: nn.Module, tolerance: float = 1e-6) -> None:
-    """The same keys and values, the same classes, and not one of this project's left."""
+    """Assert the same keys, values and classes, and that no class of this project is left."""
     assert list(one.state_dict()) == list(other.state_dict())
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=tolerance)
     assert classes(one) == classes(other)
@@ -59,7 +59,7 @@ def assert_same(one: nn.Module, other: nn.Module, tolerance: float = 1e-6) -> No
 
 
 class Spy(Callback):
-    """Notes in which hooks our BatchNorm was in place."""
+    """Record in which hooks our BatchNorm was in place."""
 
     def __init__(self) -> None:
         self.seen: dict[str, bool] = {}
@@ -102,7 +102,7 @@ def test_fit_validate_test_and_predict(tmp_path):
 
 
 class Freeze(BaseFinetuning):
-    """Lightning's own fine-tuning: the features frozen for an epoch, then trained."""
+    """Lightning's fine-tuning callback: freeze the features for one epoch, then train them."""
 
     @override
     def freeze_before_training(self, pl_module: Any) -> None:
@@ -115,7 +115,7 @@ class Freeze(BaseFinetuning):
 
 
 class Evaluate(Callback):
-    """Fine-tuning as many write it: the BatchNorm of the features kept in evaluation mode."""
+    """A common way to fine-tune: keep the BatchNorm of the features in evaluation mode."""
 
     @override
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -134,7 +134,7 @@ USES: dict[str, dict[str, Any]] = {
     "averaging": {"callbacks": [lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)]},
     "precise": {"callbacks": [lambda: PreciseBatchNorm(num_samples=32)]},
 }
-# bf16 has 8 bits: what is rounded once when fused is rounded three times otherwise.
+# bf16 has 8 significant bits. Fused, a value is rounded once; unfused, three times.
 TOLERANCE = {"bf16": 2e-2}
 
 
@@ -177,7 +177,7 @@ def test_a_compiled_module(tmp_path):
     assert_same(*results)
 
 
-def test_an_exception_in_training_gives_the_classes_back(tmp_path):
+def test_an_exception_in_training_restores_the_classes(tmp_path):
     class Fails(Callback):
         @override
         def on_train_batch_end(self, trainer: Any, *_: object) -> None:
@@ -194,12 +194,12 @@ def test_an_exception_in_training_gives_the_classes_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("strategy", "variants"),
-    # Starting two fresh processes takes seconds, forking two does not.
+    # Spawning two processes takes seconds, so ddp_spawn runs fewer variants.
     [("ddp_spawn", ["plain", "fused+sync"]), ("ddp_fork", ["plain", "fused", "fused+sync"])],
     ids=["ddp_spawn", "ddp_fork"],
 )
 def test_two_processes(tmp_path, strategy, variants):
-    """Started from a process of its own: a fork of this one, with torch's threads, could hang."""
+    """Start the ranks from a new process, because forking this one, with its threads, may hang."""
     done = subprocess.run(
         [sys.executable, boring_module.__file__, strategy, str(tmp_path), *variants],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -211,13 +211,13 @@ def test_two_processes(tmp_path, strategy, variants):
     reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in variants}
     for name in variants:
         assert json.loads((tmp_path / f"{name}.after.json").read_text()) is True
-    plain, synchronised = reports["plain"], reports["fused+sync"]
+    plain, synchronized = reports["plain"], reports["fused+sync"]
     assert (
-        synchronised["during"]["block.bn1"]
+        synchronized["during"]["block.bn1"]
         == "bn_lightning.modules.sync_batch_norm.SyncBatchNorm1d"
     )
-    # The statistics are of both ranks' batches now.
-    assert synchronised["losses"][0] != pytest.approx(plain["losses"][0], abs=1e-4)
+    # The statistics are now those of both ranks' batches.
+    assert synchronized["losses"][0] != pytest.approx(plain["losses"][0], abs=1e-4)
     if "fused" in reports:
         assert reports["fused"]["losses"] == pytest.approx(plain["losses"], abs=1e-6)
         assert (

@@ -1,4 +1,4 @@
-"""A rank killed: the others end soon, say so, leave no process, and the run goes on."""
+"""If one rank is killed, the others exit soon with one error line, and the run can resume."""
 
 import os
 import random
@@ -11,19 +11,19 @@ from run_process import SMALL, check_same_end, check_whole, finish, run, start
 
 ARGUMENTS = (*SMALL, "trainer=ddp_sim", "norm=sync", "data.batch_size=30", "trainer.max_steps=100")
 ARGUMENTS += ("trainer.val_check_interval=10",)
-LONGEST = 60  # seconds until all have ended, on a machine that does much else
+LONGEST = 60  # seconds until all ranks have exited, on a busy machine
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
 
 
 def processes_of(session: int) -> list[int]:
-    """All processes of a session that are no zombies."""
+    """Return the process ids of a session, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, sid = path.read_text().rpartition(")")[2].split()[:4]
         except OSError:
-            continue  # it has just ended
+            continue  # the process has just exited
         if int(sid) == session and state != "Z":
             found.append(int(path.parent.name))
     return found
@@ -51,12 +51,12 @@ def test_a_rank_is_killed(tmp_path):
         os.kill(other if rank else process.pid, signal.SIGKILL)
         killed = time.monotonic()
         while processes_of(process.pid):
-            assert time.monotonic() < killed + LONGEST, f"rank {1 - rank} lives on"
+            assert time.monotonic() < killed + LONGEST, f"rank {1 - rank} is still running"
             time.sleep(0.05)
         seconds = time.monotonic() - killed
         _, err = process.communicate()
         print(
-            f"rank {rank} killed: all ended after {seconds:.1f} s, exit code {process.returncode}"
+            f"rank {rank} killed: all exited after {seconds:.1f} s, exit code {process.returncode}"
         )
         print(err)
         assert process.returncode == (1 if rank else -signal.SIGKILL), err

@@ -1,4 +1,4 @@
-"""The modules beside torch's: state, steps, checkpoints both ways, errors."""
+"""The modules compared with torch's: state, steps, checkpoints both ways, errors."""
 
 import copy
 import pickle
@@ -38,14 +38,14 @@ options = pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS.keys()
 
 FUSED = {"activation": "identity", "negative_slope": 0.01}
 
-# Four steps of fp32 on values of about 3, each with a rounding of 2^-24 a term.
+# Four fp32 steps on values of about 3; each term is rounded by 2^-24.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def _pair(
     ours: type[nn.Module], torchs: type[nn.Module], device: str, **kwargs: Any
 ) -> tuple[nn.Module, nn.Module]:
-    """Makes both modules with the same random state."""
+    """Build both modules with the same random state."""
     backend = kwargs.pop("backend", "auto")
     a = ours(3, **kwargs, device=device, backend=backend)
     fused = {k: kwargs.pop(k, v) for k, v in FUSED.items()}
@@ -65,7 +65,7 @@ def _input(shape: tuple[int, ...], device: str, seed: int) -> Tensor:
 
 
 def _step(module: nn.Module, shape: tuple[int, ...], device: str, seed: int) -> list[Tensor]:
-    """Runs forward and backward, and moves the parameters by their gradients."""
+    """Run forward and backward, and take a gradient step."""
     x = _input(shape, device, seed).requires_grad_()
     y = module(x)
     parameters = list(module.parameters())
@@ -119,7 +119,7 @@ def test_checkpoints_load_both_ways(
 
 
 @modules
-def test_they_are_torchs_modules(
+def test_modules_are_subclasses_of_torchs(
     ours: type[nn.Module], torchs: type[nn.Module], shape: tuple[int, ...], device: str
 ) -> None:
     a, b = _pair(ours, torchs, device)
@@ -148,8 +148,9 @@ def test_without_bias(device: str) -> None:
 
 
 @backends
-def test_rebound_and_frozen_statistics(backend: str, device: str) -> None:
-    # SWA rebinds running_mean; Lightning's BaseFinetuning.freeze sets track_running_stats=False.
+def test_rebound_statistics_and_untracked_training(backend: str, device: str) -> None:
+    # SWA rebinds running_mean, and Lightning's BaseFinetuning.freeze sets
+    # track_running_stats=False.
     x = _input((4, 3), device, seed=0)
     a, b = _pair(batch_norm.BatchNorm1d, nn.BatchNorm1d, device, backend=backend)
     for module in (a, b):
@@ -237,21 +238,21 @@ def test_residual(backend: str, device: str) -> None:
 
 
 RESIDUALS: dict[str, tuple[Any, type[Exception], str]] = {
-    "shape": (lambda x: x[:1], ValueError, "`residual` to have the shape of `x`"),
-    "dtype": (lambda x: x.half(), ValueError, "`residual` to have the dtype of `x`"),
-    "device": (lambda x: x.to("meta"), RuntimeError, "`residual` on meta"),
+    "shape": (lambda x: x[:1], ValueError, "`residual`.*shape"),
+    "dtype": (lambda x: x.half(), ValueError, "`residual`.*dtype"),
+    "device": (lambda x: x.to("meta"), RuntimeError, "`residual`.*meta"),
 }
 
 
 @backends
-@pytest.mark.parametrize(("change", "error", "words"), RESIDUALS.values(), ids=RESIDUALS.keys())
+@pytest.mark.parametrize(("change", "error", "match"), RESIDUALS.values(), ids=RESIDUALS.keys())
 def test_wrong_residuals_raise_and_change_nothing(
-    change: Any, error: type[Exception], words: str, backend: str, device: str
+    change: Any, error: type[Exception], match: str, backend: str, device: str
 ) -> None:
     module = batch_norm.BatchNorm1d(3, activation="relu", backend=backend, device=device)
     before = copy.deepcopy(module.state_dict())
     x = _input((4, 3), device, seed=0)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=match):
         module(x, change(x))
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
@@ -269,7 +270,7 @@ def test_frozen_statistics_survive_train(backend: str, device: str) -> None:
     torch.testing.assert_close(again(x), b(x), **TOLERANCE)
     torch.testing.assert_close(a.state_dict(), before, rtol=0, atol=0)
     assert "stats_frozen=True" in repr(a)
-    # One value a channel is enough, and weight and bias train on.
+    # One value per channel is enough, and weight and bias are still trained.
     a(x[:1]).sum().backward()
     assert a.weight.grad is not None and a.bias.grad is not None
     torch.testing.assert_close(a.freeze_stats(False)(x), b.train()(x), **TOLERANCE)
@@ -277,7 +278,7 @@ def test_frozen_statistics_survive_train(backend: str, device: str) -> None:
 
 
 def test_freezing_without_statistics_raises() -> None:
-    with pytest.raises(ValueError, match="`track_running_stats`=False"):
+    with pytest.raises(ValueError, match="`track_running_stats`"):
         batch_norm.BatchNorm1d(3, track_running_stats=False).freeze_stats()
 
 
@@ -285,16 +286,16 @@ def test_freezing_without_statistics_raises() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_jit_is_refused() -> None:
     network = nn.Sequential(nn.Linear(3, 3), batch_norm.BatchNorm1d(3))
-    words = "expected no torch.jit around BatchNorm1d.*torch.nn.BatchNorm1d"
-    with pytest.raises(RuntimeError, match=words):
+    message = "torch.jit.*torch.nn.BatchNorm1d"
+    with pytest.raises(RuntimeError, match=message):
         torch.jit.script(network)
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match=message):
         torch.jit.trace(network, torch.randn(4, 3))
 
 
 @backends
 def test_a_cumulative_average_compiles(backend: str, device: str) -> None:
-    # A count read on the host would break the graph.
+    # Reading the count on the host would break the graph.
     a, b = _pair(batch_norm.BatchNorm1d, nn.BatchNorm1d, device, momentum=None, backend=backend)
     torch.compiler.reset()
     compiled = torch.compile(a, fullgraph=True, backend="aot_eager")
@@ -304,7 +305,7 @@ def test_a_cumulative_average_compiles(backend: str, device: str) -> None:
         torch.testing.assert_close(a.state_dict(), b.state_dict(), **TOLERANCE)
 
 
-def test_an_activation_of_one_call_leaves_the_modules_own():
+def test_an_activation_for_one_call_does_not_change_the_module():
     x, residual = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
     module = batch_norm.BatchNorm1d(3, activation="tanh").eval()
     plain = nn.BatchNorm1d(3).eval()
@@ -317,7 +318,7 @@ def test_an_activation_of_one_call_leaves_the_modules_own():
     torch.testing.assert_close(module(x, residual), z.tanh())
 
 
-def test_fx_takes_a_call_for_one_node():
+def test_fx_records_a_call_as_one_node():
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,6 +1,6 @@
-"""The plugin: what it exchanges and gives back, alone and through Lightning's Trainer on two ranks.
+"""The plugin exchanges and restores classes, alone and in Lightning's Trainer on two ranks.
 
-Functions whose names begin with `rank_` run on the ranks (see the fixture `ranks`).
+Functions whose names start with `rank_` run on the ranks (see the fixture `ranks`).
 """
 
 import copy
@@ -50,7 +50,7 @@ AFTER = [SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncBatchNorm, SyncB
 
 
 def _state(model: nn.Module) -> list[tuple[Any, ...]]:
-    """What must be as before: class, identity, and all attributes but tensors by identity."""
+    """Return what `revert` must restore: class, identity, attributes, and tensors by identity."""
     return [
         (
             type(m),
@@ -62,7 +62,7 @@ def _state(model: nn.Module) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_classes_are_exchanged_and_given_back():
+def test_classes_are_exchanged_and_restored():
     model = _model()
     model[1].eval()
     model[2].weight.requires_grad_(False)
@@ -87,7 +87,7 @@ def test_applying_and_reverting_twice_is_once():
     assert [type(m) for m in model] == AFTER
     plugin.revert(plugin.revert(model))
     assert _state(model) == before
-    # What was never applied stays, a synchronised module of the user's own included.
+    # A synchronized module that the user built stays as it is.
     own = SyncBatchNorm2d(3)
     plugin.apply(own)
     assert own.backend == "auto"
@@ -106,12 +106,12 @@ def test_backend_and_process_group():
     assert [m.process_group for m in model] == [group, group, group, own_group, group]
     plugin.revert(model)
     assert _state(model) == before
-    with pytest.raises(ValueError, match="`backend` to be None or one of"):
+    with pytest.raises(ValueError, match="`backend`"):
         FusedSyncBatchNorm(backend="cuda")
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["sync", "convert"])), ids="-".join)
-def test_it_lies_over_another_exchange(order):
+def test_two_exchanges_end_in_any_order(order):
     module = nn.BatchNorm2d(3)
     before = _state(module)
     exchange_class(module, BatchNorm2d, "convert")
@@ -123,7 +123,7 @@ def test_it_lies_over_another_exchange(order):
     assert _state(module) == before
 
 
-def test_what_it_cannot_exchange_is_named():
+def test_skipped_modules_are_named():
     parametrised = nn.BatchNorm2d(3)
     parametrize.register_parametrization(parametrised, "weight", nn.Softplus())
     model = nn.ModuleDict({"own": OwnBatchNorm(3), "lazy": nn.LazyBatchNorm1d(), "p": parametrised})
@@ -137,7 +137,7 @@ def test_what_it_cannot_exchange_is_named():
     FusedSyncBatchNorm().revert(model)
 
 
-def test_a_copy_gives_its_classes_back():
+def test_a_copy_can_be_reverted():
     model = _model()
     FusedSyncBatchNorm().apply(model)
     twin = copy.deepcopy(model)
@@ -147,7 +147,7 @@ def test_a_copy_gives_its_classes_back():
 
 
 class Small(LightningModule):
-    """Two BatchNorms, one of torch's and one of ours with its activation."""
+    """A network with one BatchNorm of torch and one of ours with an activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Small(LightningModule):
 def _fit(
     module: LightningModule, batch_size: int, part: slice, tmp_path: Path | str, **options: Any
 ) -> None:
-    """Ten steps, each on the next eight samples, of which this process takes its part."""
+    """Train ten steps, each on `part` of the next eight samples."""
     g = torch.Generator().manual_seed(2)
     x = torch.randn(80, 4, generator=g, dtype=torch.float64).view(10, 8, 4)[:, part].flatten(0, 1)
     target = torch.randint(3, (80,), generator=g).view(10, 8)[:, part].flatten()
@@ -188,7 +188,7 @@ def _fit(
 
 
 class _OneRank(LightningEnvironment):
-    """Tells Lightning that this process is one of a group that has already come together."""
+    """Tell Lightning that the process group exists and this process is one of its ranks."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -226,28 +226,28 @@ def test_ten_steps_of_ddp_equal_one_process_with_the_double_batch(ranks, tmp_pat
     ranks(rank_ten_steps, str(tmp_path))
 
 
-def test_it_is_lightnings_own_kind(monkeypatch):
+def test_it_is_a_lightning_plugin(monkeypatch):
     monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
     assert isinstance(FusedSyncBatchNorm(), TorchSyncBatchNorm)
     assert repr(FusedSyncBatchNorm()) == "FusedSyncBatchNorm(process_group=None, backend=None)"
 
 
-def test_beside_the_other_package_it_says_which_import_to_use(monkeypatch):
-    # Its Trainer's error for a plugin of another package's shows the plugin and no more.
+def test_its_repr_names_the_import_to_use_with_pytorch_lightning(monkeypatch):
+    # The error of pytorch_lightning's Trainer contains the repr of the plugin and nothing else.
     monkeypatch.setitem(sys.modules, "pytorch_lightning", ModuleType("pytorch_lightning"))
     error = f"Found invalid type for plugin {FusedSyncBatchNorm()}."
     assert "write `from lightning.pytorch import Trainer, LightningModule` instead of" in error
 
 
 @pytest.mark.parametrize("sync_batchnorm", [False, True])
-def test_the_other_packages_trainer_refuses_it_with_those_words(sync_batchnorm):
+def test_the_error_of_pytorch_lightning_contains_that_repr(sync_batchnorm):
     other = pytest.importorskip("pytorch_lightning")
     with pytest.raises(Exception, match="instead of `from pytorch_lightning import"):
         other.Trainer(plugins=[FusedSyncBatchNorm()], sync_batchnorm=sync_batchnorm)
 
 
 @pytest.mark.parametrize("plugin_first", [True, False])
-def test_reverting_it_and_a_conversion_in_either_order_leaves_nothing(plugin_first: bool) -> None:
+def test_plugin_and_conversion_can_be_reverted_in_either_order(plugin_first: bool) -> None:
     module = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
     before = dict(module[0].__dict__)
     convert_batchnorm(module, fuse=True, backend="native")
