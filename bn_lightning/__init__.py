@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from bn_lightning.plugins.layer_sync import FusedSyncBatchNorm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",

@@ -1,7 +1,7 @@
-"""A checkpoint's network as a program: `python -m bn_lightning.export ckpt_path=PATH format=onnx`.
+"""Export a checkpoint's network: `python -m bn_lightning.export ckpt_path=PATH format=onnx`.
 
-The program maps inputs (N, ...) to logits (N, K), for any N, in evaluation. What wrote it is not
-needed to run it: neither this package nor, of an ONNX file, PyTorch.
+The exported program maps inputs (N, ...) to logits (N, K) for any N, in evaluation mode. It runs
+without this package, and an ONNX file also without PyTorch.
 """
 
 import copy
@@ -21,66 +21,69 @@ from torch import Tensor, nn
 
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.conversion.fold import find_foldable, fold_batchnorm
-from bn_lightning.runs.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
+from bn_lightning.runs.checkpoint import TrainedCheckpoint
 
-ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
-"""The formats, and what the names of their files end in."""
+SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
+"""The suffix of the file of each format."""
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-# What optimisers log of each graph, and what torchvision has where that is absent.
+# These packages log each rewrite of a graph, or that torchvision is absent.
 _QUIET = {"onnx_ir": logging.WARNING, "onnxscript": logging.WARNING, "torch.onnx": logging.ERROR}
 
-# Two batch sizes, neither of them the one that is traced.
+# Batch sizes. The program is checked with others than it is traced with.
 _TRACED, _CHECKED = 2, (1, 63)
 
 
 class ExportError(ValueError):
-    """A network that cannot be exported, or whose program computes something else."""
+    """The network cannot be exported, or the program computes other logits."""
 
 
 def export(config: DictConfig) -> Path:
-    """Write a checkpoint's network as a program, and return its path.
+    """Export a checkpoint's network and return the path of the file.
 
-    The file takes its name after its program has been run beside the network of the checkpoint, as
-    it was trained, without anything folded: no logit differs by more than `tolerance` times the
-    largest of them, both in absolute value.
+    The file gets its name only after the program was compared with the network of the checkpoint,
+    without folding: no logit may differ by more than `tolerance` times the largest absolute logit.
 
     Args:
         config: composed from `conf/export.yaml`.
 
     Raises:
-        CheckpointError: the file is no checkpoint of `bn_lightning.train`.
-        UntrustedError: its configuration would build what it may not.
-        ExportError: the network cannot be exported, or the program's logits are others.
+        CheckpointError: the file is not a checkpoint of `bn_lightning.train`.
+        UntrustedError: its configuration would build something that it may not build.
+        ExportError: the network cannot be exported, or the program's logits differ.
         ValueError: a value of the configuration cannot be used, or a package is absent.
     """
-    from hydra.utils import instantiate
+    from bn_lightning.data.protocol import ShapedData, check_data_module
 
-    if config.format not in ENDINGS:
-        raise ValueError(f"`format` expected torch or onnx, got {config.format!r}")
+    if config.format not in SUFFIXES:
+        raise ValueError(f"expected `format` to be torch or onnx, got {config.format!r}")
     tolerance = config.tolerance[config.format]
     if not tolerance > 0:
-        raise ValueError(f"`tolerance.{config.format}` expected a positive number, got {tolerance}")
-    name = f"network{ENDINGS[config.format]}"
+        raise ValueError(
+            f"expected `tolerance.{config.format}` to be a positive number, got {tolerance}"
+        )
+    name = f"network{SUFFIXES[config.format]}"
     output = Path(config.output or Path(config.paths.output_dir) / name)
     if output.is_dir():
-        raise ValueError(f"`output` expected the name of a file, got the folder {output}")
+        raise ValueError(f"expected `output` to be the name of a file, got the folder {output}")
     if config.format == "onnx":
         check_onnx()
     quiet_lightning()
-    checkpoint = load_checkpoint(config.ckpt_path)
-    run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
-    datamodule = instantiate(run_config["data"])
-    check_data(checkpoint, datamodule)
-    # Compiled, the network would take longer to compare with than to export.
-    run_config["model"].pop("compile", None)
-    network = trained_model(checkpoint, run_config, config.ckpt_path).network.eval()
-    shape = config.input_shape or getattr(datamodule, "input_shape", None)
+    checkpoint = TrainedCheckpoint.read(config.ckpt_path, config.trusted)
+    datamodule = checkpoint.build_data()
+    check_data_module(datamodule)
+    # Compiling the network would take longer than exporting it.
+    checkpoint.config["model"].pop("compile", None)
+    network = checkpoint.build_model().network.eval()
+    shape = config.input_shape
+    if not shape and isinstance(datamodule, ShapedData):
+        shape = datamodule.input_shape
     if shape is None:
         raise ValueError(
-            "`input_shape` expected the shape of one input, as the data of this checkpoint do not"
-            f" say it, got null; give input_shape=[3,32,32], or what {config.ckpt_path} takes"
+            "expected `input_shape` to be the shape of one input, because the data of this"
+            " checkpoint do not have it, got null; give input_shape=[3,32,32], or what"
+            f" {config.ckpt_path} takes"
         )
     program = network
     if config.fold:
@@ -96,11 +99,11 @@ def export(config: DictConfig) -> Path:
         inputs = [sample_inputs(datamodule, (size, *shape)) for size in _CHECKED]
         difference = largest_difference(read_program(path), network, inputs)
         print(f"largest difference {difference:.1e} of the largest logit ({sum(_CHECKED)} inputs)")
-        if not difference <= tolerance:  # a NaN neither
+        if not difference <= tolerance:  # also refuses NaN
             raise ExportError(
-                f"expected logits that differ by at most {tolerance} of the largest one from those"
-                f" of the checkpoint's network, got {difference:.1e}; no file is left: try"
-                f" fold=false, or a larger `tolerance.{config.format}`"
+                f"expected logits within `tolerance.{config.format}`={tolerance} of the"
+                f" checkpoint's, relative to the largest, got {difference:.1e}; no file was"
+                " written: try fold=false, or a larger tolerance"
             )
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -110,10 +113,10 @@ def export(config: DictConfig) -> Path:
 
 
 def check_onnx() -> None:
-    """Refuse to go on without the packages that `format=onnx` needs.
+    """Check that the packages of `format=onnx` are installed.
 
     Raises:
-        ValueError: naming those that are absent.
+        ValueError: names the packages that are absent.
     """
     absent = []
     for name in _ONNX_PACKAGES:
@@ -123,36 +126,36 @@ def check_onnx() -> None:
             absent.append(name)
     if absent:
         raise ValueError(
-            f"`format=onnx` expected {', '.join(_ONNX_PACKAGES)} to be installed, got no"
+            f"expected {', '.join(_ONNX_PACKAGES)} for `format=onnx` to be installed, got no"
             f' {" and no ".join(absent)}; pip install -c constraints.txt -e ".[export]", or use'
             " format=torch"
         )
 
 
 def sample_inputs(datamodule: Any, shape: Sequence[int]) -> Float[Tensor, "N ..."]:
-    """Random inputs, the same in every call: normal, of mean 0 and deviation 1.
+    """Return random inputs, the same in each call.
 
-    Of a table, rows as far from the features' means as normal ones are.
+    They are the data module's `sample_inputs` if it has any of this shape, else standard normal.
 
     Args:
         datamodule: of the checkpoint, with its state.
         shape: (N, ...).
     """
-    from bn_lightning.data.tabular import TabularDataModule
+    from bn_lightning.data.protocol import SampledData
 
-    values = np.random.default_rng(0).standard_normal(shape)
-    if isinstance(datamodule, TabularDataModule) and values.shape[1:] == datamodule.input_shape:
-        return datamodule.evaluated(datamodule.around_mean(values))
-    return torch.from_numpy(values).float()
+    samples, *input_shape = shape
+    if isinstance(datamodule, SampledData) and tuple(input_shape) == datamodule.input_shape:
+        return datamodule.sample_inputs(samples)
+    return torch.from_numpy(np.random.default_rng(0).standard_normal(shape)).float()
 
 
 def read_program(path: Path) -> Callable[[Tensor], Tensor]:
-    """Loads what `export` wrote: a function from inputs to logits, on the CPU.
+    """Return the program in a file as a function from inputs to logits, on the CPU.
 
     Args:
-        path: a file that ends in one of `ENDINGS`.
+        path: of a file that `export` wrote, with its suffix.
     """
-    if path.suffix == ENDINGS["torch"]:
+    if path.suffix == SUFFIXES["torch"]:
         return torch.export.load(path).module()
     import onnxruntime
 
@@ -166,29 +169,27 @@ def largest_difference(
     network: Callable[[Tensor], Tensor],
     inputs: Sequence[Float[Tensor, "N ..."]],
 ) -> float:
-    """The largest difference of two networks' outputs over the second's largest output.
-
-    Both in absolute value, over all batches.
+    """Return max |program(x) - network(x)| / max |network(x)| over all batches.
 
     Raises:
-        ExportError: the second's outputs are not finite, or all of them zero.
+        ExportError: outputs of `network` are not finite, or all are zero.
     """
     expected = torch.cat([network(x) for x in inputs])
     largest = expected.abs().max().item()
     if not 0 < largest < float("inf"):
         raise ExportError(
-            "expected a network whose logits are finite and not all zero, got a largest one of"
-            f" {largest}; export the checkpoint of a run that did not diverge"
+            "expected the network to have logits that are finite and not all zero, got a largest"
+            f" one of {largest}; export the checkpoint of a run that did not diverge"
         )
     found = torch.cat([program(x) for x in inputs])
     return (found - expected).abs().max().item() / largest
 
 
 def _write(network: nn.Module, x: Tensor, path: Path) -> None:
-    network = copy.deepcopy(network).eval()  # exporting may leave marks on a module
+    network = copy.deepcopy(network).eval()  # exporting may change attributes of a module
     batch = torch.export.Dim("batch")
     try:
-        if path.suffix == ENDINGS["torch"]:
+        if path.suffix == SUFFIXES["torch"]:
             program = torch.export.export(network, (x,), dynamic_shapes=({0: batch},))
             torch.export.save(program, path)
             return
@@ -208,15 +209,16 @@ def _write(network: nn.Module, x: Tensor, path: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        what = "torch.export" if path.suffix == ENDINGS["torch"] else "torch.onnx.export"
+        what = "torch.export" if path.suffix == SUFFIXES["torch"] else "torch.onnx.export"
         lines = str(error).strip().splitlines() or ["no message"]
         raise ExportError(
             f"expected a network that {what} takes, for inputs {tuple(x.shape)}, got"
-            f" {type(error).__name__}: {lines[0]}"
+            f" {type(error).__name__}: {lines[0]}; set `input_shape` to what the network takes, or"
+            " use the other `format`"
         ) from error
 
 
-main = hydra_command("export")(export)
+main = hydra_command(export, "export")
 
 if __name__ == "__main__":
     main()

@@ -1,13 +1,13 @@
-"""The loss along the gradient: `python -m bn_lightning.landscape ckpt_path=PATH`.
+"""Compute the loss along the gradient: `python -m bn_lightning.landscape ckpt_path=PATH`.
 
     relative loss(η) = loss(w - η g) / loss(w),    g = ∇loss(w)
 
-Loss and gradient are of one training batch, in training mode, so BatchNorm normalises with that
-batch's statistics. The smaller the step at which the relative loss leaves 1 upwards, the smaller
-the learning rates that such a network bears.
+Loss and gradient are those of one training batch, in training mode, so BatchNorm normalises with
+the statistics of that batch. The step size from which the relative loss exceeds 1 bounds the
+learning rates that the network tolerates.
 
-Source: Bjorck et al. 2018, Understanding Batch Normalization, arXiv 1806.02375, section 3.2, its
-picture of the relative loss against the step size.
+Source: Bjorck et al. 2018, Understanding Batch Normalization, arXiv 1806.02375, section 3.2, figure
+of the relative loss against the step size.
 """
 
 import csv
@@ -16,51 +16,48 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.runs.atomic_write import write_atomically
-from bn_lightning.runs.checkpoint import check_data, load_checkpoint, trained_model, trusted_config
-from bn_lightning.runs.trust import OF_CONFIGURATIONS, check_trusted
+from bn_lightning.runs.checkpoint import TrainedCheckpoint
 from bn_lightning.sweeps.analysis.arms import label_of
 from bn_lightning.sweeps.analysis.compared_runs import arm_of
 from bn_lightning.sweeps.report.run_matplotlib import folder_in, landscape_figure, save
 
-_MOST_POINTS = 10_000  # more than a picture shows; each is a forward pass of each batch
+_MOST_POINTS = 10_000  # more than a figure shows; each costs a forward pass of each batch
 COLUMNS = ("batch", "step_size", "loss", "relative_loss")
 
 
 def landscape(config: DictConfig) -> Path:
-    """Write `landscape.csv` and `figures/landscape` of a checkpoint; return their directory.
+    """Write `landscape.csv` and `figures/landscape.*` to `paths.output_dir`, and return it.
 
     Args:
-        config: composed from `conf/landscape.yaml`; all is written to `paths.output_dir`.
+        config: composed from `conf/landscape.yaml`.
 
     Raises:
-        CheckpointError: the file is no checkpoint of `bn_lightning.train`.
-        UntrustedError: its configuration would build what it may not.
+        CheckpointError: the file is not a checkpoint of `bn_lightning.train`.
+        UntrustedError: its configuration would build something that it may not build.
         ValueError: a number of the configuration cannot be used.
     """
-    from hydra.utils import instantiate
+    from bn_lightning.data.protocol import check_data_module
 
     steps = step_sizes(config.smallest, config.largest, config.points)
     if type(config.batches) is not int or config.batches < 1:
-        raise ValueError(f"`batches` expected an integer of at least 1, got {config.batches!r}")
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
-    check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
+        raise ValueError(
+            f"expected `batches` to be an integer of at least 1, got {config.batches!r}"
+        )
     quiet_lightning()
-    checkpoint = load_checkpoint(config.ckpt_path)
-    run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
-    model = trained_model(checkpoint, run_config, config.ckpt_path)
-    datamodule = instantiate(resolved.get("data") or run_config["data"])
-    check_data(checkpoint, datamodule)
+    checkpoint = TrainedCheckpoint.read(config.ckpt_path, config.trusted)
+    model = checkpoint.build_model()
+    datamodule = checkpoint.build_data(config.get("data"))
+    check_data_module(datamodule)
     datamodule.prepare_data()
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()
@@ -70,48 +67,51 @@ def landscape(config: DictConfig) -> Path:
     ]
     directory = Path(config.paths.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "landscape.csv", to_csv(steps, losses_BE))
+    write_atomically(directory / "landscape.csv", landscape_csv(steps, losses_BE))
     relative_BE = [[loss / losses[0] for loss in losses[1:]] for losses in losses_BE]
-    arm = arm_of(run_config)
-    caption = f"{label_of(arm)}, step {checkpoint['global_step']:,}, {len(losses_BE)} batches"
+    arm = arm_of(checkpoint.config)
+    step = checkpoint.content["global_step"]
+    caption = f"{label_of(arm)}, step {step:,}, {len(losses_BE)} batches"
     figure = landscape_figure(steps[1:], relative_BE, arm, caption)
     save(figure, folder_in(directory) / "landscape")
-    print(in_words(steps[1:], relative_BE))
+    print(describe(steps[1:], relative_BE))
     print(directory / "figures" / "landscape.png")
     print(directory)
     return directory
 
 
-def in_words(steps: Sequence[float], relative_BE: Sequence[Sequence[float]]) -> str:
-    """Where the median over batches of the relative loss is least, and where it leaves 1 upwards.
+def describe(steps: Sequence[float], relative_BE: Sequence[Sequence[float]]) -> str:
+    """Return where the median relative loss is least, and from where it exceeds 1, as a sentence.
 
     Args:
         steps: the step sizes, ascending.
-        relative_BE: for each batch, the relative loss at each of them; what is no number counts as
-            infinite.
+        relative_BE: the relative loss of each batch at each step size. NaN counts as infinite.
     """
     medians = [
         statistics.median(math.inf if math.isnan(x) else x for x in at)
         for at in zip(*relative_BE, strict=True)
     ]
     least = min(range(len(steps)), key=medians.__getitem__)
-    said = f"relative loss, median of batches: least {medians[least]:.3g} at {steps[least]:.3g}"
+    text = f"relative loss, median of batches: least {medians[least]:.3g} at {steps[least]:.3g}"
     above = [step for step, x in zip(steps[least:], medians[least:], strict=True) if x > 1]
-    return said + (f", above 1 from {above[0]:.3g} on" if above else "")
+    return text + (f", above 1 from {above[0]:.3g} on" if above else "")
 
 
 def step_sizes(smallest: float, largest: float, points: int) -> list[float]:
-    """0, then `points` sizes from `smallest` to `largest` by equal ratios.
+    """Return 0, then `points` sizes from `smallest` to `largest` with equal ratios.
 
     Raises:
-        ValueError: not 0 < smallest < largest, or fewer than two points, or more than 10,000.
+        ValueError: not 0 < smallest < largest, or not 2 <= points <= 10,000.
     """
     if not 0 < smallest < largest < float("inf"):
         raise ValueError(
-            f"`smallest` and `largest` expected 0 < smallest < largest, got {smallest}, {largest}"
+            "expected `smallest` and `largest` to be 0 < smallest < largest, got"
+            f" {smallest}, {largest}"
         )
     if type(points) is not int or not 2 <= points <= _MOST_POINTS:
-        raise ValueError(f"`points` expected an integer from 2 to {_MOST_POINTS:,}, got {points!r}")
+        raise ValueError(
+            f"expected `points` to be an integer from 2 to {_MOST_POINTS:,}, got {points!r}"
+        )
     ratio = (largest / smallest) ** (1 / (points - 1))
     return [0.0, *(smallest * ratio**i for i in range(points))]
 
@@ -123,19 +123,20 @@ def losses_along_gradient(
     steps: Sequence[float],
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> list[float]:
-    """Loss of one batch at w - η g for each η, in nats, in training mode.
+    """Return the loss of one batch at w - η g for each η, in training mode.
 
-    Neither the network's weights nor its running statistics change.
+    The network's weights and running statistics do not change.
 
     Args:
         network: maps inputs (N, ...) to logits (N, K).
-        x: the batch.
-        target: (N,) int64, its classes.
+        x: the inputs of the batch.
+        target: (N,) int64, the classes.
         steps: the step sizes η.
-        criterion: from the network's outputs and `target` to the loss.
+        criterion: maps the network's outputs and `target` to the loss.
 
     Returns:
-        A loss for each step size; infinite or NaN where the network overflows.
+        A loss for each step size, in nats for the default criterion; infinite or NaN where the
+        network overflows.
     """
     was_training = network.training
     network.train()
@@ -161,8 +162,8 @@ def losses_along_gradient(
         network.train(was_training)
 
 
-def to_csv(steps: Sequence[float], losses_BE: Iterable[Sequence[float]]) -> str:
-    """A line for each batch and step size, with the columns `COLUMNS`."""
+def landscape_csv(steps: Sequence[float], losses_BE: Iterable[Sequence[float]]) -> str:
+    """Return a CSV table of `COLUMNS`, with a row for each batch and step size."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -172,7 +173,7 @@ def to_csv(steps: Sequence[float], losses_BE: Iterable[Sequence[float]]) -> str:
     return buffer.getvalue()
 
 
-main = hydra_command("landscape")(landscape)
+main = hydra_command(landscape, "landscape")
 
 if __name__ == "__main__":
     main()

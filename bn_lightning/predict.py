@@ -1,77 +1,63 @@
-"""Labels of images or rows: `python -m bn_lightning.predict ckpt_path=PATH input=PATH`."""
+"""Label images or rows of a table: `python -m bn_lightning.predict ckpt_path=PATH input=PATH`."""
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.runs.atomic_write import write_atomically
-from bn_lightning.runs.checkpoint import (
-    check_data,
-    class_names,
-    load_checkpoint,
-    trained_model,
-    trusted_config,
-)
-from bn_lightning.runs.trust import OF_CONFIGURATIONS, check_trusted
+from bn_lightning.runs.checkpoint import TrainedCheckpoint
 
-_SHOWN = 10  # so few predictions are printed, too
+_PRINTED = 10  # predictions are printed if there are no more than this
 
 
 def predict(config: DictConfig) -> Path:
-    """Write `predictions.csv`, the classes that a checkpoint's network gives samples; return it.
+    """Write the table of `predictions_csv` for the samples in `input`, and return its path.
 
-    A line for each sample, in the order of the files' names or of the rows: `path` (as `input` was
-    given) or `row` (from 1 for the first after the header), `label`, `probability` of the label,
-    and `probability_NAME` of each class, in [0, 1]. The label is the most probable class, by its
-    name where the checkpoint keeps names, else by its number.
-
-    Samples are normalised and scaled as the checkpoint's own data are for its test.
+    Samples are normalised and scaled as the test samples of the checkpoint's own data.
 
     Args:
         config: composed from `conf/predict.yaml`.
 
     Raises:
-        CheckpointError: the file is no checkpoint of `bn_lightning.train`.
-        UntrustedError: its configuration would build what it may not.
-        DataError: the input is not what the network was trained on, or cannot be read.
+        CheckpointError: the file is not a checkpoint of `bn_lightning.train`.
+        UntrustedError: its configuration would build something that it may not build.
+        DataError: the input cannot be read, or differs from what the network was trained on.
         ValueError: a value of the configuration cannot be used.
     """
     from hydra.utils import instantiate
 
+    from bn_lightning.data.protocol import check_data_module
+
     if config.corrupt not in ("error", "skip"):
-        raise ValueError(f"`corrupt` expected error or skip, got {config.corrupt!r}")
+        raise ValueError(f"expected `corrupt` to be error or skip, got {config.corrupt!r}")
     output = Path(config.output)
     if output.is_dir():
-        raise ValueError(f"`output` expected the name of a file, got the folder {output}")
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
-    check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
+        raise ValueError(f"expected `output` to be the name of a file, got the folder {output}")
     quiet_lightning()
-    checkpoint = load_checkpoint(config.ckpt_path)
-    run_config = trusted_config(checkpoint, config.trusted, config.ckpt_path)
-    datamodule = instantiate(run_config["data"])
-    check_data(checkpoint, datamodule)
+    checkpoint = TrainedCheckpoint.read(config.ckpt_path, config.trusted)
+    datamodule = checkpoint.build_data()
+    check_data_module(datamodule, "prediction_inputs")
     samples = _Samples(datamodule, Path(config.input), skip=config.corrupt == "skip")
-    model = trained_model(checkpoint, run_config, config.ckpt_path)
+    model = checkpoint.build_model()
     trainer = instantiate(
-        resolved["trainer"], logger=False, enable_checkpointing=False, enable_progress_bar=False
+        config.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     probabilities = [
         row for batch in trainer.predict(model, dataloaders=samples) for row in batch.tolist()
     ]
     if not probabilities:
         raise samples.none_left()
-    classes = class_names(checkpoint, datamodule, len(probabilities[0]))
+    classes = checkpoint.class_names(datamodule, len(probabilities[0]))
     output.parent.mkdir(parents=True, exist_ok=True)
-    table = to_csv(samples.column, samples.names(), classes, probabilities)
+    table = predictions_csv(samples.inputs.column, samples.names(), classes, probabilities)
     write_atomically(output, table)
     _, *rows = csv.reader(io.StringIO(table))
-    if len(rows) <= _SHOWN:
+    if len(rows) <= _PRINTED:
         for name, label, probability, *_ in rows:
             print(f"{name}: {label}, {float(probability):.3f}")
     print(samples.summary())
@@ -79,18 +65,21 @@ def predict(config: DictConfig) -> Path:
     return output
 
 
-def to_csv(
+def predictions_csv(
     column: str,
     names: Iterable[Any],
     classes: Sequence[str],
     probabilities: Iterable[Sequence[float]],
 ) -> str:
-    """The table that `predict` writes.
+    """Return a CSV table with a row for each sample, in the order of the samples.
+
+    Columns: `column`; `label`, the name of the most probable class; `probability` of the label; and
+    `probability_NAME` of each class. Probabilities are in [0, 1].
 
     Args:
         column: heading of the names, "path" or "row".
         names: of the samples.
-        classes: of the outputs.
+        classes: names of the network's outputs.
         probabilities: of each sample, one for each class.
     """
     buffer = io.StringIO()
@@ -103,61 +92,45 @@ def to_csv(
 
 
 class _Samples:
-    """Batches of what `input` names, and which samples these were.
+    """Yields the batches of `input` and counts their samples.
 
     Args:
-        datamodule: of the checkpoint.
-        source: the path.
-        skip: leave out images that cannot be used, in place of raising.
+        datamodule: of the checkpoint, with `prediction_inputs`.
+        path: of the file or folder.
+        skip: skip images that cannot be used instead of raising.
     """
 
-    def __init__(self, datamodule: Any, source: Path, skip: bool) -> None:
-        from bn_lightning.data.prediction_images import find_images, image_batches
-        from bn_lightning.data.tabular import TabularDataModule
-
-        self.source, self.skip = source, skip
+    def __init__(self, datamodule: Any, path: Path, skip: bool) -> None:
+        self.path, self.skip = path, skip
+        self.inputs = datamodule.prediction_inputs(path, self._count_failures)
         self._indices: list[int] = []
         self._failures: list[str] = []
-        self._batches: Iterable[Any]
-        if isinstance(datamodule, TabularDataModule):
-            self.column = "row"
-            self._batches = _table_batches(datamodule, source)
-        else:
-            self.column = "path"
-            self._files = find_images(source)
-            self._batches = image_batches(datamodule, self._files, self._note)
 
     def __iter__(self) -> Iterator[Any]:
-        for inputs, indices in self._batches:
+        for inputs, indices in self.inputs.batches:
             self._indices += indices.tolist()
             yield inputs, indices
 
     def names(self) -> list[Any]:
-        """Of the samples that were handed out, in order."""
-        if self.column == "row":
-            return [index + 1 for index in self._indices]
-        # A name need not be UTF-8, and the table is.
-        return [
-            os.fsencode(Path(self._files.path(index))).decode("utf-8", "backslashreplace")
-            for index in self._indices
-        ]
+        """Return the names of the samples that were yielded, in order."""
+        return [self.inputs.names[index] for index in self._indices]
 
     def none_left(self) -> Exception:
-        """What is wrong when no sample was handed out."""
+        """Return the error for an input of which no sample was yielded."""
         from bn_lightning.data.errors import DataError
 
+        first = f", first {self._failures[0]}" if self._failures else ""
         return DataError(
-            f"`input` expected images that can be used, got none among the {len(self._failures)}"
-            f" in {self.source}, the first of them: {self._failures[0]}"
+            f"expected `input` to have usable {self.inputs.kind}, got {len(self._failures)}"
+            f" unusable ones in {self.path}{first}"
         )
 
     def summary(self) -> str:
-        """How many samples were handed out and left out."""
-        skipped = f", {len(self._failures)} left out" if self._failures else ""
-        kind = "rows" if self.column == "row" else "images"
-        return f"{len(self._indices):,} {kind}{skipped}"
+        """Return how many samples were yielded and skipped."""
+        skipped = f", {len(self._failures)} skipped" if self._failures else ""
+        return f"{len(self._indices):,} {self.inputs.kind}{skipped}"
 
-    def _note(self, failures: list[tuple[str, str]]) -> None:
+    def _count_failures(self, failures: Sequence[Any]) -> None:
         from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
         from bn_lightning.data.errors import CorruptImageWarning
@@ -170,24 +143,7 @@ class _Samples:
             rank_zero_warn(f"`corrupt=skip`: {message}", category=CorruptImageWarning)
 
 
-def _table_batches(datamodule: Any, path: Path) -> list[Any]:
-    import torch
-
-    from bn_lightning.data.csv_table import parse_features
-    from bn_lightning.data.errors import DataUnavailableError
-
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise DataUnavailableError(
-            f"`input` expected a CSV file with the columns {', '.join(datamodule.features)}, got"
-            f" {path}: {what}; give its path"
-        )
-    inputs = datamodule.evaluated(parse_features(path.read_bytes(), datamodule.features, path))
-    size = datamodule.eval_batch_size
-    return list(zip(inputs.split(size), torch.arange(len(inputs)).split(size), strict=True))
-
-
-main = hydra_command("predict")(predict)
+main = hydra_command(predict, "predict")
 
 if __name__ == "__main__":
     main()

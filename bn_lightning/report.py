@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bn_lightning.cli.command import FULL_ERROR, run_reported
+from bn_lightning.cli.command import run_with_exit_code
+from bn_lightning.cli.error_line import FULL_ERROR
 from bn_lightning.runs.atomic_write import write_atomically, write_json
 from bn_lightning.sweeps.analysis.arms import label_of
 from bn_lightning.sweeps.analysis.columns import NoGrid, Roles, Scored, scored
@@ -371,7 +372,7 @@ def main() -> None:
         given.threshold,
     )
     full_error = os.environ.get(FULL_ERROR) == "1"
-    run_reported(lambda: report(given.sources, options), full_error=full_error)
+    run_with_exit_code(lambda: report(given.sources, options), full_error=full_error)
 
 
 if __name__ == "__main__":

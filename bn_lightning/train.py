@@ -1,6 +1,6 @@
 """Train a network: `python -m bn_lightning.train +experiment=mnist_bn`.
 
-Composes the configuration, seeds, fits, tests, and leaves a run (see run_record.py).
+The run's directory is described in runs/record.py.
 """
 
 import contextlib
@@ -15,26 +15,27 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.cli.batch_norm_table import print_batch_norms
-from bn_lightning.cli.command import hydra_command, in_sweep, one_line, quiet_lightning
-from bn_lightning.cli.config_check import check_config, check_nodes
-from bn_lightning.cli.run_table import print_steps, print_summary
+from bn_lightning.cli.command import hydra_command, in_sweep, quiet_lightning
+from bn_lightning.cli.config_check import check_config
+from bn_lightning.cli.error_line import error_line
+from bn_lightning.cli.run_table import print_run_table, print_validation_table
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.interruption import Interrupted, RankLostError
 from bn_lightning.runs.record import RunRecord, logged_numbers, run_outcome
-from bn_lightning.runs.resume import Start, go_on
-from bn_lightning.runs.trust import OF_CONFIGURATIONS, check_trusted
+from bn_lightning.runs.resume import ResumePoint, read_resume_point
 from bn_lightning.sweeps.engine.environment import in_trial
 
 
 def train(config: DictConfig) -> dict[str, Any]:
-    """Train as configured and return what `run_outcome` says of the run, its metrics first.
+    """Train and test as configured, write to `paths.output_dir`, and return `run_outcome`.
 
     Args:
-        config: composed from `conf/train.yaml`. Everything is written to `paths.output_dir`.
+        config: composed from `conf/train.yaml`.
 
     Raises:
-        Exception: a value, the data or a checkpoint cannot be used; run.json says `failed`.
-        Interrupted: SIGINT or SIGTERM; run.json says `interrupted`.
+        Exception: a value, the data or a checkpoint cannot be used; run.json says `failed`, unless
+            the value was refused before it was written.
+        Interrupted: SIGINT or SIGTERM came; run.json says `interrupted`.
     """
     import torch
     from lightning.pytorch.utilities import rank_zero_only
@@ -42,48 +43,46 @@ def train(config: DictConfig) -> dict[str, Any]:
     from bn_lightning.callbacks import ChangedDataError
 
     resolved: Any = OmegaConf.to_container(config, resolve=True)
-    check_nodes(resolved)
+    check_config(resolved)
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
-    check_trusted(resolved, OF_CONFIGURATIONS, config.trusted, "the configuration")
     directory = Path(config.paths.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # set on the function
     record = RunRecord(directory, resolved, write=is_first_rank)
-    start = None
+    resume_point = None
     if config.ckpt_path is not None:
-        start = go_on(config, record, directory)
+        resume_point = read_resume_point(config, record, directory)
     record.update()
     try:
-        _fit_and_test(config, record, directory, start)
+        _fit_and_test(config, record, resume_point)
     except Interrupted as interrupted:
         record.end("interrupted")
         if not in_trial():
             print(f"interrupted by {interrupted}: {directory}")
             if (directory / LAST).exists():
-                print("the same command with ckpt_path=last goes on from its last checkpoint")
+                print("the same command with ckpt_path=last resumes it from its last checkpoint")
         raise
     except Exception as error:
-        if isinstance(error, ChangedDataError) and start is not None and start.record is not None:
-            record.content = start.record  # the run stays as it was
+        if isinstance(error, ChangedDataError) and resume_point and resume_point.record:
+            record.content = resume_point.record  # leave the run as it was
             record.update()
             raise
         if not _is_pruned(error):
-            # A disk that is full, or gone, takes no record either: the first error says more.
+            # On a full disk the record cannot be written either. The first error says more.
             with contextlib.suppress(OSError):
-                record.end("failed", error=one_line(error))
+                record.end("failed", error=error_line(error))
             raise
         record.end("pruned")
-        if is_first_rank:  # the others end as after any run
+        if is_first_rank:  # the other ranks end as after any run
             raise
     finally:
         if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-            # W&B has one run a process: the next job of a sweep would go on with this one.
-            broken = record.content["status"] in ("failed", "interrupted")
-            sys.modules["wandb"].finish(exit_code=int(broken))
+            # W&B has one run in a process, which the next job of a sweep would continue.
+            is_broken = record.content["status"] in ("failed", "interrupted")
+            sys.modules["wandb"].finish(exit_code=int(is_broken))
         if in_sweep():
-            # Lightning's reference cycles keep the data alive until a full collection, and a sweep
-            # is many runs in one process.
+            # Reference cycles in Lightning keep the data of each job alive until a full collection.
             gc.collect()
     return run_outcome(record.content)
 
@@ -96,91 +95,139 @@ def _is_pruned(error: Exception) -> bool:
     return isinstance(error, TrialPruned)
 
 
-def _fit_and_test(
-    config: DictConfig, record: RunRecord, directory: Path, start: Start | None
-) -> None:
+def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoint | None) -> None:
     from hydra.utils import instantiate
     from lightning import seed_everything
-    from lightning.pytorch.callbacks import LambdaCallback, ProgressBar
-    from lightning.pytorch.utilities import rank_zero_only
+    from lightning.pytorch.callbacks import ProgressBar
 
-    from bn_lightning.callbacks import DivergenceGuard, RunCheckpoints
+    from bn_lightning.data.protocol import check_data_module
     from bn_lightning.models.initialization import initialize
-    from bn_lightning.runs.checkpoint import CONFIG_KEY, METRICS_KEY, check_fits
-    from bn_lightning.runs.metrics_csv import truncate_metrics
+    from bn_lightning.runs.checkpoint import CONFIG_KEY
 
     if in_sweep() and gc.get_freeze_count() == 0:
-        # Libraries outlive the sweep: the collections after each run need not look at them.
+        # Libraries outlive the sweep, so the collection after each job need not look at them.
         gc.freeze()
-    check_config(config)
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     datamodule = instantiate(config.data)
+    check_data_module(datamodule)
     model = instantiate(config.model)
     initialize(model.network, instantiate(config.init), config.seed)
-    # Lightning keeps hyperparameters in every checkpoint, and evaluate.py builds from them.
+    # Lightning stores hyperparameters in every checkpoint. evaluate.py builds from them.
     model.save_hyperparameters({CONFIG_KEY: record.content["config"]}, logger=False)
+    callbacks = _build_callbacks(config, record.path.parent, resume_point)
+    trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=_build_loggers(config.logger),
+        # True would make Lightning add a bar of its own.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+    )
+    if in_sweep() and trainer.world_size > 1:
+        raise ValueError(
+            "expected `trainer.devices` to be one process in a job of a multirun, got "
+            f"{trainer.world_size}, of which the others would start the multirun again; use "
+            "hydra/sweeper=bn_optuna, which runs such a trial as a command of its own, or leave -m "
+            "out"
+        )
+    _fit(trainer, model, datamodule, record, resume_point)
+    _test(trainer, model, datamodule, record, config.extras.figures)
+    if trainer.is_global_zero and not in_trial():
+        if config.extras.batch_norms:
+            print_batch_norms(model.state_dict(), record.content["config"].get("norm"))
+        if config.extras.step_table:
+            print_validation_table(record.path.parent)
+        print_run_table(record.content, record.path.parent)
+
+
+def _build_callbacks(
+    config: DictConfig, directory: Path, resume_point: ResumePoint | None
+) -> list[Any]:
+    from hydra.utils import instantiate
+    from lightning.pytorch.callbacks import LambdaCallback, ProgressBar
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from bn_lightning.callbacks import RunCheckpoints
+    from bn_lightning.data.protocol import InfoCheck
+    from bn_lightning.runs.metrics_csv import truncate_metrics
+
     callbacks = [instantiate(node) for node in config.callbacks.values() if node is not None]
+    callbacks.append(InfoCheck())
     if in_sweep():
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if in_trial():
         for callback in callbacks:
             if isinstance(callback, RunCheckpoints):
-                # Ctrl-C is the sweeper's: it lets running trials end.
+                # The sweeper handles Ctrl-C: it lets running trials end.
                 callback.handles_signals = False
-    first_step = 0
-    if start is not None:
-        first_step = start.content["global_step"]
-        # Once the checkpoint is loaded: whoever is refused leaves the run as it was.
-        truncate = rank_zero_only(lambda *_: truncate_metrics(directory, first_step))
+    if resume_point is not None:
+        last_step = resume_point.content["global_step"]
+        # After the checkpoint is loaded, so that a refused run stays as it was.
+        truncate = rank_zero_only(lambda *_: truncate_metrics(directory, last_step))
         callbacks.append(LambdaCallback(on_fit_start=truncate))
-    trainer = instantiate(
-        config.trainer,
-        callbacks=callbacks,
-        logger=_loggers(config.logger),
-        # Without this, Lightning adds a bar of its own.
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-    )
+    return callbacks
 
-    if in_sweep() and trainer.world_size > 1:
-        raise ValueError(
-            f"a job of a multirun expected one process, got {trainer.world_size}: the others would "
-            "begin the multirun anew. Use hydra/sweeper=bn_optuna, which runs such a trial as a "
-            "command of its own, or leave -m out"
-        )
 
-    metrics_before = {}
-    if start is not None:
-        check_fits(start.content, model, start.path)
-        metrics_before = start.content.get(METRICS_KEY, {})
+def _build_loggers(config: Any) -> list[Any]:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    loggers = []
+    for name, node in config.items():  # a logger has the name of its option and of its extra
+        try:
+            loggers += [] if node is None else [instantiate(node)]
+        except InstantiationException as error:
+            if not isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            raise ValueError(
+                f"expected the package of `logger={name}` to be installed, got none; pip install"
+                f' -c constraints.txt -e ".[{name}]"'
+            ) from error
+    return loggers
+
+
+def _fit(
+    trainer: Any, model: Any, datamodule: Any, record: RunRecord, resume_point: ResumePoint | None
+) -> None:
+    """Train, and write steps, time and metrics into the record whether training fails or not."""
+    from bn_lightning.data.protocol import ShapedData, data_info
+    from bn_lightning.runs.checkpoint import METRICS_KEY, check_fits
+
+    directory, config = record.path.parent, record.content["config"]
+    metrics_before: dict[str, float] = {}
+    first_step = 0
+    if resume_point is not None:
+        check_fits(resume_point.content, model, resume_point.path)
+        metrics_before = resume_point.content.get(METRICS_KEY, {})
+        first_step = resume_point.content["global_step"]
         print(f"going on from step {first_step:,}: {directory}")
         record.content["resumed_at"].append(first_step)
     elif trainer.is_global_zero and not in_sweep() and not in_trial():
-        print(f"{config.task_name}: {trainer.max_steps:,} steps, in {directory}", flush=True)
+        print(f"{config['task_name']}: {trainer.max_steps:,} steps, in {directory}", flush=True)
     if trainer.world_size == 1:
-        # Before the clock starts. On several ranks it is Lightning who says which one downloads.
+        # Before the clock starts. On several ranks Lightning chooses which of them download.
         datamodule.prepare_data()
         datamodule.setup("fit")
-        record.update(data=getattr(datamodule, "info", None))
-
+        record.update(data=data_info(datamodule))
     for logger in trainer.loggers:
-        logger.log_hyperparams(record.content["config"])
+        logger.log_hyperparams(config)
     started = time.perf_counter()
     try:
         trainer.fit(
             model,
             datamodule=datamodule,
-            ckpt_path=None if start is None else start.path,
+            ckpt_path=None if resume_point is None else resume_point.path,
             weights_only=True,
         )
     except RuntimeError as error:
-        # The words of gloo for a collective whose other end is gone.
+        # The messages of gloo when the other end of a collective is gone.
         if trainer.world_size > 1 and re.search(r"gloo.*(by peer|timed out)", str(error), re.I):
             raise RankLostError(
-                "another rank of this run has ended, for the reason above if it could say one; the "
-                "same command with ckpt_path=last goes on from the last checkpoint"
+                "another rank of this run has ended, and its error is above if it had one; the "
+                "same command with ckpt_path=last resumes from the last checkpoint"
             ) from error
-        _check_takes(model.network, getattr(datamodule, "input_shape", None))
+        if isinstance(datamodule, ShapedData) and datamodule.input_shape is not None:
+            _check_takes(model.network, datamodule.input_shape)
         raise
     finally:
         seconds = time.perf_counter() - started
@@ -190,70 +237,50 @@ def _fit_and_test(
             steps_per_second=round((trainer.global_step - first_step) / seconds, 1),
             metrics=metrics_before | logged_numbers(trainer.callback_metrics),
         )
+    record.content["data"] = data_info(datamodule)
 
-    record.content["data"] = getattr(datamodule, "info", None)
-    metrics = record.content["metrics"]
-    guards = [callback for callback in callbacks if isinstance(callback, DivergenceGuard)]
+
+def _test(trainer: Any, model: Any, datamodule: Any, record: RunRecord, draws: bool) -> None:
+    """Test unless training diverged, draw the run's figures, and end the record."""
+    from bn_lightning.callbacks import DivergenceGuard
+    from bn_lightning.data.protocol import data_info
+
+    guards = [guard for guard in trainer.callbacks if isinstance(guard, DivergenceGuard)]
     diverged_at = next((guard.diverged_at for guard in guards if guard.diverged_at), None)
+    metrics = record.content["metrics"]
     if diverged_at is None:
         trainer.test(model, datamodule=datamodule, verbose=False)
-    if config.extras.figures and trainer.is_global_zero and not in_trial():
+    if draws and trainer.is_global_zero and not in_trial():
         from bn_lightning.sweeps.report.run_matplotlib import draw_run
 
-        draw_run(directory)
-    # The last thing that a run leaves: what is killed before can be resumed.
+        draw_run(record.path.parent)
+    # Written last: a run that is killed earlier can be resumed.
     if diverged_at is None:
         record.end(
             "completed",
-            data=getattr(datamodule, "info", None),  # the test, too, may have skipped images
+            data=data_info(datamodule),  # the test may have skipped images, too
             metrics=metrics | logged_numbers(trainer.callback_metrics),
         )
     else:
         record.end("diverged", metrics=metrics | model.chance_metrics(), diverged_at=diverged_at)
-    if trainer.is_global_zero and not in_trial():
-        if config.extras.batch_norms:
-            print_batch_norms(model.state_dict(), record.content["config"].get("norm"))
-        if config.extras.step_table:
-            print_steps(directory)
-        print_summary(record.content, directory)
 
 
-def _check_takes(network: Any, shape: Sequence[int] | None) -> None:
-    """Refuse a network that does not take inputs of this shape, where it is known."""
+def _check_takes(network: Any, shape: Sequence[int]) -> None:
+    """Refuse a network that does not take inputs of this shape."""
     import torch
 
-    if shape is None:
-        return
     weight = next(network.parameters())
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(2, *shape, device=weight.device, dtype=weight.dtype))
     except RuntimeError as error:
         raise ValueError(
-            f"`model.network` expected inputs of another shape than the data's, got {tuple(shape)}:"
+            f"expected `model.network` to take the data's inputs of shape {tuple(shape)}, got:"
             f" {error}; set its sizes, such as model.network.in_features, or take other data"
         ) from error
 
 
-def _loggers(config: Any) -> list[Any]:
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    loggers = []
-    for name, node in config.items():  # the names are those of the options and of the extras
-        try:
-            loggers += [] if node is None else [instantiate(node)]
-        except InstantiationException as error:
-            if not isinstance(error.__cause__, ModuleNotFoundError):
-                raise
-            raise ValueError(
-                f"`logger={name}` expected its package to be installed, and it is not; pip install"
-                f' -c constraints.txt -e ".[{name}]"'
-            ) from error
-    return loggers
-
-
-main = hydra_command("train")(train)
+main = hydra_command(train, "train")
 
 if __name__ == "__main__":
     main()

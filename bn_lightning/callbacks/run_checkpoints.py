@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from bn_lightning.callbacks.steps import step_is_over, validation_follows
-from bn_lightning.plugins.checkpoint_io import WholeCheckpointIO
+from bn_lightning.plugins.checkpoint_io import AtomicCheckpointIO
 from bn_lightning.runs.atomic_write import UNFINISHED
 from bn_lightning.runs.checkpoint import METRICS_KEY
 from bn_lightning.runs.directory import make_newest
-from bn_lightning.runs.interruption import Interrupted, handled_by
+from bn_lightning.runs.interruption import Interrupted, handle_signals
 from bn_lightning.runs.record import logged_numbers
 
 
@@ -29,7 +29,7 @@ class RunCheckpoints(ModelCheckpoint):
     that follows it, so that the checkpoint holds a moment from which the run continues bit for bit;
     then `bn_lightning.runs.interruption.Interrupted` is raised. A second signal raises it at once.
 
-    Checkpoints are written by `WholeCheckpointIO`, unless the Trainer was given another than
+    Checkpoints are written by `AtomicCheckpointIO`, unless the Trainer was given another than
     Lightning's. `last.ckpt` is put in place when everything is logged that belongs to its step, and
     holds the metrics so far: a process killed at any moment loses no row and no metric.
 
@@ -70,7 +70,7 @@ class RunCheckpoints(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ class RunCheckpoints(ModelCheckpoint):
         self._is_waiting = False
         # Here and not earlier: just before, Lightning puts a handler of its own in front of others.
         if self.handles_signals and threading.current_thread() is threading.main_thread():
-            self._handlers.enter_context(handled_by(self._note))
+            self._handlers.enter_context(handle_signals(self._note))
 
     @override
     def on_train_batch_start(

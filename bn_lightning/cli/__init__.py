@@ -1,1 +1,1 @@
-"""What the commands share: Hydra, one-line errors, configuration checks, tables."""
+"""What the commands share: Hydra, one-line errors, checks of a configuration, tables."""

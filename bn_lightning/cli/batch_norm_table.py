@@ -1,7 +1,7 @@
-"""What the BatchNorms of a network keep, as tables."""
+"""Print what the BatchNorms of a network hold, as tables."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -9,30 +9,44 @@ from rich.table import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MOST_CHANNELS = 16  # of a layer with more, percentiles are printed
+_MOST_CHANNELS = 16  # layers with more channels are shown by quartiles
 
-# Of a BatchNorm: key in its state -> what it is called, whether it is trained, where it begins.
-_KEPT = {
-    "weight": ("scale", "yes", "1"),
-    "bias": ("shift", "yes", "0"),
-    "running_mean": ("running mean", "no", "0"),
-    "running_var": ("running variance", "no", "1"),
+
+class _Column(NamedTuple):
+    """A tensor that a BatchNorm holds.
+
+    Attributes:
+        heading: its name in the table.
+        is_trained: "yes" or "no".
+        initial: its initial value.
+    """
+
+    heading: str
+    is_trained: str
+    initial: str
+
+
+_COLUMNS = {
+    "weight": _Column("scale", "yes", "1"),
+    "bias": _Column("shift", "yes", "0"),
+    "running_mean": _Column("running mean", "no", "0"),
+    "running_var": _Column("running variance", "no", "1"),
 }
+_ABSENT = _Column("", "none", "none")
 
 
 def print_batch_norms(state: Mapping[str, "Tensor"], norm: Mapping[str, Any] | None = None) -> None:
-    """Print the four numbers that each BatchNorm keeps for a channel, a table for each layer.
+    """Print a table for each BatchNorm: what it holds for each channel.
 
-    Channels are the neurons of a dense layer, the maps of a convolution. Of a layer with more than
-    16 the smallest, the largest and the quartiles of each number stand for them.
+    A channel is a neuron of a dense layer, or a map of a convolution. For a layer with more than 16
+    channels, the table shows the smallest and largest value and the quartiles.
 
     Args:
-        state: a network's `state_dict`. A layer is a BatchNorm if it has `running_mean` and
-            `running_var`; one that keeps no running statistics cannot be told from other layers.
-        norm: with `eps` and `momentum` of all layers, which no `state_dict` holds; None if not
-            known.
+        state: a `state_dict`. A layer is a BatchNorm if it has `running_mean` and `running_var`. A
+            BatchNorm without running statistics looks like other layers and is not shown.
+        norm: `eps` and `momentum` of all layers, which no `state_dict` holds; None if unknown.
     """
-    console = Console(markup=False, highlight=False)  # names of layers are a stranger's
+    console = Console(markup=False, highlight=False)  # a layer may have any name
     suffix = ".running_var"
     names = [key.removesuffix(suffix) for key in state if key.endswith(suffix)]
     names = [name for name in names if f"{name}.running_mean" in state]
@@ -40,9 +54,10 @@ def print_batch_norms(state: Mapping[str, "Tensor"], norm: Mapping[str, Any] | N
         console.print("no BatchNorm with running statistics")
         return
     for name in names:
-        layer = {key: state[f"{name}.{key}"] for key in _KEPT if f"{name}.{key}" in state}
+        layer = {key: state[f"{name}.{key}"] for key in _COLUMNS if f"{name}.{key}" in state}
+        batches = state.get(f"{name}.num_batches_tracked")
         # Outside the table, which would break a long name over lines.
-        console.print(f"{name}: {_caption(layer, state, name, norm)}", soft_wrap=True)
+        console.print(f"{name}: {_caption(layer, batches, norm or {})}", soft_wrap=True)
         console.print(_batch_norm_table(layer))
     console.print(
         "Scale and shift are trained by gradient. Running mean and variance (unbiased) are not: "
@@ -51,38 +66,32 @@ def print_batch_norms(state: Mapping[str, "Tensor"], norm: Mapping[str, Any] | N
 
 
 def _caption(
-    layer: Mapping[str, "Tensor"],
-    state: Mapping[str, "Tensor"],
-    name: str,
-    norm: Mapping[str, Any] | None,
+    layer: Mapping[str, "Tensor"], batches: "Tensor | None", norm: Mapping[str, Any]
 ) -> str:
     channels = layer["running_var"].numel()
     numbers, trained = channels * len(layer), channels * (len(layer) - 2)
     texts = [f"{channels:,} channels", f"{numbers:,} numbers, {trained:,} of them trained"]
-    batches = state.get(f"{name}.num_batches_tracked")
     texts += [] if batches is None else [f"{int(batches):,} batches seen"]
-    for key in ("eps", "momentum"):
-        value = norm[key] if norm and key in norm else "not in the checkpoint"
-        texts.append(f"{key} {value}")
+    texts += [f"{key} {norm.get(key, 'not in the checkpoint')}" for key in ("eps", "momentum")]
     return ", ".join(texts)
 
 
 def _batch_norm_table(layer: Mapping[str, "Tensor"]) -> Table:
     table = Table()
     table.add_column("channel")
-    for heading, _, _ in _KEPT.values():
-        table.add_column(heading, justify="right")
-    facts = [_KEPT[key][1:] if key in layer else ("none", "none") for key in _KEPT]
-    table.add_row("trained", *[trained for trained, _ in facts])
-    table.add_row("begins at", *[first for _, first in facts], end_section=True)
+    for column in _COLUMNS.values():
+        table.add_column(column.heading, justify="right")
+    columns = [column if key in layer else _ABSENT for key, column in _COLUMNS.items()]
+    table.add_row("trained", *[column.is_trained for column in columns])
+    table.add_row("begins at", *[column.initial for column in columns], end_section=True)
     channels = layer["running_var"].numel()
     if channels <= _MOST_CHANNELS:
-        rows = [str(i) for i in range(channels)]
-        columns = {key: values.float() for key, values in layer.items()}
+        labels = [str(i) for i in range(channels)]
+        values = {key: tensor.float() for key, tensor in layer.items()}
     else:
-        rows = ["smallest", "25%", "median", "75%", "largest"]
+        labels = ["smallest", "25%", "median", "75%", "largest"]
         quarters = layer["running_var"].new_tensor([0, 0.25, 0.5, 0.75, 1]).float()
-        columns = {key: values.float().quantile(quarters) for key, values in layer.items()}
-    for i, row in enumerate(rows):
-        table.add_row(row, *[f"{columns[k][i]:.4g}" if k in columns else "" for k in _KEPT])
+        values = {key: tensor.float().quantile(quarters) for key, tensor in layer.items()}
+    for i, label in enumerate(labels):
+        table.add_row(label, *[f"{values[k][i]:.4g}" if k in values else "" for k in _COLUMNS])
     return table

@@ -1,4 +1,4 @@
-"""One process in a run's directory: a lock for as long as it lives, however it ends."""
+"""Lock the directory of a run for as long as its process lives, however it ends."""
 
 import contextlib
 import fcntl
@@ -11,22 +11,20 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from typing_extensions import override
 
-from bn_lightning.cli.command import report
+from bn_lightning.cli.error_line import print_error
 from bn_lightning.runs.atomic_write import remove_unfinished
-from bn_lightning.runs.directory import LAST, RESUMED
-from bn_lightning.runs.record import FILE_NAME
+from bn_lightning.runs.directory import LAST, RESUMED, RUN_FILE
 from bn_lightning.sweeps.engine.environment import in_trial
 
 
 class RunLock(Callback):
-    """Takes the directory of a run before Hydra writes into it, or ends the process (exit code 1).
+    """Lock the directory of a run before Hydra writes there, or exit with code 1.
 
-    The lock is the system's, on the directory itself: it leaves no file, and is gone with the
-    process that holds it. A new run wants a directory without a run, except for a trial of a sweep,
-    which is tried again in its own. What a killed run had not written to the end is removed.
+    The system holds the lock on the directory itself: it leaves no file and ends with the process.
+    A new run needs a directory without a run, except a trial of a sweep, which is tried again in
+    its own. Half-written files of a killed run are removed.
 
-    The ranks that a run starts take part in its lock. A file system that cannot lock is used
-    without.
+    The ranks that a run starts share its lock. On a file system without locks, runs go unlocked.
     """
 
     _held: ClassVar[int | None] = None
@@ -35,7 +33,7 @@ class RunLock(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         if "LOCAL_RANK" in os.environ:
             return
-        _release()  # of the run before, in the same process
+        _release()  # of the previous run in this process
         directory = Path(config.hydra.run.dir).absolute()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -43,18 +41,19 @@ class RunLock(Callback):
             fcntl.flock(RunLock._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _refuse(
-                f"the run in {directory} is at work in another process; wait for its end, or leave "
-                "ckpt_path and hydra.run.dir out to start a run beside it"
+                f"expected `hydra.run.dir` to be free, got {directory}, where a run is at work in "
+                "another process; wait for its end, or leave ckpt_path and hydra.run.dir out to "
+                "start a run beside it"
             )
         except OSError:
-            return  # without a lock; if nothing can be written there, Hydra is about to say so
+            return  # no lock; where nothing can be written, Hydra raises next
         is_new = config.hydra.output_subdir != RESUMED
-        if is_new and (directory / FILE_NAME).exists() and not in_trial():
+        if is_new and (directory / RUN_FILE).exists() and not in_trial():
             _refuse(
-                f"`hydra.run.dir` expected a directory without a run, got {directory}; go on with "
-                "that run by ckpt_path, or choose another directory"
+                f"expected `hydra.run.dir` to be a directory without a run, got {directory}; "
+                "resume that run by ckpt_path, or choose another directory"
             )
-        with contextlib.suppress(OSError):  # a file system that is read-only by now
+        with contextlib.suppress(OSError):  # the file system may be read-only
             for folder in (directory, directory / LAST.parent):
                 remove_unfinished(folder)
 
@@ -64,8 +63,8 @@ class RunLock(Callback):
 
 
 def _refuse(message: str) -> None:
-    # Hydra makes a warning of any other exception of a callback.
-    sys.exit(report(ValueError(message)))
+    # Hydra turns any other exception of a callback into a warning.
+    sys.exit(print_error(ValueError(message)))
 
 
 def _release() -> None:
@@ -74,5 +73,5 @@ def _release() -> None:
         RunLock._held = None
 
 
-# Whoever is forked would hold the lock for as long as it outlives a killed run.
+# A forked process would hold the lock after its run was killed.
 os.register_at_fork(after_in_child=_release)

@@ -1,4 +1,4 @@
-"""What a run prints when it ends."""
+"""Print the result of a run as tables."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,20 @@ from rich.table import Table
 from bn_lightning.runs.metrics_csv import read_metrics
 
 
-def print_summary(record: dict[str, Any], directory: str | Path) -> None:
-    """Print a run's result and where its files are, as a short table."""
+def print_run_table(record: dict[str, Any], directory: str | Path) -> None:
+    """Print the result of a run, and below it the directory of its files."""
     table = Table(title=f"{record['config']['task_name']}: {record['status']}", show_header=False)
     rows = {}
     if data := record["data"]:
         sizes = " / ".join(f"{data[split]:,}" for split in ("train", "validation", "test"))
         rows["data"] = f"{data['source']}, {sizes}"
     if record.get("diverged_at"):
-        # The loss was no number, or above max_loss for too long: the record does not say which.
+        # The loss was NaN, or above max_loss for too long. The record does not tell which.
         rows["diverged"] = f"at step {record['diverged_at']:,}: scored as chance"
     for name in ("val/accuracy", "test/accuracy", "test/accuracy_top5", "test/auroc", "test/loss"):
         if name in record["metrics"]:
             value = record["metrics"][name]
-            # The cross-entropy of the predicted classes in nats, which is their log loss.
+            # The loss is the mean cross-entropy in nats, which others call the log loss.
             label = f"{name} (log loss)" if name == "test/loss" else name
             rows[label] = "not a number" if value is None else f"{value:.4f}"
     interval = (record["config"].get("trainer") or {}).get("val_check_interval")
@@ -40,11 +40,8 @@ def print_summary(record: dict[str, Any], directory: str | Path) -> None:
     print(directory)
 
 
-def print_steps(directory: str | Path) -> None:
-    """Print validation loss and accuracy of each evaluation of a run, from its metrics.csv.
-
-    Nothing where the run logged none.
-    """
+def print_validation_table(directory: str | Path) -> None:
+    """Print loss and accuracy of each validation in a run's metrics.csv, if it has any."""
     metrics = read_metrics(directory)
     losses, accuracies = (dict(metrics.get(f"val/{name}", ())) for name in ("loss", "accuracy"))
     if not losses:

@@ -25,7 +25,7 @@ from bn_lightning.data.image_transforms import (
     check_statistics,
 )
 from bn_lightning.data.tensor_data_module import check_same_on_all_ranks
-from bn_lightning.runs.machine import MOST_PROCESSES
+from bn_lightning.runs.machine import MAX_PROCESSES
 
 _CHOICES = {
     "augment": ("resized_crop", "pad_crop", "none"),
@@ -103,9 +103,9 @@ class ImageFolderDataModule(LightningDataModule):
         check_integer("eval_batch_size", eval_batch_size, 1)
         check_integer("seed", seed, 0)
         check_integer("num_workers", num_workers, 0)
-        if num_workers > MOST_PROCESSES:  # they are started before anything else can fail
+        if num_workers > MAX_PROCESSES:  # they are started before anything else can fail
             raise ValueError(
-                f"Expected `num_workers` to be at most {MOST_PROCESSES}, but got {num_workers}"
+                f"Expected `num_workers` to be at most {MAX_PROCESSES}, but got {num_workers}"
             )
         for key, value in (("augment", augment), ("shuffle", shuffle), ("corrupt", corrupt)):
             if value not in _CHOICES[key]:

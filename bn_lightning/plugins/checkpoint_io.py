@@ -11,7 +11,7 @@ from typing_extensions import override
 from bn_lightning.runs.atomic_write import write_atomically
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, flushes it to the disk, then renames it.
 
     Lightning's own writes it into the system's temporary folder and moves it: where the run lies on

@@ -9,7 +9,14 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from bn_lightning.runs.metrics_csv import FILE_NAME, Row, lines, read_columns, read_rows, write_rows
+from bn_lightning.runs.metrics_csv import (
+    METRICS_FILE,
+    Row,
+    format_rows,
+    read_columns,
+    read_rows,
+    write_rows,
+)
 
 
 class MetricsCSVLogger(Logger):
@@ -26,7 +33,7 @@ class MetricsCSVLogger(Logger):
 
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
-        self.path = Path(save_dir) / FILE_NAME
+        self.path = Path(save_dir) / METRICS_FILE
         self._pending: list[Row] = []
         self._step = 0
         self._columns: list[str] | None = None
@@ -85,7 +92,7 @@ class MetricsCSVLogger(Logger):
         try:
             # Never a new file: one without a first line would be no table.
             with open(self.path, "a", encoding="utf-8", newline="", opener=_existing) as file:
-                file.write(lines(self._columns or [], rows))
+                file.write(format_rows(self._columns or [], rows))
         except OSError as error:
             # The system leaves the name out where a disk is full.
             raise OSError(error.errno, error.strerror, str(self.path)) from error

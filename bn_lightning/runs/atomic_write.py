@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a reader sees the old one or the new one."""
+"""Replace files in one step: a reader sees the old file or the new one, never a part."""
 
 import contextlib
 import json
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".part"
-"""How the name of a file ends that is not whole yet; it begins with a dot."""
+"""The end of the name of a file that is being written; the name begins with a dot."""
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step; numbers that JSON lacks, NaN and infinities, become null."""
-    write_atomically(path, json.dumps(finite(content), indent=2, default=str) + "\n")
+    """Replace `path` by a JSON file; NaN and infinities, which JSON lacks, become null."""
+    write_atomically(path, json.dumps(json_values(content), indent=2, default=str) + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Replace `path` by a file with this content: a reader sees the old one or the new one, whole.
+    """Replace `path` by a file with this content, in one step and flushed to the disk.
 
     Raises:
-        OSError: it names `path`, whatever the system refused.
+        OSError: the file cannot be written; the error names `path`, and the old file is whole.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = None
@@ -31,12 +31,12 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for the user's eyes only; a run's are as readable as its directory's.
+        # mkstemp allows only the user to read; a run's files follow the umask.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
-            with contextlib.suppress(OSError):  # gone with its folder
+            with contextlib.suppress(OSError):  # the folder may be gone
                 os.unlink(temporary)
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -44,22 +44,22 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what `write_atomically` was writing in a folder when its process was killed.
+    """Remove the files that killed processes left half-written in a folder.
 
-    Nobody may be writing there.
+    No process may be writing there.
     """
     for path in folder.glob(f".*{UNFINISHED}"):
         path.unlink()
 
 
-def finite(content: Any) -> Any:
-    """Plain data with None in place of the numbers that JSON lacks, NaN and infinities."""
+def json_values(content: Any) -> Any:
+    """Return plain data with None instead of NaN and infinities, which JSON lacks."""
     if isinstance(content, float) and not math.isfinite(content):
         return None
     if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
+        return {key: json_values(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
+        return [json_values(value) for value in content]
     return content
 
 

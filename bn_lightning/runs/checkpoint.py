@@ -1,24 +1,97 @@
-"""Reading checkpoints: never a pickle, and never into a network they do not fit."""
+"""Read a checkpoint without unpickling it, and build what it was written from."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.runs.trust import OF_CHECKPOINTS, UntrustedError, check_plain, check_trusted
+from bn_lightning.runs.trust import UntrustedError, check_plain, check_trusted
 
 CONFIG_KEY = "config"
-"""The hyperparameter under which `train.py` keeps the run's resolved configuration."""
-
+"""The hyperparameter under which a checkpoint holds the run's resolved configuration."""
 
 METRICS_KEY = "metrics"
-"""Where a checkpoint of `RunCheckpoints` holds the metrics known at its step, as plain numbers."""
+"""The key under which a checkpoint of `RunCheckpoints` holds the metrics logged so far."""
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint, or one that does not fit."""
+    """A file is not a checkpoint, or its content does not fit."""
+
+
+@dataclass(frozen=True)
+class TrainedCheckpoint:
+    """A checkpoint that `bn_lightning.train` wrote, whose configuration may be built.
+
+    Attributes:
+        path: the checkpoint file, for messages.
+        content: from `load_checkpoint`.
+        config: the configuration of the run, from `trusted_config`.
+    """
+
+    path: str
+    content: dict[str, Any]
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str, trusted: Sequence[str]) -> Self:
+        """Read a checkpoint file. Raises what `load_checkpoint` and `trusted_config` raise."""
+        content = load_checkpoint(path)
+        return cls(path, content, trusted_config(content, trusted, path))
+
+    def build_model(self) -> Any:
+        """Build the LightningModule and load its weights.
+
+        Raises:
+            CheckpointError: the weights do not fit the network of the configuration.
+        """
+        model = self._build("model")
+        check_fits(self.content, model, self.path)
+        model.load_state_dict(self.content["state_dict"])
+        return model
+
+    def build_data(self, config: Any = None) -> Any:
+        """Build the data module and give it its state from the checkpoint.
+
+        Args:
+            config: of another data module; None builds the one of the run. A data module of
+                another class than the run's gets no state.
+
+        Raises:
+            ValueError: the data module refuses the state, here or in its `setup`.
+        """
+        from hydra.utils import instantiate
+
+        datamodule = instantiate(config) if config else self._build("data")
+        state = self._data_state(datamodule)
+        if state is not None:
+            datamodule.load_state_dict(state)
+        return datamodule
+
+    def class_names(self, datamodule: Any, count: int) -> list[str]:
+        """Return a name for each of `count` outputs: of the data's classes, else the number."""
+        state = self._data_state(datamodule) or {}
+        names = [str(name) for name in state.get("classes", ())][:count]
+        return names + [str(i) for i in range(len(names), count)]
+
+    def _data_state(self, datamodule: Any) -> Any:
+        return self.content.get(type(datamodule).__qualname__)  # where Lightning stores it
+
+    def _build(self, key: str) -> Any:
+        from hydra.errors import InstantiationException
+        from hydra.utils import instantiate
+
+        try:
+            return instantiate(self.config[key])
+        except InstantiationException as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise CheckpointError(
+                f"expected `{key}` in {self.path} to have arguments that this version of"
+                f" bn_lightning knows, got: {error.__cause__}; use the version that wrote it"
+            ) from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -30,38 +103,38 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         found = "no such file"
         if str(path) == "last":
-            found += "; `last` is what bn-train goes on with, elsewhere give the path"
+            found += "; only bn-train takes `last`, other commands take the path of a checkpoint"
         elif Path(path).is_dir():
             best = [*Path(path).glob("best.ckpt"), *Path(path).glob("checkpoints/best.ckpt")]
             found = "a directory" + "".join(f"; give {file}" for file in best)
-        raise CheckpointError(f"`ckpt_path` expected a checkpoint file, got {path}: {found}")
+        raise CheckpointError(f"expected `ckpt_path` to be a checkpoint file, got {path}: {found}")
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"PK\3\4":
-                # Of the format before torch 1.6: some bytes of it can ask for gigabytes.
+                # A few bytes of the format before torch 1.6 can make torch allocate gigabytes.
                 raise ValueError("no zip archive")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler stumbles over in a file that is no pickle
+    except Exception as error:  # the unpickler raises anything for a file that is no pickle
         raise CheckpointError(
-            f"`ckpt_path` expected a checkpoint of plain tensors, got {path}, which is none or is "
-            "damaged; give another"
+            f"expected `ckpt_path` to be a checkpoint of plain tensors, got {path}, which is none "
+            "or is damaged; give another"
         ) from error
     missing = {"state_dict", "global_step"} - (
         checkpoint.keys() if isinstance(checkpoint, dict) else set()
     )
     if missing:
         raise CheckpointError(
-            f"`ckpt_path` expected a Lightning checkpoint, got {path}, which has no "
+            f"expected `ckpt_path` to be a Lightning checkpoint, got {path}, which has no "
             f"{' and no '.join(sorted(missing, reverse=True))}"
         )
     return checkpoint
 
 
 def check_fits(checkpoint: dict[str, Any], module: nn.Module, path: str | Path) -> None:
-    """Compare names and shapes of the weights with the module's.
+    """Compare the names and shapes of a checkpoint's weights with those of a module.
 
     Raises:
-        CheckpointError: naming the first that differs.
+        CheckpointError: names the first weight that differs.
     """
     found, wanted = (
         {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
@@ -69,91 +142,44 @@ def check_fits(checkpoint: dict[str, Any], module: nn.Module, path: str | Path) 
     )
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
+            there, here = (str(shapes.get(name, "absent")) for shapes in (found, wanted))
             raise CheckpointError(
-                f"`ckpt_path` expected a checkpoint of this network, got one of another in {path}: "
-                f"{name} is {_shape(found, name)} there and {_shape(wanted, name)} here; use the "
-                "model and norm it was trained with"
+                f"expected `ckpt_path` to be a checkpoint of this network, got {path}, in "
+                f"which {name} is {there} there and {here} here; use the model and norm it was "
+                "trained with"
             )
 
 
-def trained_model(checkpoint: dict[str, Any], run_config: dict[str, Any], path: str | Path) -> Any:
-    """Builds the LightningModule that a checkpoint was written of, and gives it the weights.
-
-    Args:
-        checkpoint: from `load_checkpoint`.
-        run_config: from `trusted_config`.
-        path: of the checkpoint, for messages.
-
-    Raises:
-        CheckpointError: its weights are of another network than its configuration builds.
-    """
-    from hydra.utils import instantiate
-
-    model = instantiate(run_config["model"])
-    check_fits(checkpoint, model, path)
-    model.load_state_dict(checkpoint["state_dict"])
-    return model
-
-
-def class_names(checkpoint: dict[str, Any], datamodule: Any, count: int) -> list[str]:
-    """Names of the outputs: what the checkpoint keeps of its data's classes, else their numbers.
-
-    Args:
-        checkpoint: from `load_checkpoint`.
-        datamodule: built from its configuration.
-        count: of the outputs; those above the number of classes have numbers.
-    """
-    state = checkpoint.get(type(datamodule).__qualname__) or {}
-    names = [str(name) for name in state.get("classes", ())][:count]
-    return names + [str(i) for i in range(len(names), count)]
-
-
-def check_data(checkpoint: dict[str, Any], datamodule: Any) -> None:
-    """Let a data module compare what the checkpoint keeps of the one it was trained with.
-
-    Nothing is compared where that was one of another class.
-
-    Raises:
-        ValueError: the data module's own, now or when it is set up.
-    """
-    # Where Lightning keeps it.
-    state = checkpoint.get(type(datamodule).__qualname__)
-    if state is not None:
-        datamodule.load_state_dict(state)
-
-
 def trusted_config(checkpoint: dict[str, Any], trusted: Sequence[str], path: str) -> dict[str, Any]:
-    """The configuration of the run that wrote a checkpoint, whose data and network are trusted.
+    """Return the configuration of the run that wrote a checkpoint, once it may be built.
 
-    Its data's `archive` is left out: the data have to be there, or be given anew.
+    The `archive` of its data is set to None: it would be unpacked where the checkpoint says.
 
     Args:
         checkpoint: from `load_checkpoint`.
-        trusted: what it may build beside `OF_CHECKPOINTS`, see `check_trusted`.
+        trusted: as for `check_trusted`.
         path: of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: `bn_lightning.train` did not write it.
-        UntrustedError: it would build something that it may not.
+        CheckpointError: `bn_lightning.train` did not write the checkpoint.
+        UntrustedError: `data` or `model` would build something that they may not build.
     """
     hyper_parameters = checkpoint.get("hyper_parameters")
     config = hyper_parameters.get(CONFIG_KEY) if isinstance(hyper_parameters, dict) else None
     if not isinstance(config, dict) or not {"data", "model"} <= config.keys():
         raise CheckpointError(
-            f"`ckpt_path` expected a checkpoint that bn_lightning.train wrote, got {path}, which "
-            "holds no configuration of data and model"
+            f"expected `ckpt_path` to be a checkpoint that bn_lightning.train wrote, got {path}, "
+            "which holds no configuration of data and model"
         )
     built = {key: config[key] for key in ("data", "model")}
     check_plain(built, path)
-    check_trusted(built, OF_CHECKPOINTS, trusted, path)
+    check_trusted(built, trusted, path)
     data = config["data"]
     if not isinstance(data, dict) or "_args_" in data:
-        raise UntrustedError(f"`data` in {path} expected arguments by name, got {data}")
+        raise UntrustedError(
+            f"expected `data` in {path} to have arguments by name, got {data}; use a checkpoint"
+            " that bn_lightning.train wrote"
+        )
     if data.get("archive") is not None:
-        # It would be unpacked wherever a stranger's checkpoint says.
         config = {**config, "data": {**data, "archive": None}}
     return config
-
-
-def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
-    return str(shapes[name]) if name in shapes else "absent"

@@ -1,4 +1,4 @@
-"""What ends a run from outside, as exceptions: SIGINT and SIGTERM, the end of another rank."""
+"""Exceptions for what ends a run from outside: SIGINT, SIGTERM, the end of another rank."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -12,7 +12,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupted(BaseException):
     """The user or the system asked the process to end.
 
-    Like KeyboardInterrupt it is no `Exception`: code that mends errors must not swallow it.
+    Not an `Exception`, as KeyboardInterrupt is none: code that recovers from errors must let it
+    through.
     """
 
     def __init__(self, signum: int) -> None:
@@ -21,22 +22,22 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number: 130 for SIGINT, 143 for SIGTERM."""
+        """128 + the number of the signal: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 class RankLostError(RuntimeError):
-    """One of several processes that train together has ended before the others."""
+    """Another of the processes that train together has ended."""
 
 
 def raise_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
-    """A signal handler that raises `Interrupted` at once."""
+    """Raise `Interrupted`; a signal handler."""
     raise Interrupted(signum)
 
 
 @contextmanager
-def handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Let `handler` answer SIGINT and SIGTERM inside the block (which is in the main thread)."""
+def handle_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Call `handler` for SIGINT and SIGTERM inside the block, which runs in the main thread."""
     before = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         yield

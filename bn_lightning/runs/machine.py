@@ -1,4 +1,4 @@
-"""The machine: what a result was made with and on, and how many processes it may be asked for."""
+"""Describe the machine and the versions that a result was made with."""
 
 import os
 import platform
@@ -8,25 +8,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-MOST_PROCESSES = max(64, os.cpu_count() or 1)
-"""More processes or threads help nobody; a few zeros too many would take the machine with them."""
+import bn_lightning
 
-_PACKAGES = ("bn-lightning", "torch", "triton", "lightning", "torchmetrics", "hydra-core", "optuna")
+MAX_PROCESSES = max(64, os.cpu_count() or 1)
+"""More processes or threads help nobody, and a few zeros too many would take the machine down."""
+
+_PACKAGES = ("torch", "triton", "lightning", "torchmetrics", "hydra-core", "optuna")
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions of Python and of the packages a result depends on; None if absent."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
+    """Return the versions of Python, bn_lightning and what results depend on; None if absent."""
+    versions = {"python": platform.python_version(), "bn-lightning": bn_lightning.__version__}
+    return versions | {name: _version(name) for name in _PACKAGES}
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, threads of torch, and the accelerators that torch sees."""
+    """Return processor, cores, torch's threads, and the names of the GPUs that torch sees."""
     import torch
 
     return {
@@ -38,7 +35,10 @@ def hardware() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, "-dirty" if files differ from it."""
+    """Return the commit of this package's checkout, with "-dirty" if files differ from it.
+
+    None outside a checkout.
+    """
     directory = Path(__file__).parent
     command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -49,17 +49,24 @@ def git_commit() -> str | None:
 
 
 def peak_memory_mib() -> float:
-    """The largest resident set of this process so far, in MiB."""
+    """Return the largest resident set of this process so far, in MiB."""
     try:
-        # getrusage would count what the process that started this one held, too.
+        # getrusage also counts the memory of the process that started this one.
         with open("/proc/self/status", encoding="ascii") as file:
             kib = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        import resource  # which Windows lacks, as it lacks /proc
+        import resource  # Windows has neither this module nor /proc
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         kib = peak // 2**10 if sys.platform == "darwin" else peak  # macOS counts in bytes
     return round(kib / 2**10, 1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -1,14 +1,14 @@
-"""What a run leaves on disk: `run.json`, written whole or not at all.
+"""Write and read `run.json`, the record of a run.
 
 A run's directory holds
 
-    .hydra/                   the configuration as Hydra composed it, and the overrides typed
-    .hydra-resumed/           the same of the last time that the run was gone on with
-    TASK.log                  what was logged, TASK being `task_name`
-    run.json                  this module's record
+    .hydra/                   the configuration as Hydra composed it, and the typed overrides
+    .hydra-resumed/           the same of the last time that the run was resumed
+    TASK.log                  the log; TASK is `task_name`
+    run.json                  the record
     metrics.csv               metrics against steps (metrics_csv.py)
     checkpoints/best.ckpt     highest validation accuracy
-    checkpoints/last.ckpt     where the run goes on when resumed
+    checkpoints/last.ckpt     where a resumed run starts
     figures/                  accuracy, activation percentiles, BatchNorm's statistics against steps
 """
 
@@ -20,30 +20,30 @@ from pathlib import Path
 from typing import Any
 
 from bn_lightning.runs.atomic_write import write_json
+from bn_lightning.runs.directory import RUN_FILE
 from bn_lightning.runs.machine import git_commit, hardware, package_versions, peak_memory_mib
 
 SCHEMA_VERSION = 1
-FILE_NAME = "run.json"
 STATUSES = ("running", "completed", "diverged", "pruned", "failed", "interrupted")
 
 
 class RunRecord:
-    """The record of one run, on disk as `directory/run.json` from its first moment to its last.
+    """The record of one run, written to `directory/run.json` by `update` and `end`.
 
     Keys: `schema_version`, `status` (one of `STATUSES`), `command`, `config` (resolved), `seed`,
     `data` (source, SHA-256 of its files, sizes), `versions`, `hardware`, `commit` (None outside a
-    git checkout), `started` and `ended` (UTC, ISO 8601), `steps`, `seconds` (of training, since it
-    was last resumed), `steps_per_second`, `peak_memory_mib`, `metrics`, `resumed_at` (the steps),
-    `diverged_at` (a step) and `error` where they apply.
+    git checkout), `started` and `ended` (UTC, ISO 8601), `steps`, `seconds` (of training since the
+    run was last resumed), `steps_per_second`, `peak_memory_mib`, `metrics`, `resumed_at` (steps),
+    and where they apply `diverged_at` (a step) and `error`.
 
     Args:
-        directory: the run's; it exists.
-        config: the resolved configuration, plain dicts and lists.
-        write: False on all ranks but the first, which then keep the record in memory.
+        directory: an existing folder.
+        config: the resolved configuration, as plain dictionaries and lists.
+        write: False keeps the record in memory, as all ranks but the first do.
     """
 
     def __init__(self, directory: str | Path, config: dict[str, Any], write: bool = True) -> None:
-        self.path = Path(directory) / FILE_NAME
+        self.path = Path(directory) / RUN_FILE
         self.write = write
         self.content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -67,43 +67,46 @@ class RunRecord:
             write_json(self.path, self.content)
 
     def end(self, status: str, **content: Any) -> None:
-        """Write the final status and whatever else became known.
+        """Set the final status and other keys, and write the record.
 
         Raises:
-            ValueError: `status` is none of `STATUSES`.
+            ValueError: `status` is not in `STATUSES`.
         """
         if status not in STATUSES:
-            raise ValueError(f"`status` expected one of {', '.join(STATUSES)}, got {status!r}")
+            raise ValueError(
+                f"expected `status` to be one of {', '.join(STATUSES)}, got {status!r}"
+            )
         self.update(status=status, ended=_now(), peak_memory_mib=peak_memory_mib(), **content)
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
-    """The record in `directory/run.json`.
+    """Return the record in `directory/run.json`.
 
     Raises:
-        ValueError: there is none, it is not JSON, of a schema this version does not know, or of no
-            run.
+        ValueError: there is no such file, or it is no record of a schema that this version reads.
     """
-    path = Path(directory) / FILE_NAME
+    path = Path(directory) / RUN_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{directory} expected a run's directory with a {FILE_NAME}, got {error}"
+            f"expected `{directory}` to be a run's directory with a {RUN_FILE}, got {error}"
         ) from error
     found = record.get("schema_version") if isinstance(record, dict) else None
     if found != SCHEMA_VERSION:
         raise ValueError(
-            f"{path} expected schema_version {SCHEMA_VERSION}, got {found}; read it with the "
-            "version of bn_lightning that wrote it"
+            f"expected `{path}` to have schema_version {SCHEMA_VERSION}, got {found}; read it with "
+            "the version of bn_lightning that wrote it"
         )
     if record.get("status") not in STATUSES or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{path} expected the status and config of a run, got a file without them")
+        raise ValueError(
+            f"expected `{path}` to hold the status and config of a run, got a file without them"
+        )
     return record
 
 
 def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
-    """What a sweep keeps of a run: its metrics, and what tells runs apart, as numbers and text."""
+    """Return what a sweep stores of a run: its metrics and what tells runs apart."""
     return record["metrics"] | {
         "diverged": record["status"] == "diverged",
         "diverged_at": record.get("diverged_at"),
@@ -115,13 +118,13 @@ def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def number_of_classes(record: Mapping[str, Any]) -> int | None:
-    """How many classes a run told apart, by its data, else by its model; None if not known."""
+    """Return the number of classes of a run's data, else of its model; None if unknown."""
     model = (record.get("config") or {}).get("model") or {}
     return (record.get("data") or {}).get("classes") or model.get("num_classes")
 
 
 def logged_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """A Trainer's metrics as plain numbers, without `step`, which is their x axis."""
+    """Return a Trainer's metrics as plain numbers, without `step`, which is their x axis."""
     return {name: float(value) for name, value in metrics.items() if name != "step"}
 
 

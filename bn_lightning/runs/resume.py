@@ -1,4 +1,4 @@
-"""What a run goes on from, and whether it is the same run."""
+"""Resume a run: read its checkpoint, and check that the configuration is the one it began with."""
 
 import copy
 from dataclasses import dataclass
@@ -7,89 +7,92 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.runs.directory import LAST
-from bn_lightning.runs.record import FILE_NAME, RunRecord, read_run
+import bn_lightning
+from bn_lightning.runs.directory import LAST, RUN_FILE
+from bn_lightning.runs.record import RunRecord, read_run
 from bn_lightning.runs.trust import check_plain
 
-# A run is one configuration: resuming may change how it is run and watched, not what is trained.
-_FREE_ON_RESUME = {
-    "callbacks",
-    "ckpt_path",
-    "extras",
-    "logger",
-    "paths",
-    "resume",
-    "task_name",
-    "trainer",
-    "trusted",
-}
+# A run is one configuration. Resuming it may change how it is run and watched, not what it trains.
+_FREE = {"callbacks", "ckpt_path", "extras", "logger", "paths", "resume", "task_name", "trainer"}
+_FREE |= {"trusted"}  # a key of version 0.1.0
+_FREE_DATA = {"root", "num_workers"}
 
-_FREE_DATA = ("root", "num_workers")
-
-_KEPT_ON_RESUME = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
+_KEPT = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
 
 
 @dataclass(frozen=True)
-class Start:
-    """The checkpoint from which a run goes on."""
+class ResumePoint:
+    """The checkpoint that a run starts from.
+
+    Attributes:
+        path: the checkpoint file.
+        content: from `load_checkpoint`.
+        record: run.json as the resumed run left it; None if a new run starts from the checkpoint.
+    """
 
     path: Path
     content: dict[str, Any]
-    record: dict[str, Any] | None  # of the run that goes on, None for a new one
+    record: dict[str, Any] | None
 
 
-def go_on(config: DictConfig, record: RunRecord, directory: Path) -> Start:
-    """Take over what the run's record already holds, if there is something to go on with.
+def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) -> ResumePoint:
+    """Read the checkpoint of `config.ckpt_path`, and copy the past of its run into `record`.
 
     What the configuration derives from the trainer's, such as a schedule over trainer.max_steps,
     becomes in `config` what it was when the run began.
 
-    Returns:
-        The checkpoint of `config.ckpt_path`.
-
     Raises:
-        ValueError: the run is at its end already, or the configuration is another one.
-        UntrustedError: what the run began with has interpolations, which would be evaluated.
+        ValueError: the run has ended, or the configuration is not the one that it began with.
+        UntrustedError: run.json contains interpolations, which would be evaluated.
     """
     from bn_lightning.runs.checkpoint import load_checkpoint
 
     path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
     checkpoint = load_checkpoint(path)
-    before = read_run(directory) if (directory / "run.json").exists() else None
-    start = Start(path, checkpoint, copy.deepcopy(before))
+    before = read_run(directory) if (directory / RUN_FILE).exists() else None
     steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
-    # With all its steps and without its test, a run was stopped in between.
+    # A run with all its steps but another status was stopped before its test.
     is_over = before is None or before["status"] in ("completed", "diverged", "pruned")
     if steps > max_steps or (steps == max_steps and is_over):
         raise ValueError(
-            f"`ckpt_path` expected a checkpoint with less than trainer.max_steps={max_steps} "
-            f"steps, got {steps} in {path}; raise trainer.max_steps, or leave ckpt_path out "
-            "to start a new run"
+            f"expected `ckpt_path` to be a checkpoint of fewer than trainer.max_steps={max_steps} "
+            f"steps, got {steps} in {path}; raise trainer.max_steps, or leave ckpt_path out to "
+            "start a new run"
         )
-    if before is None:
-        return start  # The checkpoint lies outside a run: a new one starts from it.
+    resume_point = ResumePoint(path, checkpoint, copy.deepcopy(before))
+    if before is not None:
+        _restore_derived_values(config, record.content["config"], before, directory)
+        record.content.update({key: before[key] for key in _KEPT if key in before})
+    return resume_point
+
+
+def _restore_derived_values(
+    config: DictConfig, resolved: dict[str, Any], before: dict[str, Any], directory: Path
+) -> None:
     begun = before["config"]
-    check_plain(begun, str(directory / FILE_NAME))
-    with_its_trainer = OmegaConf.merge(config, {"trainer": begun["trainer"]})
+    check_plain(begun, str(directory / RUN_FILE))
+    # Numbers and text only: a node in a stranger's run.json could name what to build.
+    trainer = {k: v for k, v in begun["trainer"].items() if not isinstance(v, dict | list)}
+    with_its_trainer = OmegaConf.merge(config, {"trainer": trainer})
     compared: Any = OmegaConf.to_container(with_its_trainer, resolve=True)
     old, new = (
-        {key: value for key, value in content.items() if key not in _FREE_ON_RESUME}
+        {key: value for key, value in content.items() if key not in _FREE}
         for content in (begun, compared)
     )
     for part in (old, new):
-        # The same files may lie elsewhere by now; their hashes are in the checkpoint.
+        # The files may have moved; their hashes are in the checkpoint.
         part["data"] = {k: v for k, v in part["data"].items() if k not in _FREE_DATA}
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if changed:
+        version = (before.get("versions") or {}).get("bn-lightning")
+        is_old = version != bn_lightning.__version__
         raise ValueError(
-            f"`ckpt_path` expected the configuration that the run in {directory} began with, got "
-            f"another {', '.join(changed)}; repeat its overrides, or leave ckpt_path out to start "
-            "a new run"
+            f"expected `ckpt_path` to be resumed with the configuration that the run in "
+            f"{directory} began with, got another {', '.join(changed)}; "
+            + f"resume it with bn_lightning {version}, which wrote it, " * is_old
+            + "repeat its overrides, or leave ckpt_path out to start a new run"
         )
-    resolved = record.content["config"]
     for key in old.keys() - {"data"}:
         if resolved[key] != begun[key]:
             resolved[key] = config[key] = begun[key]
             print(f"{key} stays as the run began with it: {begun[key]}")
-    record.content.update({key: before[key] for key in _KEPT_ON_RESUME if key in before})
-    return start

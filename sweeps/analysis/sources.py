@@ -5,7 +5,7 @@ import json
 import sqlite3
 from pathlib import Path
 
-from bn_lightning.runs.record import FILE_NAME as RUN_FILE
+from bn_lightning.runs.directory import RUN_FILE
 from bn_lightning.sweeps.analysis.provenance import with_provenance
 from bn_lightning.sweeps.analysis.trials import (
     DATABASES,

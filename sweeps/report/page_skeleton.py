@@ -18,7 +18,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from bn_lightning.runs.atomic_write import finite
+from bn_lightning.runs.atomic_write import json_values
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def page(
 
 def json_block(content: Any) -> str:
     """JSON that may stand in a <script> element; numbers that JSON lacks become null."""
-    text = json.dumps(finite(content), separators=(",", ":"))
+    text = json.dumps(json_values(content), separators=(",", ":"))
     # json.dumps leaves no other character that HTML or JavaScript would take for their own.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

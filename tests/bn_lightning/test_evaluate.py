@@ -74,15 +74,6 @@ def test_errors(command, trained):
         assert words in lines[0]
 
 
-def test_ones_own_configuration_builds_no_command(command):
-    for key in ("data", "trainer.plugins"):
-        node = f"+{key}={{_target_: os.mkdir, _args_: [made]}}"
-        result = command(evaluate.main, "ckpt_path=nowhere", node)
-        assert result.code == 1
-        assert f"`{key}._target_` in the configuration" in result.err
-    assert not Path("made").exists()
-
-
 def test_no_pickle_is_loaded(command, tmp_path):
     class Hostile:
         def __reduce__(self):

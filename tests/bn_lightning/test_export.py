@@ -9,7 +9,7 @@ from torch import nn
 
 from bn_lightning import BatchNorm1d, export, train
 from bn_lightning.export import ExportError, largest_difference, read_program
-from bn_lightning.runs.checkpoint import load_checkpoint, trained_model
+from bn_lightning.runs.checkpoint import TrainedCheckpoint
 
 pytestmark = [
     # Lightning 2.6 calls what torch 2.13 calls deprecated.
@@ -26,9 +26,7 @@ def trained(command, *arguments: str) -> Path:
 
 
 def network_of(checkpoint: Path) -> nn.Module:
-    content = load_checkpoint(checkpoint)
-    config = content["hyper_parameters"]["config"]
-    return trained_model(content, config, checkpoint).network.eval()
+    return TrainedCheckpoint.read(str(checkpoint), []).build_model().network.eval()
 
 
 def test_a_folded_program_has_the_logits_of_the_network(command):
@@ -75,11 +73,11 @@ def test_a_table_and_what_cannot_be_exported(command, monkeypatch):
 
     exported = path.read_bytes()
     for given, words in (
-        (["tolerance.torch=1e-12"], "expected logits that differ by at most 1e-12 of the largest"),
-        (["tolerance.torch=0"], "`tolerance.torch` expected a positive number, got 0"),
-        (["format=jit"], "`format` expected torch or onnx, got 'jit'"),
+        (["tolerance.torch=1e-12"], "expected logits within `tolerance.torch`=1e-12"),
+        (["tolerance.torch=0"], "`tolerance.torch` to be a positive number, got 0"),
+        (["format=jit"], "`format` to be torch or onnx, got 'jit'"),
         (["output=here"], "got the folder here"),
-        (["ckpt_path=nowhere"], "`ckpt_path` expected a checkpoint file"),
+        (["ckpt_path=nowhere"], "`ckpt_path` to be a checkpoint file"),
     ):
         result = command(export.main, *arguments, *given)
         assert result.code == 1

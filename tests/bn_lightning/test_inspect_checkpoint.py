@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bn_lightning import inspect_checkpoint as inspect
-from bn_lightning import train
+from bn_lightning import inspect_checkpoint, train
 from bn_lightning.cli.batch_norm_table import print_batch_norms
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
@@ -38,7 +37,7 @@ def test_the_checkpoint_of_a_run(command) -> None:
     assert run.code == 0, run.err
     path = run.directory / "checkpoints/last.ckpt"
     before = {path for path in Path(".").rglob("*")}
-    result = command(inspect.main, f"ckpt_path={path}")
+    result = command(inspect_checkpoint.main, f"ckpt_path={path}")
     assert result.code == 0, result.err
     assert {path for path in Path(".").rglob("*")} == before  # it leaves nothing
     # The summary of the run ends with the same tables and its own.
@@ -71,7 +70,7 @@ def test_the_checkpoint_of_a_stranger(command, tmp_path) -> None:
     trainer = boring.trainer(tmp_path, max_steps=3, num_sanity_val_steps=0)
     trainer.fit(boring.boring(), boring.loader(), boring.loader())
     trainer.save_checkpoint("other.ckpt")
-    result = command(inspect.main, "ckpt_path=other.ckpt")
+    result = command(inspect_checkpoint.main, "ckpt_path=other.ckpt")
     assert result.code == 0, result.err
     names = [line.partition(":")[0] for line in result.out.splitlines() if " channels, " in line]
     assert names == ["features.1", "block.bn1", "block.bn2"]
@@ -107,7 +106,7 @@ def test_many_channels_without_scale_and_shift(capsys) -> None:
 def test_a_checkpoint_without_batch_norm(command) -> None:
     state = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).state_dict()
     torch.save({"state_dict": state, "global_step": 5, "hyper_parameters": {"config": 3}}, "bare")
-    result = command(inspect.main, "ckpt_path=bare")
+    result = command(inspect_checkpoint.main, "ckpt_path=bare")
     assert result.code == 0, result.err
     assert "no BatchNorm" in result.out
 
@@ -125,7 +124,7 @@ def test_errors(command, tmp_path) -> None:
         (["ckpt_path=trap"], "expected a checkpoint of plain tensors"),
         ([], "ckpt_path"),
     ):
-        result = command(inspect.main, *arguments)
+        result = command(inspect_checkpoint.main, *arguments)
         assert result.code == 1, arguments
         assert words in result.err and len(result.err.strip().splitlines()) == 1, result.err
     assert not (tmp_path / "executed").exists()

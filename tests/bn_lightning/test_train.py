@@ -259,11 +259,15 @@ def read_trials(sweep):
 
 def test_all_ranks_of_a_trial_share_its_configuration(tmp_path):
     here = Path(__file__)
-    checkout = [str(here.parents[1] / "support"), str(here.parents[2]), str(here.parents[2] / "sweeps")]
+    checkout = [
+        str(here.parents[1] / "support"),
+        str(here.parents[2]),
+        str(here.parents[2] / "sweeps"),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "bn_lightning.train", *SWEEP, "trainer=ddp_sim", "logger={}",
          "trainer.max_steps=2", "trainer.val_check_interval=1",
-         "trusted=[rank_spy.]", "+callbacks.spy._target_=rank_spy.RankSpy",
+         "+callbacks.spy._target_=rank_spy.RankSpy",
          "+callbacks.spy.folder=${paths.output_dir}", "optimizer.lr=0.125,0.25"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(checkout)},
@@ -282,7 +286,7 @@ def test_all_ranks_of_a_trial_share_its_configuration(tmp_path):
 def test_several_processes_inside_a_multirun_are_refused(command):
     result = command(main, "-m", *SHORT, *BARE, "trainer=ddp_sim", "seed=1,2")
     assert result.code == 1
-    assert "expected one process, got 2" in result.err
+    assert "to be one process in a job of a multirun, got 2" in result.err
     assert "hydra/sweeper=bn_optuna" in result.err
 
 
@@ -340,17 +344,17 @@ BAD = {
     "directory under a file": (["paths.log_dir=a_file/logs"], "a_file"),
     "network for other data": (
         ["model.network.in_features=100"],
-        "`model.network` expected inputs of another shape than the data's, got (1, 28, 28): ",
+        "`model.network` to take the data's inputs of shape (1, 28, 28), got",
     ),
     "no such checkpoint": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     "file that is no checkpoint": (["ckpt_path=a_file"], "a_file"),
     "nothing to resume": (["ckpt_path=last"], "checkpoints/last.ckpt"),
     "gpu without a gpu": (["trainer=gpu"], "use trainer=cpu"),
     "batch of one": (["data.batch_size=1"], "Expected more than 1 value per channel"),
-    "batch of none": (["data.batch_size=0"], "`data.batch_size`"),
+    "batch of none": (["data.batch_size=0"], "`batch_size`"),
     "negative width": (["model.network.widths=[-5]"], "positive integers"),
     "width that is no number": (["model.network.widths=[wide]"], "positive integers"),
-    "negative rate": (["optimizer.lr=-1"], "`optimizer.lr` expected a positive number, got -1"),
+    "negative rate": (["optimizer.lr=-1"], "`optimizer.lr` to be a positive number, got -1"),
     "rate that is no number": (["optimizer.lr=fast"], "`optimizer.lr`"),
     "rate that is nan": (["optimizer.lr=nan"], "`optimizer.lr`"),
     "negative seed": (["seed=-1"], "`seed`"),
@@ -447,7 +451,7 @@ def test_a_strangers_run_is_not_evaluated_when_resumed(command):
     write_json(run / "run.json", record)
     last = f"ckpt_path={run}/checkpoints/last.ckpt"
     result = command(main, *experiment, "trainer.max_steps=20", last)
-    assert result.code == 1 and "run.json expected a plain value" in result.err
+    assert result.code == 1 and "run.json to be a plain value" in result.err
     assert not Path("made").exists()
 
 

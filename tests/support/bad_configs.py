@@ -27,7 +27,7 @@ from hydra_plugins.bn_optuna import register
 from image_folders import write_images
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.cli.command import run_reported
+from bn_lightning.cli.command import run_with_exit_code
 
 CONF = Path(__file__).parents[2] / "conf"
 SECONDS = 30  # a run that lasts longer hangs: as it comes it takes a second
@@ -212,7 +212,7 @@ def _run(task: Callable[[], Any], folder: Path) -> tuple[int, str]:
             signal.alarm(SECONDS)  # ends the process
             code = 0
             try:
-                run_reported(task)
+                run_with_exit_code(task)
             except _Enough:
                 pass
             except SystemExit as end:
@@ -236,13 +236,13 @@ def _import() -> None:
     import sklearn.datasets  # noqa: F401
     from hydra.utils import get_object
 
-    from bn_lightning import run_record
+    from bn_lightning.runs import record
 
     for command, base, field in all_fields():
         if field.endswith("_target_"):
             get_object(OmegaConf.select(composed(command, base), field))
-    commit = run_record.git_commit()
-    run_record.git_commit = lambda: commit
+    commit = record.git_commit()
+    record.git_commit = lambda: commit
 
 
 def _write_checkpoint(task: Callable[[DictConfig], Any]) -> None:
@@ -256,11 +256,11 @@ def _write_checkpoint(task: Callable[[DictConfig], Any]) -> None:
 def serve() -> None:
     """Answer until standard input ends."""
     from bn_lightning.evaluate import evaluate
-    from bn_lightning.inspect_checkpoint import inspect
+    from bn_lightning.inspect_checkpoint import inspect_checkpoint
     from bn_lightning.landscape import landscape
     from bn_lightning.train import train
 
-    tasks = {"train": train, "evaluate": evaluate, "landscape": landscape, "inspect": inspect}
+    tasks = {"train": train, "evaluate": evaluate, "landscape": landscape, "inspect": inspect_checkpoint}
     _import()
     _with_limits()
     warnings.simplefilter("ignore")

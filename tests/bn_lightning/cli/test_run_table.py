@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 
-from bn_lightning.cli.run_table import print_steps, print_summary
+from bn_lightning.cli.run_table import print_run_table, print_validation_table
 from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
-from bn_lightning.runs.record import (
-    RunRecord,
-    read_run,
-)
+from bn_lightning.runs.record import RunRecord, read_run
 
 DATA = {"source": "digits", "train": 1317, "validation": 120, "test": 360}
 
@@ -36,7 +33,7 @@ class TestSummary:
     def test_the_result_and_where_it_is(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        print_summary(ended(tmp_path).content, tmp_path)
+        print_run_table(ended(tmp_path).content, tmp_path)
         out = capsys.readouterr().out
         assert out.strip().splitlines()[-1] == str(tmp_path)
         for words in (
@@ -57,14 +54,14 @@ class TestSummary:
     ) -> None:
         record = ended(tmp_path, steps=steps)
         record.content["config"]["trainer"] = {"val_check_interval": 1000}
-        print_summary(record.content, tmp_path)
+        print_run_table(record.content, tmp_path)
         assert ("trainer.val_check_interval=1000" in capsys.readouterr().out) == is_said
 
     def test_a_divergence_is_said_aloud(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         record = ended(tmp_path, "diverged", diverged_at=1234)
-        print_summary(record.content, tmp_path)
+        print_run_table(record.content, tmp_path)
         out = " ".join(capsys.readouterr().out.split())
         assert "mnist_bn: diverged" in out
         assert "diverged │ at step 1,234: scored as chance" in out
@@ -75,14 +72,14 @@ class TestSummary:
     ) -> None:
         """Where NaN has become null."""
         ended(tmp_path, metrics={"test/loss": math.nan, "test/accuracy": 0.1})
-        print_summary(read_run(tmp_path), tmp_path)
+        print_run_table(read_run(tmp_path), tmp_path)
         assert "0.1000" in capsys.readouterr().out
 
     @pytest.mark.parametrize("name", ["lr=0.1,init=[he]", ":x:", "a" * 200], ids=str)
     def test_the_directory_is_printed_as_it_is(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
     ) -> None:
-        print_summary(ended(tmp_path).content, tmp_path / name)
+        print_run_table(ended(tmp_path).content, tmp_path / name)
         assert capsys.readouterr().out.strip().splitlines()[-1] == str(tmp_path / name)
 
     def test_the_evaluations_step_by_step(
@@ -93,7 +90,7 @@ class TestSummary:
             logger.log_metrics({"val/loss": loss, "val/accuracy": accuracy}, step)
             logger.log_metrics({"train/loss": 7.0}, step)
         logger.save()
-        print_steps(tmp_path)
+        print_validation_table(tmp_path)
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert ["│", "200", "│", "0.1234", "│", "0.9500", "│"] in rows
         assert ["│", "1,400", "│", "nan", "│", "0.1000", "│"] in rows
@@ -102,5 +99,5 @@ class TestSummary:
     def test_a_run_without_evaluations_has_no_such_table(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        print_steps(tmp_path)
+        print_validation_table(tmp_path)
         assert capsys.readouterr().out == ""

@@ -19,7 +19,7 @@ from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavail
 from bn_lightning.data.image_file import ImageFileError
 from bn_lightning.data.image_folder import list_images
 from bn_lightning.data.image_transforms import CentreCrop, PadCrop, ResizedCrop
-from bn_lightning.runs.machine import MOST_PROCESSES
+from bn_lightning.runs.machine import MAX_PROCESSES
 
 # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -164,7 +164,7 @@ def test_other_files_are_left_out(folder: Path) -> None:
         ({"photometric": 1.5}, ValueError, r"`photometric` in \[0, 1\]"),
         ({"std": (1, 1, 0)}, ValueError, "`std` three positive"),
         ({"mean": (0,)}, ValueError, "`mean` to be three numbers"),
-        ({"num_workers": MOST_PROCESSES + 1}, ValueError, "`num_workers` to be at most"),
+        ({"num_workers": MAX_PROCESSES + 1}, ValueError, "`num_workers` to be at most"),
         ({"batch_size": 0}, ValueError, "`batch_size` to be at least 1"),
         ({"eval_batch_size": 0}, ValueError, "`eval_batch_size` to be at least 1"),
         ({"seed": -1}, ValueError, "`seed` to be at least 0"),
@@ -185,7 +185,7 @@ def test_arguments(
 @pytest.mark.parametrize("photometric", [0, 1])
 def test_arguments_at_their_bounds(tmp_path: Path, photometric: float) -> None:
     bounds = {"image_size": 8, "batch_size": 1, "eval_batch_size": 1, "seed": 0}
-    bounds |= {"num_workers": MOST_PROCESSES, "photometric": photometric}
+    bounds |= {"num_workers": MAX_PROCESSES, "photometric": photometric}
     module = ImageFolderDataModule(**folder_options(tmp_path, **bounds))
     assert module.input_shape == (3, 8, 8)
 

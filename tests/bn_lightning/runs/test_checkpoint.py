@@ -56,7 +56,7 @@ class TestLoad:
 
     def test_no_such_file(self, tmp_path: Path) -> None:
         assert "no such file" in refused(tmp_path / "nowhere.ckpt")
-        assert "`last` is what bn-train goes on with" in refused("last")
+        assert "only bn-train takes `last`" in refused("last")
         assert refused(tmp_path).endswith(f"got {tmp_path}: a directory")
         for folder in ("run", "run/checkpoints"):
             best = tmp_path / "run" / "checkpoints" / "best.ckpt"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bn_lightning.runs.interruption import SIGNALS, Interrupted, handled_by, raise_interrupted
+from bn_lightning.runs.interruption import SIGNALS, Interrupted, handle_signals, raise_interrupted
 
 signums = pytest.mark.parametrize("signum", SIGNALS, ids=[signum.name for signum in SIGNALS])
 
@@ -33,7 +33,7 @@ def test_it_says_which_it_was(signum: int, name: str, code: int) -> None:
 @signums
 def test_a_signal_inside_the_block_is_raised_where_it_arrives(signum: int) -> None:
     reached = []
-    with pytest.raises(Interrupted) as caught, handled_by(raise_interrupted):
+    with pytest.raises(Interrupted) as caught, handle_signals(raise_interrupted):
         try:
             signal.raise_signal(signum)
             reached.append("after")
@@ -46,7 +46,7 @@ def test_a_signal_inside_the_block_is_raised_where_it_arrives(signum: int) -> No
 @signums
 def test_a_handler_of_ones_own(signum: int) -> None:
     seen: list[int] = []
-    with handled_by(lambda number, frame: seen.append(number)):
+    with handle_signals(lambda number, frame: seen.append(number)):
         signal.raise_signal(signum)
         signal.raise_signal(signum)
     assert seen == [signum, signum]
@@ -61,7 +61,7 @@ def test_what_was_before_is_restored(ending: str) -> None:
     for signum, handler in previous.items():
         signal.signal(signum, handler)
     try:
-        with handled_by(raise_interrupted):
+        with handle_signals(raise_interrupted):
             if ending == "error":
                 raise ValueError
             if ending == "interruption":
@@ -73,8 +73,8 @@ def test_what_was_before_is_restored(ending: str) -> None:
 
 def test_blocks_nest() -> None:
     seen: list[str] = []
-    with handled_by(lambda *_: seen.append("outer")):
-        with handled_by(lambda *_: seen.append("inner")):
+    with handle_signals(lambda *_: seen.append("outer")):
+        with handle_signals(lambda *_: seen.append("inner")):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert seen == ["inner", "outer"]

@@ -37,7 +37,7 @@ END = (3, {"train/loss": 1.25})
         ("step,a\n1,2\n3\n", "line 3 is no row of"),
         ("step,a\nx,2\n", "line 2 is no row of"),
         ("step,a\n-1,2\n", "line 2 is no row of"),
-        ("step,a\n1,two\n", "metrics.csv expected a number for a at step 1, got 'two'"),
+        ("step,a\n1,two\n", "a number for a at step 1, got 'two'"),
         (f"step,a\n1,{'1' * 200_000}\n", "field larger than field limit"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bn_lightning.runs.atomic_write import finite
+from bn_lightning.runs.atomic_write import json_values
 from bn_lightning.sweeps.analysis import tolerance
 from bn_lightning.sweeps.analysis.summary import (
     SHARE,
@@ -93,7 +93,7 @@ def test_headroom_is_where_the_other_arm_does_best() -> None:
 
 
 def test_json_has_all_of_it(found: Findings) -> None:
-    content = json.loads(json.dumps(finite(found.as_json())))
+    content = json.loads(json.dumps(json_values(found.as_json())))
     share = content["arms"]["batch"]["measures"][SHARE]
     assert share == {"value": 0.75, "low": 0.75, "high": 0.75, "seeds": 3, "at_least": False}
     assert content["comparisons"][0]["differences"][WIDTH]["at_least"] is True
