@@ -43,7 +43,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 def _test(config: dict[str, Any], checkpoint: TrainedCheckpoint, record: RunRecord) -> None:
     from hydra.utils import instantiate
 
-    from bn_lightning.data.protocol import check_data_module, data_info
+    from bn_lightning.data.protocol import InfoCheck, check_data_module, data_info
 
     quiet_lightning()
     datamodule = checkpoint.build_data(config.get("data"))
@@ -52,6 +52,7 @@ def _test(config: dict[str, Any], checkpoint: TrainedCheckpoint, record: RunReco
     trainer = instantiate(
         config["trainer"], logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
+    trainer.callbacks.append(InfoCheck())
     trainer.test(model, datamodule=datamodule, verbose=False)
     record.end(
         "completed",

@@ -1,4 +1,7 @@
-"""An archive unpacked into a folder, whole or not at all, and nowhere else."""
+"""Unpacking a tar archive, completely or not at all.
+
+pooch's `Untar` unpacks in place and accepts links, so it is not used here.
+"""
 
 import os
 import tarfile
@@ -18,21 +21,21 @@ _COMPRESSIONS: dict[bytes, Literal["r:gz", "r:bz2", "r:xz"]] = {
 
 
 def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Unpacks a tar archive, compressed or not, to the folder `target`.
+    """Unpack a tar archive, compressed or not, to the folder `target`.
 
-    Where the archive holds one folder and nothing else, that folder becomes `target`. It is
-    unpacked beside `target` and renamed when all of it is there: `target` is never partial, and
-    processes that unpack at once do no harm. Members that would lie outside are refused, as by
-    `tarfile.data_filter`, and so is all that is neither file nor folder: a link within an archive
-    may still lead out of it (CVE-2025-4517), or come to when its folder is renamed.
+    If the archive contains a single folder and nothing else, that folder becomes `target`. The
+    archive is unpacked beside `target` and then renamed, so that `target` is never incomplete and
+    several processes may unpack at once. Members outside of `target` are refused, as by
+    `tarfile.data_filter`, and also everything but files and folders: a link within an archive may
+    still lead out of it (CVE-2025-4517), or do so after the rename.
 
     Args:
         archive: the file.
-        target: the folder to make; where it exists nothing is done.
+        target: the folder to create; if it exists, nothing happens.
 
     Raises:
-        DataError: the archive is absent, none, truncated or unsafe, or the folder of `target`
-            cannot be written.
+        DataError: the archive is absent, truncated, unsafe or no archive, or the folder of
+            `target` cannot be written.
     """
     archive, target = Path(archive), Path(target)
     if target.exists():
@@ -44,29 +47,29 @@ def unpack(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
         folder = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
     except OSError as error:
         raise DataError(
-            f"{archive} cannot be unpacked into {target.parent} ({error.strerror}); choose another"
+            f"expected to unpack {archive} into {target.parent}, got {error.strerror}; set another"
             " `data.root`"
         ) from error
     with folder as temporary:
-        # One folder deeper, so that what is renamed is as readable as any new folder.
+        # Not `temporary` itself, which only its owner may read.
         whole = Path(temporary) / "whole"
         try:
             with tarfile.open(archive, _mode(archive)) as tar:
                 tar.extractall(whole, filter=_files_and_folders)
         except (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError) as error:
             raise DataError(
-                f"{archive}: expected a whole tar archive that stays in its folder, got: {error};"
-                " get it again, or unpack it yourself"
+                f"{archive}: expected a whole tar archive without links or paths that leave its"
+                f" folder, got: {error}; download it again, or unpack it yourself"
             ) from error
         if not whole.exists():
-            raise DataError(f"{archive}: expected a tar archive with files, got an empty one")
+            raise DataError(f"{archive}: expected a tar archive with files, got none")
         entries = list(whole.iterdir())
         if len(entries) == 1 and entries[0].is_dir():
             whole = entries[0]
         try:
             whole.rename(target)
         except OSError:
-            if not target.exists():  # else another process was faster, with the same files
+            if not target.exists():  # else another process was faster
                 raise
 
 
@@ -77,7 +80,7 @@ def _files_and_folders(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | 
 
 
 def _mode(archive: Path) -> Literal["r:", "r:gz", "r:bz2", "r:xz"]:
-    # tarfile would try the format before xz, too, of which any bytes can ask for gigabytes.
+    # Without a mode, tarfile also tries LZMA alone, whose header can demand gigabytes of memory.
     with open(archive, "rb") as file:
         start = file.read(6)
     return next((mode for magic, mode in _COMPRESSIONS.items() if start.startswith(magic)), "r:")

@@ -1,4 +1,4 @@
-"""Grey images made binary: a threshold on [0, 1]."""
+"""Gray images turned into binary ones by a threshold."""
 
 from dataclasses import replace
 
@@ -8,28 +8,21 @@ from bn_lightning.data.tensor_data_module import Arrays
 
 
 def check_threshold(threshold: float | None) -> None:
-    """Refuses what is no threshold.
-
-    Args:
-        threshold: of `binarized`, in (0, 1), or `None` for grey images.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Raise a ValueError unless `threshold` is None or a number in (0, 1)."""
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
     if threshold is not None and not (number and 0 < threshold < 1):
-        raise ValueError(f"Expected `binarize` in (0, 1), or null, but got {threshold!r}")
+        raise ValueError(f"expected `binarize` to be in (0, 1) or null, got {threshold!r}")
 
 
 def binarized(arrays: Arrays, threshold: float | None) -> Arrays:
-    """The same images with 1 where a pixel on [0, 1] is above the threshold, and 0 elsewhere.
+    """Return the data with 1 for each pixel above the threshold on [0, 1], and 0 for the others.
 
     Args:
-        arrays: images as uint8, read as [0, 255], or floating point in [0, 1].
-        threshold: in (0, 1); `None` changes nothing.
+        arrays: images, uint8 in [0, 255] or floating point in [0, 1].
+        threshold: in (0, 1); None changes nothing.
 
     Returns:
-        Training and test inputs in the dtype they had, all else as it was.
+        The data with inputs of the same dtype; uint8 pixels are 0 or 255.
     """
     if threshold is None:
         return arrays
@@ -41,7 +34,7 @@ def binarized(arrays: Arrays, threshold: float | None) -> Arrays:
 
 
 def binary(inputs: np.ndarray, threshold: float | None) -> np.ndarray:
-    """The images of `binarized`, without their targets."""
+    """Apply the threshold of `binarized` to images."""
     if threshold is None:
         return inputs
     full = 255 if inputs.dtype == np.uint8 else 1

@@ -1,7 +1,8 @@
-"""CIFAR-10 from its binary files: looked for, downloaded when absent, checked, never altered."""
+"""CIFAR-10 from its binary files, which are downloaded if absent."""
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,38 +21,39 @@ from bn_lightning.data.image_transforms import check_statistics
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
 
 _SHAPE = (3, 32, 32)
-_RECORD = 1 + 3 * 32 * 32  # bytes: the class, then red, green and blue, row by row
+_RECORD = 1 + 3 * 32 * 32  # bytes: class; red, green and blue, row by row
 _PAD = 4  # pixels on each side
 
 
 class CIFAR10DataModule(TensorDataModule):
     """CIFAR-10, 50,000 training and 10,000 test images, as (N, 3, 32, 32) float32.
 
-    The six files `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin` are looked for in
-    `<root>/cifar10/cifar-10-batches-bin/`. Where that folder is absent, it is unpacked from
-    `<root>/cifar10/cifar-10-binary.tar.gz`, which is downloaded where that is absent, too. Archive
-    and files must have the published SHA-256; one that has not is an error, and is left as it is.
-    The images are kept as bytes; each batch is scaled to [0, 1], then `mean` is taken from each
-    channel and the rest divided by `std`. Targets are int64 in [0, 10).
+    The six files `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin` are in
+    `<root>/cifar10/cifar-10-batches-bin/`. If that folder is absent, it is unpacked from
+    `<root>/cifar10/cifar-10-binary.tar.gz`, which is downloaded if absent. Archive and files must
+    have the published SHA-256: another file is an error and is not changed. Images stay uint8; each
+    batch is scaled to [0, 1] and normalized: `mean` is subtracted and the rest divided by `std` in
+    each channel. Targets are int64 in [0, 10).
 
     Args:
         root: folder of all data sets.
-        batch_size: training samples in a batch of one rank, at least 1.
-        eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
-        validation_fraction: share of the training images cut off for validation, in (0, 1); 1/10
+        batch_size: number of training samples in a batch of one rank, at least 1.
+        eval_batch_size: largest number of samples in a validation or test batch of one rank, at
+            least 1.
+        validation_fraction: share of the training images used for validation, in (0, 1); 1/10
             leaves the customary 45,000 and 5,000.
-        seed: of the order and the augmentation of the training batches, at least 0. It does not
-            change the split.
-        augment: move each training image by up to 4 pixels over black and flip half of them, anew
-            in each epoch; what becomes of an image depends on `seed`, the epoch and the image.
+        seed: of the order and augmentation of the training batches, at least 0. It does not change
+            the split.
+        augment: shift each training image by up to 4 pixels over black and flip half of them, anew
+            in each epoch; the result depends on `seed`, the epoch and the image.
         mean: three numbers.
         std: three positive numbers.
-        download: download what is absent; without, only look.
-        test_curve: let `val_dataloader` return the test set too, second.
+        download: download absent files.
+        test_curve: return the test set from `val_dataloader` too, second.
 
     Raises:
-        TypeError: an integer was expected and something else came.
-        ValueError: a value is out of its range.
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
 
     Source: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009; the
     augmentation is that of He et al. 2015, arXiv 1512.03385, section 4.2.
@@ -64,11 +66,11 @@ class CIFAR10DataModule(TensorDataModule):
         "https://cave.cs.toronto.edu/kriz/",
     )
     archive: ClassVar[str] = "cifar-10-binary.tar.gz"
-    # As TensorFlow Datasets publishes it; the data set's own page has MD5 alone.
+    # From TensorFlow Datasets; the data set's own page publishes only an MD5.
     archive_sha256: ClassVar[str] = (
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
     )
-    # As torchvision-ruby publishes them.
+    # From torchvision-ruby.
     sha256: ClassVar[dict[str, str]] = {
         "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
         "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -97,33 +99,30 @@ class CIFAR10DataModule(TensorDataModule):
         self.augment = augment
         self.mean, self.std = tuple(mean), tuple(std)
         self.download = download
-        self._refusal: DataUnavailableError | None = None
-        self._epoch_moves = -1, torch.empty(0)
+        self._download_error: DataUnavailableError | None = None
+        self._shifts = -1, torch.empty(0)  # epoch, and its shifts and flips
 
     @override
     def prepare_data(self) -> None:
-        """Downloads and unpacks what is absent; Lightning calls it in one process a machine."""
-        if self.is_loaded or self._refusal is not None or self.folder.exists():
+        """Download and unpack absent files; Lightning calls this in one process per machine."""
+        if self.is_loaded or self._download_error is not None or self.folder.exists():
             return
         archive = self.folder.parent / self.archive
         try:
-            if self.download:
-                download(archive, self.mirrors, self.archive_sha256, check_sha256)
-            elif archive.exists():
-                check_sha256(archive, self.archive_sha256)
+            if self.download or archive.exists():
+                check = partial(check_sha256, sha256=self.archive_sha256)
+                download(archive, self.mirrors, check)
+                unpack(archive, self.folder)
         except DataUnavailableError as error:
-            self._refusal = error  # which `load` raises, on every rank
-            return
-        if archive.exists():
-            unpack(archive, self.folder)
+            self._download_error = error  # `load` raises it on all ranks
 
     @override
     def load(self) -> Arrays:
         absent = [name for name in self.sha256 if not (self.folder / name).is_file()]
         if absent:
-            raise self._refusal or DataUnavailableError(
-                f"{self.folder} lacks {', '.join(absent)}; place these files there yourself, or"
-                " remove the folder and allow `download`"
+            raise self._download_error or DataUnavailableError(
+                f"expected {self.folder} to have {', '.join(absent)}, got no such files; put them"
+                " there, or remove the folder and set `data.download=true`"
             )
         parts = []
         for name, digest in self.sha256.items():
@@ -151,8 +150,8 @@ class CIFAR10DataModule(TensorDataModule):
     def _augmented(
         self, inputs: UInt8[Tensor, "B 3 32 32"], index: Int[Tensor, "B"], epoch: int
     ) -> Float[Tensor, "B 3 32 32"]:
-        moves = self._moves(epoch)[index.cpu()].to(inputs.device)
-        return self._normalized(moved_and_flipped(inputs, moves), index, epoch)
+        shifts = self._shifts_of(epoch)[index.cpu()].to(inputs.device)
+        return self._normalized(shifted_and_flipped(inputs, shifts), index, epoch)
 
     def _normalized(
         self, inputs: UInt8[Tensor, "B 3 32 32"], index: Int[Tensor, "B"], epoch: int
@@ -163,33 +162,33 @@ class CIFAR10DataModule(TensorDataModule):
         )
         return inputs.float().sub_(mean).div_(std)
 
-    def _moves(self, epoch: int) -> Int[Tensor, "N 3"]:
-        """Of every training image, drawn once an epoch: so no batch or rank can change them."""
-        if self._epoch_moves[0] != epoch:
-            # Not the number that orders the epoch's samples, which is mixed of these two alone.
+    def _shifts_of(self, epoch: int) -> Int[Tensor, "N 3"]:
+        """Return the shifts of all training images, which no batch or rank can change."""
+        if self._shifts[0] != epoch:
+            # Not the seed of the order of the epoch's samples, which is mixed from two numbers.
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, 1))
             samples = len(self._splits["train"][0])
             steps = torch.randint(2 * _PAD + 1, (samples, 2), generator=generator)
             flips = torch.randint(2, (samples, 1), generator=generator)
-            self._epoch_moves = epoch, torch.cat([steps, flips], dim=1)
-        return self._epoch_moves[1]
+            self._shifts = epoch, torch.cat([steps, flips], dim=1)
+        return self._shifts[1]
 
 
-def moved_and_flipped(
-    images: Shaped[Tensor, "B C H W"], moves: Int[Tensor, "B 3"]
+def shifted_and_flipped(
+    images: Shaped[Tensor, "B C H W"], shifts: Int[Tensor, "B 3"]
 ) -> Shaped[Tensor, "B C H W"]:
-    """Cuts each image from itself padded by 4 zeros, and mirrors some.
+    """Pad each image by 4 zeros, crop it to its former size, and flip some horizontally.
 
     Args:
         images: any dtype and device.
-        moves: first row and column of the cut, in [0, 8], and 1 where left and right change places.
+        shifts: first row and column of the crop, in [0, 8], and 1 to flip, else 0.
 
     Returns:
         New images of the same shape.
     """
     height, width = images.shape[2:]
     windows = pad(images, (_PAD,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    rows, columns, flips = moves.unbind(1)
+    rows, columns, flips = shifts.unbind(1)
     cut = windows[torch.arange(len(images), device=images.device), :, rows, columns]
     return torch.where(flips.bool().view(-1, 1, 1, 1), cut.flip(3), cut)
 
@@ -197,20 +196,20 @@ def moved_and_flipped(
 def read_records(
     path: Path,
 ) -> tuple[UInt8[np.ndarray, "N 3 32 32"], UInt8[np.ndarray, "N"]]:
-    """Reads a binary file of CIFAR-10: for each image its class and its 3,072 values.
+    """Read a binary file of CIFAR-10: for each image its class and its 3,072 values.
 
     Returns:
-        Images and classes, copies that can be written to.
+        Images and classes, writable.
 
     Raises:
-        DataError: the file is not made of whole records, or has none.
+        DataError: the file is empty or does not consist of whole records.
         OSError: the file is absent or cannot be read.
     """
     payload = np.fromfile(path, np.uint8)
     if len(payload) == 0 or len(payload) % _RECORD:
         raise DataError(
-            f"{path}: expected records of {_RECORD:,} bytes each, got {len(payload):,} bytes, which"
-            " is no whole number of them; remove the folder and run again to download it anew"
+            f"{path}: expected records of {_RECORD:,} bytes, got {len(payload):,} bytes in total;"
+            " remove the folder and run again to download it"
         )
     records = payload.reshape(-1, _RECORD)
     return records[:, 1:].reshape(-1, *_SHAPE), records[:, 0].copy()

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that come with scikit-learn: small, offline, shaped as MNIST."""
+"""The 1,797 handwritten digits of scikit-learn, in the shape of MNIST and without a download."""
 
 import hashlib
 
@@ -12,29 +12,30 @@ from typing_extensions import override
 from bn_lightning.data.binarize import binarized, binary, check_threshold
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
 
-IMAGE_SIZE = 28  # pixels, MNIST's
-_LARGEST = 16  # value of a full pixel: a count of set pixels in a 4x4 block
+IMAGE_SIZE = 28  # pixels, as in MNIST
+_LARGEST = 16  # largest value of a pixel, which counts the set pixels in a 4x4 block
 _TEST = 360  # samples, a fifth
 
 
 class DigitsDataModule(TensorDataModule):
     """scikit-learn's digits, 8x8 with values 0 to 16, as (N, 1, 28, 28) float32 in [0, 1].
 
-    Scaled by 1/16 and enlarged bilinearly. The test set is the last 360 samples of the file,
-    whatever the arguments: the file goes by writer, so these are mostly other hands than those
-    in training. Inputs and targets are as in `MNISTDataModule`.
+    They are scaled by 1/16 and enlarged bilinearly. The test set is the last 360 samples of the
+    file, whatever the arguments: the file is sorted by writer, so that most test writers are not in
+    the training set. Inputs and targets are as in `MNISTDataModule`.
 
     Args:
-        batch_size: training samples in a batch of one rank, at least 1.
-        eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
-        validation_fraction: share of the 1,437 training samples cut off for validation, in (0, 1).
+        batch_size: number of training samples in a batch of one rank, at least 1.
+        eval_batch_size: largest number of samples in a validation or test batch of one rank, at
+            least 1.
+        validation_fraction: share of the 1,437 training samples used for validation, in (0, 1).
         seed: of the order of the training batches, at least 0. It does not change the split.
-        test_curve: let `val_dataloader` return the test set too, second.
-        binarize: as in `MNISTDataModule`.
+        test_curve: return the test set from `val_dataloader` too, second.
+        binarize: see `MNISTDataModule`.
 
     Raises:
-        TypeError: an integer was expected and something else came.
-        ValueError: a value is out of its range.
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """
@@ -64,11 +65,11 @@ class DigitsDataModule(TensorDataModule):
 
 
 def load_digits() -> Arrays:
-    """Reads the digits from scikit-learn, scaled and enlarged.
+    """Load the digits from scikit-learn, scaled and enlarged.
 
     Returns:
-        Images (N, 1, 28, 28) float32 in [0, 1], classes 0 to 9, and the SHA-256 of the original
-        8x8 images and of the targets, both as bytes.
+        Images (N, 1, 28, 28) float32 in [0, 1], classes 0 to 9, and the SHA-256 of the bytes of
+        the original 8x8 images and of the targets.
     """
     digits = sklearn_digits()
     images, targets = digits.images.astype(np.uint8), digits.target.astype(np.uint8)

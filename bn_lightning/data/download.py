@@ -1,104 +1,81 @@
-"""One file from the first of several mirrors that has it right, put in place in one step."""
+"""Checked downloads from one of several mirrors, with pooch."""
 
 import contextlib
-import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pooch
+import requests
 
 from bn_lightning.data.errors import DataError, DataUnavailableError
 
-_TIMEOUT = 10.0  # seconds to connect, and between two chunks: an offline machine learns it soon
-_CHUNK = 1 << 16  # bytes
+_TIMEOUT = 10.0  # seconds to connect, and between two chunks
 
 
-def download(
-    target: Path,
-    mirrors: Sequence[str],
-    digest: str,
-    check: Callable[[Path, str], object],
-) -> None:
-    """Downloads `target` unless it is there, and checks it in either case.
+def download(target: Path, mirrors: Sequence[str], check: Callable[[Path], object]) -> None:
+    """Download a file from the first mirror that has the right one, unless it exists.
 
-    The file is written into a temporary folder beside `target`, checked, flushed to disk and only
-    then renamed: `target` is never partial, and processes that download at once do no harm.
+    An existing file is checked, too, and never changed. pooch downloads into a temporary file in
+    the same folder and renames it after the check, so that `target` is never incomplete and
+    several processes may download at once.
 
     Args:
-        target: where the file belongs; its name is also its name on the mirrors.
-        mirrors: base URLs ending in a slash, tried in this order.
-        digest: of the file, as `check` takes it.
-        check: called with a file and `digest`; raises `DataError` where they do not agree, as
-            `check_sha256` does, and `idx_payload` for the decompressed payload.
+        target: the file; it has the same name on the mirrors.
+        mirrors: base URLs ending in a slash, in order of preference.
+        check: called with a file; raises `DataError` if it is not the right one.
 
     Raises:
-        DataError: `target` is there with another digest (it is left as it is), or its folder
-            cannot be written.
-        DataUnavailableError: no mirror gave the right file.
+        DataError: `target` exists but is not the right file, or its folder cannot be written.
+        DataUnavailableError: no mirror has the right file.
     """
     if target.exists():
-        check(target, digest)
+        check(target)
         return
-    new_folders = [path for path in target.parents if not path.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent)
-    except OSError as error:
-        raise DataError(
-            f"{target} is absent and its folder cannot be written ({error.strerror});"
-            " choose another `data.root`, or place the file there yourself"
-        ) from error
-    fetch = pooch.HTTPDownloader(timeout=_TIMEOUT, chunk_size=_CHUNK)
+
+    def fetch(url: str, path: str, _: object) -> None:
+        # pooch's temporary file is readable by its owner alone; a new one obeys the umask.
+        Path(path).unlink()
+        pooch.HTTPDownloader(timeout=_TIMEOUT, chunk_size=1 << 16)(url, path, None)
+        check(Path(path))
+
+    pooch.get_logger().setLevel("WARNING")
+    new_folders = [folder for folder in target.parents if not folder.exists()]
     failures = []
-    with folder as temporary:
-        part = Path(temporary) / target.name
-        for mirror in mirrors:
-            url = mirror + target.name
-            try:
-                fetch(url, str(part), None)
-                check(part, digest)
-                with part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                part.replace(target)
-                return
-            # requests' errors are OSErrors; a wrong payload is a DataError. Both: the next mirror.
-            except (OSError, DataError) as error:
-                failures.append(f"{url} ({_cause(error)})")
-    for path in new_folders:
-        with contextlib.suppress(OSError):  # not empty: another process has put something there
-            path.rmdir()
+    for mirror in mirrors:
+        url = mirror + target.name
+        try:
+            pooch.retrieve(url, None, target.name, target.parent, downloader=fetch)
+            return
+        except requests.RequestException as error:
+            # The text of the error repeats the URL in nested exceptions.
+            status = getattr(error.response, "status_code", None)
+            failures.append(f"{url} ({f'HTTP {status}' if status else type(error).__name__})")
+        except DataError:
+            failures.append(f"{url} (not the published file)")
+        except OSError as error:
+            raise DataError(
+                f"expected {target}, got no such file, and its folder cannot be written"
+                f" ({error.strerror or error}); set another `data.root`, or put the file there"
+            ) from error
+    for folder in new_folders:
+        with contextlib.suppress(OSError):  # not empty: another process has written into it
+            folder.rmdir()
     raise DataUnavailableError(
-        f"{target} is absent and no mirror gave it: {'; '.join(failures)}."
-        f" Connect to the network and run again, or place the file into {target.parent} yourself"
+        f"expected {target}, got no such file, and no mirror has it: {'; '.join(failures)};"
+        f" connect to the network and run again, or put the file into {target.parent}"
     )
 
 
 def check_sha256(path: Path, sha256: str) -> None:
-    """Refuses a file of other contents than were published, as they are, compressed or not.
-
-    Args:
-        path: the file.
-        sha256: hexadecimal SHA-256 of the whole file.
+    """Raise an error if a file does not have this hexadecimal SHA-256.
 
     Raises:
         DataError: the file has another digest.
         OSError: the file is absent or cannot be read.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = pooch.file_hash(path)
     if digest != sha256:
         raise DataError(
-            f"{path}: expected SHA-256 {sha256}, got {digest} ({path.stat().st_size:,} bytes);"
-            " remove it and run again to download it anew"
+            f"{path}: expected sha256 {sha256}, got {digest} ({path.stat().st_size:,} bytes);"
+            " remove it and run again to download it"
         )
-
-
-def _cause(error: OSError | DataError) -> str:
-    """A word or two: the full text of a network error repeats the URL within nested exceptions."""
-    if isinstance(error, DataError):
-        return "the file it gave is not the published one"
-    if (response := getattr(error, "response", None)) is not None:
-        return f"HTTP status {response.status_code}"
-    return error.strerror or type(error).__name__

@@ -1,17 +1,17 @@
-"""What can be wrong with data on disk, by name."""
+"""Errors and warnings about data."""
 
 
 class DataError(ValueError):
-    """Data that is there but cannot be trusted: truncated, altered, not finite, mislabelled."""
+    """The data are truncated, altered, not finite, or mislabelled."""
 
 
 class DataUnavailableError(DataError):
-    """Data that is neither there nor to be had by download."""
+    """The data are absent and could not be downloaded."""
 
 
 class DataFallbackWarning(UserWarning):
-    """Other data than was asked for is in use."""
+    """The run uses other data than the configured ones."""
 
 
 class CorruptImageWarning(UserWarning):
-    """Images that cannot be read are left out."""
+    """Images that cannot be read are skipped."""

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: photographs of clothes, in the format and the numbers of MNIST."""
+"""Fashion-MNIST: photographs of clothes in the format of MNIST."""
 
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from bn_lightning.data.published import FASHION_MNIST
 class FashionMNISTDataModule(MNISTDataModule):
     """Fashion-MNIST, 60,000 training and 10,000 test images of ten kinds of clothes.
 
-    As `MNISTDataModule`, from `<root>/fashion_mnist/`.
+    Like `MNISTDataModule`, from `<root>/fashion_mnist/`.
 
     Source: H. Xiao, K. Rasul and R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
     Benchmarking Machine Learning Algorithms", 2017, arXiv 1708.07747.

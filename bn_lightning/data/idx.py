@@ -1,7 +1,7 @@
-"""IDX files, the format of MNIST: read whole, gzip or raw, and believed only when all agrees.
+"""IDX files, the format of MNIST, raw or gzip.
 
-A file is a four-byte magic (0, 0, dtype code, number of dimensions D), D big-endian 32-bit sizes,
-then the values, big-endian, last dimension fastest.
+A file has a four-byte magic (0, 0, dtype code, number of dimensions D), D big-endian 32-bit sizes,
+then the values, big-endian, in row-major order.
 
 Source: http://yann.lecun.com/exdb/mnist/, "The IDX file format".
 """
@@ -19,28 +19,27 @@ from bn_lightning.data.errors import DataError
 from bn_lightning.data.published import mismatch
 
 LARGEST = 1 << 28
-"""Bytes of the largest payload that is decompressed, five times MNIST's: a bomb ends there."""
+"""Largest size of a decompressed payload, bytes: five times MNIST's."""
 
 _CHUNK = 1 << 20  # bytes
 _GZIP_MAGIC = b"\x1f\x8b"
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_REMEDY = "remove it and run again to download it anew"
+_REMEDY = "remove it and run again to download it"
 
 
 def idx_payload(path: str | os.PathLike[str], digest: str | None = None) -> bytes:
-    """Reads a file whole, decompressed if its first bytes say gzip, whatever its name says.
+    """Read a whole file, and decompress it if its first bytes, not its name, say gzip.
 
     Args:
         path: the file.
-        digest: what the decompressed payload must have, as in `published.py`; `None` checks
-            nothing.
+        digest: of the decompressed payload, as in `published.py`; None skips the check.
 
     Returns:
         The decompressed payload.
 
     Raises:
-        DataError: the gzip stream is truncated, corrupt or of more than `LARGEST` bytes, or the
-            digest is another one.
+        DataError: the gzip stream is truncated, corrupt or larger than `LARGEST`, or the digest
+            differs.
         OSError: the file is absent or cannot be read.
     """
     path = Path(path)
@@ -61,30 +60,32 @@ def _decompressed(path: Path) -> bytes:
         while chunk := stream.read(_CHUNK):
             size += len(chunk)
             if size > LARGEST:
-                raise DataError(f"{path}: expected at most {LARGEST:,} bytes in gzip; {_REMEDY}")
+                raise DataError(
+                    f"{path}: expected at most {LARGEST:,} bytes in gzip, got more; {_REMEDY}"
+                )
             chunks.append(chunk)
     return b"".join(chunks)
 
 
 def parse_idx(payload: bytes, path: str | os.PathLike[str]) -> np.ndarray:
-    """Views the payload of an IDX file as an array.
+    """View the payload of an IDX file as an array.
 
     Args:
         payload: the decompressed file.
-        path: where it came from, for the error messages.
+        path: of the file, for error messages.
 
     Returns:
         The array, in the file's dtype and shape. One-byte types are a read-only view of `payload`;
-        wider ones are copied into the machine's byte order.
+        others are copied into the native byte order.
 
     Raises:
-        DataError: the magic, the dtype code or the sizes do not agree with the payload.
+        DataError: the magic, the dtype code or the sizes do not match the payload.
     """
     magic = payload[:4]
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES:
         codes = ", ".join(f"{code:#04x}" for code in _DTYPES)
         raise DataError(
-            f"{path}: expected an IDX file, which begins with two zero bytes and a dtype code"
+            f"{path}: expected an IDX file, which starts with two zero bytes and a dtype code"
             f" ({codes}), got the bytes {magic.hex(' ') or 'of an empty file'}; {_REMEDY}"
         )
     dtype, dimensions = np.dtype(_DTYPES[magic[2]]), magic[3]
@@ -95,30 +96,12 @@ def parse_idx(payload: bytes, path: str | os.PathLike[str]) -> np.ndarray:
             f" got a file of {len(payload)} bytes; {_REMEDY}"
         )
     shape = struct.unpack(f">{dimensions}I", payload[4:header])
-    # Python's integers do not overflow, so a header that lies cannot pass by wrapping around.
+    # Python's integers do not overflow, so wrong sizes cannot wrap around.
     expected = header + math.prod(shape) * dtype.itemsize
     if len(payload) != expected:
-        kind = "truncated" if len(payload) < expected else "followed by foreign bytes"
         raise DataError(
             f"{path}: expected {expected} bytes for shape {shape} of {dtype.name},"
-            f" got {len(payload)}: it is {kind}; {_REMEDY}"
+            f" got {len(payload)}; {_REMEDY}"
         )
     array = np.frombuffer(payload, dtype, offset=header).reshape(shape)
     return array.astype(dtype.newbyteorder("="), copy=False)
-
-
-def read_idx(path: str | os.PathLike[str], digest: str | None = None) -> np.ndarray:
-    """Reads an IDX file, gzip or raw.
-
-    Args:
-        path: the file.
-        digest: as for `idx_payload`.
-
-    Returns:
-        The array, in the file's dtype and shape; read-only for one-byte types.
-
-    Raises:
-        DataError: the file is truncated, corrupt, not IDX, too long, or has another digest.
-        OSError: the file is absent or cannot be read.
-    """
-    return parse_idx(idx_payload(path, digest), path)

@@ -1,10 +1,10 @@
-"""Batches of image files, decoded and augmented by worker processes, resumable."""
+"""Resumable batches of image files that worker processes decode and augment."""
 
 import math
 import os
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,17 +21,18 @@ from typing_extensions import override
 from bn_lightning.data.batches import Batch, Batches, check_integer, mixed_seed
 from bn_lightning.data.image_file import ImageFileError, read_image
 from bn_lightning.data.image_transforms import ImageTransform
+from bn_lightning.data.protocol import ImageFailure, OnFailures
 
-# A batch in use, one that Lightning holds ready, one that is made, one for whoever is late.
+# One in use, one prefetched by Lightning, one being built, one spare for a slow consumer.
 _KEPT_BUFFERS = 4
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The image files of one split. A million of them are two arrays, which workers share.
+    """The image files of one split, in arrays that worker processes share.
 
-    Args:
-        folder: what the names are relative to.
+    Attributes:
+        folder: base of the names.
         names: (N,) encoded paths, "class/file".
         targets: (N,) int64, the classes.
     """
@@ -44,34 +45,34 @@ class ImageFiles:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """The name of the image of this index, for messages."""
+        """Return the name of an image, "class/file"."""
         return os.fsdecode(self.names[index])
 
     def path(self, index: int) -> str:
-        """Where the image of this index lies."""
+        """Return the path of an image."""
         return os.path.join(self.folder, self.name(index))
 
 
 class Decoded(NamedTuple):
-    """A batch as a worker hands it over: what could be read of it, and what could not.
+    """A batch from a worker process.
 
-    Args:
-        pixels: (B, 3, S, S).
-        targets: (B,) int64.
-        failures: of the others, name (class/file) and what is wrong.
+    Attributes:
+        pixels: (B, 3, S, S) uint8, of the images that could be read.
+        targets: (B,) int64, of the same images.
+        failures: the other images.
     """
 
     pixels: UInt8[Tensor, "B 3 S S"]
     targets: Int[Tensor, "B"]
-    failures: list[tuple[str, str]]
+    failures: list[ImageFailure]
 
 
 class DecodedBatches(Dataset[Decoded]):
-    """Decodes batches, in whatever process: what an image becomes depends on its key alone.
+    """Decodes batches; the result depends on the key alone, not on the process.
 
     Args:
         files: the images.
-        transform: makes the pixels of one of them.
+        transform: from an image to its pixels.
         seed: of the augmentation, at least 0.
     """
 
@@ -80,20 +81,21 @@ class DecodedBatches(Dataset[Decoded]):
         self._buffers = Buffers(np.uint8)
 
     def __getitem__(self, key: tuple[int, Int[np.ndarray, "B"]]) -> Decoded:
-        """The batch of an epoch and of these samples."""
+        """Decode the images with these indices for an epoch; `key` is (epoch, indices)."""
         epoch, indices = key
         size = self.transform.size
         pixels = self._buffers.take((len(indices), 3, size, size))
         read: list[int] = []
-        failures: list[tuple[str, str]] = []
+        failures: list[ImageFailure] = []
         for index in indices.tolist():
             try:
                 image = read_image(self.files.path(index))
             except ImageFileError as error:
-                failures.append((self.files.name(index), str(error)))
+                failures.append(ImageFailure(self.files.name(index), str(error)))
                 continue
-            # A stream for each sample in each epoch: no worker, batch or rank can tell. NumPy's
-            # generators take 40 microseconds to make, half of what decoding 32x32 pixels takes.
+            # One random stream per sample and epoch, so that workers, batches and ranks do not
+            # matter. Creating a NumPy generator takes 40 microseconds, half as long as decoding
+            # 32x32 pixels.
             random = Random(f"{self.seed} {epoch} {index}")
             pixels[len(read)] = self.transform(image, random).transpose(2, 0, 1)
             read.append(index)
@@ -102,31 +104,30 @@ class DecodedBatches(Dataset[Decoded]):
 
 
 class ImageBatches(Batches):
-    """Batches of images, (B, 3, S, S) float32 and contiguous, that workers prepare beforehand.
+    """Batches of images, (B, 3, S, S) float32 and contiguous, which workers prepare in advance.
 
-    The same batches come, bit for bit, from any number of workers. With `fixed_batches` the samples
-    are dealt into batches once, and only the order of these is new in each epoch: the same samples
-    always appear together, as in a training set whose shards are shuffled and their examples not.
-    The samples over that fill no batch are then the same ones in each epoch, too.
+    The batches are the same bits for any number of workers. With `fixed_batches`, samples are
+    assigned to batches once and each epoch only permutes the batches, like a training set whose
+    shards are shuffled but not the examples within. The samples that fill no batch are then also
+    the same in each epoch.
 
     Args:
-        decoded: how images become pixels.
-        batch_size: the most samples a batch of one rank has, at least 1; fewer where images
-            cannot be read.
-        on_failures: called with name and error of each image of a batch that cannot be read;
-            what it raises ends the iteration.
-        mean: of each channel, for pixels on [0, 1]; taken from them.
-        std: of each channel, for pixels on [0, 1]; they are divided by it.
-        num_workers: processes that decode, at least 0; 0 decodes in this one.
-        device: where the batches go.
-        keep_workers: let them live from one epoch to the next.
+        decoded: the images.
+        batch_size: largest number of samples in a batch of one rank, at least 1. Images that
+            cannot be read make a batch smaller.
+        on_failures: see `OnFailures`; if it raises, the iteration ends.
+        mean: of each channel, for pixels in [0, 1]; subtracted.
+        std: of each channel, for pixels in [0, 1]; the pixels are divided by it.
+        num_workers: number of decoding processes, at least 0; 0 decodes in this process.
+        device: device of the batches.
+        keep_workers: keep the workers from one epoch to the next.
         fixed_batches: permute whole batches, not samples.
-        skip_empty: leave out a batch of which no image can be read, in place of raising.
+        skip_empty: skip a batch without a readable image instead of raising.
         options: `shuffle`, `seed`, `drop_last`, `rank` and `world_size` of `Batches`.
 
     Raises:
-        TypeError: an integer was expected and something else came.
-        ValueError: an argument is out of range, or some batch would have no sample.
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range, or a batch would have no sample.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class ImageBatches(Batches):
         decoded: DecodedBatches,
         batch_size: int,
         *,
-        on_failures: Callable[[list[tuple[str, str]]], None],
+        on_failures: OnFailures,
         mean: Sequence[float],
         std: Sequence[float],
         num_workers: int = 0,
@@ -151,7 +152,7 @@ class ImageBatches(Batches):
         self.device = torch.device(device)
         self.decoded, self._on_failures = decoded, on_failures
         shape = (3, 1, 1)
-        # For pixels on [0, 255]: two passes over a batch instead of three.
+        # Scaled for pixels in [0, 255], which saves one of three passes over a batch.
         self._mean = (255 * torch.tensor(mean, dtype=torch.float32)).view(shape).to(device)
         self._scale = (1 / (255 * torch.tensor(std, dtype=torch.float32))).view(shape).to(device)
         self._buffers = Buffers(np.float32)
@@ -159,7 +160,7 @@ class ImageBatches(Batches):
         self._loader: DataLoader[Decoded] | None = None
 
     def __copy__(self) -> Self:
-        # Workers that live on serve one iteration at a time: a second reader gets its own.
+        # Persistent workers serve one iteration at a time, so a copy gets workers of its own.
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _keys=_Keys(), _loader=None)
         return other
@@ -177,8 +178,8 @@ class ImageBatches(Batches):
                 if self.skip_empty:
                     continue
                 raise ImageFileError(
-                    f"none of the {len(decoded.failures)} images of a batch can be read, the first"
-                    f" of them: {decoded.failures[0][1]}"
+                    f"expected a batch with readable images, got {len(decoded.failures)} that"
+                    f" cannot be read, first {decoded.failures[0].message}"
                 )
             targets = decoded.targets.to(self.device, non_blocking=True)
             yield self._normalized(decoded.pixels), targets
@@ -188,7 +189,7 @@ class ImageBatches(Batches):
             inputs = pixels.to(self.device, non_blocking=True).float()
             return inputs.sub_(self._mean).mul_(self._scale)
         inputs = torch.from_numpy(self._buffers.take(pixels.shape))
-        for image, result in zip(pixels, inputs, strict=True):  # an image stays in the cache
+        for image, result in zip(pixels, inputs, strict=True):  # one image fits the cache
             result.copy_(image).sub_(self._mean).mul_(self._scale)
         return inputs
 
@@ -197,7 +198,7 @@ class ImageBatches(Batches):
         return {**super()._identity(), "fixed_batches": self.fixed_batches}
 
     def indices(self) -> Sequence[Int[Tensor, "B"]]:
-        """The samples of each of this rank's batches in this epoch."""
+        """Return the sample indices of each batch of this rank in the current epoch."""
         if not self.shuffle:
             return self._parts(torch.arange(self.samples))
         if not self.fixed_batches:
@@ -210,25 +211,27 @@ class ImageBatches(Batches):
     def _new_loader(self) -> DataLoader[Decoded]:
         workers: dict[str, Any] = {}
         if self.num_workers:
-            workers = {"persistent_workers": self.keep_workers, "worker_init_fn": _outlive_signals}
+            workers = {
+                "persistent_workers": self.keep_workers,
+                "worker_init_fn": _ignore_signals,
+            }
         return DataLoader(
             self.decoded,
             sampler=self._keys,
-            batch_size=None,  # a key is a batch already
-            collate_fn=_as_it_is,
+            batch_size=None,  # a key already stands for a batch
+            collate_fn=_unchanged,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # it draws a seed that nobody needs: not from the run's
+            generator=torch.Generator(),  # its unused seed is not drawn from the run's
             **workers,
         )
 
 
 class Buffers:
-    """Arrays whose memory is used again when nobody holds them any more.
+    """Arrays whose memory is reused after they have been freed.
 
-    Memory of a size that malloc fetches from the system and gives back each time costs a page fault
-    for every 4 KiB, or else, once malloc keeps it, grows by fragments: to 1.5 GiB with batches of
-    32x3x224x224.
+    malloc either returns large blocks to the system, which costs a page fault for every 4 KiB of
+    the next array, or keeps them and fragments: up to 1.5 GiB with batches of 32x3x224x224.
 
     Args:
         dtype: of the arrays.
@@ -239,22 +242,22 @@ class Buffers:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: Sequence[int]) -> np.ndarray:
-        """An array with whatever values it has; a tensor made of it holds it."""
+        """Return an uninitialized array; a tensor that shares its memory keeps it in use."""
         size = math.prod(shape)
         buffer = self._free.pop() if self._free else np.empty(0, self.dtype)
         if buffer.size < size:
             buffer = np.empty(size, self.dtype)
         array = buffer[:size].reshape(shape)
-        weakref.finalize(array, self._give_back, buffer).atexit = False
+        weakref.finalize(array, self._release, buffer).atexit = False
         return array
 
-    def _give_back(self, buffer: np.ndarray) -> None:
+    def _release(self, buffer: np.ndarray) -> None:
         if len(self._free) < _KEPT_BUFFERS:
             self._free.append(buffer)
 
 
 class _Keys(Sampler[tuple[int, np.ndarray]]):
-    """The keys of the batches that the next iteration decodes."""
+    """The keys of the next iteration's batches."""
 
     def __init__(self) -> None:
         self.keys: list[tuple[int, np.ndarray]] = []
@@ -266,20 +269,20 @@ class _Keys(Sampler[tuple[int, np.ndarray]]):
         return len(self.keys)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _outlive_signals(worker: int) -> None:
-    # Sent to a whole process group, they are for the run to answer, which takes some batches more
-    # before it ends. What the run itself sends, its worker obeys.
+def _ignore_signals(worker: int) -> None:
+    # A signal to the process group is for the training process, which needs more batches before it
+    # ends. SIGTERM from the training process itself still ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent one
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not report the sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_obey_parent, daemon=True).start()
+        Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _obey_parent() -> None:
+def _exit_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""One image file, read whole and believed only when all of it decodes."""
+"""Decoding one image file."""
 
 import contextlib
 import io
@@ -11,13 +11,13 @@ from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin
 from bn_lightning.data.errors import DataError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""What the names of image files end in, in lower case."""
+"""Lower-case suffixes of image files."""
 
 MAX_PIXELS = 89_478_485
-"""Pillow's own bound: 256 MiB of RGB."""
+"""Pillow's own limit: 256 MiB of RGB."""
 
-# Only formats that are pixels: Pillow would hand others, such as EPS, to programs of the system.
-# It has to have imported the less usual ones.
+# Pixel formats only: Pillow runs system programs for others, such as EPS. TIFF and WebP need an
+# import of their plugins.
 _FORMATS = (
     *("JPEG", "PNG", "BMP", "GIF", "PPM"),
     TiffImagePlugin.TiffImageFile.format,
@@ -26,57 +26,57 @@ _FORMATS = (
 
 
 class ImageFileError(DataError):
-    """A file that is no image, or not a whole one, or one too large to be decoded."""
+    """A file that is not an image, incomplete, or too large."""
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decodes an image file to RGB, 8 bits a channel, upright.
+    """Decode an image file to RGB, 8 bits per channel, upright.
 
-    Grey and palette images are spread over the three channels, 16 bits scaled to 8 by 255/65535,
-    CMYK and others converted by Pillow without colour profiles. Transparent pixels lie on white.
-    EXIF's orientation is applied. Of several frames the first is taken.
+    Gray and palette images get three channels, 16 bits are scaled to 8 by 255/65535, and Pillow
+    converts CMYK and others without color profiles. Transparent pixels are blended with white. The
+    EXIF orientation is applied. Only the first of several frames is read.
 
     Args:
-        path: a file of one of the formats BMP, GIF, JPEG, PNG, PPM, TIFF and WebP; what its name
-            ends in does not matter. Its size is looked at before it is decoded.
+        path: a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file with any suffix. Its size is checked
+            before it is decoded.
 
     Returns:
         An image of mode RGB with at least one pixel and at most `MAX_PIXELS`.
 
     Raises:
-        ImageFileError: naming the file: it is no image, truncated or corrupt, has too many pixels,
-            or values that are neither of 8 nor of 16 bits.
+        ImageFileError: the file is not an image, truncated or corrupt, has too many pixels, or has
+            neither 8 nor 16 bits per value.
         OSError: the file is absent or cannot be read.
     """
     with open(path, "rb") as file:
-        payload = file.read()  # here, so that what is raised below is about the content
+        payload = file.read()  # so that the errors below are about the content
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about metadata that nobody asked for
+            warnings.simplefilter("ignore")  # of Pillow, about metadata
             with Image.open(io.BytesIO(payload), formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
                 image.load()
-                # The pixels are whole: metadata that is not does not make them worse.
+                # The pixels are complete even if the metadata are not.
                 with contextlib.suppress(Exception):
                     ImageOps.exif_transpose(image, in_place=True)
                 return _rgb(image)
     except Image.UnidentifiedImageError as error:
         raise ImageFileError(
-            f"{path}: expected an image (JPEG, PNG, ...), got {_beginning(payload)}; remove the"
-            " file or replace it by an image"
+            f"{path}: expected an image (JPEG, PNG, ...), got {_beginning(payload)}; remove or"
+            " replace the file"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageFileError(
-            f"{path}: expected at most {MAX_PIXELS:,} pixels, got more: {error}; make the image"
-            " smaller or remove it"
+            f"{path}: expected at most {MAX_PIXELS:,} pixels, got more: {error}; scale or"
+            " remove the image"
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever a file that lies makes them stumble over
+    except Exception as error:  # decoders raise many types for corrupt files
         raise ImageFileError(
-            f"{path}: expected a whole image, got one that cannot be decoded: {error}; remove the"
-            " file or replace it"
+            f"{path}: expected a whole image, got one that cannot be decoded: {error}; remove or"
+            " replace the file"
         ) from error
 
 
@@ -96,6 +96,4 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _beginning(payload: bytes) -> str:
-    return (
-        f"a file that begins with the bytes {payload[:8].hex(' ')}" if payload else "an empty file"
-    )
+    return f"a file with the first bytes {payload[:8].hex(' ')}" if payload else "an empty file"

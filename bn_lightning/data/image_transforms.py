@@ -1,4 +1,4 @@
-"""From a decoded image to the pixels a network sees: crops, flips and distortions, with Pillow."""
+"""Crops, flips and color changes of images, with Pillow."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 
-# Inception's crops, as Szegedy et al. 2014 describe them in section 6.
+# Inception's crops: Szegedy et al. 2014, section 6.
 _AREA = (0.08, 1.0)
 _ASPECT = (3 / 4, 4 / 3)
 _LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _TRIES = 10
 
-# Krizhevsky et al. 2012, section 4.1: 224 of the 256 pixels to which the shorter side is scaled.
-_CENTRE = 224 / 256
+# Krizhevsky et al. 2012, section 4.1: 224 pixels of a shorter side scaled to 256.
+_CENTER_SHARE = 224 / 256
 
 # He et al. 2015, section 4.2: 4 pixels for an image of 32.
 _PAD = 4 / 32
@@ -27,9 +27,10 @@ Pixels = UInt8[np.ndarray, "S S 3"]
 
 
 class ImageTransform(Protocol):
-    """Makes the pixels of a square image of any image, by the random stream it is given.
+    """Turns any image into the pixels of a square one.
 
-    `size` is the square's, in pixels.
+    Attributes:
+        size: side of the square, pixels.
     """
 
     size: int
@@ -37,16 +38,16 @@ class ImageTransform(Protocol):
     def __call__(self, image: Image.Image, random: Random) -> Pixels: ...
 
 
-class CentreCrop:
-    """The middle of an image: `share` of its shorter side, scaled to `size`; nothing is random.
+class CenterCrop:
+    """The central square of an image, scaled to `size`, without randomness.
 
     Args:
-        size: of the result, pixels.
-        share: of the shorter side, in (0, 1]. With 224/256, the default, the result is what
-            scaling the shorter side to 256/224 `size` and cutting `size` from it gives.
+        size: side of the result, pixels.
+        share: side of the square relative to the shorter side, in (0, 1]. The default 224/256 is
+            equivalent to scaling the shorter side to 256/224 `size` and cropping `size`.
     """
 
-    def __init__(self, size: int, share: float = _CENTRE) -> None:
+    def __init__(self, size: int, share: float = _CENTER_SHARE) -> None:
         self.size, self.share = size, share
 
     def __call__(self, image: Image.Image, random: Random) -> Pixels:
@@ -56,16 +57,16 @@ class CentreCrop:
 
 
 class ResizedCrop:
-    """A random part of an image, scaled to `size`, flipped half of the time, and distorted.
+    """A random part of an image, scaled to `size`, flipped with probability 1/2, and distorted.
 
-    The part has 8% to 100% of the area, and an aspect from 3/4 to 4/3 whose logarithm is uniform.
-    Then brightness, contrast and colour are multiplied, in random order, each by a factor drawn
-    from [1 - photometric, 1 + photometric].
+    The part has 8% to 100% of the area and an aspect ratio from 3/4 to 4/3 with uniform logarithm.
+    Then brightness, contrast and color change in random order, each by a factor uniform in
+    [1 - photometric, 1 + photometric].
 
     Args:
-        size: of the result, pixels.
-        photometric: strength of the distortion, in [0, 1]; 0.5 is Howard's, without his noise of
-            the lighting.
+        size: side of the result, pixels.
+        photometric: strength of the distortion, in [0, 1]; 0.5 is Howard's, without his lighting
+            noise.
 
     Source: C. Szegedy et al., "Going deeper with convolutions", 2014, arXiv 1409.4842, section 6;
     A. G. Howard, "Some improvements on deep convolutional neural network based image
@@ -83,13 +84,14 @@ class ResizedCrop:
 
 
 class PadCrop:
-    """The middle of an image, moved by up to `size` / 8 pixels, and flipped half of the time.
+    """The central square of an image, shifted by up to `size` / 8, flipped and distorted.
 
-    For an image of 32x32 and `size` 32: 4 black pixels on each side, 32x32 of these 40x40.
+    For `size` 32, it is scaled to 32x32, padded to 40x40 with black, and cropped to 32x32. The
+    probability of a flip is 1/2.
 
     Args:
-        size: of the result, pixels.
-        photometric: strength of the distortion that follows, in [0, 1]; see `ResizedCrop`.
+        size: side of the result, pixels.
+        photometric: strength of the distortion, in [0, 1]; see `ResizedCrop`.
 
     Source: K. He et al., "Deep residual learning for image recognition", 2015, arXiv 1512.03385,
     section 4.2.
@@ -97,7 +99,7 @@ class PadCrop:
 
     def __init__(self, size: int, photometric: float) -> None:
         self.size, self.photometric = size, photometric
-        self._whole = CentreCrop(size, share=1.0)
+        self._whole = CenterCrop(size, share=1.0)
 
     def __call__(self, image: Image.Image, random: Random) -> Pixels:
         pad = round(self.size * _PAD)
@@ -112,12 +114,12 @@ class PadCrop:
 
 
 def distorted(image: Image.Image, strength: float, random: Random) -> Image.Image:
-    """Brightness, contrast and colour changed in random order, each by a factor of its own.
+    """Change brightness, contrast and color in random order, each by a random factor.
 
     Args:
         image: of mode RGB.
         strength: the factors are uniform in [1 - strength, 1 + strength]; 0 changes nothing.
-        random: what the order and the factors are drawn from.
+        random: generator of the order and the factors.
     """
     if strength == 0:
         return image
@@ -127,11 +129,11 @@ def distorted(image: Image.Image, strength: float, random: Random) -> Image.Imag
 
 
 def random_part(size: tuple[int, int], random: Random) -> tuple[float, float, float, float]:
-    """A box (left, top, right, bottom) of 8% to 100% of the area, as `ResizedCrop` takes it.
+    """Return a random box (left, top, right, bottom), pixels, for `ResizedCrop`.
 
     Args:
         size: width and height of the image, pixels.
-        random: what the box is drawn from.
+        random: generator of the box.
     """
     width, height = size
     for _ in range(_TRIES):
@@ -141,7 +143,7 @@ def random_part(size: tuple[int, int], random: Random) -> tuple[float, float, fl
         if 0 < w <= width and 0 < h <= height:
             left, top = random.randint(0, width - w), random.randint(0, height - h)
             return (left, top, left + w, top + h)
-    # An image so long that no such part fits: its middle, as near to it as the shape allows.
+    # Too long an image for any such part: its center, with the nearest possible aspect ratio.
     w = min(width, round(height * _ASPECT[1]))
     h = min(height, round(width / _ASPECT[0]))
     left, top = (width - w) // 2, (height - h) // 2
@@ -149,23 +151,15 @@ def random_part(size: tuple[int, int], random: Random) -> tuple[float, float, fl
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Refuses what no images of three channels can be normalised with.
-
-    Args:
-        mean: of each channel.
-        std: of each channel.
-
-    Raises:
-        ValueError: they are not three finite numbers and three positive ones.
-    """
+    """Raise a ValueError unless `mean` is three finite numbers and `std` three positive ones."""
     finite = all(math.isfinite(value) for value in (*mean, *std))
     if len(mean) != 3 or len(std) != 3 or not finite or min(std) <= 0:
         raise ValueError(
-            "Expected `mean` to be three numbers and `std` three positive ones, but got"
+            "expected `mean` to be three numbers and `std` three positive ones, got"
             f" {list(mean)} and {list(std)}"
         )
 
 
 def _scaled(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:
-    # Pillow's bilinear filter widens with the scale, so that nothing is aliased.
+    # Pillow's bilinear filter widens with the scale, which prevents aliasing.
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)

@@ -1,11 +1,14 @@
-"""MNIST from IDX files: looked for, downloaded when absent, checked, never altered."""
+"""MNIST from IDX files, which are downloaded if absent."""
 
+import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from pooch.hashes import hash_algorithm
 from torch import Tensor
 from typing_extensions import override
 
@@ -14,39 +17,39 @@ from bn_lightning.data.digits import load_digits
 from bn_lightning.data.download import download
 from bn_lightning.data.errors import DataError, DataFallbackWarning, DataUnavailableError
 from bn_lightning.data.idx import idx_payload, parse_idx
-from bn_lightning.data.published import MNIST, algorithm_of, digest_of
+from bn_lightning.data.published import MNIST
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
 
 
 class MNISTDataModule(TensorDataModule):
     """MNIST, 60,000 training and 10,000 test images, as (N, 1, 28, 28) float32 in [0, 1].
 
-    The four IDX files are looked for in `<root>/mnist/`, raw (`train-images-idx3-ubyte`) or in
-    gzip (`train-images-idx3-ubyte.gz`), and those that are absent are downloaded. Each must have
-    the published digest, decompressed; one that has not is an error, whatever `fallback` says,
-    and is left as it is. Targets are int64 in [0, 10).
+    The four IDX files are in `<root>/mnist/`, raw (`train-images-idx3-ubyte`) or gzip
+    (`train-images-idx3-ubyte.gz`); absent ones are downloaded. The decompressed payload of each
+    must have the published digest: another file is an error, whatever `fallback` is, and is not
+    changed. Targets are int64 in [0, 10).
 
-    A data set of the same format needs only its own `source`, `mirrors` and `digests`.
+    A subclass for data in the same format sets `source`, `mirrors` and `digests`.
 
     Args:
-        root: folder of all data sets. There is no fallback for one that is not there, which may be
-            a typing error, unless it is `data` in the working directory.
-        batch_size: training samples in a batch of one rank, at least 1.
-        eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
-        validation_fraction: share of the training images cut off for validation, in (0, 1); 1/12
+        root: folder of all data sets. If it does not exist, `fallback` does not apply, because the
+            path may be mistyped; the exception is `data` in the working directory.
+        batch_size: number of training samples in a batch of one rank, at least 1.
+        eval_batch_size: largest number of samples in a validation or test batch of one rank, at
+            least 1.
+        validation_fraction: share of the training images used for validation, in (0, 1); 1/12
             leaves the customary 55,000 and 5,000.
         seed: of the order of the training batches, at least 0. It does not change the split.
-        fallback: "digits" takes scikit-learn's digits, with a `DataFallbackWarning`, where no file
-            is there and none can be downloaded; `None` makes this an error. Some files without the
-            others are always an error.
-        download: download what is absent; without, only look.
-        test_curve: let `val_dataloader` return the test set too, second.
-        binarize: threshold in (0, 1): pixels above it become 1, the others 0; `None` leaves them
-            grey.
+        fallback: "digits" uses scikit-learn's digits, with a `DataFallbackWarning`, if all files
+            are absent and cannot be downloaded; None raises an error. If only some files are
+            absent, that is always an error.
+        download: download absent files.
+        test_curve: return the test set from `val_dataloader` too, second.
+        binarize: threshold in (0, 1): pixels above it become 1, others 0; None keeps gray values.
 
     Raises:
-        TypeError: an integer was expected and something else came.
-        ValueError: a value is out of its range.
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
 
     Source: Y. LeCun, C. Cortes and C. J. C. Burges, "The MNIST database of handwritten digits".
     """
@@ -74,24 +77,25 @@ class MNISTDataModule(TensorDataModule):
         super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
         check_threshold(binarize)
         if fallback not in (None, "digits"):
-            raise ValueError(f"Expected `fallback` to be 'digits' or None, but got {fallback!r}")
+            raise ValueError(f"expected `fallback` to be 'digits' or None, got {fallback!r}")
         self.folder = Path(root).expanduser().absolute() / self.source
         self.fallback = fallback
         self.download = download
         self.binarize = binarize
-        self._refusal: DataUnavailableError | None = None
+        self._download_error: DataUnavailableError | None = None
 
     @override
     def prepare_data(self) -> None:
-        """Downloads the files that are absent; Lightning calls it in one process a machine."""
-        if not self.download or self.is_loaded or self._refusal is not None:
+        """Download absent files; Lightning calls this in one process per machine."""
+        if not self.download or self.is_loaded or self._download_error is not None:
             return
         try:
             for name in self._absent():
-                download(self.folder / f"{name}.gz", self.mirrors, self.digests[name], idx_payload)
+                check = partial(idx_payload, digest=self.digests[name])
+                download(self.folder / f"{name}.gz", self.mirrors, check)
         except DataUnavailableError as error:
-            # `load` decides, because it runs on every rank: all fall back, or all end.
-            self._refusal = error
+            # `load` handles it: it runs on all ranks, so that all of them fall back or raise.
+            self._download_error = error
 
     @override
     def load(self) -> Arrays:
@@ -107,26 +111,28 @@ class MNISTDataModule(TensorDataModule):
         if len(absent) == len(self.digests) and self.fallback == "digits":
             if not root.exists() and root != Path.cwd() / "data":
                 raise DataUnavailableError(
-                    f"`data.root` expected a folder, got {root}, which is not there and nothing"
-                    " could be downloaded into it; correct it, or make that folder to fall back"
+                    f"expected `data.root` to be a folder, got {root}, which does not exist, and no"
+                    " download succeeded; correct the path, or create the folder to use"
+                    " `data.fallback`"
                 )
             rank_zero_warn(
-                f"`data.fallback=digits`: {self._explain(absent)}. This run is on scikit-learn's"
-                " digits, rescaled to 28x28: its numbers are not those of"
-                f" {self.source}. `data.fallback=null` makes this an error.",
+                f"`data.fallback=digits`: {self._explain(absent)}. This run uses scikit-learn's"
+                " digits, rescaled to 28x28, and its results are not comparable with"
+                f" {self.source}; `data.fallback=null` makes this an error.",
                 category=DataFallbackWarning,
             )
             return load_digits()
         if absent:
             remedy = ", or set `data.fallback=digits`" if len(absent) == len(self.digests) else ""
-            raise DataUnavailableError(self._explain(absent) + remedy) from self._refusal
+            raise DataUnavailableError(self._explain(absent) + remedy) from self._download_error
         # In the order of the table: training images and labels, test images and labels.
         arrays, sha256 = [], {}
         for name, path in self._found().items():
             digest = self.digests[name]
             payload = idx_payload(path, digest)
             arrays.append(parse_idx(payload, path))
-            sha256[name] = digest if algorithm_of(digest) == "sha256" else digest_of(payload)
+            is_sha256 = hash_algorithm(digest) == "sha256"
+            sha256[name] = digest if is_sha256 else hashlib.sha256(payload).hexdigest()
         train_images, train_labels, test_images, test_labels = arrays
         return Arrays(
             train_inputs=self._with_channel(train_images),
@@ -140,7 +146,7 @@ class MNISTDataModule(TensorDataModule):
         )
 
     def _found(self) -> dict[str, Path]:
-        """Name -> path of the files that are there, raw before gzip, in the table's order."""
+        """Return name -> path of existing files, raw before gzip, in the order of `digests`."""
         return {
             name: path
             for name in self.digests
@@ -152,16 +158,16 @@ class MNISTDataModule(TensorDataModule):
         return [name for name in self.digests if name not in self._found()]
 
     def _explain(self, absent: list[str]) -> str:
-        if self._refusal is not None:
-            return str(self._refusal)
+        if self._download_error is not None:
+            return str(self._download_error)
         return (
-            f"{self.folder} lacks {', '.join(absent)} (raw or .gz); place these files there"
-            " yourself, or allow `download`"
+            f"expected {self.folder} to have {', '.join(absent)} (raw or .gz), got no such files;"
+            " put them there, or set `data.download=true`"
         )
 
     def _with_channel(self, images: np.ndarray) -> np.ndarray:
         if images.shape[1:] != (28, 28):
             raise DataError(
-                f"{self.folder}: expected images of shape (N, 28, 28), but got {images.shape}"
+                f"{self.folder}: expected images of shape (N, 28, 28), got {images.shape}"
             )
         return images[:, None]

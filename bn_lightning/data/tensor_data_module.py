@@ -1,37 +1,38 @@
-"""What all data modules over whole tensors share: checks, the validation cut, the loaders."""
+"""The base of data modules that hold whole data sets in tensors."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
-from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from bn_lightning.data.base import LoadedDataModule
 from bn_lightning.data.batches import TensorBatches, Transform, check_integer
 from bn_lightning.data.errors import DataError
+from bn_lightning.data.prediction_images import find_images, fixed_size_batches, names_for_csv
+from bn_lightning.data.protocol import OnFailures, PredictionInputs
 
-# The cut is a property of the data, not of a run: whatever `seed` a run has, it trains and
-# validates on the same samples as all others, so that runs can be compared.
+# The same validation samples in all runs, whatever their `seed`, so that runs can be compared.
 _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """A data set as it was published, before validation is cut from training.
+    """A data set as published, before the validation split.
 
-    Args:
-        train_inputs: (N, ...), uint8, then read as [0, 255] and scaled to [0, 1]; or floating
-            point, then taken as they are.
+    Attributes:
+        train_inputs: (N, ...), uint8 in [0, 255], which will be scaled to [0, 1]; or floating
+            point, which will not be scaled.
         train_targets: (N,) integers in [0, classes).
-        test_inputs: (M, ...), as `train_inputs`.
-        test_targets: (M,), as `train_targets`.
+        test_inputs: (M, ...), like `train_inputs`.
+        test_targets: (M,), like `train_targets`.
         classes: number of classes.
         source: name of the data, for run records.
-        root: where they lie, for run records.
+        root: folder of the data, for run records.
         sha256: name of each file or array -> SHA-256 of its decompressed payload.
     """
 
@@ -45,28 +46,29 @@ class Arrays:
     sha256: dict[str, str]
 
 
-class TensorDataModule(LightningDataModule, ABC):
-    """Whole small data sets in one tensor a split, on the trainer's device, batched by index.
+class TensorDataModule(LoadedDataModule, ABC):
+    """A small data set with one tensor per split, on the trainer's device, batched by index.
 
-    Validation is cut from training, by a permutation that no argument changes; the official test
-    set stays whole. A subclass says in `load` where the arrays come from.
+    The validation set is split from the training set by a fixed permutation; the official test set
+    stays whole. A subclass implements `load`.
 
     Args:
-        batch_size: training samples in a batch of one rank, at least 1.
-        eval_batch_size: the most samples in a validation or test batch of one rank, at least 1.
-        validation_fraction: share of the training samples cut off for validation, in (0, 1);
-            rounded to a whole number of samples.
+        batch_size: number of training samples in a batch of one rank, at least 1.
+        eval_batch_size: largest number of samples in a validation or test batch of one rank, at
+            least 1.
+        validation_fraction: share of the training samples used for validation, in (0, 1); rounded
+            to a whole number of samples.
         seed: of the order of the training batches, at least 0. It does not change the split.
-        test_curve: let `val_dataloader` return the test set too, second, so that test accuracy can
-            be drawn against steps. Only the first, validation, may choose between checkpoints.
+        test_curve: return the test set from `val_dataloader` too, second, to plot test accuracy
+            against steps. Use only the first, validation, to choose a checkpoint.
 
     Raises:
-        TypeError: an integer was expected and something else came.
-        ValueError: a value is out of its range.
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
     """
 
     input_shape: tuple[int, ...] | None = None
-    """Of one input, (channels, rows, columns) of an image; None where the data alone know it."""
+    """Shape of one input, (C, H, W) of an image; None if only the data determine it."""
 
     def __init__(
         self,
@@ -82,36 +84,33 @@ class TensorDataModule(LightningDataModule, ABC):
         check_integer("seed", seed, 0)
         if not 0 < validation_fraction < 1:
             raise ValueError(
-                f"Expected `validation_fraction` in (0, 1), but got {validation_fraction}"
+                f"expected `validation_fraction` to be in (0, 1), got {validation_fraction}"
             )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.validation_fraction, self.seed = validation_fraction, seed
         self.test_curve = test_curve
         self._splits: dict[str, tuple[Tensor, Tensor]] = {}
-        self._info: dict[str, Any] = {}
-        self._num_classes = 0
 
     @abstractmethod
     def load(self) -> Arrays:
-        """Reads the arrays from disk; called once in each process.
+        """Read the arrays from disk; called once in each process.
 
         Raises:
-            DataError: what is there cannot be trusted, or nothing is there.
+            DataError: the data are absent or wrong.
         """
 
     def transform(self, split: str) -> Transform | None:
-        """What the inputs of each batch of "train", "validation" or "test" go through.
+        """Return a transform for each batch of "train", "validation" or "test", or None.
 
-        With one, inputs are kept as `load` returned them, bytes as bytes.
+        With a transform, inputs keep the dtype from `load`; without, they are float32.
         """
         return None
 
     def evaluated(self, inputs: np.ndarray) -> Tensor:
-        """Makes of other samples what a test batch holds of the data's own.
+        """Preprocess other samples like those of the test set.
 
         Args:
-            inputs: (N, ...), uint8 or floating point, as the data have them before anything that
-                an argument of this class says is done to them.
+            inputs: (N, ...), uint8 or floating point, as in the data's files.
 
         Returns:
             Inputs for the network, (N, ...) float32.
@@ -121,21 +120,40 @@ class TensorDataModule(LightningDataModule, ABC):
             return _scaled(inputs)
         return transform(torch.from_numpy(inputs), torch.arange(len(inputs)), 0)
 
-    @override
-    def setup(self, stage: str) -> None:
-        """Reads, checks and cuts, the first time it is called.
+    def prediction_inputs(self, path: Path, on_failures: OnFailures) -> PredictionInputs:
+        """Load the image at `path`, or all images of a folder, see `find_images`.
 
-        Args:
-            stage: ignored: each stage takes its split of the same cut.
+        Each must have the size of `input_shape`.
 
         Raises:
-            DataError: the data is absent or wrong, or too small for a validation sample.
+            DataError: `path` has no image, or the inputs of this data module are no images.
+        """
+        shape = self.input_shape
+        if shape is not None and len(shape) == 3 and shape[0] in (1, 3):
+            files = find_images(path)
+            size = self.eval_batch_size
+            batches = fixed_size_batches(files, shape, size, self.evaluated, on_failures)
+            return PredictionInputs("path", "images", names_for_csv(files), batches)
+        raise DataError(
+            f"expected `ckpt_path` to be trained on images, got the data of {type(self).__name__};"
+            " predict in a script"
+        )
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Read, check and split the data in the first call.
+
+        Args:
+            stage: ignored.
+
+        Raises:
+            DataError: the data are absent, wrong, or too few for a validation sample.
         """
         if self.is_loaded:
             return
         arrays = self.load()
         check_arrays(arrays)
-        check_same_on_all_ranks(self.trainer, arrays.source, arrays.root, arrays.sha256)
+        self._check_same_on_all_ranks(arrays.source, arrays.root, arrays.sha256)
         train, validation = split_validation(len(arrays.train_inputs), self.validation_fraction)
         parts = {
             "train": (arrays.train_inputs[train], arrays.train_targets[train]),
@@ -146,7 +164,6 @@ class TensorDataModule(LightningDataModule, ABC):
             split: _tensors(*part, scaled=self.transform(split) is None)
             for split, part in parts.items()
         }
-        self._num_classes = arrays.classes
         self._info = {
             "source": arrays.source,
             "root": arrays.root,
@@ -155,66 +172,31 @@ class TensorDataModule(LightningDataModule, ABC):
             **{name: len(targets) for name, (_, targets) in self._splits.items()},
         }
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether `setup` has run in this process."""
-        return bool(self._splits)
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are, known after `setup`."""
-        return self._num_classes
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What a run record says of the data, as plain values.
-
-        `source` (its name), `root`, `sha256` (of each decompressed payload), the number of
-        `classes`, and the number of samples in `train`, `validation` and `test`.
-
-        Raises:
-            RuntimeError: `setup` has not run yet.
-        """
-        if not self._info:
-            raise RuntimeError("Expected `setup` to have run before `info` is read")
-        return {**self._info, "sha256": dict(self._info["sha256"])}
-
     @override
     def train_dataloader(self) -> TensorBatches:
-        """Full batches in an order of their own for each epoch."""
-        # `overfit_batches` asks for the same few batches in every epoch.
+        """Return full batches, shuffled in each epoch."""
+        # `overfit_batches` needs the same batches in each epoch.
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
         return self._batches("train", self.batch_size, shuffle=shuffle, drop_last=True)
 
     @override
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
-        """Validation, or with `test_curve` validation and test, in the order of the files."""
+        """Return validation, and with `test_curve` also test, in the order of the files."""
         validation = self._batches("validation", self.eval_batch_size)
         return [validation, self.test_dataloader()] if self.test_curve else validation
 
     @override
     def test_dataloader(self) -> TensorBatches:
-        """The whole official test set, in the order of its file."""
+        """Return the whole official test set, in the order of its file."""
         return self._batches("test", self.eval_batch_size)
-
-    @override
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """The batch as it is: it is cut from tensors that already lie on the device."""
-        return batch
 
     def _batches(
         self, split: str, batch_size: int, *, shuffle: bool = False, drop_last: bool = False
     ) -> TensorBatches:
-        if not self.is_loaded:
-            raise RuntimeError("Expected `setup` to have run before the data loaders are made")
-        device, ranks = torch.device("cpu"), None
-        if self.trainer is not None:
-            device = self.trainer.strategy.root_device
-            ranks = self.trainer.distributed_sampler_kwargs
+        self._require_setup()
+        device, ranks = self._placement()
         inputs, targets = self._splits[split]
-        # Kept on the device, so that fit, validate and test move it once and hold it once.
+        # Kept on the device, so that fit, validate and test share one copy.
         self._splits[split] = inputs, targets = inputs.to(device), targets.to(device)
         return TensorBatches(
             inputs,
@@ -224,43 +206,19 @@ class TensorDataModule(LightningDataModule, ABC):
             shuffle=shuffle,
             seed=self.seed,
             drop_last=drop_last,
-            rank=ranks["rank"] if ranks else 0,
-            world_size=ranks["num_replicas"] if ranks else 1,
-        )
-
-
-def check_same_on_all_ranks(
-    trainer: Trainer | None, source: str, root: str, sha256: dict[str, str]
-) -> None:
-    """Refuses ranks that found other files than rank 0.
-
-    Args:
-        trainer: the data module's, or None, which is one process.
-        source: name of the data, for the message.
-        root: where they lie, for the message.
-        sha256: what tells the files apart.
-
-    Raises:
-        DataError: on the ranks that differ.
-    """
-    if trainer is None or trainer.world_size == 1:
-        return
-    if trainer.strategy.broadcast(sha256) != sha256:
-        raise DataError(
-            f"Expected the same data on all ranks, but rank {trainer.global_rank} found"
-            f" {source!r} in {root} and rank 0 other files; place the same files on each machine"
+            **ranks,
         )
 
 
 def split_validation(samples: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts validation from training, always at the same samples.
+    """Split validation from training, always at the same samples.
 
     Args:
-        samples: number of training samples before the cut.
-        fraction: share of them to cut off, in (0, 1); rounded to a whole number.
+        samples: number of training samples before the split.
+        fraction: share of validation, in (0, 1); rounded to a whole number of samples.
 
     Returns:
-        Indices of training and of validation, each in rising order.
+        Indices of training and of validation, both ascending.
 
     Raises:
         DataError: one of the two would be empty.
@@ -268,22 +226,19 @@ def split_validation(samples: int, fraction: float) -> tuple[np.ndarray, np.ndar
     count = round(samples * fraction)
     if not 0 < count < samples:
         raise DataError(
-            f"Expected `validation_fraction` to leave samples for training and for validation,"
-            f" but got {fraction} of {samples} samples, which is {count}"
+            "expected `validation_fraction` to leave samples for training and for validation,"
+            f" got {fraction} of {samples} samples, which is {count}"
         )
     order = np.random.default_rng(_SPLIT_SEED).permutation(samples)
     return np.sort(order[count:]), np.sort(order[:count])
 
 
 def check_arrays(arrays: Arrays) -> None:
-    """Refuses data that no run should be trained on.
-
-    Args:
-        arrays: the data.
+    """Raise an error if the data cannot be trained on.
 
     Raises:
-        DataError: inputs and targets differ in number, there are none, an input is not finite, or
-            a target is no class.
+        DataError: there are no samples, not as many targets as inputs, an input that is not
+            finite, or a target outside [0, classes).
     """
     for split, inputs, targets in (
         ("training", arrays.train_inputs, arrays.train_targets),
@@ -292,22 +247,20 @@ def check_arrays(arrays: Arrays) -> None:
         where = f"{arrays.source} ({split}, {arrays.root})"
         if len(inputs) != len(targets) or not len(inputs):
             raise DataError(
-                f"{where}: expected as many targets as inputs, and some, but got {len(inputs)}"
+                f"{where}: expected at least one input and as many targets, got {len(inputs)}"
                 f" inputs and {len(targets)} targets"
             )
         if inputs.dtype.kind == "f" and not (finite := np.isfinite(inputs)).all():
             samples = np.flatnonzero(~finite.reshape(len(inputs), -1).all(axis=1))
             raise DataError(
-                f"{where}: expected finite inputs, but got {np.count_nonzero(~finite)} values that"
-                f" are NaN or infinite, in {len(samples)} samples, the first of them at"
-                f" {_few(samples)}"
+                f"{where}: expected finite inputs, got {np.count_nonzero(~finite)} values that"
+                f" are NaN or infinite in {len(samples)} samples, first at {_few(samples)}"
             )
         foreign = np.flatnonzero((targets < 0) | (targets >= arrays.classes))
         if len(foreign):
             raise DataError(
-                f"{where}: expected targets in [0, {arrays.classes}), but got"
-                f" {targets[foreign[0]]} and {len(foreign) - 1} more outside, the first of them at"
-                f" {_few(foreign)}"
+                f"{where}: expected targets in [0, {arrays.classes}), got {targets[foreign[0]]}"
+                f" and {len(foreign) - 1} more outside, first at {_few(foreign)}"
             )
 
 
@@ -324,6 +277,6 @@ def _tensors(
 
 def _scaled(inputs: np.ndarray) -> Float[Tensor, "N ..."]:
     if inputs.dtype == np.uint8:
-        # Into the result at once: a float copy of its own would cost MNIST 172 MB.
+        # Written into the result directly: another float copy would cost 172 MB for MNIST.
         return torch.from_numpy(np.divide(inputs, 255, dtype=np.float32))
     return torch.from_numpy(np.array(inputs, dtype=np.float32))

@@ -25,7 +25,7 @@ from bn_lightning.data.archive import unpack
 from bn_lightning.data.cifar10 import read_records
 from bn_lightning.data.csv_table import parse_csv
 from bn_lightning.data.errors import DataError
-from bn_lightning.data.idx import LARGEST, read_idx
+from bn_lightning.data.idx import LARGEST, idx_payload, parse_idx
 from bn_lightning.data.image_file import ImageFileError, read_image
 from bn_lightning.report import Options, report
 from bn_lightning.runs.checkpoint import CheckpointError, load_checkpoint, trusted_config
@@ -121,7 +121,11 @@ LINKS = {
 }
 Reader = tuple[Callable[[Path], object], list[bytes], tuple[type[Exception], ...]]
 READERS: dict[str, Reader] = {
-    "idx": (read_idx, [IDX, gzip.compress(IDX)], (DataError,)),
+    "idx": (
+        lambda path: parse_idx(idx_payload(path), path),
+        [IDX, gzip.compress(IDX)],
+        (DataError,),
+    ),
     "cifar10": (read_records, [bytes(3073)], (DataError,)),
     "csv": (read_table, [CSV], (DataError,)),
     "image": (
@@ -205,7 +209,7 @@ class TestBombs:
 
         def read() -> None:
             with pytest.raises(DataError, match=f"at most {LARGEST:,} bytes"):
-                read_idx(path)
+                idx_payload(path)
 
         assert peak_of(read) <= 4 * path.stat().st_size + LARGEST + ALLOWANCE
 

@@ -79,7 +79,7 @@ def device(name: str) -> tarfile.TarInfo:
 def test_nothing_is_written_outside(tmp_path: Path, members: dict) -> None:
     root = tmp_path / "root"
     archive = write(tmp_path / "set.tar.gz", members)
-    with pytest.raises(DataError, match=r"set\.tar\.gz: expected a whole tar archive that stays"):
+    with pytest.raises(DataError, match=r"set\.tar\.gz: expected a whole tar archive"):
         unpack(archive, root / "set")
     assert os.listdir(root) == []
     assert sorted(os.listdir(tmp_path)) == ["root", "set.tar.gz"]
@@ -100,7 +100,7 @@ def test_what_is_no_archive(tmp_path: Path, kind: str) -> None:
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file")
-    with pytest.raises(DataError, match="choose another `data.root`"):
+    with pytest.raises(DataError, match="`data.root`"):
         unpack(write(tmp_path / "set.tar", {"a": b"1"}), tmp_path / "root" / "set")
 
 
@@ -131,7 +131,7 @@ def test_a_single_file_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_nothing_in_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="with files, got an empty one"):
+    with pytest.raises(DataError, match="expected a tar archive with files"):
         unpack(write(tmp_path / "set.tar", {}), tmp_path / "set")
 
 

@@ -160,12 +160,12 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("size", "options", "message"),
         [
-            (0, {}, "`batch_size` to be at least 1"),
-            (24, {"drop_last": True}, "a sample in each batch.*23 samples"),
-            (12, {"drop_last": True, "world_size": 2}, "a sample in each batch"),
-            (1, {"world_size": 2}, "a sample in each batch"),
-            (4, {"seed": -1}, "`seed` to be at least 0"),
-            (4, {"rank": 2, "world_size": 2}, r"`rank` in \[0, 2\)"),
+            (0, {}, "`batch_size`"),
+            (24, {"drop_last": True}, "`batch_size`.*23 samples"),
+            (12, {"drop_last": True, "world_size": 2}, "`batch_size`"),
+            (1, {"world_size": 2}, "`batch_size`"),
+            (4, {"seed": -1}, "`seed`"),
+            (4, {"rank": 2, "world_size": 2}, r"`rank`.*\[0, 2\)"),
         ],
     )
     def test_out_of_range(self, size: int, options: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bn_lightning.data import CIFAR10DataModule
-from bn_lightning.data.cifar10 import moved_and_flipped, read_records
+from bn_lightning.data.cifar10 import read_records, shifted_and_flipped
 from bn_lightning.data.errors import DataError, DataUnavailableError
 
 FOLDER = "cifar-10-batches-bin"
@@ -81,7 +81,7 @@ class TestFormat:
     @pytest.mark.parametrize("size", [0, 3072, 3074 * 10], ids=["empty", "truncated", "cifar100"])
     def test_no_whole_records(self, tmp_path: Path, size: int) -> None:
         (tmp_path / "one.bin").write_bytes(bytes(size))
-        with pytest.raises(DataError, match=r"one\.bin: expected records of 3,073 bytes"):
+        with pytest.raises(DataError, match=r"one\.bin: expected records of 3,073"):
             read_records(tmp_path / "one.bin")
 
 
@@ -114,24 +114,24 @@ class TestSplits:
 
 
 class TestAugmentation:
-    def test_moves_and_flips(self) -> None:
+    def test_shifts_and_flips(self) -> None:
         images = torch.randint(1, 256, (90, 3, 32, 32), dtype=torch.uint8)
-        moves = torch.randint(9, (90, 3))
-        moves[:, 2] %= 2
-        got = moved_and_flipped(images, moves)
+        shifts = torch.randint(9, (90, 3))
+        shifts[:, 2] %= 2
+        got = shifted_and_flipped(images, shifts)
         padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-        for image, (top, left, flip), result in zip(padded, moves.tolist(), got, strict=True):
+        for image, (top, left, flip), result in zip(padded, shifts.tolist(), got, strict=True):
             cut = image[:, top : top + 32, left : left + 32]
             assert torch.equal(result, cut.flip(2) if flip else cut)
         still = torch.tensor([[4, 4, 0]] * 90)
-        assert torch.equal(moved_and_flipped(images, still), images)
+        assert torch.equal(shifted_and_flipped(images, still), images)
 
-    def test_all_moves_occur(self, tmp_path: Path) -> None:
+    def test_all_shifts_occur(self, tmp_path: Path) -> None:
         write_files(tmp_path)
         module = ready(tmp_path)
-        moves = torch.cat([module._moves(epoch) for epoch in range(40)])
-        assert [len(column.unique()) for column in moves.unbind(1)] == [9, 9, 2]
-        assert moves.max(0).values.tolist() == [8, 8, 1]
+        shifts = torch.cat([module._shifts_of(epoch) for epoch in range(40)])
+        assert [len(column.unique()) for column in shifts.unbind(1)] == [9, 9, 2]
+        assert shifts.max(0).values.tolist() == [8, 8, 1]
 
     def test_it_depends_on_seed_epoch_and_image_alone(self, tmp_path: Path) -> None:
         write_files(tmp_path)
@@ -185,7 +185,7 @@ class TestFiles:
         archive = root / "cifar10" / "cifar-10-binary.tar.gz"
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(tmp_path / "there" / "cifar10" / FOLDER, FOLDER)
-        with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz: expected SHA-256 c4a38c50"):
+        with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz: expected sha256 c4a38c50"):
             module.prepare_data()
         assert archive.exists()
         type(module).archive_sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -196,14 +196,14 @@ class TestFiles:
     def test_absent_and_no_mirror(self, tmp_path: Path) -> None:
         module = module_of(tmp_path)
         module.prepare_data()
-        with pytest.raises(DataUnavailableError, match=r"cifar-10-binary\.tar\.gz is absent"):
+        with pytest.raises(DataUnavailableError, match=r"cifar-10-binary\.tar\.gz.*no mirror"):
             module.setup("fit")
         assert list(tmp_path.iterdir()) == []
 
     def test_only_looked_for(self, tmp_path: Path) -> None:
         module = module_of(tmp_path, download=False)
         module.prepare_data()
-        with pytest.raises(DataUnavailableError, match="lacks data_batch_1.bin, .*place these"):
+        with pytest.raises(DataUnavailableError, match="data_batch_1.bin, .*`?data.download"):
             module.setup("fit")
 
     def test_a_file_is_missing(self, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ class TestFiles:
         module = module_of(tmp_path)
         (tmp_path / "cifar10" / FOLDER / "data_batch_4.bin").unlink()
         module.prepare_data()
-        with pytest.raises(DataUnavailableError, match=r"lacks data_batch_4\.bin;"):
+        with pytest.raises(DataUnavailableError, match=r"to have data_batch_4\.bin, got"):
             module.setup("fit")
 
     def test_another_file_is_refused_and_left(self, tmp_path: Path) -> None:
@@ -222,11 +222,11 @@ class TestFiles:
         payload[100] ^= 1
         path.write_bytes(payload)
         module.prepare_data()
-        with pytest.raises(DataError, match=r"data_batch_2\.bin: expected SHA-256"):
+        with pytest.raises(DataError, match=r"data_batch_2\.bin: expected sha256"):
             module.setup("fit")
         assert path.read_bytes() == payload
 
     @pytest.mark.parametrize("change", [{"mean": (0, 0)}, {"std": (1, 1, -1)}], ids=str)
     def test_arguments(self, tmp_path: Path, change: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="`mean` to be three numbers and `std` three positive"):
+        with pytest.raises(ValueError, match="`mean`.*`std`"):
             module_of(tmp_path, **change)

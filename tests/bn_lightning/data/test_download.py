@@ -20,6 +20,7 @@ from bn_lightning.data.idx import idx_payload
 PAYLOAD = b"what was published " * 1000
 SHA256 = hashlib.sha256(PAYLOAD).hexdigest()
 FILE = "file.gz"
+CHECK = partial(idx_payload, digest=SHA256)
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -64,7 +65,7 @@ def closed_port() -> str:
 @pytest.mark.parametrize("first", ["absent/", "altered/", "truncated/", "refused"])
 def test_the_next_mirror_is_tried(mirror: str, target: Path, first: str) -> None:
     wrong = closed_port() if first == "refused" else mirror + first
-    download(target, [wrong, mirror + "right/"], SHA256, idx_payload)
+    download(target, [wrong, mirror + "right/"], CHECK)
     assert gzip.decompress(target.read_bytes()) == PAYLOAD
     assert os.listdir(target.parent) == [FILE], "nothing temporary is left"
 
@@ -75,21 +76,21 @@ def test_a_mirror_that_never_answers_is_given_up(
     monkeypatch.setattr("bn_lightning.data.download._TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         wrong = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        download(target, [wrong, mirror + "right/"], SHA256, idx_payload)
+        download(target, [wrong, mirror + "right/"], CHECK)
     assert target.exists()
 
 
 def test_a_server_may_have_it_decompressed(mirror: str, target: Path) -> None:
-    download(target, [mirror + "raw/"], SHA256, idx_payload)
+    download(target, [mirror + "raw/"], CHECK)
     assert target.read_bytes() == PAYLOAD
 
 
 def test_all_mirrors_failing_names_file_mirrors_and_options(mirror: str, target: Path) -> None:
     mirrors = [mirror + "absent/", mirror + "altered/", closed_port()]
     with pytest.raises(DataUnavailableError) as caught:
-        download(target, mirrors, SHA256, idx_payload)
-    causes = ("404", "not the published one", "(ConnectionError)")
-    for part in (str(target), *mirrors, *causes, "place the file into"):
+        download(target, mirrors, CHECK)
+    causes = ("404", "not the published file", "(ConnectionError)")
+    for part in (str(target), *mirrors, *causes, "put the file into"):
         assert part in str(caught.value)
     assert not target.parent.exists(), "nothing partial is left, not even the folder"
 
@@ -97,14 +98,14 @@ def test_all_mirrors_failing_names_file_mirrors_and_options(mirror: str, target:
 def test_a_right_file_is_kept_without_a_mirror(target: Path) -> None:
     target.parent.mkdir(parents=True)
     target.write_bytes(gzip.compress(PAYLOAD))
-    download(target, [], SHA256, idx_payload)
+    download(target, [], CHECK)
 
 
 def test_a_wrong_file_is_an_error_and_stays(mirror: str, target: Path) -> None:
     target.parent.mkdir(parents=True)
     target.write_bytes(b"mine")
     with pytest.raises(DataError, match=SHA256) as caught:
-        download(target, [mirror + "right/"], SHA256, idx_payload)
+        download(target, [mirror + "right/"], CHECK)
     assert not isinstance(caught.value, DataUnavailableError)
     assert hashlib.sha256(b"mine").hexdigest() in str(caught.value)
     assert target.read_bytes() == b"mine"
@@ -113,7 +114,7 @@ def test_a_wrong_file_is_an_error_and_stays(mirror: str, target: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file where the folder should be")
     with pytest.raises(DataError, match="cannot be written") as caught:
-        download(tmp_path / "root" / "set" / FILE, ["http://unused/"], SHA256, idx_payload)
+        download(tmp_path / "root" / "set" / FILE, ["http://unused/"], CHECK)
     assert not isinstance(caught.value, DataUnavailableError)
 
 
@@ -122,7 +123,7 @@ def test_a_read_only_folder(target: Path) -> None:
     target.parent.mkdir(parents=True)
     target.parent.chmod(0o500)
     with pytest.raises(DataError, match="cannot be written"):
-        download(target, ["http://unused/"], SHA256, idx_payload)
+        download(target, ["http://unused/"], CHECK)
 
 
 def test_it_is_quiet(
@@ -132,14 +133,14 @@ def test_it_is_quiet(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO):
-        download(target, [mirror + "absent/", mirror + "right/"], SHA256, idx_payload)
+        download(target, [mirror + "absent/", mirror + "right/"], CHECK)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 
 
 def test_a_folder_that_is_there(mirror: str, target: Path) -> None:
     target.parent.mkdir(parents=True)
-    download(target, [mirror + "right/"], SHA256, idx_payload)
+    download(target, [mirror + "right/"], CHECK)
     assert os.listdir(target.parent) == [FILE]
 
 
@@ -148,5 +149,5 @@ def test_the_digest_of_a_file_as_it_is(target: Path, wrong: str) -> None:
     target.parent.mkdir(parents=True)
     target.write_bytes(PAYLOAD)
     check_sha256(target, SHA256)
-    with pytest.raises(DataError, match=rf"expected SHA-256 {wrong}, got {SHA256} \(19,000 bytes"):
+    with pytest.raises(DataError, match=rf"{wrong}, got {SHA256}"):
         check_sha256(target, wrong)

@@ -164,7 +164,7 @@ JPEG = encoded(Image.open(io.BytesIO(WHOLE)), "JPEG")
     ("payload", "message"),
     [
         (b"", "expected an image .*got an empty file"),
-        (b"<html>not here</html>", "begins with the bytes 3c 68 74 6d 6c 3e 6e 6f;"),
+        (b"<html>not here</html>", "bytes 3c 68 74 6d 6c 3e 6e 6f;"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "expected an image"),
         (WHOLE[: len(WHOLE) // 2], "cannot be decoded"),
         (JPEG[: len(JPEG) // 2], "cannot be decoded: image file is truncated"),

@@ -17,8 +17,7 @@ from bn_lightning import Classifier
 from bn_lightning.data import ImageFolderDataModule
 from bn_lightning.data.errors import CorruptImageWarning, DataError, DataUnavailableError
 from bn_lightning.data.image_file import ImageFileError
-from bn_lightning.data.image_folder import list_images
-from bn_lightning.data.image_transforms import CentreCrop, PadCrop, ResizedCrop
+from bn_lightning.data.image_transforms import CenterCrop, PadCrop, ResizedCrop
 from bn_lightning.runs.machine import MAX_PROCESSES
 
 # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
@@ -125,9 +124,9 @@ def spoiled(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("absent", DataUnavailableError, "noise lacks a folder train/; place the images"),
-        ("empty", DataError, "train: expected a folder for each of at least two classes, got 0$"),
-        ("no_val", DataUnavailableError, "noise lacks a folder val/"),
+        ("absent", DataUnavailableError, "noise to have a folder train/"),
+        ("empty", DataError, "train: expected .* at least two classes, got 0$"),
+        ("no_val", DataUnavailableError, "noise to have a folder val/"),
         ("one_class", DataError, r"train: expected .* at least two classes, got 1 \(cat\)"),
         ("class_without_images", DataError, r"train/dog: expected images .*\.jpg.*got none"),
         ("other_names", DataError, "val: expected the classes of train, got without dog and with"),
@@ -148,7 +147,7 @@ def test_other_files_are_left_out(folder: Path) -> None:
     (folder / "train" / ".cache").mkdir()
     assert image_module(folder).info["train"] == 12
     (folder / "train" / "cat" / "notes.txt").write_text("not hidden")
-    with pytest.warns(UserWarning, match=r"1 files are left out.*cat/notes\.txt"):
+    with pytest.warns(UserWarning, match=r"1 files.*cat/notes\.txt"):
         assert image_module(folder).info["train"] == 12
 
 
@@ -158,21 +157,21 @@ def test_other_files_are_left_out(folder: Path) -> None:
         ({"image_size": 4}, ValueError, "`image_size` to be at least 8"),
         ({"image_size": 32.0}, TypeError, "`image_size` to be an integer"),
         ({"num_workers": -1}, ValueError, "`num_workers` to be at least 0"),
-        ({"augment": "crop"}, ValueError, "`augment` to be one of 'resized_crop', 'pad_crop'"),
-        ({"shuffle": True}, ValueError, "`shuffle` to be one of 'samples', 'batches'"),
-        ({"corrupt": "ignore"}, ValueError, "`corrupt` to be one of 'error', 'skip'"),
-        ({"photometric": 1.5}, ValueError, r"`photometric` in \[0, 1\]"),
-        ({"std": (1, 1, 0)}, ValueError, "`std` three positive"),
-        ({"mean": (0,)}, ValueError, "`mean` to be three numbers"),
+        ({"augment": "crop"}, ValueError, "`augment`.*'resized_crop', 'pad_crop'"),
+        ({"shuffle": True}, ValueError, "`shuffle`.*'samples', 'batches'"),
+        ({"corrupt": "ignore"}, ValueError, "`corrupt`.*'error', 'skip'"),
+        ({"photometric": 1.5}, ValueError, "`photometric`"),
+        ({"std": (1, 1, 0)}, ValueError, "`std`"),
+        ({"mean": (0,)}, ValueError, "`mean`"),
         ({"num_workers": MAX_PROCESSES + 1}, ValueError, "`num_workers` to be at most"),
         ({"batch_size": 0}, ValueError, "`batch_size` to be at least 1"),
         ({"eval_batch_size": 0}, ValueError, "`eval_batch_size` to be at least 1"),
         ({"seed": -1}, ValueError, "`seed` to be at least 0"),
-        ({"photometric": -0.5}, ValueError, r"`photometric` in \[0, 1\]"),
-        ({"name": "../noise"}, ValueError, "`name` to be that of a folder in `root`"),
-        ({"name": "a/../../noise"}, ValueError, "got 'a/../../noise'; give the folder that it"),
-        ({"name": "/noise"}, ValueError, "`name` to be that of a folder in `root`"),
-        ({"name": ""}, ValueError, "`name` to be that of a folder in `root`"),
+        ({"photometric": -0.5}, ValueError, "`photometric`"),
+        ({"name": "../noise"}, ValueError, "`name`.*`root`"),
+        ({"name": "a/../../noise"}, ValueError, "`name`.*got 'a/../../noise'"),
+        ({"name": "/noise"}, ValueError, "`name`.*`root`"),
+        ({"name": ""}, ValueError, "`name`.*`root`"),
     ],
 )
 def test_arguments(
@@ -196,7 +195,7 @@ class TestChoices:
         [
             ("resized_crop", ResizedCrop, 224 / 256),
             ("pad_crop", PadCrop, 1),
-            ("none", CentreCrop, 1),
+            ("none", CenterCrop, 1),
         ],
     )
     def test_what_training_and_evaluation_see(
@@ -207,7 +206,7 @@ class TestChoices:
         assert type(seen) is training
         assert getattr(seen, "photometric", 0.25) == 0.25
         for loader in (module.val_dataloader(), module.test_dataloader()):
-            assert type(loader.decoded.transform) is CentreCrop
+            assert type(loader.decoded.transform) is CenterCrop
             assert loader.decoded.transform.share == share
 
     def test_what_is_shuffled(self, folder: Path) -> None:
@@ -224,19 +223,21 @@ class TestChoices:
     def test_other_images_are_evaluated_as_the_test_is(self, folder: Path) -> None:
         """By workers where they are more than a batch; of what cannot be read, nothing comes."""
         module = image_module(folder, num_workers=2, corrupt="skip")
-        files, _ = list_images(folder / "val", ["cat", "dog"])
-        module.eval_batch_size = len(files)
-        assert module.evaluation_batches(files, pytest.fail).num_workers == 0
-        ((inputs, targets),) = module.evaluation_batches(files, pytest.fail)
+        path = folder / "val"
+        module.eval_batch_size = 6
+        column, kind, names, batches = module.prediction_inputs(path, pytest.fail)
+        assert (column, kind, names[0]) == ("path", "images", str(path / "cat" / "000.png"))
+        assert batches.num_workers == 0
+        ((inputs, indices),) = batches
         ((expected, _),) = module.test_dataloader()
-        assert torch.equal(inputs, expected) and targets.tolist() == [0, 0, 0, 1, 1, 1]
-        module.eval_batch_size = len(files) - 1
-        assert module.evaluation_batches(files, pytest.fail).num_workers == 2
-        (folder / "val" / "cat" / "000.png").write_bytes(b"")
+        assert torch.equal(inputs, expected) and indices.tolist() == list(range(6))
+        module.eval_batch_size = 5
+        assert module.prediction_inputs(path, pytest.fail).batches.num_workers == 2
+        (path / "cat" / "000.png").write_bytes(b"")
         module.eval_batch_size, module.num_workers = 1, 0
-        noted: list[Any] = []
-        assert len(list(module.evaluation_batches(files, noted.extend))) == 5
-        assert [name for name, _ in noted] == ["cat/000.png"]
+        failures: list[Any] = []
+        assert len(list(module.prediction_inputs(path, failures.extend).batches)) == 5
+        assert [failure.name for failure in failures] == ["cat/000.png"]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ class TestCorrupt:
         module = image_module(corrupt, corrupt="skip", eval_batch_size=1)
         with (
             pytest.warns(CorruptImageWarning),
-            pytest.raises(ImageFileError, match="none of the 1 images of a batch.*000.png"),
+            pytest.raises(ImageFileError, match="got 1 that .*000.png"),
         ):
             list(module.val_dataloader())
 
@@ -400,7 +401,7 @@ class TestRuns:
     def test_more_classes_than_outputs(self, tmp_path: Path) -> None:
         folder = write_images(tmp_path / "noise", classes=("cat", "cow", "dog"))
         data = ImageFolderDataModule(**folder_options(folder))
-        message = "`num_classes` expected at least the 3 classes of the data, got 2"
+        message = "`num_classes` to be at least 3, .* got 2"
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, max_steps=2).fit(classifier(2), data)
 
@@ -417,7 +418,7 @@ class TestRuns:
         for split in ("train", "val"):
             (folder / split / "dog").rename(folder / split / "ape")
         data = ImageFolderDataModule(**folder_options(folder))
-        message = "expected the classes of the checkpoint, got without dog and with ape; use the"
+        message = "expected the classes of the checkpoint, got without dog and with ape"
         with pytest.raises(DataError, match=message):
             if loaded == "before":
                 data.load_state_dict(state)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from bn_lightning.data.image_transforms import (
-    CentreCrop,
+    CenterCrop,
     PadCrop,
     ResizedCrop,
     check_statistics,
@@ -23,7 +23,7 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(random.integers(256, size=(height, width, 3), dtype=np.uint8))
 
 
-TRANSFORMS = [CentreCrop(8), CentreCrop(8, 1.0), ResizedCrop(8, 0.5), PadCrop(8, 0.5)]
+TRANSFORMS = [CenterCrop(8), CenterCrop(8, 1.0), ResizedCrop(8, 0.5), PadCrop(8, 0.5)]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["centre", "whole", "resized", "pad"])
@@ -43,7 +43,7 @@ def test_the_stream_alone_decides(transform) -> None:
     first = transform(image, Random("1 2 3"))
     assert np.array_equal(first, transform(image, Random("1 2 3")))
     others = [transform(image, Random(f"1 2 {index}")) for index in range(4, 9)]
-    is_random = not isinstance(transform, CentreCrop)
+    is_random = not isinstance(transform, CenterCrop)
     assert any(not np.array_equal(first, other) for other in others) == is_random
 
 
@@ -108,18 +108,18 @@ class TestCentre:
         scaled = image.resize((round(320 / 240 * shorter), shorter), Image.Resampling.BILINEAR)
         left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
         expected = np.asarray(scaled)[top : top + size, left : left + size]
-        got = CentreCrop(size)(image, Random(0))
+        got = CenterCrop(size)(image, Random(0))
         assert np.abs(got.astype(int) - expected).max() <= 3
 
     def test_an_image_of_the_size_stays_as_it_is(self) -> None:
         image = noise(32, 32)
-        assert np.array_equal(CentreCrop(32, share=1.0)(image, Random(0)), np.asarray(image))
+        assert np.array_equal(CenterCrop(32, share=1.0)(image, Random(0)), np.asarray(image))
 
     def test_the_middle_of_each_axis(self) -> None:
         image = noise(8, 4)
         expected = np.asarray(image)[1:3, 3:5]
-        assert np.array_equal(CentreCrop(2, share=0.5)(image, Random(0)), expected)
-        assert CentreCrop(2).share == 0.875
+        assert np.array_equal(CenterCrop(2, share=0.5)(image, Random(0)), expected)
+        assert CenterCrop(2).share == 0.875
 
 
 class TestResizedCrop:
@@ -212,5 +212,5 @@ class TestStatistics:
         ids=str,
     )
     def test_wrong_ones(self, mean: list[float], std: list[float]) -> None:
-        with pytest.raises(ValueError, match="`mean` to be three numbers and `std` three positive"):
+        with pytest.raises(ValueError, match="`mean`.*`std`"):
             check_statistics(mean, std)

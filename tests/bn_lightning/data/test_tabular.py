@@ -103,17 +103,17 @@ class TestGenerated:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"law": "cubic"}, "`law` to be one of linear, nonlinear, but got 'cubic'"),
+            ({"law": "cubic"}, "`law`.*got 'cubic'"),
             ({"samples": 9}, "`samples`"),
-            ({"noise": 0}, "`noise` to be a number above 0, but got 0"),
-            ({"noise": -1}, "`noise` to be a number above 0, but got -1"),
-            ({"noise": math.inf}, "`noise` to be a number above 0, but got inf"),
-            ({"test_fraction": 1.0}, r"`test_fraction` in \(0, 1\)"),
-            ({"test_fraction": 1.5}, r"`test_fraction` in \(0, 1\)"),
-            ({"test_fraction": 0}, r"`test_fraction` in \(0, 1\)"),
-            ({"test_fraction": -0.5}, r"`test_fraction` in \(0, 1\)"),
-            ({"features": []}, "at least one feature and the target"),
-            ({"features": ["iq", "iq"]}, "each once, but got iq, iq, placement"),
+            ({"noise": 0}, "`noise`.*got 0"),
+            ({"noise": -1}, "`noise`.*got -1"),
+            ({"noise": math.inf}, "`noise`.*got inf"),
+            ({"test_fraction": 1.0}, "`test_fraction`"),
+            ({"test_fraction": 1.5}, "`test_fraction`"),
+            ({"test_fraction": 0}, "`test_fraction`"),
+            ({"test_fraction": -0.5}, "`test_fraction`"),
+            ({"features": []}, "`features` and `target`"),
+            ({"features": ["iq", "iq"]}, "`features` and `target`.*iq, iq, placement"),
         ],
         ids=str,
     )
@@ -141,21 +141,21 @@ class TestFile:
 
     @pytest.mark.parametrize("name", ["nowhere.csv", ""], ids=["absent", "a folder"])
     def test_no_file(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(DataUnavailableError, match="`data.path` expected a CSV file"):
+        with pytest.raises(DataUnavailableError, match="`data.path`"):
             ready(path=tmp_path / name)
 
     def test_a_split_without_one_of_the_classes(self, tmp_path: Path) -> None:
         path = tmp_path / "rare.csv"
         path.write_text(HEADER + "".join(f"n,7,{i},{int(i == 0)}\n" for i in range(40)))
         made = module(path=path)
-        with pytest.raises(DataError, match="rows of both classes in each split, but all"):
+        with pytest.raises(DataError, match="both classes in each split"):
             made.setup("fit")
         assert not made.is_loaded
 
     def test_too_few_rows_for_a_test(self, tmp_path: Path) -> None:
         path = tmp_path / "few.csv"
         path.write_text(HEADER + rows(2))
-        with pytest.raises(DataError, match="`test_fraction` to leave rows .* 0.2 of 2 rows"):
+        with pytest.raises(DataError, match="`test_fraction`.* 0.2 of 2 rows"):
             ready(path=path)
 
     def test_a_feature_that_does_not_vary(self, tmp_path: Path) -> None:
@@ -176,14 +176,16 @@ class TestState:
         expected = made.test_dataloader().inputs
         torch.testing.assert_close(other.evaluated(plain), expected, rtol=1e-5, atol=1e-5)
         assert made.state_dict()["classes"] == ["not placed", "placed"]
-        assert other.around_mean(np.zeros((1, 2)))[0] == pytest.approx([7, 100], rel=0.05)
-        above = other.around_mean(np.ones((1, 2)))[0]
-        assert above == pytest.approx([8.5, 115], rel=0.05)
+        samples = other.sample_inputs(2000)
+        assert torch.equal(samples, other.sample_inputs(2000))
+        mean, deviation = ((0, 0), (1, 1)) if standardize else ((7, 100), (1.5, 15))
+        assert samples.mean(0).tolist() == pytest.approx(mean, rel=0.05, abs=0.1)
+        assert samples.std(0).tolist() == pytest.approx(deviation, rel=0.1)
 
     def test_nothing_is_made_up(self) -> None:
         made = module(standardize=True)
         assert made.state_dict() == {}
-        with pytest.raises(DataError, match="neither a table nor a checkpoint that keeps them"):
+        with pytest.raises(DataError, match="neither a table nor a checkpoint"):
             made.evaluated(np.zeros((1, 2)))
 
     def test_a_table_that_was_read_counts_more(self) -> None:

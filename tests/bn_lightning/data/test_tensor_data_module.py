@@ -181,7 +181,7 @@ class TestRefusals:
     def test_targets_that_are_no_class(self, target: int) -> None:
         targets = arrays().test_targets.astype(np.int64)
         targets[2] = target
-        with pytest.raises(DataError, match=rf"\[0, 10\), but got {target} and 0 more.*at 2"):
+        with pytest.raises(DataError, match=rf"\[0, 10\), got {target} and 0 more.*at 2"):
             ready(replace(arrays(), test_targets=targets))
 
     @pytest.mark.parametrize(
@@ -203,20 +203,20 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"batch_size": 0}, ValueError, "`batch_size` to be at least 1"),
-            ({"batch_size": 2.5}, TypeError, "`batch_size` to be an integer"),
-            ({"eval_batch_size": True}, TypeError, "`eval_batch_size` to be an integer"),
-            ({"eval_batch_size": 0}, ValueError, "`eval_batch_size` to be at least 1"),
-            ({"seed": -1}, ValueError, "`seed` to be at least 0"),
-            ({"validation_fraction": 0}, ValueError, r"`validation_fraction` in \(0, 1\)"),
-            ({"validation_fraction": -0.5}, ValueError, r"`validation_fraction` in \(0, 1\)"),
-            ({"validation_fraction": 1}, ValueError, r"`validation_fraction` in \(0, 1\)"),
-            ({"validation_fraction": 1.5}, ValueError, r"`validation_fraction` in \(0, 1\)"),
-            ({"validation_fraction": 5000}, ValueError, r"`validation_fraction` in \(0, 1\)"),
+            ({"batch_size": 0}, ValueError, "`batch_size`"),
+            ({"batch_size": 2.5}, TypeError, "`batch_size`"),
+            ({"eval_batch_size": True}, TypeError, "`eval_batch_size`"),
+            ({"eval_batch_size": 0}, ValueError, "`eval_batch_size`"),
+            ({"seed": -1}, ValueError, "`seed`"),
+            ({"validation_fraction": 0}, ValueError, "`validation_fraction`"),
+            ({"validation_fraction": -0.5}, ValueError, "`validation_fraction`"),
+            ({"validation_fraction": 1}, ValueError, "`validation_fraction`"),
+            ({"validation_fraction": 1.5}, ValueError, "`validation_fraction`"),
+            ({"validation_fraction": 5000}, ValueError, "`validation_fraction`"),
             (
                 {"validation_fraction": float("nan")},
                 ValueError,
-                r"`validation_fraction` in \(0, 1\)",
+                "`validation_fraction`",
             ),
         ],
     )
@@ -231,12 +231,12 @@ class TestRefusals:
     def test_five_samples_are_named(self) -> None:
         targets = arrays().test_targets.astype(np.int64)
         targets[1:8] = np.arange(20, 27)
-        message = r"but got 20 and 6 more outside, the first of them at 1, 2, 3, 4, 5$"
+        message = r"got 20 and 6 more outside.* 1, 2, 3, 4, 5$"
         with pytest.raises(DataError, match=message):
             ready(replace(arrays(), test_targets=targets))
 
     def test_a_batch_larger_than_the_training_set(self) -> None:
-        with pytest.raises(ValueError, match="`batch_size` 45 .* 44 samples"):
+        with pytest.raises(ValueError, match="`batch_size`.* 45 with 44 samples"):
             ready(batch_size=45).train_dataloader()
 
 
@@ -335,5 +335,5 @@ class TestTrainer:
         module = Numbers()
         module.trainer = Ranked(1)
         module.trainer.strategy.broadcast = lambda value: {"numbers": "f" * 64}
-        with pytest.raises(DataError, match="same data on all ranks, but rank 1"):
+        with pytest.raises(DataError, match="same data on all ranks.*rank 1"):
             module.setup("fit")
