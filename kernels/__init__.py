@@ -15,7 +15,8 @@ Reading order, each file resting on the ones before it:
     checks.py       what is wrong with the arguments
     dispatch.py     from a tensor to the kernels: choice of backend, layout in memory, schedule
     ops.py          the ops, their fakes, gradients and vmap
-    stages.py       the stages one by one, for a batch that lies on several ranks
+    sync_ops.py       the stages of a batch on several ranks, under ATen's names
+    sync_autograd.py  the stages with the communication between ranks, and the gradient
 
 Triton is imported by the files with kernels only, and those only when a kernel runs.
 """

@@ -1,22 +1,23 @@
-"""The stages of a BatchNorm one by one, for a batch that lies on several ranks.
+"""The stages of a BatchNorm whose batch is split across ranks, under the names of ATen's ops.
 
-    local_statistics    x -> (mean, sqrt(M2), n) of this rank's part, in one tensor that can be sent
-    combine_statistics  those of all ranks -> the mean, M2 and n of the whole batch
-    normalize           x, mean, rstd -> y = act((x - mean) * rstd * weight + bias + residual)
-    local_sums          dy and what was saved -> sum g and sum g * x_hat of this rank's part
-    input_gradients     dy, what was saved, and their means over the whole batch -> dx, dresidual
+    batch_norm_stats                     x -> mean, sqrt(M2) and count of this rank's part
+    batch_norm_gather_stats_with_counts  those of all ranks -> mean, M2 and count of the whole batch
+    batch_norm_elemt                     y = act((x - mean) * rstd * weight + bias + residual)
+    batch_norm_backward_reduce           sum g and sum g * x_hat of this rank's part
+    batch_norm_backward_elemt            those sums over the whole batch -> dx and dresidual
 
-with g = dy * act'(z), as in backward.py.
+with M2 = sum (x - mean)^2, g = dy * act'(z) and x_hat = (x - mean) * rstd.
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1 and section 3; Chan, Golub & LeVeque
 1983, "Algorithms for computing the sample variance", equations 2.1.
 
-Natively a stage is composite torch, which a compiler fuses; with Triton it is an op of its own,
-with its fake beside it, around the launchers of statistics.py, normalize.py and backward.py.
-Neither has a gradient: that goes through the ranks, and is in sync.py of the package above.
+Each function takes `triton`, the result of `dispatch.uses_triton`. If it is False, the stage runs
+as composite torch ops, which a compiler fuses. If it is True, the stage is one op around the
+launchers of stats.py, normalize.py and backward.py. No stage is differentiable: the gradient needs
+communication between the ranks, and sync_autograd.py has it.
 
-Both compute in fp32, natively fp64 in fp64; "the compute dtype" below. Shapes: N batch, C channels,
-L flattened space, R ranks.
+The compute dtype is fp32, or fp64 for an fp64 x without Triton. Shapes: N batch, C channels,
+L flattened space, R ranks. "Dense" means contiguous or channels-last.
 """
 
 from typing import Any, NamedTuple
@@ -27,36 +28,41 @@ from torch import Tensor
 from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import activate, upper_branch
 from bn_lightning.kernels.arguments import BACKWARD_SCHEMA, Backward, BackwardNeeds, Forward
-from bn_lightning.kernels.dispatch import (
-    as_layout,
-    check_device,
-    is_channels_last,
-    schedule_of,
-)
+from bn_lightning.kernels.dispatch import as_layout, check_device, is_channels_last, schedule_of
 
-# A count as two numbers below 2^24, each exact in fp32.
+# A count travels as two numbers below 2^24, because fp32 holds each of them exactly.
 _HALF = 1 << 24
 
 
-def as_dense(x: Tensor) -> Tensor:
-    """Returns `x`, copied once if it is neither contiguous nor channels-last."""
-    return x if is_channels_last(x) else x.contiguous()
+class BatchStatistics(NamedTuple):
+    """Statistics of the whole batch, in fp64.
+
+    Attributes:
+        mean: (C,).
+        m2: (C,), sum (x - mean)^2.
+        total_count: scalar, values per channel on all ranks together.
+    """
+
+    mean: Tensor
+    m2: Tensor
+    total_count: Tensor
 
 
-def local_statistics(x: Tensor, triton: bool) -> Tensor:
-    """Computes the mean and M2 = sum (x - mean)^2 of each channel.
+def batch_norm_stats(x: Tensor, triton: bool) -> Tensor:
+    """Compute the mean, the root of M2 = sum (x - mean)^2 and the count of each channel.
+
+    The root is returned because M2 of values near 1e30 overflows fp32.
 
     Args:
-        x: (N, C, ...), dense; may be empty, natively.
-        triton: from `dispatch.uses_triton`.
+        x: (N, C, ...), dense; may be empty if `triton` is False.
+        triton: whether to run the Triton kernels.
 
     Returns:
-        (2 * C + 2,) in the compute dtype: the means, the roots of M2 (M2 of values near 1e30 is no
-        fp32 number, its root is), and the count of values per channel as count // 2^24 and
-        count % 2^24.
+        (2 * C + 2,) in the compute dtype: the means, the roots of M2, and the number of values per
+        channel as count // 2^24 and count % 2^24. One tensor, so that one collective sends it.
     """
     if triton:
-        return torch.ops.bn_lightning.local_statistics(x)
+        return torch.ops.bn_lightning.batch_norm_stats(x)
     dtype = reference.compute_dtype(x.dtype)
     if x.numel() == 0:
         return x.new_zeros(2 * x.shape[1] + 2, dtype=dtype)
@@ -67,261 +73,213 @@ def local_statistics(x: Tensor, triton: bool) -> Tensor:
     return torch.cat([mean_C, (var_C * count).sqrt(), *halves])
 
 
-class BatchStatistics(NamedTuple):
-    """Of the whole batch, in fp64.
-
-    Attributes:
-        mean: (C,).
-        m2: (C,), sum (x - mean)^2.
-        total: scalar, values per channel.
-    """
-
-    mean: Tensor
-    m2: Tensor
-    total: Tensor
-
-
-def combine_statistics(parts: Tensor) -> BatchStatistics:
-    """Combines what `local_statistics` found on each rank.
+def batch_norm_gather_stats_with_counts(parts: Tensor) -> BatchStatistics:
+    """Combine the results of `batch_norm_stats` of all ranks.
 
         n = sum n_r,  mean = sum n_r / n mean_r,  M2 = sum M2_r + n_r (mean_r - mean)^2
 
-    In fp64, which costs little for a few numbers a channel, and in the order of the ranks: every
-    rank finds the same bits. A part without values counts for nothing.
+    The arithmetic is in fp64 and in the order of the ranks, so every rank gets the same bits.
+    A rank without values has weight zero.
 
     Args:
-        parts: (R, 2 * C + 2).
+        parts: (R, 2 * C + 2), in the compute dtype.
 
-    Source: Chan, Golub & LeVeque 1983, equations 2.1, for R parts at once.
+    Source: Chan, Golub & LeVeque 1983, equations 2.1, generalized to R parts.
     """
     C = parts.shape[1] // 2 - 1
     mean_RC, root_RC, high_R1, low_R1 = parts.double().split([C, C, 1, 1], dim=1)
     count_R1 = high_R1 * _HALF + low_R1
-    total = count_R1.sum()
-    mean_C = (mean_RC * (count_R1 / total.clamp(min=1.0))).sum(dim=0)
+    total_count = count_R1.sum()
+    mean_C = (mean_RC * (count_R1 / total_count.clamp(min=1.0))).sum(dim=0)
     deviation_RC = mean_RC - mean_C
     m2_C = (root_RC * root_RC + count_R1 * deviation_RC * deviation_RC).sum(dim=0)
-    return BatchStatistics(mean_C, m2_C, total)
+    return BatchStatistics(mean_C, m2_C, total_count)
 
 
-def normalize(
-    x: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    negative_slope: float,
-    writes_mask: bool,
-    triton: bool,
+def batch_norm_elemt(
+    call: Forward, mean: Tensor, rstd: Tensor, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """Computes y = act((x - mean) * rstd * weight + bias + residual), rounded once.
+    """Compute y = act((x - mean) * rstd * weight + bias + residual), rounded once.
 
     Args:
-        x: (N, C, ...), dense.
-        residual: as `x`, or None.
+        call: the tensors, with a dense x, and the activation.
         mean: (C,) in the compute dtype.
         rstd: (C,) in the compute dtype, 1 / sqrt(var + eps).
-        weight: (C,), any float dtype, or None for ones.
-        bias: (C,), any float dtype, or None for zeros.
-        activation: a key of `ACTIVATIONS`.
-        negative_slope: of leaky_relu.
-        writes_mask: whether the backward will read mask of the derivative.
-        triton: from `dispatch.uses_triton`.
+        triton: whether to run the Triton kernels.
 
     Returns:
-        y, with shape, dtype and strides of `x`; the mask, (ceil(N * C * L / 8),) uint8 in the order
-        of memory, or (0,).
+        y, with the shape, dtype and strides of x; the mask, (ceil(N * C * L / 8),) uint8 in memory
+        order, or (0,) if `call.writes_mask` is False.
     """
-    options = (activation, negative_slope, writes_mask)
     if triton:
-        return torch.ops.bn_lightning.normalize(x, residual, mean, rstd, weight, bias, *options)
-    z = reference.normalize(x.to(mean.dtype), mean, rstd, weight, bias)
-    if residual is not None:
-        z = z + residual.to(mean.dtype)
-    y = z if activation == "identity" else activate(z, activation, negative_slope)
-    mask = x.new_empty(0, dtype=torch.uint8)
-    if writes_mask:
+        return torch.ops.bn_lightning.batch_norm_elemt(mean, rstd, *call)
+    x, activation = call.x, call.activation
+    z = reference.normalize(x.to(mean.dtype), mean, rstd, call.weight, call.bias)
+    if call.residual is not None:
+        z = z + call.residual.to(mean.dtype)
+    y = z if activation == "identity" else activate(z, activation, call.negative_slope)
+    mask = _no_mask(x)
+    if call.writes_mask:
         mask = reference.pack_mask(upper_branch(z, activation), is_channels_last(x))
     return y.to(x.dtype), mask
 
 
-def local_sums(call: Backward, triton: bool) -> Tensor:
-    """Computes sum g and sum g * x_hat of each channel.
+def batch_norm_backward_reduce(call: Backward, triton: bool) -> Tensor:
+    """Compute sum g and sum g * x_hat of each channel.
 
     Args:
-        call: the backward.
-        triton: from `dispatch.uses_triton`.
+        call: the tensors and the activation; x is not None.
+        triton: whether to run the Triton kernels.
 
     Returns:
-        (2, C) in the compute dtype: this part's dbias and dweight.
+        (2, C) in the compute dtype: dbias and dweight of this rank's part.
     """
     if triton:
-        return torch.ops.bn_lightning.local_sums(*call)
+        return torch.ops.bn_lightning.batch_norm_backward_reduce(*call)
     g = reference.gradient_of_z(call)
     return torch.stack([reference.channel_sum(g), reference.channel_sum(g * _x_hat(call))])
 
 
-def input_gradients(
-    call: Backward, means: Tensor, needs_dx: bool, needs_dresidual: bool, triton: bool
+def batch_norm_backward_elemt(
+    call: Backward, needs: BackwardNeeds, means: Tensor, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """Computes dresidual = g and dx = weight * rstd * (g - mean g - x_hat * mean(g * x_hat)).
+    """Compute dresidual = g and dx = weight * rstd * (g - mean g - x_hat * mean(g * x_hat)).
 
     Args:
-        call: the backward.
-        means: (2, C) in the compute dtype: `local_sums` of all ranks over the values per channel of
-            the whole batch.
-        needs_dx: whether to compute dx.
-        needs_dresidual: whether to compute dresidual.
-        triton: from `dispatch.uses_triton`.
+        call: the tensors and the activation; x is not None.
+        needs: whether to compute dx and dresidual.
+        means: (2, C) in the compute dtype: the results of `batch_norm_backward_reduce` summed over
+            the ranks and divided by the number of values per channel on all ranks together.
+        triton: whether to run the Triton kernels.
 
     Returns:
-        dx and dresidual, with shape, dtype and strides of x; each (0,) where it is not needed.
+        dx and dresidual, with the shape, dtype and strides of x; each is (0,) if not needed.
     """
     if triton:
-        return torch.ops.bn_lightning.input_gradients(*call, means, needs_dx, needs_dresidual)
+        return torch.ops.bn_lightning.batch_norm_backward_elemt(
+            means, needs.dx, needs.dresidual, *call
+        )
     g = reference.gradient_of_z(call)
     dx = dresidual = g.new_empty(0)
-    if needs_dx:
+    if needs.dx:
         mean_g, mean_gx = (reference.as_channels(mean_C, g) for mean_C in means)
-        scale = call.rstd if call.weight is None else call.rstd * call.weight.to(call.rstd.dtype)
+        rstd, weight = call.rstd, call.weight
+        scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
         dx = (g - mean_g - _x_hat(call) * mean_gx) * reference.as_channels(scale, g)
-    if needs_dresidual:
+    if needs.dresidual:
         dresidual = g
-    return dx.to(call.x.dtype), dresidual.to(call.x.dtype)
+    return dx.to(call.dy.dtype), dresidual.to(call.dy.dtype)
 
 
 def _x_hat(call: Backward) -> Tensor:
-    return reference.normalize(call.x.to(call.mean.dtype), call.mean, call.rstd, None, None)
+    x: Any = call.x
+    return reference.normalize(x.to(call.mean.dtype), call.mean, call.rstd, None, None)
 
 
-_LIBRARY = torch.library.Library("bn_lightning", "FRAGMENT")
-_LIBRARY.define("local_statistics(Tensor x) -> Tensor")
-_LIBRARY.define(
-    "normalize(Tensor x, Tensor? residual, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
-    "str activation, float negative_slope, bool writes_mask) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(f"local_sums({BACKWARD_SCHEMA}) -> Tensor")
-_LIBRARY.define(
-    f"input_gradients({BACKWARD_SCHEMA}, Tensor means, bool needs_dx, bool needs_dresidual) "
-    "-> (Tensor, Tensor)"
-)
-
-
-def _local_statistics(x: Tensor) -> Tensor:
-    from bn_lightning.kernels import stats
+def _stats(x: Tensor) -> Tensor:
+    from bn_lightning.kernels.stats import compute_partials, merge_partials
 
     check_device(x)
     channels_last = is_channels_last(x)
     x = as_layout(x, channels_last)
-    schedule = schedule_of(x, channels_last, False, False)
-    packed = _fake_local_statistics(x)
-    C = x.shape[1]
-    for at, half in enumerate(divmod(schedule.values_per_channel, _HALF)):
-        packed[2 * C + at].fill_(half)
+    schedule = schedule_of(x, channels_last, writes_mask=False, cumulative=False)
+    packed = _fake_stats(x)
+    mean, root, *halves = packed.split([schedule.C, schedule.C, 1, 1])
+    for half, value in zip(halves, divmod(schedule.values_per_channel, _HALF), strict=True):
+        half.fill_(value)
     with torch.cuda.device_of(x):
-        partials = stats.partial_statistics(x, schedule)
-        stats.finish_partial(partials, packed[:C], packed[C : 2 * C], schedule)
+        merge_partials(compute_partials(x, schedule), mean, root, schedule)
     return packed
 
 
-def _fake_local_statistics(x: Tensor) -> Tensor:
+def _fake_stats(x: Tensor) -> Tensor:
     return x.new_empty(2 * x.shape[1] + 2, dtype=torch.float32)
 
 
-def _normalize(
-    x: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    negative_slope: float,
-    writes_mask: bool,
-) -> tuple[Tensor, Tensor]:
+def _elemt(mean: Tensor, rstd: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from bn_lightning.kernels.normalize import launch_normalize
 
-    check_device(x)
-    channels_last = is_channels_last(x)
-    call = Forward(x, residual, weight, bias, activation, negative_slope, writes_mask=writes_mask)
+    call = Forward(*arguments)
+    check_device(call.x)
+    channels_last = is_channels_last(call.x)
     call = call.in_layout(channels_last)
-    schedule = schedule_of(call.x, channels_last, writes_mask, False)
-    with torch.cuda.device_of(x):
+    schedule = schedule_of(call.x, channels_last, writes_mask=call.writes_mask, cumulative=False)
+    with torch.cuda.device_of(call.x):
         y, mask = launch_normalize(call, mean, rstd, schedule)
-    return y, _no_mask(x) if mask is None else mask
+    return y, _no_mask(y) if mask is None else mask
 
 
-def _fake_normalize(
-    x: Tensor,
-    residual: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    negative_slope: float,
-    writes_mask: bool,
-) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(as_layout(x, is_channels_last(x)))
-    if not writes_mask:
-        return y, _no_mask(x)
-    return y, x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+def _fake_elemt(mean: Tensor, rstd: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    call = Forward(*arguments)
+    y, mask = call.in_layout(is_channels_last(call.x)).new_outputs()
+    return y, _no_mask(y) if mask is None else mask
 
 
 def _no_mask(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.uint8)
 
 
-def _local_sums(*arguments: Any) -> Tensor:
+def _backward_reduce(*arguments: Any) -> Tensor:
     from bn_lightning.kernels.backward import affine_gradients
 
     call = Backward(*arguments).in_layout()
     check_device(call.dy)
-    schedule = schedule_of(call.dy, call.channels_last, False, False)
+    schedule = schedule_of(call.dy, call.channels_last, writes_mask=False, cumulative=False)
     with torch.cuda.device_of(call.dy):
         dweight_C, dbias_C = affine_gradients(call, schedule)
     return torch.stack([dbias_C, dweight_C])
 
 
-def _fake_local_sums(*arguments: Any) -> Tensor:
+def _fake_backward_reduce(*arguments: Any) -> Tensor:
     mean = Backward(*arguments).mean
     return mean.new_empty((2, mean.numel()))
 
 
-def _input_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _backward_elemt(
+    means: Tensor, needs_dx: bool, needs_dresidual: bool, *arguments: Any
+) -> tuple[Tensor, Tensor]:
     from bn_lightning.kernels.backward import input_gradients
 
-    *backward, means, needs_dx, needs_dresidual = arguments
-    call = Backward(*backward).in_layout()
+    call = Backward(*arguments).in_layout()
     check_device(call.dy)
-    needs = BackwardNeeds(training=True, dx=needs_dx, affine=True, dresidual=needs_dresidual)
-    schedule = schedule_of(call.dy, call.channels_last, False, False)
-    # The kernel divides by the count of its own tensor.
+    schedule = schedule_of(call.dy, call.channels_last, writes_mask=False, cumulative=False)
+    needs = BackwardNeeds(training=True, dx=needs_dx, affine=False, dresidual=needs_dresidual)
+    # The kernel divides by the count of this rank's part.
     dbias_C, dweight_C = (means * schedule.values_per_channel).unbind()
     with torch.cuda.device_of(call.dy):
         dx, dresidual = input_gradients(call, needs, dweight_C, dbias_C, schedule)
-    nothing = call.dy.new_empty(0)
-    return nothing if dx is None else dx, nothing.clone() if dresidual is None else dresidual
+    return _or_empty(dx, call.dy), _or_empty(dresidual, call.dy)
 
 
-def _fake_input_gradients(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *backward, _, needs_dx, needs_dresidual = arguments
-    call = Backward(*backward)
-    dy = as_layout(call.dy, call.channels_last)
-    dx, dresidual = (
-        torch.empty_like(dy) if needed else dy.new_empty(0)
-        for needed in (needs_dx, needs_dresidual)
-    )
-    return dx, dresidual
+def _fake_backward_elemt(
+    means: Tensor, needs_dx: bool, needs_dresidual: bool, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    call = Backward(*arguments).in_layout()
+    needs = BackwardNeeds(training=True, dx=needs_dx, affine=False, dresidual=needs_dresidual)
+    dx, dresidual = call.new_gradients(needs)
+    return _or_empty(dx, call.dy), _or_empty(dresidual, call.dy)
 
 
+def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if value is None else value
+
+
+_LIBRARY = torch.library.Library("bn_lightning", "FRAGMENT")
+_LIBRARY.define("batch_norm_stats(Tensor x) -> Tensor")
+_LIBRARY.define(
+    "batch_norm_elemt(Tensor mean, Tensor rstd, Tensor x, Tensor? residual, Tensor? weight, "
+    "Tensor? bias, str activation, float negative_slope, bool writes_mask) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(f"batch_norm_backward_reduce({BACKWARD_SCHEMA}) -> Tensor")
+_LIBRARY.define(
+    "batch_norm_backward_elemt(Tensor means, bool needs_dx, bool needs_dresidual, "
+    f"{BACKWARD_SCHEMA}) -> (Tensor, Tensor)"
+)
 for _name, _kernel, _fake in (
-    ("local_statistics", _local_statistics, _fake_local_statistics),
-    ("normalize", _normalize, _fake_normalize),
-    ("local_sums", _local_sums, _fake_local_sums),
-    ("input_gradients", _input_gradients, _fake_input_gradients),
+    ("batch_norm_stats", _stats, _fake_stats),
+    ("batch_norm_elemt", _elemt, _fake_elemt),
+    ("batch_norm_backward_reduce", _backward_reduce, _fake_backward_reduce),
+    ("batch_norm_backward_elemt", _backward_elemt, _fake_backward_elemt),
 ):
     for _key in ("CPU", "CUDA"):
         _LIBRARY.impl(_name, _kernel, _key)

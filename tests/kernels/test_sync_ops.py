@@ -1,6 +1,4 @@
-"""The stages of a BatchNorm, put together without ranks: parts of a batch stand for them."""
-
-from typing import Any
+"""The stages of a BatchNorm in one process: parts of a batch take the place of the ranks."""
 
 import pytest
 import torch
@@ -8,10 +6,16 @@ from torch import Tensor
 from torch.library import opcheck
 
 from bn_lightning.kernels import dispatch, reference
-from bn_lightning.kernels import sync_ops as stages
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
-from bn_lightning.kernels.arguments import Backward
+from bn_lightning.kernels.arguments import Backward, BackwardNeeds, Forward
 from bn_lightning.kernels.schedule import Regime, forced_regime
+from bn_lightning.kernels.sync_ops import (
+    batch_norm_backward_elemt,
+    batch_norm_backward_reduce,
+    batch_norm_elemt,
+    batch_norm_gather_stats_with_counts,
+    batch_norm_stats,
+)
 
 needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 paths = pytest.mark.parametrize(
@@ -23,7 +27,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 
-# Units in the last place of the largest value: one rounding at the end, a few of the arithmetic.
+# Relative to the largest value: one rounding at the end and a few in the arithmetic.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 EPS = 1e-5
 SLOPE = 0.1
@@ -32,7 +36,7 @@ C = 3
 
 @pytest.fixture(autouse=True)
 def nan_in_empty_tensors():
-    """Fills what torch.empty returns with NaN."""
+    """Fill the result of torch.empty with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -60,14 +64,14 @@ def _assert_close(found: Tensor, expected: Tensor) -> None:
 @dtypes
 def test_statistics_of_parts_are_those_of_the_whole(triton, dtype, device):
     x = _tensors(device, dtype)["x"]
-    packed = [stages.local_statistics(part, triton) for part in (x[:4], x[4:5], x[5:])]
+    packed = [batch_norm_stats(part, triton) for part in (x[:4], x[4:5], x[5:])]
     assert {p.dtype for p in packed} == {torch.float32} and packed[0].shape == (2 * C + 2,)
-    packed.insert(1, stages.local_statistics(x[:0], triton=False))
-    mean, m2, total = stages.combine_statistics(torch.stack(packed))
+    packed.insert(1, batch_norm_stats(x[:0], triton=False))
+    mean, m2, count = batch_norm_gather_stats_with_counts(torch.stack(packed))
     var, true_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    assert total == 42 and total.dtype == torch.float64
+    assert count == 42 and count.dtype == torch.float64
     torch.testing.assert_close(mean, true_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(m2 / total, var, rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2 / count, var, rtol=1e-6, atol=0)
 
 
 @paths
@@ -75,74 +79,82 @@ def test_statistics_of_parts_are_those_of_the_whole(triton, dtype, device):
 def test_statistics_far_from_one(triton, mean, scale, device):
     g = torch.Generator().manual_seed(4)
     x = (torch.randn((40, C, 11), generator=g) * scale + mean).to(device)
-    packed = torch.stack([stages.local_statistics(part, triton) for part in (x[:13], x[13:])])
-    found = stages.combine_statistics(packed)
+    packed = torch.stack([batch_norm_stats(part, triton) for part in (x[:13], x[13:])])
+    found = batch_norm_gather_stats_with_counts(packed)
     var, true_mean = torch.var_mean(x.double(), (0, 2), correction=0)
-    # A mean of 1e3 is an fp32 number to 6e-5, and the parts' means differ by 0.1.
+    # fp32 rounds a mean of 1e3 by 6e-5, and the means of the parts differ by 0.1.
     torch.testing.assert_close(
-        found.m2 / found.total, var, rtol=1e-5 if mean == 0 else 1e-4, atol=0
+        found.m2 / found.total_count, var, rtol=1e-5 if mean == 0 else 1e-4, atol=0
     )
     torch.testing.assert_close(found.mean, true_mean, rtol=1e-6, atol=1e-6 * scale)
 
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-def test_statistics_whose_m2_is_no_fp32_number(device):
+def test_statistics_whose_m2_overflows_fp32(device):
     x = torch.tensor([[-1e30], [1e30], [3e30], [5e30]], device=device)
-    found = stages.combine_statistics(stages.local_statistics(x, triton=True)[None])
+    found = batch_norm_gather_stats_with_counts(batch_norm_stats(x, triton=True)[None])
     expected = torch.tensor([2e61], dtype=torch.float64, device=device)
     torch.testing.assert_close(found.m2, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("count", [(1 << 24) - 1, (1 << 24) + 1, (1 << 24) + 3])
-def test_counts_are_exact_past_the_integers_of_fp32(count):
+def test_counts_above_the_exact_integers_of_fp32(count):
     x = torch.ones(1, 1).expand(count, 1)
-    parts = torch.stack([stages.local_statistics(x, triton=False)] * 2)
+    parts = torch.stack([batch_norm_stats(x, triton=False)] * 2)
     assert parts.dtype == torch.float32
-    assert stages.combine_statistics(parts).total == 2 * count
+    assert batch_norm_gather_stats_with_counts(parts).total_count == 2 * count
 
 
 def test_parts_without_values():
-    empty = stages.local_statistics(torch.ones(0, C), triton=False)
-    found = stages.combine_statistics(torch.stack([empty, empty]))
-    assert found.total == 0 and found.m2.eq(0).all() and found.mean.eq(0).all()
+    empty = batch_norm_stats(torch.ones(0, C), triton=False)
+    found = batch_norm_gather_stats_with_counts(torch.stack([empty, empty]))
+    assert found.total_count == 0 and found.m2.eq(0).all() and found.mean.eq(0).all()
 
 
 def _run(
     t: dict[str, Tensor], activation: str, add: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Puts the stages together to one BatchNorm, forward and backward, as sync.py does."""
-    x, residual = stages.as_dense(t["x"]), t["residual"] if add else None
-    part = stages.local_statistics(x, triton)
-    mean, m2, total = stages.combine_statistics(part[None])
-    mean, rstd = mean.to(part.dtype), torch.rsqrt(m2 / total + EPS).to(part.dtype)
+    """Run all stages of a BatchNorm, forward and backward, as sync_autograd.py does."""
+    x, residual = t["x"], t["residual"] if add else None
+    part = batch_norm_stats(x, triton)
+    mean, m2, count = batch_norm_gather_stats_with_counts(part[None])
+    mean, rstd = mean.to(part.dtype), torch.rsqrt(m2 / count + EPS).to(part.dtype)
     saves = ACTIVATIONS[activation].saves
     writes_mask = add and saves is Saves.MASK
-    affine = (t["weight"], t["bias"])
-    y, mask = stages.normalize(
-        x, residual, mean, rstd, *affine, activation, SLOPE, writes_mask, triton
-    )
-    call = Backward(
-        t["dy"],
+    forward = Forward(
         x,
-        residual if saves is Saves.RESIDUAL else None,
-        y if add and saves is Saves.OUTPUT else None,
-        mask if writes_mask else None,
-        mean,
-        rstd,
-        *affine,
-        dispatch.is_channels_last(x),
+        residual,
+        t["weight"],
+        t["bias"],
         activation,
-        SLOPE,
+        negative_slope=SLOPE,
+        writes_mask=writes_mask,
     )
-    sums = stages.local_sums(call, triton)
-    means = sums / total.to(sums.dtype)
-    dx, dresidual = stages.input_gradients(call, means, True, True, triton)
-    return y, dx, dresidual, sums[1], sums[0]
+    y, mask = batch_norm_elemt(forward, mean, rstd, triton)
+    backward = Backward(
+        dy=t["dy"],
+        x=x,
+        residual=residual if saves is Saves.RESIDUAL else None,
+        y=y if add and saves is Saves.OUTPUT else None,
+        mask=mask if writes_mask else None,
+        mean=mean,
+        rstd=rstd,
+        weight=t["weight"],
+        bias=t["bias"],
+        channels_last=dispatch.is_channels_last(x),
+        activation=activation,
+        negative_slope=SLOPE,
+    )
+    sums = batch_norm_backward_reduce(backward, triton)
+    needs = BackwardNeeds(training=True, dx=True, affine=True, dresidual=True)
+    dx, dresidual = batch_norm_backward_elemt(backward, needs, sums / count.to(sums.dtype), triton)
+    dbias, dweight = sums
+    return y, dx, dresidual, dweight, dbias
 
 
 def _true(t: dict[str, Tensor], activation: str, add: bool) -> list[Tensor]:
-    """The same by the reference in fp64 and autograd."""
+    """Return the same results from the reference in fp64, with gradients from autograd."""
     t = {k: v.double().detach().requires_grad_() for k, v in t.items()}
     y = reference.batch_norm(t["x"], t["weight"], t["bias"], training=True, eps=EPS)
     z = y + (t["residual"] if add else 0 * t["residual"])
@@ -195,13 +207,13 @@ def test_sixteen_bits_are_rounded_once(activation, dtype, triton, device):
 @needs_triton
 @layouts
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
-@pytest.mark.parametrize("N", [4, 7], ids=["whole_bytes", "one_begun"])
-def test_both_paths_write_the_same_bits(N, activation, layout, device):
+@pytest.mark.parametrize("N", [4, 7], ids=["whole_bytes", "part_of_a_byte"])
+def test_both_paths_write_the_same_mask(N, activation, layout, device):
     t = _tensors(device, torch.float32, N)
     t |= {k: t[k].to(memory_format=layout) for k in ("x", "residual")}
     zeros, ones = torch.zeros(C, device=device), torch.ones(C, device=device)
-    arguments = (t["x"], t["residual"], zeros, ones, None, None, activation, SLOPE, True)
-    native, triton = (stages.normalize(*arguments, way)[1] for way in (False, True))
+    call = Forward(t["x"], t["residual"], None, None, activation, SLOPE, writes_mask=True)
+    native, triton = (batch_norm_elemt(call, zeros, ones, path)[1] for path in (False, True))
     assert native.shape == ((t["x"].numel() + 7) // 8,)
     z = t["x"] + t["residual"]
     expected = (z > 0) & (z < 6) if activation == "relu6" else z > 0
@@ -215,14 +227,14 @@ def test_both_paths_write_the_same_bits(N, activation, layout, device):
 def test_opcheck(device):
     t = _tensors(device, torch.float32)
     mean, rstd = t["x"].mean((0, 2, 3)), torch.ones(C, device=device)
-    affine = (t["weight"], t["bias"])
     library = torch.ops.bn_lightning
-    opcheck(library.local_statistics, (t["x"],))
-    forward: tuple[Any, ...] = (t["x"], t["residual"], mean, rstd, *affine, "relu", SLOPE, True)
-    opcheck(library.normalize, forward)
-    _, mask = library.normalize(*forward)
-    back = (t["dy"], t["x"], None, None, mask, mean, rstd, *affine, False, "relu", SLOPE)
-    opcheck(library.local_sums, back)
+    opcheck(library.batch_norm_stats, (t["x"],))
+    affine = (t["weight"], t["bias"])
+    forward = Forward(t["x"], t["residual"], *affine, "relu", SLOPE, writes_mask=True)
+    opcheck(library.batch_norm_elemt, (mean, rstd, *forward))
+    _, mask = library.batch_norm_elemt(mean, rstd, *forward)
+    backward = (t["dy"], t["x"], None, None, mask, mean, rstd, *affine, False, "relu", SLOPE)
+    opcheck(library.batch_norm_backward_reduce, backward)
     means = torch.rand(2, C, device=device)
     for needs in ((True, True), (True, False), (False, True)):
-        opcheck(library.input_gradients, (*back, means, *needs))
+        opcheck(library.batch_norm_backward_elemt, (means, *needs, *backward))

@@ -1,6 +1,6 @@
-"""BatchNorm over several gloo ranks beside one process with the whole batch.
+"""Synchronized BatchNorm on several gloo ranks, compared with one process and the whole batch.
 
-Functions whose names begin with `rank_` run on the ranks (see the fixture `ranks`).
+Functions whose names start with `rank_` run on the ranks (see the fixture `ranks`).
 """
 
 import copy
@@ -25,13 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 from bn_lightning import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.kernels import dispatch
-from bn_lightning.modules import batch_norm
-from bn_lightning.modules import sync_batch_norm as sync
+from bn_lightning.kernels.sync_autograd import sync_batch_norm
 from bn_lightning.modules.sync_batch_norm import (
     SyncBatchNorm,
     SyncBatchNorm1d,
     SyncBatchNorm2d,
     SyncBatchNorm3d,
+    _warn_uninitialized,
 )
 
 needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
@@ -40,10 +40,10 @@ SPLITS = {"7+3": 7, "10+0": 10, "even": 5}
 splits = pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-# The bar: of the largest value of each result, for sums of ten times 20 values of size 3.
+# Relative to the largest value of each result, for sums of 200 values of size 3.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-# Name -> activation, whether there is a residual. One of each way through the backward: no
-# activation, from z, bits, y, the residual.
+# Name -> activation, whether there is a residual. Together they cover every source of act' in the
+# backward: none, z without a residual, the mask, y, z with a residual.
 FUSED = {
     "plain": ("identity", False),
     "add": ("identity", True),
@@ -78,7 +78,7 @@ def _module(cls: type[nn.Module], t: dict[str, Tensor], **kwargs: Any) -> nn.Mod
 
 
 def _step(module: nn.Module, t: dict[str, Tensor], part: slice, add: bool) -> dict[str, Tensor]:
-    """Runs forward and backward for a part of the batch, and returns what is named above."""
+    """Run forward and backward for a part of the batch, and return the tensors of `NAMES`."""
     x, residual, dy = (t[k][part].clone() for k in ("x", "residual", "dy"))
     inputs = [x.requires_grad_(), *([residual.requires_grad_()] if add else [])]
     y = module(*inputs)
@@ -93,7 +93,7 @@ def _part(split: int) -> slice:
 
 
 def _summed(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the gradients of the parameters over the ranks, as DistributedDataParallel does."""
+    """Sum the gradients of the parameters over the ranks."""
     for name in ("dweight", "dbias"):
         dist.all_reduce(found[name])
     return found
@@ -122,7 +122,7 @@ def rank_step(
     _assert_equal(found, whole, part, TOLERANCE[dtype])
     if channels_last and part != slice(10, None):
         assert found["y"].is_contiguous(memory_format=torch.channels_last)
-    # All ranks have the same bits.
+    # All ranks must get the same bits.
     for name in ("running_mean", "running_var"):
         both = [torch.empty_like(found[name]) for _ in range(2)]
         dist.all_gather(both, found[name])
@@ -152,7 +152,7 @@ def test_triton(ranks, split, activation, add, channels_last):
 
 
 def rank_modules() -> None:
-    """Each class, on its shapes, against ours of one process."""
+    """Compare each class, on its shapes, with our module on one process."""
     for cls, plain, shape in (
         (SyncBatchNorm1d, BatchNorm1d, (10, C)),
         (SyncBatchNorm1d, BatchNorm1d, (10, C, 5)),
@@ -173,7 +173,7 @@ def test_modules(ranks):
 
 
 def rank_statistics() -> None:
-    """Cumulative average, no parameters, no statistics, 16-bit statistics, one more step."""
+    """Compare the running statistics and the results of three steps with torch's."""
     for options in (
         {"momentum": None},
         {"momentum": 0.9, "eps": 1e-2},
@@ -210,7 +210,7 @@ def rank_mixed_dtypes() -> None:
     mine = t | {k: t[k].to(dtype) for k in ("x", "residual", "dy")}
     found = _summed(_step(module, mine, part, False))
     assert found["y"].dtype == found["dx"].dtype == dtype
-    # Half an ulp of fp16 at the largest value, on the rank that has it.
+    # Half an ulp of fp16 at the largest value, on the fp16 rank.
     tolerance = 5e-4 if dtype == torch.float16 else 1e-5
     found = {k: v.float() for k, v in found.items()}
     _assert_equal(found, whole, part, tolerance)
@@ -221,7 +221,7 @@ def test_mixed_dtypes(ranks):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives, whatever calls them."""
+    """Count the collectives that any code calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ def rank_collectives() -> None:
     layers = nn.Sequential(SyncBatchNorm1d(C, activation="relu"), SyncBatchNorm1d(C))
     with Collectives() as collectives:
         y = layers(x)
-        # The first time, the ranks compare their channels.
+        # In the first forward the ranks also compare their channels.
         assert collectives.taken() == {"all_gather_into_tensor": 2, "allgather_": 2}
         for requires_grad in (True, False):
             y = layers(x.detach().requires_grad_(requires_grad))
@@ -265,7 +265,7 @@ def test_one_collective_forward_and_one_backward(ranks):
 
 
 def rank_without_gradient() -> None:
-    """A rank whose x needs no gradient joins the backward of one whose x needs it."""
+    """A rank whose x needs no gradient joins the backward of a rank whose x needs one."""
     t, part = _tensors(torch.float64), _part(5)
     whole = _step(_module(BatchNorm2d, t), t, slice(None), False)
     x = t["x"][part].clone().requires_grad_(dist.get_rank() == 0)
@@ -279,12 +279,12 @@ def test_a_rank_without_gradient_joins(ranks):
 
 
 def _second(module: nn.Module, t: dict[str, Tensor], part: slice, add: bool) -> list[Tensor]:
-    """Gradients of a penalty on the first gradients."""
+    """Return the gradients of a penalty on the first gradients."""
     x, residual, dy = (t[k][part].clone().requires_grad_() for k in ("x", "residual", "dy"))
     inputs = [x, *([residual] if add else [])]
     y = module(*inputs)
     first = torch.autograd.grad(y, [*inputs, *module.parameters()], dy, create_graph=True)
-    # The parameters' gradients enter linearly, so that their sum over the ranks is the penalty's.
+    # The penalty is linear in the parameters' gradients, so the ranks' penalties sum to the whole.
     penalty = sum((v**3).sum() for v in first[: len(inputs)])
     penalty = penalty + sum((v * u).sum() for v, u in zip(first[-2:], (2.0, 3.0), strict=True))
     wanted = [*inputs, dy, module.weight]
@@ -309,19 +309,19 @@ def test_double_backward(ranks, activation, add):
 
 def rank_saved() -> None:
     def saved(dtype: torch.dtype, activation: str, add: bool, backend: str) -> int:
-        """Bytes saved beside x and a few numbers a channel; y and the residual exist anyway."""
+        """Return the bytes saved, without x, y, the residual and per-channel tensors."""
         module = SyncBatchNorm2d(C, activation=activation, backend=backend)
         x, residual = (torch.randn(4, C, 16, 16, dtype=dtype, requires_grad=True) for _ in "xr")
         packed: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda v: packed.append(v) or v, lambda v: v):
             y = module(x, residual if add else None)
-        there = {v.data_ptr() for v in (x, y, residual)}
-        return sum(v.nbytes for v in packed if v.data_ptr() not in there and v.numel() > C)
+        known = {v.data_ptr() for v in (x, y, residual)}
+        return sum(v.nbytes for v in packed if v.data_ptr() not in known and v.numel() > C)
 
     for backend in ("native", *(["triton"] if dispatch.TRITON_INSTALLED else [])):
         for activation, add in FUSED.values():
-            bits = add and activation in ("relu", "leaky_relu")
-            expected = 4 * C * 16 * 16 // 8 if bits else 0
+            saves_mask = add and activation in ("relu", "leaky_relu")
+            expected = 4 * C * 16 * 16 // 8 if saves_mask else 0
             assert saved(torch.bfloat16, activation, add, backend) == expected
 
 
@@ -348,12 +348,12 @@ def rank_checkpoint() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], each, strict=True))
 
 
-def test_a_checkpoint_counts_a_batch_once(ranks):
+def test_activation_checkpointing_updates_statistics_once(ranks):
     ranks(rank_checkpoint)
 
 
 def rank_compiled(backend: str) -> None:
-    # Inductor imports what torch itself calls deprecated.
+    # Inductor imports modules that torch has deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -373,7 +373,7 @@ def rank_compiled(backend: str) -> None:
     for a, b in zip(block.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(block.state_dict(), plain.state_dict())
-    # Compiled code is for one process group, and a rank may leave it for eager at any time.
+    # A new process group means a new graph, and a rank may switch from compiled to eager code.
     pair = dist.new_group([1, 0])
     block[1].process_group = pair
     compiled(x)
@@ -415,12 +415,13 @@ def rank_opcheck() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
     torch._dynamo.reset()
     t = _tensors(torch.float32)
-    zeros, ones, total = torch.zeros(C), torch.ones(C), torch.tensor(400.0, dtype=torch.float64)
+    zeros, ones, count = torch.zeros(C), torch.ones(C), torch.tensor(400.0, dtype=torch.float64)
     tensors = [t[k].requires_grad_() for k in ("x", "residual", "weight", "bias")]
     for activation in ("identity", "relu", "silu"):
         options = (1e-5, activation, 0.01, False, dist.group.WORLD.group_name)
-        opcheck(torch.ops.bn_lightning.sync_normalize, (*tensors, zeros, ones, total, *options))
-    opcheck(torch.ops.bn_lightning.check_total, (torch.ones(2, 2 * C + 2),))
+        arguments = (*tensors, zeros, ones, count, *options)
+        opcheck(torch.ops.bn_lightning.sync_batch_norm_elemt, arguments)
+    opcheck(torch.ops.bn_lightning.check_count, (torch.ones(2, 2 * C + 2),))
 
 
 def test_opcheck(ranks):
@@ -428,7 +429,7 @@ def test_opcheck(ranks):
 
 
 def rank_call_arguments() -> None:
-    """An activation for one call, as a fused call site gives it."""
+    """Pass an activation for one call, as a fused call site does."""
     t, part = _tensors(torch.float64), _part(4)
     module = _module(SyncBatchNorm2d, t)
     y = module(t["x"][part], t["residual"][part], activation="relu")
@@ -443,7 +444,7 @@ def test_arguments_of_a_call(ranks):
 def rank_few_values() -> None:
     rank = dist.get_rank()
     module = SyncBatchNorm1d(C)
-    # One value on each rank is two.
+    # One value on each rank is two in all.
     module(torch.ones(1, C) * rank)
     torch.testing.assert_close(module.running_mean, torch.full((C,), 0.05))
     before = copy.deepcopy(module.state_dict())
@@ -451,7 +452,7 @@ def rank_few_values() -> None:
         with pytest.raises(ValueError, match="more than 1 value per channel .* on all ranks"):
             compiled(torch.ones(rank, C))
         torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
-    # None at all is what plain BatchNorm takes too.
+    # No values at all are allowed, as in plain BatchNorm.
     y = module(torch.ones(0, C, requires_grad=True))
     y.backward(torch.ones_like(y))
     assert y.shape == (0, C) and torch.equal(module.running_var, before["running_var"])
@@ -462,7 +463,7 @@ def test_few_values(ranks):
     ranks(rank_few_values)
 
 
-def rank_other_channels() -> str:
+def rank_different_channels() -> str:
     channels = 3 + dist.get_rank()
     with pytest.raises(ValueError) as error:
         SyncBatchNorm1d(channels)(torch.ones(4, channels))
@@ -471,21 +472,21 @@ def rank_other_channels() -> str:
     return str(error.value)
 
 
-def test_ranks_with_other_channels(ranks):
-    first, second = ranks(rank_other_channels)
+def test_ranks_with_different_channels(ranks):
+    first, second = ranks(rank_different_channels)
     assert first == second
     assert "got 3 channels in fp32 on rank 0, 4 channels in fp32 on rank 1" in first
 
 
 def rank_groups() -> None:
     rank = dist.get_rank()
-    # All ranks make all groups, as torch wants it.
+    # torch requires every rank to create every group.
     groups = [dist.new_group([0]), dist.new_group([1]), dist.new_group([1, 0])]
     t = _tensors(torch.float64)
     x = t["x"][_part(6)]
-    with pytest.raises(ValueError, match=f"`process_group` that this rank, {rank}, belongs to"):
+    with pytest.raises(ValueError, match=f"`process_group` to contain this rank, {rank}"):
         SyncBatchNorm2d(C, dtype=torch.float64, process_group=groups[1 - rank])(x)
-    # A group of one is plain BatchNorm.
+    # With a group of one rank it is a plain BatchNorm.
     plain = BatchNorm2d(C, dtype=torch.float64)(x)
     alone = SyncBatchNorm2d(C, dtype=torch.float64, process_group=groups[rank])
     assert torch.equal(alone(x), plain)
@@ -502,7 +503,7 @@ def test_process_groups(ranks):
 
 
 def rank_three() -> None:
-    """A group of two of three ranks, while the third trains alone; then all of them."""
+    """Train in a group of two of the three ranks, the third alone; then in one group of all."""
     rank = dist.get_rank()
     pair, single = dist.new_group([0, 2]), dist.new_group([1])
     t = _tensors(torch.float64)
@@ -529,19 +530,19 @@ def rank_dies(how: str) -> str:
     if dist.get_rank() == 1:
         if how == "is_killed":
             os._exit(9)
-        return "left out the backward"
+        return "skipped the backward"
     with pytest.raises(RuntimeError) as error:
         y.backward(torch.ones_like(y))
     return str(error.value)
 
 
-def test_a_rank_that_leaves_a_step_ends_the_others(ranks):
-    # As long as the process lives, nothing tells the others but the timeout.
-    message, _ = ranks(rank_dies, "goes_on")
+def test_a_rank_that_skips_a_backward_times_the_others_out(ranks):
+    # The process is alive, so the others notice only by the timeout.
+    message, _ = ranks(rank_dies, "skips")
     assert "3000ms" in message
 
 
-def test_a_rank_that_dies_in_a_step_ends_the_others(ranks):
+def test_a_rank_that_dies_stops_the_others(ranks):
     with pytest.raises(RuntimeError) as error:
         ranks(rank_dies, "is_killed")
     first, second = str(error.value).split("\n")
@@ -550,9 +551,9 @@ def test_a_rank_that_dies_in_a_step_ends_the_others(ranks):
 
 @pytest.fixture
 def warn_again():
-    sync._warn_alone.cache_clear()
+    _warn_uninitialized.cache_clear()
     yield
-    sync._warn_alone.cache_clear()
+    _warn_uninitialized.cache_clear()
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -560,7 +561,7 @@ def test_without_a_process_group_it_is_plain_and_warns_once(warn_again, compiled
     t = _tensors(torch.float32)
     ours, plain = (_module(cls, t, activation="relu") for cls in (SyncBatchNorm2d, BatchNorm2d))
     call = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
-    with pytest.warns(UserWarning, match="found none; it works as a plain BatchNorm"):
+    with pytest.warns(UserWarning, match="works as a plain BatchNorm"):
         y = call(t["x"])
     assert torch.equal(y, plain(t["x"]))
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=0, atol=0)
@@ -571,7 +572,7 @@ def test_without_a_process_group_it_is_plain_and_warns_once(warn_again, compiled
         SyncBatchNorm1d(C)(torch.randn(4, C))
 
 
-def test_state_dict_and_copies_are_torchs():
+def test_state_dict_is_torchs_and_copies_keep_options():
     module = SyncBatchNorm2d(C, activation="relu")
     torchs = nn.SyncBatchNorm(C)
     torchs.load_state_dict(module.state_dict())
@@ -579,30 +580,30 @@ def test_state_dict_and_copies_are_torchs():
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(twin) is SyncBatchNorm2d and twin.process_group is None
         assert twin.activation == "relu"
-    assert isinstance(module, batch_norm.BatchNorm2d)
+    assert isinstance(module, BatchNorm2d)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"weight": torch.ones(4)}, RuntimeError, "weight should contain 3 elements not 4"),
-        ({"eps": 0.0}, ValueError, "eps must be positive"),
-        ({"activation": "swish"}, ValueError, "expected `activation` to be one of"),
-        ({"residual": torch.ones(4, C)}, ValueError, "the shape of `x`"),
-        ({"backend": "cuda"}, ValueError, "expected `backend` to be one of"),
-        ({"momentum": None}, ValueError, "expected `num_batches_tracked`"),
-        ({"running_var": None}, ValueError, "must either both be None or neither"),
-        ({"x": torch.ones(4, C, dtype=torch.int64)}, NotImplementedError, "tensor of floats"),
-        ({"x": torch.ones(C)}, ValueError, r"expected `x` to be \(N, C\)"),
+        ({"weight": torch.ones(4)}, RuntimeError, "weight"),
+        ({"eps": 0.0}, ValueError, "eps"),
+        ({"activation": "swish"}, ValueError, "`activation`"),
+        ({"residual": torch.ones(4, C)}, ValueError, "`residual`.*shape"),
+        ({"backend": "cuda"}, ValueError, "`backend`"),
+        ({"momentum": None}, ValueError, "`num_batches_tracked`"),
+        ({"running_var": None}, ValueError, "running_var"),
+        ({"x": torch.ones(4, C, dtype=torch.int64)}, NotImplementedError, "`x`"),
+        ({"x": torch.ones(C)}, ValueError, r"`x`.*\(N, C\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_bad_arguments_are_refused_before_anything_is_sent(change, error, match):
-    # There is no such group: it is never asked.
+def test_bad_arguments_raise_before_any_communication(change, error, match):
+    # No group has this name, so using it would raise another error.
     arguments = {
         "x": torch.ones(4, C, 5),
         "running_mean": torch.zeros(C),
         "running_var": torch.ones(C),
     }
     with pytest.raises(error, match=match):
-        sync.sync_batch_norm(**arguments | change, group_name="none")
+        sync_batch_norm(**arguments | change, group_name="none")
