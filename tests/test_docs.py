@@ -1,9 +1,8 @@
-"""What the documentation names exists: commands with their options and keys, messages, files."""
+"""The documentation names what exists: commands, options, keys, errors, files and modules."""
 
 import ast
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from importlib import import_module
@@ -20,11 +19,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 MODULES = {name: place.partition(":")[0] for name, place in SCRIPTS.items()}
-GAP = "…"  # stands for what differs in a message
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of this project in a page's lines, each as a module and its arguments."""
+    """Return the commands of this project in a page, each as a module and its arguments."""
     found = []
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         for part in line.strip().split(" && "):
@@ -41,7 +39,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def check_overrides(config_name: str, arguments: list[str]) -> None:
-    """Composes the first job that the arguments make."""
+    """Compose the first job that the arguments make."""
     overrides = OverridesParser.create().parse_overrides([a for a in arguments if a != "-m"])
     assert "-m" in arguments or not any(o.is_sweep_override() for o in overrides)
     first = [
@@ -53,12 +51,16 @@ def check_overrides(config_name: str, arguments: list[str]) -> None:
     compose(config_name, first, return_hydra_config=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if commands(page.read_text(encoding="utf-8"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_commands(page, monkeypatch):
     monkeypatch.setattr("bn_lightning.report.report", lambda sources, options: None)
     with initialize_config_module("bn_lightning.conf", version_base="1.3"):
         for module, *arguments in commands(page.read_text(encoding="utf-8")):
-            name = module.removeprefix("bn_lightning.")
+            name = module.removeprefix("bn_lightning.").removesuffix("_checkpoint")
             if (ROOT / "conf" / f"{name}.yaml").exists():
                 check_overrides(name, arguments)
             else:
@@ -76,27 +78,42 @@ def test_commands_are_found_and_checked():
                 check_overrides("train", [wrong])
 
 
-def messages() -> set[str]:
-    """Every string of the source, with a gap for each value put into it."""
+def names_in_messages() -> set[str]:
+    """Return names of the code, words in its strings except docstrings, and configuration keys."""
     found = set()
+    for folder in ("conf", "sweeps"):
+        for path in (ROOT / folder).rglob("*.yaml"):
+            found |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
     for folder in ("bn_lightning", "kernels", "sweeps"):
         for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    parts = [v.value if isinstance(v, ast.Constant) else GAP for v in node.values]
-                    found.add("".join(map(str, parts)))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.add(re.sub(r"\{\d*\}", GAP, node.value))
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            docstrings = {
+                id(node.body[0].value)
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                and node.body
+                and isinstance(node.body[0], ast.Expr)
+            }
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                    found.add(node.name)
+                elif isinstance(node, ast.Name):
+                    found.add(node.id)
+                elif (
+                    isinstance(node, ast.Constant)
+                    and isinstance(node.value, str)
+                    and id(node) not in docstrings
+                ):
+                    found |= set(re.findall(r"[-\w]+(?:\.\w+)*", node.value))
     return found
 
 
-def test_troubleshooting_has_messages_of_the_source():
+def test_troubleshooting_names_errors_of_the_source():
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    headings = re.findall(r"^### ``\s?(.+?)\s?``$", text, re.MULTILINE)
-    assert len(headings) == text.count("\n### ") > 30
-    known = messages()
-    missing = [h for h in headings if not any(m.startswith(h.removesuffix(GAP)) for m in known)]
-    assert missing == []
+    keys = re.findall(r"^### .+ \(`([^`]+)`\)$", text, re.MULTILINE)
+    assert len(keys) == text.count("\n### ") > 30
+    known = names_in_messages()
+    assert [key for key in keys if key not in known] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -106,8 +123,9 @@ def test_links(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_the_readme_names_every_option():
-    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
+def test_the_table_of_options_is_complete():
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M))
     for path in (ROOT / "conf").glob("*/*.yaml"):
         group = path.parent.name
         if group not in ("extras", "hydra", "paths") and (group, path.stem) != (
@@ -117,15 +135,41 @@ def test_the_readme_names_every_option():
             assert f"`{path.stem}`" in table[group], f"{group}={path.stem}"
 
 
-def test_the_tree_names_every_source_file():
-    tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
-    files = subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()
-    sources = {
-        Path(f).name for f in files if f.startswith(("bn_lightning/", "kernels/", "sweeps/"))
-    }
-    named = set(re.findall(r"\w+\.py", tree))
-    assert not sources - named - {"__init__.py"}
-    assert not named - {Path(f).name for f in files}
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_tree_names_every_folder(page):
+    trees = (ROOT / page).read_text(encoding="utf-8").split("```")[1::2]
+    tree = next(text for text in trees if "\nkernels/" in text)
+    named = set(re.findall(r"(\w+)/", tree))
+    parts = [p for p in (ROOT / "bn_lightning").iterdir() if p.is_dir() and not p.is_symlink()]
+    parts += [ROOT / "kernels", ROOT / "conf", *(ROOT / "sweeps").iterdir()]
+    assert {p.name for p in parts if p.is_dir() and p.name != "__pycache__"} <= named
+
+
+def test_the_files_named_exist():
+    """Python files in backticks, by a path or by their name. CHANGELOG.md names old ones, too."""
+    files = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    known = {"/" + path.relative_to(ROOT).as_posix() for path in files}
+    missing = [
+        (page.name, name)
+        for page in PAGES
+        if page.name != "CHANGELOG.md"
+        for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.py)\b", page.read_text(encoding="utf-8"))
+        if "NAME" not in name
+        and not any(path.endswith("/" + name.removeprefix("bn_lightning/")) for path in known)
+    ]
+    assert missing == []
+
+
+def test_every_decision_is_in_the_index():
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(
+        r"^- \[.+\]\((.+)\)$", (folder / "index.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert listed == sorted(path.name for path in folder.glob("[0-9]*.md"))
 
 
 def test_the_api_reference_has_every_public_name():
