@@ -1,4 +1,4 @@
-"""Percentiles of what an activation receives as training goes on: the paper's Figure 1b, c."""
+"""Percentiles of an activation's input during training, as in the paper's Figure 1(b, c)."""
 
 from typing import Any
 
@@ -11,34 +11,35 @@ from typing_extensions import override
 
 PERCENTILES = (15, 50, 85)
 
-_MAX_ROWS = 2**24
-_MOST = 1_000_000  # looks, and inputs
+_MAX_ROWS = 2**24  # limit of torch.quantile
+_MAX_COUNT = 1_000_000
 
 
 class ActivationPercentiles(Callback):
-    """Logs the 15th, 50th and 85th percentile of what an activation of the network receives.
+    """Logs the 15th, 50th and 85th percentile of the input of one activation.
 
-    A fixed probe set, the first inputs of the validation set, goes through the network in the mode
-    it trains in, so BatchNorm normalises with the probe's own statistics: with running averages the
-    early part of the trace is wrong. Neither the running averages nor the random streams of the run
-    are touched.
+    The callback runs a fixed probe set, the first inputs of the validation set, through the network
+    in its training mode, so BatchNorm normalizes with the probe's own statistics. (Running
+    statistics would distort the early part of the curve.) It changes neither the running statistics
+    nor the random state of the run.
 
-    Logs, in units of the activation's input, for every point of `probe_steps`:
-        `activation/p15`, `activation/p50`, `activation/p85`: of one unit, as the paper draws them;
-        `activation/p15_median`, ...: each the median over the layer's units.
+    Logs, in units of the activation's input, at step 0 and at each of `probe_steps`:
+        `activation/p15`, `activation/p50`, `activation/p85`: percentiles of one unit, as in the
+            paper's figure.
+        `activation/p15_median`, `activation/p50_median`, `activation/p85_median`: their medians
+            over the layer's units.
 
     Args:
-        probe_size: inputs in the probe set, at most a million; fewer where the validation set is
-            smaller.
-        points: how often to look in the whole run, at most a million times; `probe_steps` spaces
-            them.
-        unit: index of the unit that is followed.
-        layer: name of the activation module inside the LightningModule, whose last use in a forward
-            counts; None for its last one.
+        probe_size: number of inputs in the probe set, from 1 to 1,000,000. If the validation set is
+            smaller, all of it.
+        points: maximum number of measurements in the whole run, from 1 to 1,000,000.
+        unit: index of the unit to follow.
+        layer: name of the activation module in the LightningModule; None for the last one. If one
+            forward calls it several times, the last call counts.
 
     Raises:
-        ValueError: a count is out of its range; when training begins, `layer` or `unit` is none of
-            the network's, or there is no validation loader.
+        ValueError: If `probe_size` or `points` is out of range; at the start of training, if the
+            network lacks `layer` or `unit`, or there is no validation loader.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1 and Figure 1(b, c).
     """
@@ -48,8 +49,10 @@ class ActivationPercentiles(Callback):
     ) -> None:
         super().__init__()
         for name, value in (("probe_size", probe_size), ("points", points)):
-            if type(value) is not int or not 1 <= value <= _MOST:
-                raise ValueError(f"`{name}` expected an integer from 1 to {_MOST}, got {value!r}")
+            if type(value) is not int or not 1 <= value <= _MAX_COUNT:
+                raise ValueError(
+                    f"expected `{name}` to be an integer from 1 to {_MAX_COUNT}, got {value!r}"
+                )
         self.probe_size = probe_size
         self.points = points
         self.unit = unit
@@ -58,10 +61,12 @@ class ActivationPercentiles(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run without max_steps is as long as its epochs; one without end, a million steps.
-        self._steps = probe_steps(int(min(trainer.estimated_stepping_batches, _MOST)), self.points)
+        # Infinite for a run without a maximum number of steps or epochs.
+        self._steps = probe_steps(
+            int(min(trainer.estimated_stepping_batches, _MAX_COUNT)), self.points
+        )
         self._name = self.layer or last_activation(pl_module)
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for each iteration
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when iterated
             probe = first_inputs(trainer.val_dataloaders, self.probe_size)
         self._probe = probe.to(pl_module.device)
         if trainer.global_step == 0:
@@ -70,14 +75,14 @@ class ActivationPercentiles(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if trainer.global_step in self._steps:
-            self._steps.remove(trainer.global_step)  # a step may have several batches
+            self._steps.remove(trainer.global_step)  # several batches may have the same global_step
             self._log(pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:
         percentiles_PC = unit_percentiles(activation_inputs(pl_module, self._name, self._probe))
         units = percentiles_PC.shape[1]
         if not 0 <= self.unit < units:
-            raise ValueError(f"`unit` expected to be in [0, {units}), got {self.unit}")
+            raise ValueError(f"expected `unit` to be in [0, {units}), got {self.unit}")
         metrics = {}
         for percentile, value_C in zip(PERCENTILES, percentiles_PC, strict=True):
             metrics[f"activation/p{percentile}"] = value_C[self.unit].item()
@@ -88,10 +93,10 @@ class ActivationPercentiles(Callback):
 
 
 def probe_steps(max_steps: int, points: int) -> set[int]:
-    """At most `points` steps in 1..max_steps, half evenly spaced and half by equal ratios.
+    """Return at most `points` steps in 1..max_steps, half spaced evenly and half geometrically.
 
-    The first steps change most, so they are looked at most often; the number of looks depends on
-    `points` alone, so a run of 50,000 steps pays no more for them than one of 500.
+    The geometric half gives more points to the first steps, which change most. The number of
+    measurements, and so their cost, does not grow with the length of the run.
     """
     half = max(points // 2, 1)
     even = torch.linspace(max_steps / half, max_steps, half, dtype=torch.float64)
@@ -100,10 +105,10 @@ def probe_steps(max_steps: int, points: int) -> set[int]:
 
 
 def last_activation(network: nn.Module) -> str:
-    """The name of the last module of `torch.nn.modules.activation` in the network.
+    """Return the name of the network's last module from `torch.nn.modules.activation`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: If there is none.
     """
     names = [
         name
@@ -112,25 +117,29 @@ def last_activation(network: nn.Module) -> str:
     ]
     if not names:
         raise ValueError(
-            "`layer` expected the name of a module, got null, and the network has no activation;"
-            " name one, or leave the callback out"
+            "expected `layer` to be the name of a module, got None, and the network has no"
+            " activation module; name another module, or remove the callback"
         )
     return names[-1]
 
 
 def first_inputs(loaders: Any, size: int) -> Float[Tensor, "N ..."]:
-    """The first `size` inputs of the first validation loader, or all if there are fewer.
+    """Return the first `size` inputs of the first loader, or all if there are fewer.
+
+    Args:
+        loaders: `Trainer.val_dataloaders`: a loader, a list or dict of loaders, or None.
+        size: number of inputs.
 
     Raises:
-        ValueError: there is no validation loader.
+        ValueError: If there is no loader.
     """
     if isinstance(loaders, dict):
         loaders = list(loaders.values())
     loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
     if loader is None:
         raise ValueError(
-            "ActivationPercentiles expected a validation loader to take its probe set from, got "
-            "none; add one or leave the callback out"
+            "expected a validation loader, from which ActivationPercentiles takes its probe set,"
+            " got none; add one, or remove the callback"
         )
     batches: list[Tensor] = []
     for inputs, _ in loader:
@@ -143,14 +152,15 @@ def first_inputs(loaders: Any, size: int) -> Float[Tensor, "N ..."]:
 def activation_inputs(
     network: nn.Module, layer: str, x: Float[Tensor, "N ..."]
 ) -> Float[Tensor, "M C"]:
-    """What `layer` receives when the network, in the mode it is in, is given `x`.
+    """Return the input of `layer` when the network, in its current mode, is called with `x`.
 
-    Channels in dimension 1 become the columns; batch and space become the rows.
+    Columns are the channels (dimension 1), rows the batch and spatial positions. The network's
+    buffers and the random state do not change.
     """
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].detach())
+        inputs.append(args[0].detach())
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     handle = network.get_submodule(layer).register_forward_pre_hook(keep)
@@ -160,13 +170,14 @@ def activation_inputs(
             functional_call(network, buffers, (x,))
     finally:
         handle.remove()
-    return seen[-1].movedim(1, -1).flatten(0, -2)
+    return inputs[-1].movedim(1, -1).flatten(0, -2)
 
 
 def unit_percentiles(inputs: Float[Tensor, "M C"]) -> Float[Tensor, "P C"]:
-    """The percentiles `PERCENTILES` of each column, in fp32, interpolated linearly.
+    """Return the percentiles `PERCENTILES` of each column in fp32, with linear interpolation.
 
-    A column with a NaN gives NaN. Of more rows than torch.quantile takes, evenly spaced ones count.
+    A column with a NaN has NaN percentiles. Above the limit of torch.quantile only evenly spaced
+    rows are used.
     """
     inputs = inputs[:: -(-len(inputs) // _MAX_ROWS)]
     q = torch.tensor(PERCENTILES, device=inputs.device, dtype=torch.float32) / 100

@@ -1,4 +1,4 @@
-"""What each BatchNorm layer has learnt, and how far its batches lie from its running statistics."""
+"""Statistics of each BatchNorm layer during training."""
 
 from typing import Any
 
@@ -12,75 +12,79 @@ from typing_extensions import override
 
 Channels = Float[Tensor, "C"]
 
-_OF_THE_BATCH = ("mean_distance", "log_std_distance", "dead")
-
 
 class BatchNormMonitor(Callback):
-    """Logs five numbers of each BatchNorm layer, every `every_n_steps` training steps.
+    """Logs five statistics of each BatchNorm layer, every `every_n_steps` training steps.
 
     `batch_norm/LAYER/scale`: mean of |weight| over the channels; 1 without weight.
-    `batch_norm/LAYER/shift`: mean of |bias|; 0 without bias.
+    `batch_norm/LAYER/shift`: mean of |bias| over the channels; 0 without bias.
     `batch_norm/LAYER/mean_distance`: root mean square over the channels of
-        (batch mean - running mean) / running deviation, in deviations.
-    `batch_norm/LAYER/log_std_distance`: root mean square of ln(batch deviation / running
-        deviation).
-    `batch_norm/LAYER/dead`: share of the channels, in [0, 1], whose output is not positive anywhere
-        in the batch, so that a ReLU makes it zero, or is one and the same number.
+        (batch mean - running mean) / running std.
+    `batch_norm/LAYER/log_std_distance`: root mean square over the channels of
+        ln(batch std / running std).
+    `batch_norm/LAYER/dead`: fraction of channels, in [0, 1], whose output in the batch is nowhere
+        positive, so that a ReLU zeroes it, or constant.
 
-    Deviations are sqrt(variance + eps). The two distances say how far evaluation normalises from
-    what training does; a layer without running statistics logs none. A layer is looked at the first
-    time that the step's forward uses it, its running statistics before they take in the batch, in
-    fp32 and on this rank's part of the batch; parameters are those after the optimiser's step.
+    std is sqrt(biased var + eps) for the batch and sqrt(running_var + eps) for the running
+    statistics. The two distances measure how far the normalization in evaluation is from that in
+    training; layers without running statistics log neither. The callback measures the first call of
+    a layer in the step, in fp32, on this rank's batch, with the running statistics before the call.
+    Weight and bias are those after the optimizer step.
 
-    Between looks the layers are untouched. For a look they carry forward hooks, so that a layer
-    which is fused with what follows it runs unfused. A network compiled by torch.compile logs scale
-    and shift alone: it does not call hooks that come after its compilation.
+    The layers have forward hooks only in the steps that are measured. A hooked layer runs unfused.
+    A network compiled by torch.compile logs scale and shift only, because it does not call hooks
+    that are added after compilation.
 
     Args:
-        every_n_steps: optimiser steps from one look to the next; the first step is looked at too.
+        every_n_steps: optimizer steps between two measurements; the first step is measured too.
 
     Raises:
-        ValueError: `every_n_steps` is not positive; at the start of training, no BatchNorm at all.
+        ValueError: If `every_n_steps` is not positive; at the start of training, if the module has
+            no BatchNorm.
     """
 
     def __init__(self, every_n_steps: int) -> None:
         super().__init__()
         if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` expected a positive integer, got {every_n_steps}")
+            raise ValueError(
+                f"expected `every_n_steps` to be a positive integer, got {every_n_steps}"
+            )
         self.every_n_steps = every_n_steps
         self._hooks: list[RemovableHandle] = []
-        self._seen: dict[str, Tensor] | None = None  # of a look that has begun
-        self._next = 1  # the optimiser step that is looked at next
+        # Layer -> statistic -> value, of the step that is being measured.
+        self._measured: dict[str, dict[str, Tensor]] | None = None
+        self._next_step = 1
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not _layers(pl_module):
             raise ValueError(
-                "BatchNormMonitor expected a module with a BatchNorm layer, got "
-                f"{type(pl_module).__name__} without one; leave the callback out"
+                "expected a module with BatchNorm for BatchNormMonitor, got "
+                f"{type(pl_module).__name__} without one; remove the callback"
             )
-        self._seen = None
-        self._next = 1 if trainer.global_step == 0 else self._multiple_after(trainer.global_step)
+        self._measured = None
+        step = trainer.global_step
+        self._next_step = 1 if step == 0 else self._next_multiple(step)
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # A step that accumulates gradients has several batches, of which the first is watched.
-        if trainer.global_step + 1 >= self._next and self._seen is None:
-            self._seen = {}
+        # With gradient accumulation, the first batch of the step is measured.
+        if trainer.global_step + 1 >= self._next_step and self._measured is None:
+            self._measured = {}
             for name, layer in _layers(pl_module).items():
-                self._watch(name, layer, self._seen)
+                self._add_hooks(layer, self._measured.setdefault(name, {}))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._remove_hooks()
-        if self._seen is not None and trainer.global_step >= self._next:
-            self._log(pl_module, self._seen)
-            self._seen = None
-            self._next = self._multiple_after(trainer.global_step)
+        if self._measured is not None and trainer.global_step >= self._next_step:
+            self._log(pl_module, self._measured)
+            self._measured = None
+            self._next_step = self._next_multiple(trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,26 +96,26 @@ class BatchNormMonitor(Callback):
     ) -> None:
         self._remove_hooks()
 
-    def _multiple_after(self, step: int) -> int:
+    def _next_multiple(self, step: int) -> int:
         return (step // self.every_n_steps + 1) * self.every_n_steps
 
-    def _watch(self, name: str, layer: _BatchNorm, seen: dict[str, Tensor]) -> None:
+    def _add_hooks(self, layer: _BatchNorm, measured: dict[str, Tensor]) -> None:
+        def is_done() -> bool:
+            # A graph that was compiled with the hooks keeps calling them.
+            return torch.compiler.is_compiling() or "dead" in measured
+
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             mean, var = layer.running_mean, layer.running_var
             if is_done() or mean is None or var is None or x.numel() == 0:
                 return
-            seen[f"{name}/mean_distance"], seen[f"{name}/log_std_distance"] = distances(
+            measured["mean_distance"], measured["log_std_distance"] = distances(
                 x.detach(), mean, var, layer.eps
             )
 
         def after(_: nn.Module, __: tuple[Tensor, ...], y: Tensor) -> None:
             if not is_done() and y.numel():
-                seen[f"{name}/dead"] = dead_share(y.detach())
-
-        def is_done() -> bool:
-            # What is compiled with a hook keeps it, so that it does nothing there.
-            return torch.compiler.is_compiling() or f"{name}/dead" in seen
+                measured["dead"] = dead_fraction(y.detach())
 
         self._hooks += [
             layer.register_forward_pre_hook(before, with_kwargs=True),
@@ -122,7 +126,7 @@ class BatchNormMonitor(Callback):
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _log(self, pl_module: LightningModule, seen: dict[str, Tensor]) -> None:
+    def _log(self, pl_module: LightningModule, measured: dict[str, dict[str, Tensor]]) -> None:
         values = {}
         one = torch.ones(1, device=pl_module.device)
         for name, layer in _layers(pl_module).items():
@@ -130,10 +134,8 @@ class BatchNormMonitor(Callback):
             bias = 0 * one if layer.bias is None else layer.bias.detach()
             values[f"{name}/scale"] = weight.float().abs().mean()
             values[f"{name}/shift"] = bias.float().abs().mean()
-            for number in _OF_THE_BATCH:
-                if f"{name}/{number}" in seen:
-                    values[f"{name}/{number}"] = seen[f"{name}/{number}"]
-        # One wait for the device, however many layers there are.
+            values |= {f"{name}/{key}": x for key, x in measured.get(name, {}).items()}
+        # One device synchronization for all layers.
         numbers = torch.stack(list(values.values())).tolist()
         metrics = {f"batch_norm/{name}": x for name, x in zip(values, numbers, strict=True)}
         for logger in pl_module.loggers:
@@ -144,17 +146,13 @@ class BatchNormMonitor(Callback):
 def distances(
     x: Float[Tensor, "N C ..."], running_mean: Channels, running_var: Channels, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """How far a batch's statistics lie from the running ones, both as a scalar in fp32.
+    """Return `mean_distance` and `log_std_distance` of `BatchNormMonitor`, scalars in fp32.
 
     Args:
-        x: the input of the layer, any float dtype, not empty.
+        x: input of the layer, any float dtype, not empty.
         running_mean: any float dtype.
         running_var: any float dtype.
-        eps: added to the variances.
-
-    Returns:
-        The root mean square over the channels of (batch mean - running mean) / sqrt(running var +
-        eps), and of ln(sqrt(batch var + eps) / sqrt(running var + eps)), batch var biased.
+        eps: added to both variances.
     """
     var_C, mean_C = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
     scale_C = running_var.float() + eps
@@ -163,8 +161,8 @@ def distances(
     return mean_distance_C.square().mean().sqrt(), log_std_C.square().mean().sqrt()
 
 
-def dead_share(y: Float[Tensor, "N C ..."]) -> Tensor:
-    """The share of the channels of `y` that are nowhere positive, or constant; a scalar in fp32."""
+def dead_fraction(y: Float[Tensor, "N C ..."]) -> Tensor:
+    """Return the fraction of channels of `y` that are nowhere positive or constant, in fp32."""
     low_C, high_C = y.movedim(1, 0).flatten(1).aminmax(dim=1)
     return ((high_C <= 0) | (high_C == low_C)).float().mean()
 

@@ -1,4 +1,4 @@
-"""Ends a run whose loss is no longer a number, or far above a guess's, and remembers the step."""
+"""Stops a run whose loss is NaN, infinite or too high, and records the step."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,27 +9,26 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from bn_lightning.callbacks.steps import step_is_over
+from bn_lightning.callbacks.training_loop import is_last_batch_of_step
 
 
 class DivergenceGuard(Callback):
-    """Stops training when the loss is no number or stays too high: a divergence, which is a result.
+    """Stops training when it diverges: the loss is NaN or infinite, or stays above `max_loss`.
 
-    It has diverged when the loss is NaN or infinite, or, where `max_loss` is given, above it at
-    every look over `patience` steps. `diverged_at` is the step at which that was seen, None before.
-    On the CPU every step is looked at; on an accelerator or several ranks a look waits, so it is
-    every `every_n_steps`. One rank that has diverged ends the run on all of them. Where gradients
-    accumulate, each batch of a step that is looked at counts.
+    `diverged_at` is the step at which the divergence was detected, None before. If gradients
+    accumulate, the callback checks each batch of a step. If one rank diverges, all ranks stop.
 
     Args:
-        every_n_steps: optimiser steps from one look to the next, where a look waits.
-        max_loss: in the unit of the loss; for a classifier a multiple of ln(number of classes), the
-            loss of a guess in nats. None for no such limit.
-        patience: optimiser steps for which the loss may stay above `max_loss`, at least 1.
+        every_n_steps: optimizer steps between two checks on an accelerator or with several ranks,
+            where a check has to synchronize. One process on the CPU checks every step.
+        max_loss: limit in the unit of the loss; None for no limit. A classifier that guesses has
+            the loss ln(number of classes) nats.
+        patience: number of optimizer steps for which the loss has to stay above `max_loss` at every
+            check, at least 1.
 
     Raises:
-        ValueError: an argument out of range; in training, a batch that itself holds NaN or
-            infinity: the data are wrong, not the run.
+        ValueError: If an argument is out of range; in training, if the batch itself has NaN or
+            infinite values, because then the data are wrong.
     """
 
     def __init__(
@@ -38,14 +37,14 @@ class DivergenceGuard(Callback):
         super().__init__()
         for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
             if value < 1:
-                raise ValueError(f"`{name}` expected a positive integer, got {value}")
+                raise ValueError(f"expected `{name}` to be a positive integer, got {value}")
         if max_loss is not None and not math.isfinite(max_loss):
-            raise ValueError(f"`max_loss` expected a finite number or None, got {max_loss}")
+            raise ValueError(f"expected `max_loss` to be a finite number or None, got {max_loss}")
         self.every_n_steps = every_n_steps
         self.max_loss = math.inf if max_loss is None else max_loss
         self.patience = patience
         self.diverged_at: int | None = None
-        self._above_since: int | None = None  # the step before the first with so high a loss
+        self._above_since: int | None = None  # the step before the loss rose above it
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +58,7 @@ class DivergenceGuard(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and self.diverged_at is not None:
-            trainer.should_stop = True  # it was killed after that, and has come to its end
+            trainer.should_stop = True  # the run that wrote the checkpoint had diverged
 
     @override
     def on_train_batch_end(
@@ -67,17 +66,17 @@ class DivergenceGuard(Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is None:
-            return  # a step that was skipped, or one that optimises by hand
-        waits = trainer.world_size > 1 or not loss.is_cpu
-        # The step that the batch belongs to, which may have more batches to come.
-        step = trainer.global_step + (not step_is_over(trainer))
-        if waits and step % self.every_n_steps:
+            return  # a skipped step, or manual optimization
+        synchronizes = trainer.world_size > 1 or not loss.is_cpu
+        # The step of this batch: global_step only counts completed steps.
+        step = trainer.global_step + (not is_last_batch_of_step(trainer))
+        if synchronizes and step % self.every_n_steps:
             return
-        # Lightning has divided the loss by the batches of a step.
+        # Lightning divides the loss by the number of accumulated batches.
         value = loss.item() * trainer.accumulate_grad_batches
         diverged = not math.isfinite(value)
         if diverged:
-            _refuse_bad_inputs(batch, step)
+            _check_inputs(batch, step)
         elif value <= self.max_loss:
             self._above_since = None
         else:
@@ -91,13 +90,13 @@ class DivergenceGuard(Callback):
             trainer.should_stop = True
 
 
-def _refuse_bad_inputs(batch: Any, step: int) -> None:
+def _check_inputs(batch: Any, step: int) -> None:
     values = batch.values() if isinstance(batch, Mapping) else batch
-    for x in (
-        values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]
-    ):
+    if isinstance(values, Tensor) or not isinstance(values, Iterable):
+        values = [values]
+    for x in values:
         if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
             raise ValueError(
-                f"the training batch of step {step} expected finite inputs, got "
-                f"{int((~torch.isfinite(x)).sum())} that are NaN or infinite; clean the data"
+                f"expected the training batch of step {step} to have finite inputs, got "
+                f"{int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the data"
             )

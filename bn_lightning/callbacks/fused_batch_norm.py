@@ -1,4 +1,4 @@
-"""Runs a model that has torch's BatchNorm with this package's, and gives it back as it was."""
+"""Converts and fuses a model's BatchNorms for the duration of a run."""
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,21 +13,21 @@ from bn_lightning.conversion.convert import (
 
 
 class FusedBatchNorm(Callback):
-    """Converts the model's BatchNorms at setup, and gives the model back as it was at the end.
+    """Converts the model's BatchNorms to this package's at setup, and reverts them at the end.
 
-    In fit, validate, test and predict. Parameters, optimisers and the keys of the `state_dict` are
-    the model's own: checkpoints are those of the model without this callback, and load both ways.
-    Says in one line what it did; `conversion` holds all of it, and is None before. Layers that
-    `configure_model` makes come after setup, and are not converted.
+    Works in fit, validate, test and predict. Parameters, optimizers and the keys of the
+    `state_dict` are those of the original model, so checkpoints load with and without this
+    callback. Prints one line about what it converted; the attribute `conversion` has the details
+    (None before setup). Layers that `configure_model` creates after setup are not converted.
 
     Args:
-        fuse: whether to compute BatchNorm in one with the activation or addition that follows it.
-        revert: whether to give the model back at the end, or when an error ends the run. A model
-            that was converted before stays converted.
+        fuse: whether to fuse each BatchNorm with the addition and activation that follow it.
+        revert: whether to revert the model at the end, or after an error. A model that was already
+            converted before stays converted.
         backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
     """
 
-    def __init__(self, fuse: bool = True, revert: bool = True, backend: str = "auto") -> None:
+    def __init__(self, *, fuse: bool = True, revert: bool = True, backend: str = "auto") -> None:
         super().__init__()
         self.fuse = fuse
         self.revert = revert
@@ -37,30 +37,30 @@ class FusedBatchNorm(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # An earlier setup of this callback, not ended: what it converted is still to be reverted.
+        # `_reverts` is still set if an earlier setup of this callback had no teardown.
         self._reverts = self.revert and (self._reverts or not is_converted(pl_module))
         self.conversion = convert_batchnorm(pl_module, fuse=self.fuse, backend=self.backend)
         skipped = self.conversion.skipped
-        said = (
+        message = (
             f"BatchNorm: {len(self.conversion.converted)} converted, {len(self.conversion.fused)} "
-            f"fused, {len(skipped)} left alone"
+            f"fused, {len(skipped)} skipped"
         )
         if skipped:
-            name, why = next(iter(skipped.items()))
-            said += f"; first {name or 'the model itself'}: {why}"
-        rank_zero_info(said)
+            name, reason = next(iter(skipped.items()))
+            message += f"; first {name or 'the model itself'}: {reason}"
+        rank_zero_info(message)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._give_back(pl_module)
+        self._revert(pl_module)
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._give_back(pl_module)
+        self._revert(pl_module)
 
-    def _give_back(self, pl_module: LightningModule) -> None:
+    def _revert(self, pl_module: LightningModule) -> None:
         if self._reverts:
             revert_batchnorm(pl_module)
             self._reverts = False

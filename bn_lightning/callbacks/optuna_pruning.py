@@ -1,4 +1,4 @@
-"""Ends a sweep's trial that is not worth going on with."""
+"""Prunes an unpromising trial of a sweep."""
 
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 class OptunaPruning(Callback):
     """Reports a metric of each validation to the sweep, whose pruner may end the trial there.
 
-    For a process that is a trial of `hydra/sweeper=bn_optuna`, on several ranks as well: the first
-    one reports and asks, and all end together. Anywhere else, and in Lightning's sanity check, it
-    does nothing. Steps are the optimiser's.
+    Works in trials of `hydra/sweeper=bn_optuna`, with several ranks too: the first rank reports,
+    and all ranks stop together. Outside a trial and in Lightning's sanity check it does nothing.
+    The reported steps are optimizer steps.
 
     Args:
-        monitor: name of a metric that every validation logs, the same one that the sweep is for.
+        monitor: name of a metric that every validation logs, the one that the sweep optimizes.
 
     Raises:
-        optuna.TrialPruned: after a validation, on all ranks; the sweeper records it as such.
-        ValueError: a validation did not log `monitor`.
+        optuna.TrialPruned: After a validation, on all ranks; the sweeper records the trial as
+            pruned.
+        ValueError: If a validation does not log `monitor`.
     """
 
     def __init__(self, monitor: str) -> None:
@@ -44,8 +45,9 @@ class OptunaPruning(Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(
-                f"`monitor` expected a metric that is logged in validation, got {self.monitor!r}; "
-                f"there are {', '.join(sorted(trainer.callback_metrics)) or 'none'}"
+                "expected `monitor` to be a metric that validation logs, got "
+                f"{self.monitor!r}; there are "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}"
             )
         pruned = False
         if self._trial is not None:

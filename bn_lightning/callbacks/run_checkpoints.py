@@ -1,4 +1,4 @@
-"""Keeps `best.ckpt` and `last.ckpt`: from the latter a run goes on as if it had never stopped."""
+"""Writes `best.ckpt`, and `last.ckpt`, from which a run resumes bit for bit."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from bn_lightning.callbacks.steps import step_is_over, validation_follows
+from bn_lightning.callbacks.training_loop import is_last_batch_of_step, validation_follows
 from bn_lightning.plugins.checkpoint_io import AtomicCheckpointIO
 from bn_lightning.runs.atomic_write import UNFINISHED
 from bn_lightning.runs.checkpoint import METRICS_KEY
@@ -22,24 +22,24 @@ from bn_lightning.runs.record import logged_numbers
 
 
 class RunCheckpoints(ModelCheckpoint):
-    """Writes `best.ckpt` by a validation metric, and `last.ckpt` for going on.
+    """Writes `best.ckpt` by a validation metric, and `last.ckpt` to resume from.
 
-    `last.ckpt` is written after every validation, when training ends, and when interrupted: while
-    training, SIGINT and SIGTERM wait for the end of the optimiser's step, and of the validation
-    that follows it, so that the checkpoint holds a moment from which the run continues bit for bit;
-    then `bn_lightning.runs.interruption.Interrupted` is raised. A second signal raises it at once.
+    `last.ckpt` is written after every validation, at the end of training, and when the run is
+    interrupted. During training SIGINT and SIGTERM take effect after the current optimizer step and
+    the validation that follows it, so that the run resumes from the checkpoint bit for bit; then
+    `bn_lightning.runs.interruption.Interrupted` is raised. A second signal raises it at once.
 
-    Checkpoints are written by `AtomicCheckpointIO`, unless the Trainer was given another than
-    Lightning's. `last.ckpt` is put in place when everything is logged that belongs to its step, and
-    holds the metrics so far: a process killed at any moment loses no row and no metric.
+    `last.ckpt` gets its name only after everything of its step is logged, and has all metrics so
+    far, so a process that is killed at any time loses no row and no metric. Checkpoints are written
+    by `AtomicCheckpointIO`, unless the Trainer has a checkpoint plugin other than Lightning's.
 
     Args:
-        dirpath: the folder, made when the first checkpoint is written.
-        monitor: name of the logged metric that chooses the best.
-        mode: "max" if more of it is better, "min" if less is.
+        dirpath: folder, created with the first checkpoint.
+        monitor: name of the logged metric that chooses the best checkpoint.
+        mode: "max" if higher values are better, "min" if lower values are.
     """
 
-    # Where the program has an answer of its own to SIGINT and SIGTERM, this is False.
+    # False if the program handles SIGINT and SIGTERM itself.
     handles_signals = True
 
     def __init__(self, dirpath: str | Path, monitor: str, mode: str) -> None:
@@ -49,21 +49,21 @@ class RunCheckpoints(ModelCheckpoint):
             monitor=monitor,
             mode=mode,
             enable_version_counter=False,
-            # Lightning counts an epoch twice that is resumed from its end.
+            # Otherwise Lightning counts an epoch twice when it resumes from the epoch's end.
             save_on_train_epoch_end=False,
         )
         self.last_path = Path(dirpath) / "last.ckpt"
-        self._waiting_path = Path(dirpath) / f".last.ckpt{UNFINISHED}"
-        self._is_waiting = False
+        self._pending_path = Path(dirpath) / f".last.ckpt{UNFINISHED}"
+        self._is_pending = False
         self._last_step_saved = -1
         self._signum: int | None = None
-        self._stopped_by: int | None = None  # what ends the run once last.ckpt is in place
+        self._pending_signum: int | None = None  # raised once last.ckpt is in place
         self._handlers = ExitStack()
 
     @property
     @override
     def state_key(self) -> str:
-        # ModelCheckpoint spells all its settings out, for each hook of each step.
+        # ModelCheckpoint's key formats all its settings, in each hook of each step.
         return "RunCheckpoints"
 
     @override
@@ -74,7 +74,7 @@ class RunCheckpoints(ModelCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning removes what a better one replaces, wherever a stranger's checkpoint says it is.
+        # Lightning deletes the files that these paths name, so paths of another run are ignored.
         own = {os.path.join(str(self.dirpath), "best.ckpt"), ""}
         named = {*state_dict["best_k_models"], state_dict["kth_best_model_path"]}
         if state_dict.get("dirpath") == self.dirpath and named <= own:
@@ -91,26 +91,26 @@ class RunCheckpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._signum = None
-        self._is_waiting = False
-        # Here and not earlier: just before, Lightning puts a handler of its own in front of others.
+        self._is_pending = False
+        # Not earlier, because Lightning installs its own handlers just before this hook.
         if self.handles_signals and threading.current_thread() is threading.main_thread():
-            self._handlers.enter_context(handle_signals(self._note))
+            self._handlers.enter_context(handle_signals(self._on_signal))
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: object
     ) -> None:
-        self._end_waiting(trainer)
+        self._complete_pending(trainer)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        self._stopped_by = self._agreed_signal(trainer)
-        wanted = self._stopped_by is not None or trainer.global_step == trainer.max_steps
-        if wanted and step_is_over(trainer) and not validation_follows(trainer):
-            # From this moment the run can go on, but Lightning logs the step after this hook.
+        self._pending_signum = self._agreed_signal(trainer)
+        wanted = self._pending_signum is not None or trainer.global_step == trainer.max_steps
+        if wanted and is_last_batch_of_step(trainer) and not validation_follows(trainer):
+            # The state is complete here, but Lightning logs the step only after this hook.
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-                trainer.save_checkpoint(self._waiting_path)
-            self._is_waiting = True
+                trainer.save_checkpoint(self._pending_path)
+            self._is_pending = True
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,7 +122,7 @@ class RunCheckpoints(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._handlers.close()
-        self._end_waiting(trainer)
+        self._complete_pending(trainer)
         signum = self._agreed_signal(trainer)
         if signum is not None or self._last_step_saved != trainer.global_step:
             self._save_last(trainer, signum)
@@ -134,13 +134,13 @@ class RunCheckpoints(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._handlers.close()
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
             raise Interrupted(signum)
         self._signum = signum
 
     def _agreed_signal(self, trainer: Trainer) -> int | None:
-        """The signal, the same on every rank: writing a checkpoint is a collective act."""
+        """Return the signal, the same on every rank, because saving is a collective operation."""
         if trainer.world_size == 1:
             return self._signum
         every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]  # 0 for no logs
@@ -151,16 +151,16 @@ class RunCheckpoints(ModelCheckpoint):
     def _save_last(self, trainer: Trainer, signum: int | None) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             trainer.save_checkpoint(self.last_path)
-        self._saved(trainer, signum)
+        self._finish_save(trainer, signum)
 
-    def _end_waiting(self, trainer: Trainer) -> None:
-        if self._is_waiting:
-            self._is_waiting = False
-            if trainer.is_global_zero and self._waiting_path.exists():
-                os.replace(self._waiting_path, self.last_path)
-            self._saved(trainer, self._stopped_by)
+    def _complete_pending(self, trainer: Trainer) -> None:
+        if self._is_pending:
+            self._is_pending = False
+            if trainer.is_global_zero and self._pending_path.exists():
+                os.replace(self._pending_path, self.last_path)
+            self._finish_save(trainer, self._pending_signum)
 
-    def _saved(self, trainer: Trainer, signum: int | None) -> None:
+    def _finish_save(self, trainer: Trainer, signum: int | None) -> None:
         if trainer.is_global_zero and self.last_path.exists():
             make_newest(self.last_path)
         self._last_step_saved = trainer.global_step

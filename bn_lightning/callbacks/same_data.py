@@ -1,4 +1,4 @@
-"""Keeps what tells the data apart in every checkpoint, and refuses to go on with other data."""
+"""Compares the data with those of the checkpoint from which a fit resumes."""
 
 from typing import Any
 
@@ -8,23 +8,23 @@ from typing_extensions import override
 
 
 class ChangedDataError(ValueError):
-    """Other data than those that a checkpoint was made with."""
+    """Raised when a fit resumes with other data than those of its checkpoint."""
 
 
 class SameData(Callback):
-    """Compares the SHA-256 of the data with those in the checkpoint that `fit` goes on from.
+    """Compares the SHA-256 of the data with that in the checkpoint from which `fit` resumes.
 
-    They are those of the data module's `info["sha256"]`, of what it has read: of each file's
-    decompressed payload, or of each table; of an image folder, of the names and sizes of its files
-    (`list_images`). Where a data module has none, or the checkpoint was made without this callback,
-    nothing is compared. Evaluating is free: a checkpoint may be tested on any data.
+    The hashes are the data module's `info["sha256"]`: of the decompressed content of each file, of
+    each table, or of the names and sizes of an image folder's files (`list_images`). The callback
+    compares nothing if the data module or the checkpoint has no hashes. It does not check
+    evaluations: a checkpoint may be tested on any data.
 
     Args:
-        allow_changed: warn instead, and begin the epoch's batches anew: the position among those of
-            other data means nothing.
+        allow_changed: whether to warn instead of raising, and to restart the epoch's batches,
+            because the position in other data has no meaning.
 
     Raises:
-        ChangedDataError: going on, with other data.
+        ChangedDataError: If `fit` resumes with other data.
     """
 
     def __init__(self, allow_changed: bool) -> None:
@@ -54,13 +54,13 @@ class SameData(Callback):
         names = sorted(before.keys() | self._sha256.keys())
         changed = [name for name in names if before.get(name) != self._sha256.get(name)]
         what = (
-            "`ckpt_path` expected the data that the checkpoint was made with, got another"
+            "expected the data of the checkpoint `ckpt_path`, got another"
             f" {', '.join(changed)} (by SHA-256)"
         )
         if not self.allow_changed:
             raise ChangedDataError(
                 f"{what}; restore the data, start a new run, or set resume.allow_changed_data=true"
             )
-        rank_zero_warn(f"{what}; as allow_changed_data is true, the epoch's batches begin anew")
-        # Lightning then begins with the loader's first batch.
+        rank_zero_warn(f"{what}; restarting the epoch's batches, as allow_changed_data=true")
+        # Makes Lightning start with the first batch.
         checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = []

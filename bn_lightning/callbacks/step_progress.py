@@ -1,4 +1,4 @@
-"""A progress bar over the whole run: loss, accuracy and steps per second."""
+"""A progress bar over all training steps."""
 
 import math
 
@@ -8,27 +8,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
-SHOWN = {"loss": "train/loss", "accuracy": "train/accuracy", "val": "val/accuracy"}
+DISPLAYED_METRICS = {"loss": "train/loss", "accuracy": "train/accuracy", "val": "val/accuracy"}
 
 
 class StepProgress(ProgressBar):
-    """One Rich bar from the first step to the last; nothing where there is no terminal.
+    """One Rich progress bar for the whole training; nothing without a terminal.
 
-    Shows `train/loss` (nats), `train/accuracy` and `val/accuracy` (in [0, 1]) as last logged, and
-    the mean number of steps per second since the start.
+    Shows the last logged values of `train/loss` (nats), `train/accuracy` and `val/accuracy` (in
+    [0, 1]), and the mean number of steps per second since the start.
 
     Args:
         refresh_every_n_steps: steps between two updates of the bar, at least 1.
 
     Raises:
-        ValueError: it is less.
+        ValueError: If `refresh_every_n_steps` is below 1.
     """
 
     def __init__(self, refresh_every_n_steps: int) -> None:
         super().__init__()
         if refresh_every_n_steps < 1:
             raise ValueError(
-                f"`refresh_every_n_steps` expected a positive integer, got {refresh_every_n_steps}"
+                "expected `refresh_every_n_steps` to be a positive integer, got "
+                f"{refresh_every_n_steps}"
             )
         self.refresh_every_n_steps = refresh_every_n_steps
         self._enabled = True
@@ -48,7 +49,7 @@ class StepProgress(ProgressBar):
         if not (self._enabled and console.is_terminal):
             return
         self._progress = Progress(
-            BarColumn(bar_width=10),  # the whole line fits 80 columns
+            BarColumn(bar_width=10),  # so that the line fits 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
@@ -85,7 +86,7 @@ class StepProgress(ProgressBar):
             return
         elapsed = self._progress.tasks[0].elapsed
         numbers = []
-        for label, name in SHOWN.items():
+        for label, name in DISPLAYED_METRICS.items():
             if name in trainer.callback_metrics:
                 numbers.append(f"{label} {trainer.callback_metrics[name]:.3f}")
         if elapsed:

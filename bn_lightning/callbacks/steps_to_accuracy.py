@@ -1,4 +1,4 @@
-"""After how many steps a validation accuracy was first reached: the paper's measure of speed."""
+"""The number of steps to reach an accuracy, the paper's measure of training speed."""
 
 from typing import Any
 
@@ -7,28 +7,26 @@ from typing_extensions import override
 
 
 class StepsToAccuracy(Callback):
-    """Notes the step of the first validation whose accuracy is at least `threshold`.
+    """Logs the step of the first validation whose accuracy is at least `threshold`.
 
-    Logs at the end of every training epoch, and of training, once it was reached:
-        `val/steps_to_72.2`: optimiser steps, for a `threshold` of .722 and a `monitor` that begins
-        with `val/`. It is known to within the steps from one validation to the next.
-
-    Never reached, it is not logged.
+    Logs, at the end of every training epoch after the threshold is reached:
+        `val/steps_to_72.2`: optimizer steps, for threshold 0.722 and a `monitor` that starts with
+            `val/`. Its resolution is the interval between validations.
 
     Args:
-        threshold: share of correct answers, in (0, 1].
-        monitor: name of the logged accuracy, as `val/accuracy`.
+        threshold: accuracy to reach, in (0, 1].
+        monitor: name of the logged accuracy, e.g. `val/accuracy`.
 
     Raises:
-        ValueError: a threshold out of range; after a validation, an accuracy that nobody logged.
+        ValueError: If `threshold` is out of range; after a validation, if `monitor` is not logged.
 
-    Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 3, with Inception's best, 72.2%.
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 3, with Inception's best accuracy, 72.2%.
     """
 
     def __init__(self, threshold: float, monitor: str) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
-            raise ValueError(f"`threshold` expected a number in (0, 1], got {threshold}")
+            raise ValueError(f"expected `threshold` to be in (0, 1], got {threshold}")
         self.threshold = threshold
         self.monitor = monitor
         split = monitor.rpartition("/")[0]
@@ -50,8 +48,8 @@ class StepsToAccuracy(Callback):
         accuracy = trainer.callback_metrics.get(self.monitor)
         if accuracy is None:
             raise ValueError(
-                f"`monitor` expected one of {', '.join(trainer.callback_metrics) or 'no metric'}, "
-                f"got {self.monitor!r}"
+                "expected `monitor` to be one of "
+                f"{', '.join(trainer.callback_metrics) or 'no metrics'}, got {self.monitor!r}"
             )
         if accuracy >= self.threshold:
             self.reached_at = trainer.global_step
@@ -59,5 +57,5 @@ class StepsToAccuracy(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.reached_at is not None:
-            # Of one value on all ranks; without sync_dist Lightning would warn that it is not.
+            # The value is the same on all ranks; sync_dist only avoids a warning.
             pl_module.log(self.name, float(self.reached_at), sync_dist=True)

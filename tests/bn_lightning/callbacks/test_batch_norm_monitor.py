@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bn_lightning
 from bn_lightning.callbacks import BatchNormMonitor
-from bn_lightning.callbacks.batch_norm_monitor import dead_share, distances
+from bn_lightning.callbacks.batch_norm_monitor import dead_fraction, distances
 from bn_lightning.data.batches import TensorBatches
 
 pytestmark = [
@@ -285,7 +285,7 @@ class TestDeadShare:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_by_hand(self, name: str, dtype: torch.dtype) -> None:
         values, dead = self.CHANNELS[name]
-        got = dead_share(torch.tensor(values, dtype=dtype)[:, None])
+        got = dead_fraction(torch.tensor(values, dtype=dtype)[:, None])
         assert got.dtype == torch.float32
         assert got.item() == dead
 
@@ -293,7 +293,7 @@ class TestDeadShare:
     def test_a_channel_is_dead_over_batch_and_space(self, space: tuple[int, ...]) -> None:
         y = -torch.rand(4, 5, *space) - 0.1
         y[1, 2] = y[3, 4] = 1.0
-        assert dead_share(y).item() == pytest.approx(3 / 5)
+        assert dead_fraction(y).item() == pytest.approx(3 / 5)
 
 
 class TestNumbers:
@@ -629,6 +629,6 @@ class TestRefused:
     )
     def test_no_batch_norm_is_said(self, tmp_path: Path, make: Callable[[], nn.Module]) -> None:
         module = Module(make())
-        with pytest.raises(ValueError, match="BatchNormMonitor.*Module without one; leave"):
+        with pytest.raises(ValueError, match="BatchNormMonitor.*Module without one"):
             fit(tmp_path, module, BatchNormMonitor(3))
         assert not module.losses

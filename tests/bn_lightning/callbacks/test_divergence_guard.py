@@ -166,14 +166,12 @@ class TestMaxLoss:
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
     def test_it_is_finite(self, value: float) -> None:
-        with pytest.raises(ValueError, match="`max_loss` expected a finite number or None, got"):
+        with pytest.raises(ValueError, match="`max_loss`.*finite"):
             DivergenceGuard(every_n_steps=1, max_loss=value)
 
     @pytest.mark.parametrize("value", [0, -5])
     def test_patience_is_positive(self, value: int) -> None:
-        with pytest.raises(
-            ValueError, match=f"`patience` expected a positive integer, got {value}"
-        ):
+        with pytest.raises(ValueError, match=f"`patience`.*positive integer, got {value}"):
             DivergenceGuard(every_n_steps=1, max_loss=1.0, patience=value)
 
 
@@ -206,7 +204,7 @@ class TestData:
         spoiled = torch.tensor([1.0, value, value])
         data = loader((torch.ones(3), torch.tensor(1)), (spoiled, torch.tensor(1)))
         guard = DivergenceGuard(every_n_steps=1)
-        with pytest.raises(ValueError, match="batch of step 2 expected finite inputs, got 2"):
+        with pytest.raises(ValueError, match="batch of step 2.*finite inputs, got 2"):
             fit(tmp_path, guard, Losses(1.0, math.nan), data)
 
     @pytest.mark.parametrize(

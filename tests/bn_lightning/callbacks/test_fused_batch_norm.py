@@ -150,19 +150,19 @@ class TestRuns:
         assert callback.conversion is not None
         assert callback.conversion.fused == ("stem.1", "block.bn1", "block.bn2")
 
-    def test_it_says_what_it_did_in_one_line(self, tmp_path: Path, caplog) -> None:
+    def test_the_message_is_one_line(self, tmp_path: Path, caplog) -> None:
         with caplog.at_level("INFO"):
             trainer(tmp_path, FusedBatchNorm(), fast_dev_run=True).fit(model(), loader())
         lines = [m for m in caplog.messages if m.startswith("BatchNorm")]
-        assert lines == ["BatchNorm: 3 converted, 3 fused, 0 left alone"]
+        assert lines == ["BatchNorm: 3 converted, 3 fused, 0 skipped"]
 
-    def test_it_says_why_a_layer_is_left_alone(self, tmp_path: Path, caplog) -> None:
+    def test_the_message_has_the_reason_for_a_skipped_layer(self, tmp_path: Path, caplog) -> None:
         odd = model()
         odd.stem[1].forward = lambda x: x
         with caplog.at_level("INFO"):
             trainer(tmp_path, FusedBatchNorm(), fast_dev_run=True).fit(odd, loader())
         (line,) = [m for m in caplog.messages if m.startswith("BatchNorm")]
-        assert line.endswith("1 left alone; first stem.1: the instance has a forward of its own")
+        assert line.endswith("1 skipped; first stem.1: the instance has its own forward")
 
     def test_without_fusion(self, tmp_path: Path, fused_calls: list[bool]) -> None:
         callback = FusedBatchNorm(fuse=False, backend="native")
@@ -172,7 +172,7 @@ class TestRuns:
     def test_a_model_without_batch_norm(self, tmp_path: Path) -> None:
         a = model()
         a.stem[1], a.block = nn.Identity(), nn.ReLU()
-        with pytest.warns(UserWarning, match="with BatchNorm, found none in Model"):
+        with pytest.warns(UserWarning, match="`model`.*BatchNorm, got Model"):
             trainer(tmp_path, FusedBatchNorm()).fit(a, loader(1))
         assert len(a.losses) == 2
 

@@ -736,7 +736,7 @@ class TestErrors:
         message = {
             "forward": "shapes cannot be multiplied",
             "loader": "no third batch",
-            "empty": "PreciseBatchNorm expected a loader with a batch",
+            "empty": "PreciseBatchNorm.*got none",
         }
         callbacks = (Around(), PreciseBatchNorm(1000, when, own))  # type: ignore[arg-type]
         with pytest.raises((RuntimeError, ValueError), match=message[where]):
@@ -749,11 +749,11 @@ class TestErrors:
 
 class TestRefused:
     def test_too_few_samples(self) -> None:
-        with pytest.raises(ValueError, match="`num_samples` expected at least 2, got 1"):
+        with pytest.raises(ValueError, match="`num_samples`.*at least 2, got 1"):
             PreciseBatchNorm(1)
 
     def test_another_time(self) -> None:
-        with pytest.raises(ValueError, match="`when` expected one of validation, end, got 'now'"):
+        with pytest.raises(ValueError, match="`when`.*validation or end, got 'now'"):
             PreciseBatchNorm(10, "now")  # type: ignore[arg-type]
 
     LOADERS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -770,7 +770,7 @@ class TestRefused:
     def test_loaders_that_cannot_be_read_meanwhile(self, tmp_path: Path, kind: str) -> None:
         make, message = self.LOADERS[kind]
         module = Module(mlp())
-        with pytest.raises(ValueError, match=f"PreciseBatchNorm.*{message}; pass a `dataloader`"):
+        with pytest.raises(ValueError, match=f"PreciseBatchNorm.*{message}.*`dataloader`"):
             fit(tmp_path, module, PreciseBatchNorm(6), train=make(), limit_train_batches=2)
         assert not module.losses
 

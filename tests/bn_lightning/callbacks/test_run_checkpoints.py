@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from bn_lightning import Classifier
 from bn_lightning.callbacks import RunCheckpoints
-from bn_lightning.callbacks.steps import validation_follows
+from bn_lightning.callbacks.training_loop import validation_follows
 from bn_lightning.data.batches import TensorBatches
 from bn_lightning.runs.interruption import SIGNALS, Interrupted
 

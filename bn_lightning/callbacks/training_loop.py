@@ -1,18 +1,18 @@
-"""Where a Trainer stands when a training batch has ended."""
+"""State of a Trainer's loop in `on_train_batch_end`."""
 
 from lightning.pytorch import Trainer
 
 
-def step_is_over(trainer: Trainer) -> bool:
-    """Whether the batch that has just ended was the last of its optimiser step."""
+def is_last_batch_of_step(trainer: Trainer) -> bool:
+    """Return whether the batch that has just ended completed an optimizer step."""
     batches = trainer.fit_loop.batch_idx + 1
     return batches % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether the Trainer validates after the training batch that has just ended.
+    """Return whether the Trainer validates after the training batch that has just ended.
 
-    Not known beforehand, and taken for no, where `val_check_interval` is a time.
+    False if `val_check_interval` is a time, because the answer is not known in advance.
     """
     if not trainer.enable_validation or trainer.val_check_batch is None:
         return False
@@ -28,6 +28,6 @@ def validation_follows(trainer: Trainer) -> bool:
 
 
 def _may_stop_early(trainer: Trainer) -> bool:
-    """Whether `min_epochs` and `min_steps` are reached, before which `should_stop` has to wait."""
+    """Return whether `min_epochs` and `min_steps` allow `should_stop` to take effect."""
     enough_epochs = not trainer.min_epochs or trainer.current_epoch >= trainer.min_epochs
     return enough_epochs and (not trainer.min_steps or trainer.global_step >= trainer.min_steps)
