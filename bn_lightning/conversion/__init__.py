@@ -1,1 +1,1 @@
-"""Exchanging the BatchNorms of any model for this project's, fusing and folding them."""
+"""Conversion of any model's BatchNorms to this package's, with fusion and folding."""

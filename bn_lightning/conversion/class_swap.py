@@ -1,9 +1,9 @@
-"""A module's class, and attributes that go with it, exchanged in place and given back.
+"""Swaps the class of a module in place, and restores it.
 
-Parameters, buffers, hooks, flags and the module's identity stay, so that an optimiser built before,
-a module shared by two parents and a checkpoint notice nothing.
+Parameters, buffers, hooks, flags and the module's identity stay. An optimizer that was created
+before, a module with two parents and a checkpoint are not affected.
 
-Several exchanges may lie over each other, each under its own key, and end in any order.
+Several swaps may be active at once, each under its own key, and may end in any order.
 """
 
 from dataclasses import dataclass, replace
@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import nn
 
-_STACK = "_exchanges"  # an attribute of the module: its exchanges, oldest first
+_SWAPS = "_class_swaps"  # attribute of a module: its active swaps, oldest first
 
 
 @dataclass(frozen=True)
-class _Exchange:
-    """What is given back when an exchange ends.
+class _Swap:
+    """What is restored when a swap ends.
 
     Attributes:
-        key: who exchanged.
-        cls: the class before.
-        attributes: name -> a tuple with the value before, empty if there was none.
+        key: identifies the caller.
+        cls: the class before the swap.
+        attributes: name -> tuple with the value before the swap, empty if there was none.
     """
 
     key: str
@@ -29,89 +29,87 @@ class _Exchange:
     attributes: dict[str, tuple[Any, ...]]
 
 
-def exchange_class(
-    module: nn.Module, new_class: type[nn.Module], key: str, **attributes: Any
-) -> None:
-    """Makes `module` a `new_class`, until `restore_class` is called with the same key.
+def swap_class(module: nn.Module, new_class: type[nn.Module], key: str, **attributes: Any) -> None:
+    """Set the class of `module` to `new_class` until `restore_class` is called with the same key.
 
     Args:
-        module: of a class with the same attributes as `new_class`.
-        new_class: reads all it needs beyond them from `attributes` and from class attributes.
-        key: who exchanges.
-        attributes: of the instance, neither parameters nor buffers, set until then.
+        module: has all attributes that `new_class` needs besides `attributes`.
+        new_class: the new class.
+        key: identifies the caller.
+        attributes: instance attributes to set until then; no parameters or buffers.
 
     Raises:
-        ValueError: the class is already exchanged under `key`.
+        ValueError: If the class is already swapped under `key`.
     """
-    if is_exchanged(module, key):
-        raise ValueError(f"expected a module not yet exchanged under {key!r}, got {module}")
+    if is_swapped(module, key):
+        raise ValueError(f"expected `module` not to be swapped under {key!r} yet, got {module}")
     state = module.__dict__
     before = {name: (state[name],) if name in state else () for name in attributes}
-    state[_STACK] = [*_exchanges(module), _Exchange(key, type(module), before)]
+    state[_SWAPS] = [*_swaps(module), _Swap(key, type(module), before)]
     state.update(attributes)
     module.__class__ = new_class
 
 
-def set_exchanged(module: nn.Module, key: str, name: str, value: Any) -> None:
-    """Changes an attribute that `exchange_class` set under `key`, below those set since."""
-    stack = _exchanges(module)
-    _give(module, stack[_place(module, key) + 1 :], name, (value,))
+def set_swapped_attribute(module: nn.Module, key: str, name: str, value: Any) -> None:
+    """Change an attribute that `swap_class` set under `key`; later swaps still override it."""
+    _set_below(module, _swaps(module)[_index(module, key) + 1 :], name, (value,))
 
 
 def replace_class(
     module: nn.Module, old_class: type[nn.Module], new_class: type[nn.Module]
 ) -> None:
-    """Puts `new_class` where `old_class` is: the module's class, or one to be given back."""
+    """Replace `old_class` by `new_class`, as the module's class or as one to restore later."""
     if type(module) is old_class:
         module.__class__ = new_class
-    if _STACK in module.__dict__:
-        module.__dict__[_STACK] = [
-            replace(e, cls=new_class) if e.cls is old_class else e for e in _exchanges(module)
+    if _SWAPS in module.__dict__:
+        module.__dict__[_SWAPS] = [
+            replace(swap, cls=new_class) if swap.cls is old_class else swap
+            for swap in _swaps(module)
         ]
 
 
-def is_exchanged(module: nn.Module, key: str) -> bool:
-    """Returns whether the class of `module` is exchanged under `key`."""
-    return any(exchange.key == key for exchange in _exchanges(module))
+def is_swapped(module: nn.Module, key: str) -> bool:
+    """Return whether the class of `module` is swapped under `key`."""
+    return any(swap.key == key for swap in _swaps(module))
 
 
 def restore_class(module: nn.Module, key: str) -> bool:
-    """Takes the exchange under `key` back; others over it stay.
+    """End the swap under `key`; later swaps stay active.
 
     Returns:
         Whether there was one.
     """
-    if not is_exchanged(module, key):
+    if not is_swapped(module, key):
         return False
-    stack = _exchanges(module)
-    at = _place(module, key)
-    ended = stack.pop(at)
-    if at == len(stack):
+    swaps = _swaps(module)
+    index = _index(module, key)
+    ended = swaps.pop(index)
+    if index == len(swaps):
         module.__class__ = ended.cls
     else:
-        stack[at] = replace(stack[at], cls=ended.cls)
+        swaps[index] = replace(swaps[index], cls=ended.cls)
     for name, value in ended.attributes.items():
-        _give(module, stack[at:], name, value)
-    if stack:
-        module.__dict__[_STACK] = stack
+        _set_below(module, swaps[index:], name, value)
+    if swaps:
+        module.__dict__[_SWAPS] = swaps
     else:
-        del module.__dict__[_STACK]
+        del module.__dict__[_SWAPS]
     return True
 
 
-def _exchanges(module: nn.Module) -> list[_Exchange]:
-    return list(module.__dict__.get(_STACK, ()))
+def _swaps(module: nn.Module) -> list[_Swap]:
+    return list(module.__dict__.get(_SWAPS, ()))
 
 
-def _place(module: nn.Module, key: str) -> int:
-    return [exchange.key for exchange in _exchanges(module)].index(key)
+def _index(module: nn.Module, key: str) -> int:
+    return [swap.key for swap in _swaps(module)].index(key)
 
 
-def _give(module: nn.Module, above: list[_Exchange], name: str, value: tuple[Any, ...]) -> None:
-    """Sets an attribute, or has the next exchange above that holds it give it back later."""
-    for exchange in above:
-        if name in exchange.attributes:
-            exchange.attributes[name] = value
+def _set_below(module: nn.Module, later: list[_Swap], name: str, value: tuple[Any, ...]) -> None:
+    """Set an attribute, or let the first later swap that overrides it restore the value."""
+    for swap in later:
+        if name in swap.attributes:
+            swap.attributes[name] = value
             return
     if value:
         module.__dict__[name] = value[0]

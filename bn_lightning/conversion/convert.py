@@ -1,7 +1,7 @@
-"""Every BatchNorm of a model exchanged for this package's, in place, and given back.
+"""Converts every BatchNorm of a model to this package's, in place, and reverts it.
 
-Only classes change (class_swap.py): parameters, buffers, hooks, flags and the modules themselves
-stay, so that an optimiser built before, a shared module and a checkpoint notice nothing.
+Only classes change (class_swap.py). Parameters, buffers, hooks, flags and the modules themselves
+stay, so an optimizer that was created before, a shared module and a checkpoint are not affected.
 """
 
 import warnings
@@ -13,38 +13,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bn_lightning.conversion.class_swap import (
-    exchange_class,
-    is_exchanged,
+    is_swapped,
     replace_class,
     restore_class,
-    set_exchanged,
+    set_swapped_attribute,
+    swap_class,
 )
-from bn_lightning.conversion.fusion import fuse as fuse_model
-from bn_lightning.conversion.fusion import is_fused, unfuse
+from bn_lightning.conversion.fusion import fuse_model, is_fused, unfuse_model
 from bn_lightning.conversion.fusion.fused_call import is_fusable
 from bn_lightning.conversion.tracing import has_own_forward
 from bn_lightning.kernels.checks import check_backend
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 _KEY = "convert"
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+_OUR_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
-_LAZY = {nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d}
+_TORCH_CLASSES = {ours: theirs for theirs, ours in _OUR_CLASSES.items()}
+_LAZY_CLASSES = {nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d}
+_CLASS_ATTRIBUTES = {"__dict__", "__weakref__", "__module__", "__doc__"}  # of every class
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_batchnorm` made of a model; modules by their names in it.
+    """What `convert_batchnorm` did to a model; names are those of modules in the model.
 
     Attributes:
-        converted: the BatchNorms that are this package's now, and were torch's.
-        fused: those whose addition or activation is computed with them, at one call at least.
-        skipped: what was left alone, and why: BatchNorms that were not converted, and, with `fuse`,
-            those that were not fused with what follows them, or not at every call.
+        converted: the BatchNorms that were torch's and are now this package's.
+        fused: those that at least one call computes together with the addition or activation.
+        skipped: name -> reason, for BatchNorms that were not converted and, with `fuse`, for those
+            that at least one call does not fuse with the addition or activation after it.
     """
 
     converted: tuple[str, ...]
@@ -54,43 +54,42 @@ class Conversion:
     def __str__(self) -> str:
         lines = [f"{len(self.converted)} BatchNorms converted, {len(self.fused)} of them fused"]
         if self.skipped:
-            lines[0] += f", {len(self.skipped)} left alone:"
-        return "\n".join(
-            lines + [f"  {name or 'root'}: {why}" for name, why in self.skipped.items()]
-        )
+            lines[0] += f", {len(self.skipped)} skipped:"
+        lines += [f"  {name or 'root'}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
 
 
 def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "auto") -> Conversion:
-    """Makes every BatchNorm of a model this package's, in place; `revert_batchnorm` undoes it.
+    """Convert every BatchNorm of a model to this package's, in place; `revert_batchnorm` undoes it.
 
-    Parameters and buffers are the same objects afterwards, and so are the modules; hooks, flags,
-    parametrisations and the keys of the `state_dict` stay. LazyBatchNorm becomes this package's
-    when it learns its size. Converting again brings the model to what this call asks for.
+    The modules, their parameters and buffers stay the same objects; hooks, flags, parametrizations
+    and the keys of the `state_dict` stay too. A LazyBatchNorm becomes this package's when it learns
+    its size. Converting a model again applies the new arguments.
 
-    With `fuse`, BatchNorm is computed in one with an activation or an addition that follows it, in
-    nn.Sequential and in forwards that torch.fx can trace (see `bn_lightning.conversion.fusion`).
-    Hooks that are there are respected, hooks added later as well. Shallow copies of a fused module,
-    which nn.DataParallel makes, are not supported; deep copies and pickles are.
+    With `fuse`, a BatchNorm is computed together with the addition or activation that follows it,
+    in nn.Sequential and in forwards that torch.fx can trace (see `bn_lightning.conversion.fusion`).
+    Hooks keep working, including those added later. A fused module can be deep-copied and pickled,
+    but not copied shallowly, as nn.DataParallel does.
 
     Args:
-        model: any module; may be a BatchNorm itself.
+        model: any module, also a BatchNorm itself.
         fuse: whether to fuse as well.
         backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
 
     Returns:
-        What was converted, fused, and left alone, and why. Left alone are nn.SyncBatchNorm and
-        subclasses of torch's BatchNorm, whose own forwards would be lost.
+        What was converted, fused and skipped, and why. nn.SyncBatchNorm and subclasses of torch's
+        BatchNorm are skipped because their own forwards would be lost.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: an unknown backend.
+        TypeError: If `model` is not a module.
+        ValueError: If the backend is unknown.
 
     Warns:
-        UserWarning: the model has no BatchNorm.
+        UserWarning: If the model has no BatchNorm.
     """
     _check_model(model)
     check_backend(backend)
-    unfuse(model)
+    unfuse_model(model)
     converted: list[str] = []
     skipped: dict[str, str] = {}
     found = False
@@ -100,58 +99,58 @@ def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "a
         found = True
         if not _is_converted(module):
             if is_fusable(module):
-                continue  # made by this package
-            why = _why_not(module)
-            if why is not None:
-                skipped[name] = why
+                continue  # created as this package's
+            reason = _reason_not_converted(module)
+            if reason is not None:
+                skipped[name] = reason
                 continue
-            _exchange(module)
-        if is_exchanged(module, _KEY):
-            set_exchanged(module, _KEY, "backend", backend)
+            _convert(module)
+        if is_swapped(module, _KEY):
+            set_swapped_attribute(module, _KEY, "backend", backend)
         else:
-            module.__dict__["backend"] = backend  # a lazy one
+            module.__dict__["backend"] = backend  # LazyBatchNorm
         converted.append(name)
-        if fuse and type(module) in _LAZY:
-            skipped[name] = "it has no size yet; to fuse it, convert again after a first batch"
+        if fuse and type(module) in _LAZY_CLASSES:
+            skipped[name] = "it has no size yet; to fuse it, convert again after the first batch"
     if not found:
         warnings.warn(
-            f"expected a model with BatchNorm, found none in {type(model).__name__}: nothing was "
-            f"converted",
+            f"expected `model` to have BatchNorm, got {type(model).__name__} without; nothing was"
+            " converted",
             stacklevel=2,
         )
     fused: list[str] = []
     if fuse:
-        fused, left = fuse_model(model)
-        skipped |= left
+        fused, not_fused = fuse_model(model)
+        skipped |= not_fused
     return Conversion(tuple(converted), tuple(fused), skipped)
 
 
 def revert_batchnorm(model: nn.Module) -> tuple[str, ...]:
-    """Gives a model its own BatchNorms and forwards back, in place.
+    """Restore a model's own BatchNorms and forwards, in place.
 
-    Parameters and buffers keep their values. What was never converted stays as it is.
+    Parameters and buffers keep their values. Modules that were never converted do not change.
 
     Args:
         model: any module.
 
     Returns:
-        The names of the BatchNorms that were given back.
+        The names of the BatchNorms that were reverted.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: If `model` is not a module.
     """
     _check_model(model)
-    unfuse(model)
+    unfuse_model(model)
     reverted = []
     for name, module in model.named_modules():
         if _is_converted(module):
-            _give_back(module)
+            _revert(module)
             reverted.append(name)
     return tuple(reverted)
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Returns whether there is something for `revert_batchnorm` to give back."""
+    """Return whether `revert_batchnorm` would change the model."""
     return any(_is_converted(module) or is_fused(module) for module in model.modules())
 
 
@@ -161,61 +160,57 @@ def _check_model(model: Any) -> None:
 
 
 def _is_converted(module: nn.Module) -> bool:
-    return is_exchanged(module, _KEY) or "cls_to_become" in module.__dict__
+    return is_swapped(module, _KEY) or "cls_to_become" in module.__dict__
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """Says why a BatchNorm is left alone."""
+def _reason_not_converted(module: nn.Module) -> str | None:
     cls = type(module)
-    if cls in _LAZY:
+    if cls in _LAZY_CLASSES:
         return None
     if isinstance(module, nn.SyncBatchNorm):
         return (
-            "nn.SyncBatchNorm synchronises by itself; use torch's plain BatchNorm with Lightning's "
-            "plugin bn_lightning.FusedSyncBatchNorm to have both"
+            "nn.SyncBatchNorm synchronizes by itself; for both, use torch's plain BatchNorm with"
+            " the Lightning plugin bn_lightning.FusedSyncBatchNorm"
         )
     if has_own_forward(module):
-        return "the instance has a forward of its own"
-    if parametrize.type_before_parametrizations(module) not in _OURS:
-        return f"{cls.__module__}.{cls.__qualname__} is not torch's, and may do something else"
+        return "the instance has its own forward"
+    if parametrize.type_before_parametrizations(module) not in _OUR_CLASSES:
+        return f"{cls.__module__}.{cls.__qualname__} is not torch's, and may compute something else"
     return None
 
 
-def _exchange(module: Any) -> None:
-    if type(module) in _LAZY:
-        # What torch's lazy modules become when they learn their size.
-        module.cls_to_become = _OURS[type(module).cls_to_become]
+def _convert(module: Any) -> None:
+    if type(module) in _LAZY_CLASSES:
+        # The class that torch gives a lazy module when it learns its size.
+        module.cls_to_become = _OUR_CLASSES[type(module).cls_to_become]
     else:
-        ours = _OURS[parametrize.type_before_parametrizations(module)]
-        exchange_class(module, _parametrized_like(type(module), ours), _KEY, backend="auto")
+        ours = _OUR_CLASSES[parametrize.type_before_parametrizations(module)]
+        swap_class(module, _parametrized_like(type(module), ours), _KEY, backend="auto")
 
 
-def _give_back(module: nn.Module) -> None:
+def _revert(module: nn.Module) -> None:
     if "cls_to_become" in module.__dict__:
         ours = module.__dict__.pop("cls_to_become")
         module.__dict__.pop("backend")
-        replace_class(module, ours, _TORCHS[ours])
+        replace_class(module, ours, _TORCH_CLASSES[ours])
         return
-    present = type(module)
+    converted = type(module)
     restore_class(module, _KEY)
-    before = type(module)
-    # Parametrisations came or went meanwhile, and they are kept in the class.
-    if before is not present and _parametrized(before) != _parametrized(present):
-        plain = before.__bases__[0] if _parametrized(before) else before
-        module.__class__ = _parametrized_like(present, plain)
+    restored = type(module)
+    # Parametrizations, which torch stores in the class, were added or removed meanwhile.
+    if restored is not converted and _parametrized(restored) != _parametrized(converted):
+        plain = restored.__bases__[0] if _parametrized(restored) else restored
+        module.__class__ = _parametrized_like(converted, plain)
 
 
 def _parametrized(cls: type[nn.Module]) -> set[str]:
-    """The names of the tensors that a class of torch.nn.utils.parametrize computes."""
+    """Return the names of the tensors that are parametrized in a class."""
     return {name for name, value in vars(cls).items() if isinstance(value, property)}
 
 
 def _parametrized_like(cls: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """Makes of `base` what torch.nn.utils.parametrize made of the base of `cls`, if it did."""
+    """Return `base`, as a parametrized subclass if `cls` is parametrized."""
     if not _parametrized(cls):
         return base
-    body = {name: value for name, value in vars(cls).items() if name not in _OF_EVERY_CLASS}
+    body = {name: value for name, value in vars(cls).items() if name not in _CLASS_ATTRIBUTES}
     return type(f"Parametrized{base.__name__}", (base,), body)
-
-
-_OF_EVERY_CLASS = {"__dict__", "__weakref__", "__module__", "__doc__"}

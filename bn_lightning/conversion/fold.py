@@ -1,11 +1,11 @@
-"""BatchNorms of a trained model folded into the convolutions and linear layers before them.
+"""Folds the BatchNorms of a trained model into the convolutions and linear layers before them.
 
     bn(W x + b) = W' x + b',  W' = s W,  b' = s (b - running_mean) + bn.bias,
     s = bn.weight / sqrt(running_var + eps)
 
-in evaluation, by torch's own torch.nn.utils.fusion. The layers and their weights change, so a fold
-must hold for the whole model: both layers are called once, by a forward that is known, one right
-after the other. What every other forward around them does has to be known as well.
+This holds in evaluation and uses torch.nn.utils.fusion. Folding changes the layer and its weights,
+so it must be valid wherever the model uses them: one traceable forward calls both layers, once
+each, with the BatchNorm directly after the layer, and all other forwards around them are traceable.
 """
 
 import copy
@@ -37,53 +37,52 @@ from bn_lightning.modules.sync_batch_norm import (
 
 logger = logging.getLogger(__name__)
 
-_NORMS = {
+_FOLDABLE_NORMS = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
     *(SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d),
 }
-_TRANSPOSED = {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
-_LAYERS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d} | _TRANSPOSED
+_TRANSPOSED_CONVS = {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
+_FOLDABLE_LAYERS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d} | _TRANSPOSED_CONVS
 
 
 @dataclass(frozen=True)
 class Folding:
-    """What `fold_batchnorm` does to a model; modules by their names in it.
+    """What `fold_batchnorm` does to a model; names are those of modules in the model.
 
     Attributes:
-        folded: for each BatchNorm that is folded, the layer that takes it in.
-        skipped: for each that is left alone, why.
+        folded: name of each folded BatchNorm -> name of the layer it is folded into.
+        skipped: name of each other BatchNorm -> reason.
     """
 
     folded: dict[str, str]
     skipped: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.folded)} BatchNorms folded, {len(self.skipped)} left alone"]
-        return "\n".join(
-            lines + [f"  {name or 'root'}: {why}" for name, why in self.skipped.items()]
-        )
+        lines = [f"{len(self.folded)} BatchNorms folded, {len(self.skipped)} skipped"]
+        lines += [f"  {name or 'root'}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """Makes a copy of a model for inference, with BatchNorms folded into the layers before them.
+    """Return a copy of a model for inference, with BatchNorms folded into the layers before them.
 
-    In the copy the layer has new weights and a bias, and the BatchNorm is a module that computes
-    nothing, or only the activation in which it ended. What is folded is logged at level INFO;
-    `find_foldable` tells beforehand.
+    In the copy the layer has new weights and a bias. The BatchNorm is replaced by a module that
+    computes nothing, or only the BatchNorm's activation. What is folded is logged at level INFO;
+    `find_foldable` returns it without folding.
 
     Args:
-        model: stays as it is; converted and fused ones are taken as what they were before.
+        model: not modified. Converted and fused BatchNorms are reverted in the copy.
 
     Returns:
-        A copy of the model in evaluation mode, with torch's BatchNorms where some are left. It must
-        not be trained: without its BatchNorms it is another model.
+        A copy of the model in evaluation mode. BatchNorms that are not folded are torch's. Do not
+        train the copy, because its folded BatchNorms no longer normalize.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: If `model` is not a module.
 
     Warns:
-        UserWarning: nothing could be folded.
+        UserWarning: If nothing can be folded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected `model` to be a torch.nn.Module, got {type(model).__name__}")
@@ -93,12 +92,14 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     plan = find_foldable(folded)
     logger.info("%s", plan)
     if not plan.folded:
-        warnings.warn(f"expected BatchNorms that can be folded, found none: {plan}", stacklevel=2)
+        warnings.warn(
+            f"expected `model` to have BatchNorms to fold, got none: {plan}", stacklevel=2
+        )
     new: dict[nn.Module, nn.Module] = {}
     for norm_name, layer_name in plan.folded.items():
         norm, layer = folded.get_submodule(norm_name), folded.get_submodule(layer_name)
         new[layer], new[norm] = _fold(layer, norm)
-    # By all their names, where they have several.
+    # A module may have several names.
     for name, module in list(folded.named_modules(remove_duplicate=False)):
         if module in new:
             folded.set_submodule(name, new[module])
@@ -106,13 +107,13 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def find_foldable(model: nn.Module) -> Folding:
-    """Finds the BatchNorms of a model that can be folded, and says why others cannot.
+    """Find the BatchNorms of a model that can be folded, and the reasons why others cannot.
 
     Args:
-        model: stays as it is.
+        model: not modified.
 
     Returns:
-        What `fold_batchnorm` does to it.
+        What `fold_batchnorm` would do.
     """
     names = {module: name for name, module in model.named_modules()}
     norms: list[_BatchNorm] = [module for module in names if isinstance(module, _BatchNorm)]
@@ -124,54 +125,54 @@ def find_foldable(model: nn.Module) -> Folding:
         if not inner or type(caller).forward is nn.Module.forward:
             continue
         try:
-            for module, before in _calls(caller):
+            for module, layer in _calls(caller):
                 calls[module] += 1
-                if before is not None:
-                    layers[module] = before
-        except NotTraceable as why:
-            # Whether it calls what is inside one by one is not known.
+                if layer is not None:
+                    layers[module] = layer
+        except NotTraceable as error:
             where = forward_of(caller, name)
-            unknown |= dict.fromkeys(inner, f"{where}, around it, is not known: {why}")
+            unknown |= dict.fromkeys(inner, f"{where}, around it, cannot be traced: {error}")
     folded: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for norm in norms:
-        layer = layers.get(norm)
-        reason = unknown.get(norm) or _why_not(norm, layer, calls)
-        if layer is not None:
-            reason = reason or unknown.get(layer)
-        if layer is None or reason is not None:
+        previous = layers.get(norm)
+        reason = unknown.get(norm) or _reason_not_folded(norm, previous, calls)
+        if previous is not None:
+            reason = reason or unknown.get(previous)
+        if previous is None or reason is not None:
             skipped[names[norm]] = reason or "nothing comes before it"
         else:
-            folded[names[norm]] = names[layer]
+            folded[names[norm]] = names[previous]
     return Folding(folded, skipped)
 
 
 class RowsOnly(nn.Module):
-    """Stands for a BatchNorm1d folded into a Linear, which holds for rows (N, C) alone.
+    """Checks the input of a BatchNorm1d that is folded into a Linear, which must be (N, C).
 
-    In (N, L, C) a Linear makes features of the last dimension, and BatchNorm1d takes the second.
+    For an input (N, C, L) they cannot be folded: Linear computes features in the last dimension,
+    BatchNorm1d normalizes the second.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns `input`.
+        """Return `input`.
 
         Raises:
-            ValueError: it is not (N, C).
+            ValueError: If its shape is not (N, C).
         """
         if input.dim() != 2:
             raise ValueError(
-                f"expected rows (N, C) where a BatchNorm1d was folded into a Linear, got shape "
-                f"{tuple(input.shape)}; use the model as it was before fold_batchnorm"
+                "expected `input` to have the shape (N, C) where a BatchNorm1d is folded into a"
+                f" Linear, got {tuple(input.shape)}; use the model before fold_batchnorm"
             )
         return input
 
 
 class Activation(nn.Module):
-    """Computes the activation in which a folded BatchNorm ended.
+    """Computes the activation of a folded BatchNorm.
 
     Args:
-        name: as in `bn_lightning.kernels.batch_norm`.
-        negative_slope: of "leaky_relu".
+        name: activation of `bn_lightning.kernels.batch_norm`.
+        negative_slope: slope of "leaky_relu".
     """
 
     def __init__(self, name: str, negative_slope: float) -> None:
@@ -180,21 +181,22 @@ class Activation(nn.Module):
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns the activation of `input`."""
+        """Return the activation of `input`."""
         return activate(input, self.name, self.negative_slope)
 
     def extra_repr(self) -> str:
-        """Returns the name."""
+        """Return the name."""
         return self.name
 
 
 def _calls(caller: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-    """Yields what a forward calls, with the module whose output it alone reads, if there is one.
+    """Yield each module that a forward calls and the module whose output only this call reads.
 
-    What a forward reads from a module otherwise counts as another call.
+    The second is None if there is no such module. Reading an attribute of a module counts as a
+    call of it.
     """
     if has_own_forward(caller) and not is_fused(caller):
-        raise NotTraceable("the instance has a forward of its own")
+        raise NotTraceable("the instance has its own forward")
     if type(caller).forward is nn.Sequential.forward:
         modules = list(caller)  # type: ignore[call-overload]  # an nn.Sequential
         yield from zip(modules, [None, *modules[:-1]], strict=True)
@@ -214,16 +216,15 @@ def _calls(caller: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
 
 
 def _is_layer_or_norm(module: nn.Module) -> bool:
-    return type(module) in _LAYERS or isinstance(module, _BatchNorm)
+    return type(module) in _FOLDABLE_LAYERS or isinstance(module, _BatchNorm)
 
 
-def _why_not(norm: _BatchNorm, layer: Any, calls: Counter[nn.Module]) -> str | None:
-    """Says why a BatchNorm cannot be folded into what comes before it."""
-    if type(layer) not in _LAYERS and not parametrize.is_parametrized(layer):
-        return "no convolution or linear layer comes right before it, for it alone"
+def _reason_not_folded(norm: _BatchNorm, layer: Any, calls: Counter[nn.Module]) -> str | None:
+    if type(layer) not in _FOLDABLE_LAYERS and not parametrize.is_parametrized(layer):
+        return "no convolution or linear layer is directly before it and used by it only"
     if parametrize.is_parametrized(norm) or parametrize.is_parametrized(layer):
-        return "it, or the layer before it, is parametrised"
-    if type(norm) not in _NORMS:
+        return "it, or the layer before it, is parametrized"
+    if type(norm) not in _FOLDABLE_NORMS:
         return f"{type(norm).__module__}.{type(norm).__qualname__} is not torch's"
     if calls[norm] > 1 or calls[layer] > 1:
         return "it, or the layer before it, is used more than once"
@@ -231,24 +232,24 @@ def _why_not(norm: _BatchNorm, layer: Any, calls: Counter[nn.Module]) -> str | N
         return "it, or the layer before it, has hooks"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
-    if type(layer) in _TRANSPOSED and layer.groups > 1:
+    if type(layer) in _TRANSPOSED_CONVS and layer.groups > 1:
         return "torch cannot fold into a transposed convolution with groups"
     outputs = layer.out_features if type(layer) is nn.Linear else layer.out_channels
     if outputs != norm.num_features:
-        return f"the layer before it has {outputs} outputs, it takes {norm.num_features}"
+        return f"the layer before it has {outputs} outputs, but it has {norm.num_features} channels"
     if type(layer) is nn.Linear and not isinstance(norm, nn.BatchNorm1d):
-        return "the channels it takes are not the features of the linear layer before it"
+        return "its channels are not the features of the linear layer before it"
     return None
 
 
 def _fold(layer: Any, norm: Any) -> tuple[nn.Module, nn.Module]:
-    """Makes the layer with both, and what stands for the BatchNorm."""
+    """Return the folded layer and the module that replaces the BatchNorm."""
     after: nn.Module = nn.Identity()
     if getattr(norm, "activation", "identity") != "identity":
         after = Activation(norm.activation, norm.negative_slope)
     if type(layer) is not nn.Linear:
-        return fuse_conv_bn_eval(layer, norm, transpose=type(layer) in _TRANSPOSED), after
-    # torch's fuse_linear_bn_eval needs weight and bias in the BatchNorm.
+        return fuse_conv_bn_eval(layer, norm, transpose=type(layer) in _TRANSPOSED_CONVS), after
+    # Not fuse_linear_bn_eval, which needs a BatchNorm with weight and bias.
     ones = torch.ones_like(norm.running_mean)
     weight = ones if norm.weight is None else norm.weight
     bias = torch.zeros_like(ones) if norm.bias is None else norm.bias

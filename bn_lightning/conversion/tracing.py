@@ -1,16 +1,16 @@
-"""A module's own forward as a graph of torch.fx, where the graph can be shown to stand for it.
+"""Traces a module's forward with torch.fx, if the graph is guaranteed to be equivalent to it.
 
-torch.fx runs `forward` once, with stand-ins for the tensors, and records what it does to them; each
-child is one node. Python's part runs in that moment alone, so it must be known to be the same in
-later calls. Three ways lead there:
+torch.fx runs `forward` once with proxies for the tensors and records the operations on them; each
+child module is one node. The forward's Python code runs only then, so it must be known to do the
+same in later calls:
 
-    recorded  what is done to stand-ins, parameters and buffers, read anew at each call
-    guarded   the numbers, strings and flags read from modules: a recording holds as long as they do
-    refused   all else: branches on values, attributes written, lists and objects that may change,
-              random numbers, tensors computed from no input, autocast and the like inside
+    recorded  operations on proxies, parameters and buffers, which each call reads anew
+    guarded   numbers, strings and flags read from modules; the trace is valid while they are equal
+    refused   all else: branches on values, attributes written, mutable lists and objects, random
+              numbers, tensors computed without an input, autocast and similar contexts
 
-What remains fixed is what a forward reads from globals. What it does for its effect alone and not
-to a module, such as a line for a log file, is not repeated; prints and warnings are refused.
+A value that the forward reads from a global is fixed in the trace. A side effect outside the
+module, such as a line written to a file, is not repeated; prints and warnings are refused.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ from torch.overrides import TorchFunctionMode
 
 
 class NotTraceable(Exception):
-    """A forward of which no graph can stand; the message says why."""
+    """Raised for a forward that no graph can replace; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Something a forward read from a module while it was recorded.
+    """An attribute that a forward read from a module during tracing.
 
     Attributes:
         owner: the module.
-        name: of the attribute; "_modules" stands for the names of the children.
-        value: what it was.
+        name: name of the attribute; "_modules" means the names of the children.
+        value: value during tracing.
     """
 
     owner: nn.Module
@@ -51,7 +51,7 @@ class Guard:
     value: Any
 
     def holds(self) -> bool:
-        """Returns whether it still is what it was."""
+        """Return whether the attribute still has this value."""
         if self.name == "_modules":
             return tuple(self.owner._modules) == self.value
         now = getattr(self.owner, self.name, None)
@@ -60,11 +60,11 @@ class Guard:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a forward does when it is given tensors for its required arguments, and nothing else.
+    """The graph of a forward that gets tensors for its required arguments and no others.
 
     Attributes:
-        graph: one node a child called, an operation, or a parameter read.
-        guards: it stands for the forward as long as all of them hold.
+        graph: has one node per call of a child, operation, and parameter read.
+        guards: conditions under which the graph is equivalent to the forward.
     """
 
     graph: fx.Graph
@@ -72,17 +72,17 @@ class Trace:
 
 
 def trace_forward(module: nn.Module, modes: tuple[bool, ...] = (True, False)) -> list[Trace]:
-    """Records the forward of a module's class, with every child as one node.
+    """Trace the forward of a module's class, with every child as one node.
 
     Args:
-        module: stays as it is.
-        modes: values of `training` to record under.
+        module: not modified.
+        modes: values of `training` to trace with.
 
     Returns:
-        A trace for each mode, without repetitions.
+        The distinct traces of all modes.
 
     Raises:
-        NotTraceable: for one of the modes, or for arguments that are not all tensors.
+        NotTraceable: If the forward cannot be traced in one of the modes.
     """
     flags = [(m, m.training) for m in module.modules()]
     traces: dict[tuple[Any, ...], Trace] = {}
@@ -91,8 +91,8 @@ def trace_forward(module: nn.Module, modes: tuple[bool, ...] = (True, False)) ->
             for m, _ in flags:
                 m.training = mode
             trace = _Recorder(module).record()
-            seen = tuple((id(g.owner), g.name, g.value) for g in trace.guards)
-            traces.setdefault((str(trace.graph), seen), trace)
+            guards = tuple((id(g.owner), g.name, g.value) for g in trace.guards)
+            traces.setdefault((str(trace.graph), guards), trace)
     finally:
         for m, flag in flags:
             m.training = flag
@@ -100,10 +100,10 @@ def trace_forward(module: nn.Module, modes: tuple[bool, ...] = (True, False)) ->
 
 
 def required_arguments(module: nn.Module) -> list[str]:
-    """Returns the names of what the forward of a module's class must be given.
+    """Return the names of the required arguments of the forward of a module's class.
 
     Raises:
-        NotTraceable: there are none, or not all of them may be given by position.
+        NotTraceable: If there are none, or one is keyword-only.
     """
     _, *parameters = inspect.signature(type(module).forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty]
@@ -114,12 +114,12 @@ def required_arguments(module: nn.Module) -> list[str]:
 
 
 def forward_of(module: nn.Module, name: str) -> str:
-    """What messages call the forward of the module of this name in a model."""
+    """Return a description, for messages, of the forward of a module with this name in a model."""
     return f"{type(module).__name__}.forward of {repr(name) if name else 'the model itself'}"
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether an instance has another forward than its class.
+    """Return whether an instance has another forward than its class.
 
     After a fit in several processes Lightning leaves the class's forward on the instance.
     """
@@ -127,15 +127,15 @@ def has_own_forward(module: nn.Module) -> bool:
     return own is not None and own != MethodType(type(module).forward, module)
 
 
-class _StandIn(fx.Proxy):
-    """Stands for a tensor, and is changed in place as one."""
+class _TensorProxy(fx.Proxy):
+    """A proxy for a tensor that also records in-place operators."""
 
     @property  # type: ignore[misc]  # isinstance looks at it
     def __class__(self) -> type:
         tracer: Any = self.tracer
         if tracer.running:
             tracer.refuse("it asks for the type of a value")
-        return _StandIn
+        return _TensorProxy
 
 
 def _in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -145,13 +145,13 @@ def _in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Pro
     return record
 
 
-# fx.Proxy has none of them: Python would take `x += 1` for `x = x + 1`.
+# fx.Proxy has none of them, so Python would compute `x = x + 1` for `x += 1`.
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or"):
-    setattr(_StandIn, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+    setattr(_TensorProxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class _Recorder(fx.Tracer):
-    """Records one forward, and refuses what a recording would fix."""
+    """Records one forward, and refuses what a graph would wrongly make constant."""
 
     proxy_buffer_attributes = True
 
@@ -176,20 +176,20 @@ class _Recorder(fx.Tracer):
                 raise NotTraceable("it prints or warns")
         except NotTraceable:
             raise
-        except Exception as error:  # anything that a forward does to a stand-in
+        except Exception as error:  # any error of a forward that gets proxies
             if self.refusal is None:
                 raise NotTraceable(_first_line(error)) from error
-        if self.refusal is not None:  # a forward that catches errors has caught it
+        if self.refusal is not None:  # the forward has caught the exception
             raise self.refusal
         return Trace(graph, tuple(self.guards.values()))
 
-    def refuse(self, why: str) -> Any:
-        self.refusal = NotTraceable(why)
+    def refuse(self, reason: str) -> Any:
+        self.refusal = NotTraceable(reason)
         raise self.refusal
 
-    def saw(self, owner: nn.Module, name: str, value: Any) -> None:
-        """Guards what is read from a module, or refuses."""
-        if not self.running or name in _BOOKKEEPING:
+    def check_read(self, owner: nn.Module, name: str, value: Any) -> None:
+        """Add a guard for an attribute that is read from a module, or refuse it."""
+        if not self.running or name in _UNGUARDED:
             return
         if name == "_modules":
             value = tuple(value)
@@ -197,12 +197,12 @@ class _Recorder(fx.Tracer):
             return
         elif name not in vars(owner) and callable(value):
             return  # a method
-        elif not (_is_plain(value) or isinstance(value, _FIXED)):
-            self.refuse(f"it reads `{name}`, a {type(value).__name__}, whose changes go unseen")
+        elif not (_is_plain(value) or isinstance(value, _IMMUTABLE)):
+            self.refuse(f"it reads `{name}`, a {type(value).__name__}, which may change unnoticed")
         self.guards[id(owner), name] = Guard(owner, name, value)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _StandIn(node, self)
+        return _TensorProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -213,10 +213,10 @@ class _Recorder(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        stand_ins = [self.create_proxy("placeholder", name, (), {}) for name in self.arguments]
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.arguments]
 
         def watched_forward(*args: Any) -> Any:
-            self._surroundings = _surroundings()
+            self._context = _context()
             self.running = True
             try:
                 with _NoOtherTensors(self):
@@ -224,21 +224,21 @@ class _Recorder(fx.Tracer):
             finally:
                 self.running = False
 
-        return watched_forward, [self.module, *stand_ins]
+        return watched_forward, [self.module, *proxies]
 
     def getattr(self, *args: Any, **kwargs: Any) -> Any:
-        with self._at_rest():
+        with self._paused():
             return super().getattr(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor) and a not in self.tensor_attrs:
-            self.refuse("it uses a tensor that is no attribute of a module")
+            self.refuse("it uses a tensor that is not an attribute of a module")
         return super().create_arg(a)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        self._check_surroundings()
+        self._check_context()
         return super().create_proxy(*args, **kwargs)
 
     def call_module(
@@ -248,16 +248,16 @@ class _Recorder(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        self._check_surroundings()
-        with self._at_rest():
+        self._check_context()
+        with self._paused():
             return super().call_module(m, forward, args, kwargs)
 
-    def _check_surroundings(self) -> None:
-        if self.running and _surroundings() != self._surroundings:
-            self.refuse("it turns autocast, gradients or checkpointing on or off inside")
+    def _check_context(self) -> None:
+        if self.running and _context() != self._context:
+            self.refuse("it turns autocast, gradients or checkpointing on or off")
 
     @contextlib.contextmanager
-    def _at_rest(self) -> Iterator[None]:
+    def _paused(self) -> Iterator[None]:
         self.running, before = False, self.running
         try:
             yield
@@ -266,7 +266,7 @@ class _Recorder(fx.Tracer):
 
 
 class _NoOtherTensors(TorchFunctionMode):
-    """Refuses what torch computes from no stand-in: torch.rand(1), torch.arange(8)."""
+    """Refuses torch functions without a proxy argument, such as torch.rand(1), torch.arange(8)."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -277,13 +277,13 @@ class _NoOtherTensors(TorchFunctionMode):
     ) -> Any:
         if self.recorder.running and not any(issubclass(t, fx.Proxy) for t in types):
             name = getattr(func, "__name__", func)
-            self.recorder.refuse(f"it calls torch's {name} on none of its arguments")
+            self.recorder.refuse(f"it calls torch's {name} without any of its arguments")
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def _watched(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Lets the recorder see which attributes of a module and its children are read or written."""
+    """Let the recorder check reads and writes of attributes of a module and its children."""
     before = [(m, type(m)) for m in module.modules()]
     watched = {cls: _watched_class(cls, recorder) for cls in {cls for _, cls in before}}
     try:
@@ -296,7 +296,7 @@ def _watched(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 class _NoSubclass(nn.Module):
-    """Keeps `__init_subclass__` from a watched class: it gets no subclass that anyone shall see."""
+    """Hides the temporary subclass from `__init_subclass__` of the watched class."""
 
     def __init_subclass__(cls) -> None:
         pass
@@ -305,7 +305,7 @@ class _NoSubclass(nn.Module):
 def _watched_class(cls: type[nn.Module], recorder: _Recorder) -> type[nn.Module]:
     def read(self: nn.Module, name: str) -> Any:
         value = cls.__getattribute__(self, name)
-        recorder.saw(self, name, value)
+        recorder.check_read(self, name, value)
         return value
 
     def write(self: nn.Module, name: str, value: Any) -> None:
@@ -317,9 +317,9 @@ def _watched_class(cls: type[nn.Module], recorder: _Recorder) -> type[nn.Module]
     return type(cls.__name__, (_NoSubclass, cls), body)
 
 
-# What nn.Module keeps for itself. `forward` may be replaced on an instance: the call is recorded.
-_BOOKKEEPING = {*vars(nn.Module()), "__dict__", "__class__", "forward"} - {"training", "_modules"}
-_FIXED = (FunctionType, BuiltinFunctionType, type)
+# nn.Module's own attributes, and `forward`: it may be set on an instance, but its call is recorded.
+_UNGUARDED = {*vars(nn.Module()), "__dict__", "__class__", "forward"} - {"training", "_modules"}
+_IMMUTABLE = (FunctionType, BuiltinFunctionType, type)
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format, Enum)
 
 
@@ -329,20 +329,22 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _surroundings() -> tuple[Any, ...]:
+def _context() -> tuple[Any, ...]:
     nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    # Private, for lack of another way: non-reentrant checkpointing saves through such hooks.
+    # Non-reentrant checkpointing uses these hooks; there is no public function for them.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return nesting, hooks, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 @contextlib.contextmanager
 def _same_random_states() -> Iterator[None]:
-    """Refuses random numbers of Python and NumPy, and gives them back; torch's are refused before.
+    """Restore the random states of Python and NumPy, and refuse their use.
+
+    torch's random functions are refused elsewhere, because they have no proxy argument.
 
     Raises:
-        NotTraceable: some were drawn.
+        NotTraceable: If a state has changed.
     """
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()

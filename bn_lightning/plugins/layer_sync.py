@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from bn_lightning.conversion.class_swap import exchange_class, is_exchanged, restore_class
+from bn_lightning.conversion.class_swap import is_swapped, restore_class, swap_class
 from bn_lightning.kernels.checks import check_backend
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.modules.sync_batch_norm import (
@@ -22,7 +22,7 @@ from bn_lightning.modules.sync_batch_norm import (
 
 _KEY = "sync"
 
-# Exact classes only, because the exchange would drop what a subclass overrides.
+# Exact classes only, because a swap would drop what a subclass overrides.
 _SYNC_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
@@ -67,7 +67,7 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
 
     @override
     def apply(self, model: nn.Module) -> nn.Module:
-        """Exchange the classes of the model's BatchNorms in place.
+        """Swap the classes of the model's BatchNorms in place.
 
         Args:
             model: the model, on any device; call this on every rank of the group.
@@ -75,9 +75,9 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
         Returns:
             `model`.
         """
-        skipped, exchanged = [], 0
+        skipped, count = [], 0
         for name, module in model.named_modules():
-            if not isinstance(module, _BatchNorm) or is_exchanged(module, _KEY):
+            if not isinstance(module, _BatchNorm) or is_swapped(module, _KEY):
                 continue
             if type(module) in _SYNC_CLASSES.values():
                 continue
@@ -89,9 +89,9 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
                 attributes["backend"] = self.backend
             if getattr(module, "process_group", None) is None:
                 attributes["process_group"] = self.process_group
-            exchange_class(module, _SYNC_CLASSES[type(module)], _KEY, **attributes)
-            exchanged += 1
-        rank_zero_info(f"BatchNorm: {exchanged} synchronized across the ranks")
+            swap_class(module, _SYNC_CLASSES[type(module)], _KEY, **attributes)
+            count += 1
+        rank_zero_info(f"BatchNorm: {count} synchronized across the ranks")
         if skipped:
             rank_zero_warn(
                 f"expected every BatchNorm to be of torch.nn or bn_lightning, got "
@@ -101,10 +101,10 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
 
     @override
     def revert(self, model: nn.Module) -> nn.Module:
-        """Restore the classes and attributes that `apply` exchanged, in place.
+        """Restore the classes and attributes that `apply` changed, in place.
 
         Args:
-            model: any model; modules that `apply` did not exchange stay unchanged.
+            model: any model; modules that `apply` did not change stay unchanged.
 
         Returns:
             `model`.

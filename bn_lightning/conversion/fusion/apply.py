@@ -1,4 +1,4 @@
-"""A whole model: fused in place, and given its own forwards back."""
+"""Fuses and unfuses a whole model, in place."""
 
 from torch import nn
 
@@ -10,7 +10,12 @@ from bn_lightning.conversion.fusion.forwards import (
     is_pair,
 )
 from bn_lightning.conversion.fusion.fused_call import is_fusable
-from bn_lightning.conversion.fusion.sites import Findings, Unsafe, check_modules, fuse_graph
+from bn_lightning.conversion.fusion.sites import (
+    FusionResult,
+    UnsafeFusion,
+    check_modules,
+    fuse_graph,
+)
 from bn_lightning.conversion.tracing import (
     NotTraceable,
     forward_of,
@@ -20,18 +25,19 @@ from bn_lightning.conversion.tracing import (
 )
 
 
-def fuse(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Fuses the BatchNorms of a model with what follows them, in place.
+def fuse_model(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Fuse the BatchNorms of a model with the addition and activation after them, in place.
 
     Args:
-        model: its BatchNorms are this package's; others are not looked at.
+        model: its BatchNorms are this package's; others are ignored.
 
     Returns:
-        The names of those fused at one call at least; and, by name, why others were not, or not at
-        every call, if an addition or an activation follows them or nobody is known to call them.
+        The names of the BatchNorms that at least one call fuses, and name -> reason for those that
+        at least one call does not fuse although an addition or activation follows, and for those
+        whose callers cannot be traced.
     """
     names = {module: name for name, module in model.named_modules()}
-    everything = Findings()
+    total = FusionResult()
     untraced: dict[nn.Module, str] = {}
     for caller, name in names.items():
         inner = [m for m in caller.modules() if m is not caller and is_fusable(m)]
@@ -39,28 +45,28 @@ def fuse(model: nn.Module) -> tuple[list[str], dict[str, str]]:
             continue
         where = forward_of(caller, name)
         try:
-            found = _fuse_caller(caller)
-        except NotTraceable as why:
-            # Parents come before their children: the nearest has the last word.
-            untraced |= dict.fromkeys(inner, f"{where} is not known: {why}")
+            result = _fuse_caller(caller)
+        except NotTraceable as error:
+            # Parents come before their children, so the reason of the nearest caller remains.
+            untraced |= dict.fromkeys(inner, f"{where} cannot be traced: {error}")
             continue
-        everything.called |= found.called
-        everything.fused |= found.fused
-        everything.reasons |= {bn: f"in {where}, {why}" for bn, why in found.reasons.items()}
+        total.called |= result.called
+        total.fused |= result.fused
+        total.reasons |= {bn: f"in {where}, {reason}" for bn, reason in result.reasons.items()}
     for bn, reason in untraced.items():
-        if bn not in everything.called:
-            everything.reasons[bn] = reason
+        if bn not in total.called:
+            total.reasons[bn] = reason
     return (
-        [name for module, name in names.items() if module in everything.fused],
-        {names[bn]: why for bn, why in everything.reasons.items()},
+        [name for module, name in names.items() if module in total.fused],
+        {names[bn]: reason for bn, reason in total.reasons.items()},
     )
 
 
-def unfuse(model: nn.Module) -> list[str]:
-    """Takes all fusion of a model back, in place.
+def unfuse_model(model: nn.Module) -> list[str]:
+    """Undo all fusion of a model, in place.
 
     Returns:
-        The names of the modules whose own forward runs again.
+        The names of the modules whose own forward is restored.
     """
     names = []
     for name, module in model.named_modules():
@@ -71,43 +77,43 @@ def unfuse(model: nn.Module) -> list[str]:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Returns whether a module has a forward that calls BatchNorms with what follows them."""
+    """Return whether a module has a forward that fuses BatchNorms."""
     return isinstance(module.__dict__.get("forward"), FusedForward)
 
 
-def _fuse_caller(caller: nn.Module) -> Findings:
-    """Gives a module a fused forward, if there is something to fuse.
+def _fuse_caller(caller: nn.Module) -> FusionResult:
+    """Give a module a fused forward if there is something to fuse.
 
     Raises:
-        NotTraceable: what its forward does cannot be told.
+        NotTraceable: If its forward cannot be traced.
     """
     if has_own_forward(caller):
-        raise NotTraceable("the instance has a forward of its own")
+        raise NotTraceable("the instance has its own forward")
     if type(caller).forward is nn.Sequential.forward:
         return _fuse_sequential(caller)
-    findings = Findings()
+    result = FusionResult()
     arguments = len(required_arguments(caller))
     variants = []
     for trace in trace_forward(caller):
-        fuse_graph(trace.graph, caller, findings)
+        fuse_graph(trace.graph, caller, result)
         variants.append(Variant(trace.graph, trace.guards))
-    if findings.fused:
+    if result.fused:
         caller.__dict__["forward"] = RecordedForward(caller, arguments, variants)
-    return findings
+    return result
 
 
-def _fuse_sequential(caller: nn.Module) -> Findings:
-    findings = Findings()
+def _fuse_sequential(caller: nn.Module) -> FusionResult:
+    result = FusionResult()
     modules = list(caller)  # type: ignore[call-overload]  # an nn.Sequential; children() skips repeats
     for module, follower in zip(modules, [*modules[1:], None], strict=True):
         if is_fusable(module):
-            findings.called.add(module)
+            result.called.add(module)
         if is_pair(module, follower):
             try:
                 check_modules(module, follower)
-                findings.fused.add(module)
-            except Unsafe as why:
-                findings.reasons[module] = str(why)
-    if findings.fused:
+                result.fused.add(module)
+            except UnsafeFusion as error:
+                result.reasons[module] = str(error)
+    if result.fused:
         caller.__dict__["forward"] = SequentialForward(caller)
-    return findings
+    return result

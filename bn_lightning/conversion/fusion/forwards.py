@@ -1,7 +1,7 @@
-"""Forwards that take the place of a class's on one instance, as `forward` in its __dict__.
+"""Forwards that replace a class's forward on one instance, as `forward` in its __dict__.
 
-The instance keeps its class, and gets its own forward back when the attribute is deleted. They are
-copied and pickled with the module.
+The instance keeps its class. Deleting the attribute restores the original forward. They are copied
+and pickled with the module.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from bn_lightning.conversion.tracing import Guard
 
 
 class FusedForward:
-    """What all have in common; looks like the original to who asks for its signature or code.
+    """Base class with the signature and code of the original forward.
 
     Args:
         module: the instance.
@@ -28,7 +28,7 @@ class FusedForward:
         self.module = module
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the forward of the module's class."""
+        """Run the forward of the module's class."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
     @property
@@ -36,39 +36,40 @@ class FusedForward:
         return inspect.signature(MethodType(type(self.module).forward, self.module))
 
     @property
-    def __code__(self) -> CodeType:  # torch.export asks for it
+    def __code__(self) -> CodeType:  # for torch.export
         return inspect.unwrap(type(self.module).forward).__code__
 
 
 class SequentialForward(FusedForward):
-    """Calls the children one after the other; a BatchNorm and an activation after it at once."""
+    """Calls the children in order, a BatchNorm and the activation after it in one call."""
 
     def __call__(self, input: Any) -> Any:
         modules = list(self.module)  # type: ignore[call-overload]  # an nn.Sequential
-        at = 0
-        while at < len(modules):
-            follower = modules[at + 1] if at + 1 < len(modules) else None
-            if is_pair(modules[at], follower):
-                input = call_batch_norm(modules[at], input, activation=follower)
-                at += 2
+        i = 0
+        while i < len(modules):
+            follower = modules[i + 1] if i + 1 < len(modules) else None
+            if is_pair(modules[i], follower):
+                input = call_batch_norm(modules[i], input, activation=follower)
+                i += 2
             else:
-                input = modules[at](input)
-                at += 1
+                input = modules[i](input)
+                i += 1
         return input
 
 
 def is_pair(module: nn.Module, follower: nn.Module | None) -> bool:
-    """Returns whether `follower` is an activation that `module` can end in."""
+    """Return whether `module` is a BatchNorm that can be fused with the activation `follower`."""
     return is_fusable(module) and follower is not None and activation_of(follower) is not None
 
 
 class RecordedForward(FusedForward):
-    """Runs the first of its variants whose guards hold; else, or for other arguments, the original.
+    """Runs the first variant whose guards hold; otherwise the original forward.
 
     Args:
         module: the instance.
-        arguments: how many tensors the variants take, by position.
-        variants: of the module's own forward.
+        arguments: number of positional tensors that the variants take. With other arguments the
+            original forward runs.
+        variants: variants of the module's own forward.
     """
 
     def __init__(self, module: nn.Module, arguments: int, variants: list["Variant"]) -> None:
@@ -86,11 +87,11 @@ class RecordedForward(FusedForward):
 
 
 class Variant:
-    """A graph as a function of the module and its arguments.
+    """A graph compiled to a function of the module and its arguments.
 
     Args:
-        graph: of a forward; its targets are looked up in the module at each call.
-        guards: what has to hold for it.
+        graph: graph of a forward. Each call looks up its targets in the module.
+        guards: conditions under which the graph is valid.
     """
 
     def __init__(self, graph: fx.Graph, guards: tuple[Guard, ...]) -> None:
@@ -98,14 +99,14 @@ class Variant:
         self.guards = guards
         self.source = code.src
         self.names = {
-            name: _Imported(value.__name__) if isinstance(value, ModuleType) else value
+            name: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
             for name, value in code.globals.items()
         }
         self._compile()
 
     def _compile(self) -> None:
         names: dict[str, Any] = {
-            name: importlib.import_module(value.name) if isinstance(value, _Imported) else value
+            name: importlib.import_module(value.name) if isinstance(value, _ModuleName) else value
             for name, value in self.names.items()
         }
         exec(compile(self.source, "<fused forward>", "exec"), names)
@@ -120,7 +121,11 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class _Imported:
-    """A Python module by its name, which can be pickled."""
+class _ModuleName:
+    """The name of a Python module, which unlike the module can be pickled.
+
+    Attributes:
+        name: dotted name.
+    """
 
     name: str

@@ -1,4 +1,4 @@
-"""One call of a BatchNorm with what follows it, or, where that is not the same, one by one."""
+"""One fused call of a BatchNorm, or separate calls where fusion would not be equivalent."""
 
 import operator
 from typing import Any
@@ -9,11 +9,11 @@ from bn_lightning.conversion.tracing import has_own_forward
 from bn_lightning.kernels.activations import activate
 from bn_lightning.modules.batch_norm import BatchNorm2d
 
-# An activation by its name in kernels/activations.py, with the slope of leaky_relu.
-Named = tuple[str, float]
-SLOPE = 0.01
+# Key of kernels.activations.ACTIVATIONS, and the negative slope of leaky_relu.
+NamedActivation = tuple[str, float]
+DEFAULT_SLOPE = 0.01
 
-_MODULES: dict[type[nn.Module], str] = {
+_MODULE_ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
     nn.SiLU: "silu",
@@ -28,30 +28,30 @@ def call_batch_norm(
     bn: nn.Module,
     x: Tensor,
     residual: Any = None,
-    activation: nn.Module | Named | None = None,
+    activation: nn.Module | NamedActivation | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """Computes activation(bn(x) + residual), in one call where that gives the same.
+    """Compute activation(bn(x) + residual), in one call where that is equivalent.
 
     Args:
-        bn: a BatchNorm; called alone unless it is one of this package's, without hooks.
+        bn: a BatchNorm. It is fused if it is this package's and has no hooks.
         x: its input.
-        residual: fused if it is a tensor with the shape, dtype and device of `x`; anything else is
-            added as the original forward would.
-        activation: called by itself if it is a module with hooks, or not one of those known.
-        in_place: whether the original adds `residual` to bn(x) in place.
+        residual: fused if it is a tensor with the shape, dtype and device of `x`; otherwise added
+            as in the original forward.
+        activation: a module is fused if it has no hooks and the kernels know its activation.
+        in_place: whether the original forward adds `residual` to bn(x) in place.
 
     Returns:
-        What the three do one after the other.
+        The result of the three operations in order.
     """
-    named = _named(activation)
+    named = _to_named(activation)
     if (
         named is not None
         and isinstance(x, Tensor)
         and is_fusable(bn)
         and bn.activation == "identity"
         and not is_hooked(bn)
-        and (residual is None or _is_like(residual, x))
+        and (residual is None or _matches(residual, x))
     ):
         return bn(x, residual, activation=named[0], negative_slope=named[1])
     y = bn(x)
@@ -63,30 +63,30 @@ def call_batch_norm(
 
 
 def is_fusable(module: nn.Module) -> bool:
-    """Returns whether a module takes a residual and an activation for one call.
+    """Return whether the module's forward takes a residual and an activation.
 
-    By its forward: a subclass may have replaced it.
+    False for a subclass with its own forward.
     """
     return getattr(type(module), "forward", None) is BatchNorm2d.forward
 
 
-def activation_of(module: nn.Module) -> Named | None:
-    """Returns the activation that a module of torch's computes, None if the kernels lack it."""
-    if type(module) in _MODULES:
-        return _MODULES[type(module)], SLOPE
+def activation_of(module: nn.Module) -> NamedActivation | None:
+    """Return the activation of a torch module, None if the kernels do not have it."""
+    if type(module) in _MODULE_ACTIVATIONS:
+        return _MODULE_ACTIVATIONS[type(module)], DEFAULT_SLOPE
     if type(module) is nn.LeakyReLU:
         return "leaky_relu", module.negative_slope
     if type(module) is nn.ELU and module.alpha == 1:
-        return "elu", SLOPE
+        return "elu", DEFAULT_SLOPE
     if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh", SLOPE
+        return "gelu" if module.approximate == "none" else "gelu_tanh", DEFAULT_SLOPE
     return None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Returns whether hooks, or a forward of the instance's own, watch over a module's calls.
+    """Return whether a module has hooks or its instance has its own forward.
 
-    torch has no public way to ask for hooks.
+    torch has no public function for this.
     """
     return bool(
         module._forward_hooks
@@ -97,15 +97,15 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _named(activation: nn.Module | Named | None) -> Named | None:
+def _to_named(activation: nn.Module | NamedActivation | None) -> NamedActivation | None:
     if activation is None:
-        return "identity", SLOPE
+        return "identity", DEFAULT_SLOPE
     if isinstance(activation, nn.Module):
         return None if is_hooked(activation) else activation_of(activation)
     return activation
 
 
-def _is_like(residual: Any, x: Tensor) -> bool:
+def _matches(residual: Any, x: Tensor) -> bool:
     return (
         isinstance(residual, Tensor)
         and residual.shape == x.shape

@@ -1,8 +1,9 @@
-"""Where in a graph a BatchNorm, an addition and an activation are one, and where they must not be.
+"""Finds the BatchNorms, additions and activations of a graph that can be fused safely.
 
-The BatchNorm moves down to the addition, the activation up to it. The activation's input has no
-other reader, so that nobody can have changed it in between. The BatchNorm's input could have been
-changed, unless it is memory of its own or nothing runs in between.
+Fusion delays the BatchNorm until the addition and advances the activation to it. Advancing is safe
+if the activation is the only reader of its input, so that nothing can change the input in between.
+Delaying is safe if the BatchNorm's input is memory that nothing else can reach, or if no operation
+runs in between.
 """
 
 import operator
@@ -16,8 +17,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from bn_lightning.conversion.fusion.fused_call import (
-    SLOPE,
-    Named,
+    DEFAULT_SLOPE,
+    NamedActivation,
     activation_of,
     call_batch_norm,
     is_fusable,
@@ -26,18 +27,18 @@ from bn_lightning.conversion.fusion.fused_call import (
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves
 
 
-class Unsafe(Exception):
-    """A BatchNorm that cannot be shown to give the same when fused; the message says why."""
+class UnsafeFusion(Exception):
+    """Raised when fusing a BatchNorm may change the result; the message is the reason."""
 
 
 @dataclass
-class Findings:
-    """What was found in one forward.
+class FusionResult:
+    """What fusion did to one forward, or to a whole model.
 
     Attributes:
-        called: the BatchNorms it calls.
-        fused: those it now calls together with what follows.
-        reasons: for what was left alone.
+        called: the BatchNorms that it calls.
+        fused: those that it now calls together with the addition or activation.
+        reasons: BatchNorm -> reason why it is not fused, or not with the activation.
     """
 
     called: set[nn.Module] = field(default_factory=set)
@@ -45,71 +46,71 @@ class Findings:
     reasons: dict[nn.Module, str] = field(default_factory=dict)
 
 
-def fuse_graph(graph: fx.Graph, module: nn.Module, findings: Findings) -> None:
-    """Puts calls together in a graph, in place.
+def fuse_graph(graph: fx.Graph, module: nn.Module, result: FusionResult) -> None:
+    """Fuse the calls in a graph, in place.
 
     Args:
-        graph: of the forward of `module`.
-        module: holds what the graph calls.
-        findings: added to.
+        graph: graph of the forward of `module`.
+        module: owner of the modules that the graph calls.
+        result: updated in place.
     """
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    times = Counter(module.get_submodule(node.target) for node in calls)
-    # From the end: of two BatchNorms added to one another, the later one takes the sum.
+    counts = Counter(module.get_submodule(node.target) for node in calls)
+    # Backwards, so that of two BatchNorms that are added the later one fuses the addition.
     for node in reversed(calls):
         bn = module.get_submodule(node.target)
         if not is_fusable(bn):
             continue
-        findings.called.add(bn)
+        result.called.add(bn)
         try:
             site = _find_site(node, module)
             if site is None:
                 continue
             check_modules(bn, site.activation_module(module))
-            if times[bn] > 1:
-                raise Unsafe(f"it is called {times[bn]} times")
+            if counts[bn] > 1:
+                raise UnsafeFusion(f"it is called {counts[bn]} times")
             _check_order(site, bn, module)
-        except Unsafe as why:
-            findings.reasons[bn] = str(why)
+        except UnsafeFusion as error:
+            result.reasons[bn] = str(error)
             continue
         if site.without_activation:
-            findings.reasons[bn] = site.without_activation
+            result.reasons[bn] = site.without_activation
         _rewrite(site)
-        findings.fused.add(bn)
+        result.fused.add(bn)
 
 
 def check_modules(bn: nn.Module, activation: nn.Module | None) -> None:
-    """Raises where a BatchNorm, or the activation module after it, has to run by itself.
+    """Check that a BatchNorm and the activation module after it can run in one call.
 
     Raises:
-        Unsafe: hooks, or an activation of the BatchNorm's own.
+        UnsafeFusion: If one has hooks, or the BatchNorm has an activation already.
     """
     if is_hooked(bn):
-        raise Unsafe("it has hooks, or a forward of its own")
+        raise UnsafeFusion("it has hooks, or its own forward")
     if bn.activation != "identity":
-        raise Unsafe("it already ends in an activation")
+        raise UnsafeFusion("it already ends in an activation")
     if activation is not None and is_hooked(activation):
-        raise Unsafe("the activation after it has hooks, or a forward of its own")
+        raise UnsafeFusion("the activation after it has hooks, or its own forward")
 
 
 @dataclass
 class _Site:
-    """Calls to be put together.
+    """Calls of a graph to fuse.
 
     Attributes:
-        bn: the BatchNorm.
-        addition: whose operands are `bn` and `residual`, if there is one.
-        residual: the other operand.
-        activation: of the sum, or of the BatchNorm, if there is one.
-        named: the activation, if it is not a module.
-        without_activation: why an activation that is there is left alone.
+        bn: call of the BatchNorm.
+        addition: addition of `bn` and `residual`, or None.
+        residual: the other operand of the addition, or None.
+        activation: activation of the sum, or of `bn`, or None.
+        named: the activation's name and slope if it is not a module.
+        without_activation: reason why an existing activation is not fused.
     """
 
     bn: fx.Node
     addition: fx.Node | None = None
     residual: fx.Node | None = None
     activation: fx.Node | None = None
-    named: Named | None = None
+    named: NamedActivation | None = None
     without_activation: str | None = None
 
     def activation_module(self, module: nn.Module) -> nn.Module | None:
@@ -122,20 +123,20 @@ def _find_site(bn: fx.Node, module: nn.Module) -> _Site | None:
     followers = [
         user
         for user in bn.users
-        if _added_to(user, bn) is not None or _names_activation(user, bn, module)
+        if _operand_added(user, bn) is not None or _activation_applied(user, bn, module)
     ]
     if not followers or len(bn.args) != 1 or bn.kwargs:
         return None
     if len(bn.users) > 1:
-        raise Unsafe(f"its output has {len(bn.users)} readers")
+        raise UnsafeFusion(f"its output has {len(bn.users)} readers")
     (follower,) = followers
-    residual = _added_to(follower, bn)
+    residual = _operand_added(follower, bn)
     if residual is None:
         return _with_activation(_Site(bn), follower, module)
     if follower.target in _IN_PLACE and follower.args[0] is not bn:
-        raise Unsafe("it is added in place to another value")
+        raise UnsafeFusion("it is added in place to another value")
     site = _Site(bn, follower, residual)
-    activations = [u for u in follower.users if _names_activation(u, follower, module)]
+    activations = [u for u in follower.users if _activation_applied(u, follower, module)]
     if not activations:
         return site
     if len(follower.users) > 1:
@@ -156,7 +157,7 @@ def _find_site(bn: fx.Node, module: nn.Module) -> _Site | None:
 def _with_activation(site: _Site, activation: fx.Node, module: nn.Module) -> _Site:
     site.activation = activation
     if activation.op != "call_module":
-        site.named = _names_activation(activation, activation.args[0], module)
+        site.named = _activation_applied(activation, activation.args[0], module)
     return site
 
 
@@ -172,7 +173,11 @@ def _is_read_after(value: fx.Node, node: fx.Node) -> bool:
 
 
 def _check_order(site: _Site, bn: nn.Module, module: nn.Module) -> None:
-    """Raises where the BatchNorm must not wait for the addition."""
+    """Check that the BatchNorm can be delayed until the addition.
+
+    Raises:
+        UnsafeFusion: If an operation in between may use the BatchNorm or change its input.
+    """
     if site.addition is None:
         return
     order = list(site.bn.graph.nodes)
@@ -181,24 +186,24 @@ def _check_order(site: _Site, bn: nn.Module, module: nn.Module) -> None:
         if node.op == "call_module":
             child = module.get_submodule(node.target)
             if any(m is bn for m in child.modules()):
-                raise Unsafe(f"{node.target} calls it too, before the addition")
+                raise UnsafeFusion(f"{node.target} calls it too, before the addition")
         elif node.op == "get_attr":
             owner = module.get_submodule(str(node.target).rpartition(".")[0])
             if owner is bn:
-                raise Unsafe(f"{node.target} is read before the addition")
+                raise UnsafeFusion(f"{node.target} is read before the addition")
     runs = [node.target for node in between if node.op not in ("get_attr", "placeholder")]
-    if runs and not _is_new_memory(site.bn.args[0], module):
-        raise Unsafe(f"{runs[0]} runs before the addition, and may change its input")
+    if runs and not _is_fresh_memory(site.bn.args[0], module):
+        raise UnsafeFusion(f"{runs[0]} runs before the addition, and may change its input")
 
 
-def _is_new_memory(value: Any, module: nn.Module) -> bool:
-    """Returns whether nobody but its one reader can reach the memory of a value."""
+def _is_fresh_memory(value: Any, module: nn.Module) -> bool:
+    """Return whether only its one reader can reach the memory of a value."""
     if not isinstance(value, fx.Node) or len(value.users) != 1:
         return False
     if value.op == "call_module":
         child = module.get_submodule(str(value.target))
-        return type(child) in _NEW_MEMORY_MODULES and not is_hooked(child)
-    return value.op == "call_function" and value.target in _NEW_MEMORY_FUNCTIONS
+        return type(child) in _FRESH_MEMORY_MODULES and not is_hooked(child)
+    return value.op == "call_function" and value.target in _FRESH_MEMORY_FUNCTIONS
 
 
 def _rewrite(site: _Site) -> None:
@@ -207,7 +212,7 @@ def _rewrite(site: _Site) -> None:
     anchor = site.addition or site.bn
     in_place = site.addition is not None and site.addition.target in _IN_PLACE
     with graph.inserting_before(anchor):
-        # create_node and not get_attr, which expects a parameter or a buffer.
+        # Not graph.get_attr, which expects a parameter or a buffer.
         bn = graph.create_node("get_attr", site.bn.target)
         activation: Any = site.named
         if site.activation is not None and site.named is None:
@@ -221,8 +226,8 @@ def _rewrite(site: _Site) -> None:
             graph.erase_node(node)
 
 
-def _added_to(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """Returns what a node adds to a value, None if it does something else."""
+def _operand_added(node: fx.Node, value: fx.Node) -> fx.Node | None:
+    """Return the operand that a node adds to a value, None if it is not an addition."""
     if (
         node.op not in ("call_function", "call_method")
         or node.target not in _ADDITIONS
@@ -235,8 +240,8 @@ def _added_to(node: fx.Node, value: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and other is not value else None
 
 
-def _names_activation(node: fx.Node, value: Any, module: nn.Module) -> Named | None:
-    """Returns the activation that a node applies to a value, None if it does something else."""
+def _activation_applied(node: fx.Node, value: Any, module: nn.Module) -> NamedActivation | None:
+    """Return the activation that a node applies to a value, None if it is not one."""
     if not node.args or node.args[0] is not value:
         return None
     rest: tuple[Any, ...] = node.args[1:]
@@ -248,27 +253,33 @@ def _names_activation(node: fx.Node, value: Any, module: nn.Module) -> Named | N
     if node.op == "call_function" and node.target in _FUNCTIONS:
         return _FUNCTIONS[node.target](*rest, **node.kwargs)
     if node.op == "call_method" and node.target in _METHODS:
-        return _METHODS[str(node.target)], SLOPE
+        return _METHODS[str(node.target)], DEFAULT_SLOPE
     return None
 
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE = {operator.iadd, "add_"}
 
-# Each takes what the function takes after its input, and names the activation.
-_FUNCTIONS: dict[Any, Callable[..., Named | None]] = {
-    F.relu: lambda inplace=False: ("relu", SLOPE),
-    torch.relu: lambda: ("relu", SLOPE),
-    torch.relu_: lambda: ("relu", SLOPE),
-    F.relu6: lambda inplace=False: ("relu6", SLOPE),
-    F.leaky_relu: lambda negative_slope=SLOPE, inplace=False: ("leaky_relu", negative_slope),
-    F.elu: lambda alpha=1.0, inplace=False: ("elu", SLOPE) if alpha == 1 else None,
-    F.silu: lambda inplace=False: ("silu", SLOPE),
-    F.gelu: lambda approximate="none": ("gelu" if approximate == "none" else "gelu_tanh", SLOPE),
-    F.hardswish: lambda inplace=False: ("hardswish", SLOPE),
-    F.mish: lambda inplace=False: ("mish", SLOPE),
-    torch.sigmoid: lambda: ("sigmoid", SLOPE),
-    torch.tanh: lambda: ("tanh", SLOPE),
+# Each takes the arguments of the function after its input.
+_FUNCTIONS: dict[Any, Callable[..., NamedActivation | None]] = {
+    F.relu: lambda inplace=False: ("relu", DEFAULT_SLOPE),
+    torch.relu: lambda: ("relu", DEFAULT_SLOPE),
+    torch.relu_: lambda: ("relu", DEFAULT_SLOPE),
+    F.relu6: lambda inplace=False: ("relu6", DEFAULT_SLOPE),
+    F.leaky_relu: lambda negative_slope=DEFAULT_SLOPE, inplace=False: (
+        "leaky_relu",
+        negative_slope,
+    ),
+    F.elu: lambda alpha=1.0, inplace=False: ("elu", DEFAULT_SLOPE) if alpha == 1 else None,
+    F.silu: lambda inplace=False: ("silu", DEFAULT_SLOPE),
+    F.gelu: lambda approximate="none": (
+        "gelu" if approximate == "none" else "gelu_tanh",
+        DEFAULT_SLOPE,
+    ),
+    F.hardswish: lambda inplace=False: ("hardswish", DEFAULT_SLOPE),
+    F.mish: lambda inplace=False: ("mish", DEFAULT_SLOPE),
+    torch.sigmoid: lambda: ("sigmoid", DEFAULT_SLOPE),
+    torch.tanh: lambda: ("tanh", DEFAULT_SLOPE),
 }
 _METHODS = {
     "relu": "relu",
@@ -279,11 +290,11 @@ _METHODS = {
     "tanh_": "tanh",
 }
 
-_NEW_MEMORY_MODULES = {
+_FRESH_MEMORY_MODULES = {
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 }
-_NEW_MEMORY_FUNCTIONS = {
+_FRESH_MEMORY_FUNCTIONS = {
     *(F.linear, F.conv1d, F.conv2d, F.conv3d, torch.cat),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }

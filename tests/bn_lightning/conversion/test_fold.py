@@ -1,4 +1,4 @@
-"""Folding: the copy computes what the model does in evaluation, with fewer layers."""
+"""Folding: the copy computes what the model computes in evaluation, with fewer layers."""
 
 import copy
 import logging
@@ -25,7 +25,7 @@ TOLERANCES = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
 }
-# The BatchNorms that no convolution or linear layer comes right before.
+# BatchNorms without a convolution or linear layer directly before them.
 NOT_FOLDED: dict[str, set[str]] = {
     "densenet": {
         "features.4.0",
@@ -37,7 +37,7 @@ NOT_FOLDED: dict[str, set[str]] = {
 
 
 def trained(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Gives BatchNorms the statistics and parameters of any training."""
+    """Give BatchNorms random statistics and parameters."""
     g = torch.Generator().manual_seed(0)
     for m in model.modules():
         if isinstance(m, _BatchNorm):
@@ -67,7 +67,7 @@ def test_architectures(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     x = torch.randn(ARCHITECTURES[name].shape, dtype=dtype)
     y = model.eval()(x)
-    # In units of the largest output: the scale of a sum is that of its terms.
+    # Relative to the largest output, which has the scale of the terms of a sum.
     scale = y.abs().max()
     torch.testing.assert_close(folded(x) / scale, y / scale, **TOLERANCES[dtype])
 
@@ -106,11 +106,11 @@ def test_layers(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> No
     torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
 
 
-def test_a_linear_layer_over_sequences_is_an_error_and_not_wrong() -> None:
-    # (N, L, C) with L = C: both run, and mean different things.
+def test_a_linear_layer_over_sequences_is_refused() -> None:
+    # (N, L, C) with L = C: both run, but Linear and BatchNorm1d take different dimensions.
     model = sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
     folded = fold_batchnorm(model)
-    with pytest.raises(ValueError, match=r"expected rows \(N, C\).*got shape \(2, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"`input`.*\(N, C\).*got \(2, 6, 6\)"):
         folded(torch.randn(2, 6, 4, dtype=torch.float64))
 
 
@@ -136,7 +136,7 @@ def test_a_converted_and_fused_model_is_folded_as_it_was() -> None:
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-10, atol=1e-10)
 
 
-def test_the_forward_of_its_class_on_an_instance_is_no_other() -> None:
+def test_the_class_forward_set_on_the_instance_is_folded() -> None:
     model = trained(BasicBlock(4, 4, 1, None)).eval()
     model.forward = model.forward
     assert not find_foldable(model).skipped
@@ -201,23 +201,23 @@ def branches(self, x):
 
 
 FORWARDS = {
-    output_read_twice: "for it alone",
+    output_read_twice: "used by it only",
     convolution_called_twice: "used more than once",
     batch_norm_called_twice: "used more than once",
     weight_is_read: "used more than once",
     bias_is_read: "used more than once",
     a_number_is_read: "used more than once",
     something_between: "no convolution",
-    branches: "Forward.forward of the model itself, around it, is not known: it branches",
+    branches: "Forward.forward of the model itself, around it, cannot be traced: it branches",
 }
 
 
-def left_alone(model: nn.Module, why: str) -> None:
-    """Checks that nothing is folded, that it is said why, and that the copy computes the same."""
+def check_not_folded(model: nn.Module, expected: str) -> None:
+    """Check that nothing is folded, the reason, and that the copy computes the same."""
     model = trained(model).eval()
     (reason,) = find_foldable(model).skipped.values()
-    assert why in reason
-    with pytest.warns(UserWarning, match="BatchNorms that can be folded, found none") as warned:
+    assert expected in reason
+    with pytest.warns(UserWarning, match="`model`.*to fold, got none") as warned:
         folded = fold_batchnorm(model)
     assert reason in str(warned[0].message)
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
@@ -227,8 +227,8 @@ def left_alone(model: nn.Module, why: str) -> None:
 @pytest.mark.parametrize(
     ("forward", "why"), FORWARDS.items(), ids=[forward.__name__ for forward in FORWARDS]
 )
-def test_what_forwards_do_otherwise(forward: Callable[..., Any], why: str) -> None:
-    left_alone(type("Forward", (Net,), {"forward": forward})(), why)
+def test_forwards_that_prevent_folding(forward: Callable[..., Any], why: str) -> None:
+    check_not_folded(type("Forward", (Net,), {"forward": forward})(), why)
 
 
 def test_a_pair_that_is_folded() -> None:
@@ -248,7 +248,7 @@ def test_a_layer_that_another_module_calls_too() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(self.conv(x)) + self.tap(x)
 
-    left_alone(Tapped(), "used more than once")
+    check_not_folded(Tapped(), "used more than once")
 
 
 class Own(nn.BatchNorm2d):
@@ -272,14 +272,14 @@ PAIRS: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
         "has hooks",
     ),
     "hook_on_layer": (lambda: [with_hook(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)], "has hooks"),
-    "parametrised": (
+    "parametrized": (
         lambda: [
             parametrize.register_parametrization(
                 nn.Conv2d(3, 3, 1, dtype=torch.float64), "weight", nn.Tanh()
             ),
             nn.BatchNorm2d(3),
         ],
-        "parametrised",
+        "parametrized",
     ),
     "transposed_groups": (
         lambda: [nn.ConvTranspose2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)],
@@ -293,10 +293,10 @@ PAIRS: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
 
 @pytest.mark.parametrize(("make", "why"), PAIRS.values(), ids=PAIRS.keys())
 def test_pairs(make: Callable[[], list[nn.Module]], why: str) -> None:
-    left_alone(nn.Sequential(*make()), why)
+    check_not_folded(nn.Sequential(*make()), why)
 
 
-def test_what_is_around_a_pair_has_to_be_known() -> None:
+def test_the_forward_around_a_pair_must_be_traceable() -> None:
     class Taps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -306,16 +306,16 @@ def test_what_is_around_a_pair_has_to_be_known() -> None:
             y = self.features[0](x)
             return self.features[1](y) if y.sum() > 0 else y
 
-    left_alone(Taps(), "Taps.forward of the model itself, around it, is not known")
+    check_not_folded(Taps(), "Taps.forward of the model itself, around it, cannot be traced")
 
 
 def test_a_model_with_none() -> None:
-    with pytest.warns(UserWarning, match="found none: 0 BatchNorms folded, 0 left alone"):
+    with pytest.warns(UserWarning, match="0 BatchNorms folded, 0 skipped"):
         assert isinstance(fold_batchnorm(nn.Linear(2, 2)), nn.Linear)
 
 
 def test_no_module() -> None:
-    with pytest.raises(TypeError, match="`model` to be a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match="`model`.*Module, got int"):
         fold_batchnorm(3)  # type: ignore[arg-type]
 
 
@@ -325,4 +325,4 @@ def test_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     block.bn2.register_forward_hook(lambda m, args, y: None)
     with caplog.at_level(logging.INFO, logger="bn_lightning.conversion.fold"):
         fold_batchnorm(block)
-    assert "1 BatchNorms folded, 1 left alone\n  bn2: " in caplog.text
+    assert "1 BatchNorms folded, 1 skipped\n  bn2: " in caplog.text

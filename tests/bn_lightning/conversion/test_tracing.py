@@ -1,4 +1,4 @@
-"""Which forwards a graph can stand for, and what is told of the others."""
+"""Which forwards can be traced, and the reasons why others cannot."""
 
 import math
 import random
@@ -15,7 +15,7 @@ from bn_lightning.conversion.tracing import Guard, NotTraceable, trace_forward
 
 
 class Net(nn.Module):
-    """Has something of each kind to read; its forward is given by each test."""
+    """Has attributes of each kind; each test gives it a forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,13 +190,13 @@ REFUSED = {
 @pytest.mark.parametrize(
     ("forward", "why"), REFUSED.items(), ids=[forward.__name__ for forward in REFUSED]
 )
-def test_what_a_graph_would_fix_is_refused(forward, why, capsys) -> None:
+def test_what_a_graph_would_make_constant_is_refused(forward, why, capsys) -> None:
     module = net(forward)
     before, children = dict(module.__dict__), dict(module.conv.__dict__)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     with pytest.raises(NotTraceable, match=why):
         trace_forward(module)
-    # The module and the world are as they were.
+    # The module and the global state have not changed.
     assert module.__dict__ == before and module.conv.__dict__ == children
     assert module.settings == [1] and module.factor == 2
     assert type(module.conv) is nn.Conv2d
@@ -248,7 +248,7 @@ TRACED = [
 
 
 @pytest.mark.parametrize("forward", TRACED, ids=[forward.__name__ for forward in TRACED])
-def test_a_graph_computes_what_the_forward_does(forward) -> None:
+def test_a_graph_is_equivalent_to_its_forward(forward) -> None:
     module = net(forward)
     before = dict(module.__dict__)
     (trace,) = trace_forward(module)
@@ -281,7 +281,7 @@ def test_numbers_functions_and_lists_of_children_are_guarded() -> None:
     assert not any(guard.holds() for guard in guards.values())
 
 
-def test_registries_of_subclasses_see_nothing() -> None:
+def test_init_subclass_is_not_called() -> None:
     registered = []
 
     class Registered(Net):
@@ -308,7 +308,7 @@ def test_modules_that_refuse_attributes() -> None:
     assert len(trace_forward(module)) == 1 and type(module) is Strict
 
 
-def test_a_guard_tells_types_apart_and_misses_what_is_gone() -> None:
+def test_a_guard_checks_the_type_and_that_the_attribute_exists() -> None:
     def forward(self, x):
         return x * self.factor
 
@@ -322,7 +322,7 @@ def test_a_guard_tells_types_apart_and_misses_what_is_gone() -> None:
     assert not guard.holds()
 
 
-def test_training_and_evaluation_have_a_graph_each_where_they_differ() -> None:
+def test_training_and_evaluation_have_two_graphs_if_they_differ() -> None:
     def forward(self, x):
         return F.dropout(x, self.dropout.p, self.training)
 

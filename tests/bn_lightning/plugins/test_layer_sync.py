@@ -1,4 +1,4 @@
-"""The plugin exchanges and restores classes, alone and in Lightning's Trainer on two ranks.
+"""The plugin swaps and restores classes, alone and in Lightning's Trainer on two ranks.
 
 Functions whose names start with `rank_` run on the ranks (see the fixture `ranks`).
 """
@@ -32,7 +32,7 @@ from bn_lightning import (
     convert_batchnorm,
     revert_batchnorm,
 )
-from bn_lightning.conversion.class_swap import exchange_class, restore_class
+from bn_lightning.conversion.class_swap import restore_class, swap_class
 
 
 class OwnBatchNorm(nn.BatchNorm2d):
@@ -62,7 +62,7 @@ def _state(model: nn.Module) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_classes_are_exchanged_and_restored():
+def test_classes_are_swapped_and_restored():
     model = _model()
     model[1].eval()
     model[2].weight.requires_grad_(False)
@@ -111,10 +111,10 @@ def test_backend_and_process_group():
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["sync", "convert"])), ids="-".join)
-def test_two_exchanges_end_in_any_order(order):
+def test_two_swaps_end_in_any_order(order):
     module = nn.BatchNorm2d(3)
     before = _state(module)
-    exchange_class(module, BatchNorm2d, "convert")
+    swap_class(module, BatchNorm2d, "convert")
     plugin = FusedSyncBatchNorm()
     plugin.apply(module)
     assert type(module) is SyncBatchNorm2d

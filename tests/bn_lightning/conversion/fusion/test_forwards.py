@@ -1,4 +1,4 @@
-"""Fused forwards live on their instance: copies, pickles, compilers, and what changes later."""
+"""Fused forwards: copies, pickles, compilers, and changes after fusion."""
 
 import copy
 import inspect
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from bn_lightning import convert_batchnorm, revert_batchnorm
 from bn_lightning.conversion.fusion.forwards import FusedForward
 
-# One with nn.Sequential alone, one with recorded forwards, one with two graphs by mode.
+# Only nn.Sequential; traced forwards; two graphs, one per mode.
 NAMES = ["mlp", "resnet18", "densenet"]
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
-    """A fused network, its untouched twin, and an input."""
+    """Return a fused network, an unfused copy, and an input."""
     torch.manual_seed(0)
     architecture = ARCHITECTURES[name]
     untouched = architecture.build()
@@ -42,7 +42,7 @@ class TestWholeNetworks:
         [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
         ids=["deepcopy", "pickle"],
     )
-    def test_copies_are_fused_and_their_own(self, name, duplicate, fused_calls) -> None:
+    def test_copies_are_fused_and_independent(self, name, duplicate, fused_calls) -> None:
         fused, untouched, x = pair(name)
         twin = duplicate(fused)
         assert len(forwards(twin)) == len(forwards(fused)) > 0
@@ -89,7 +89,7 @@ class TestWholeNetworks:
         torch.testing.assert_close(a, b)
 
 
-# DenseNet's dropout draws other numbers when it is compiled.
+# DenseNet only in evaluation: its dropout draws other numbers when compiled.
 @pytest.mark.parametrize(
     ("name", "training"),
     [("mlp", True), ("resnet18", True), ("densenet", False)],
@@ -122,7 +122,7 @@ def test_exported(name: str, strict: bool) -> None:
 
 
 class Net(nn.Module):
-    """Its forward is given by each test."""
+    """Each test gives it a forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def image() -> Tensor:
 
 
 class TestChanges:
-    """What a recording took for given, and what then runs."""
+    """Changes after fusion that make a trace invalid, so that the original runs."""
 
     def test_attributes(self, fused_calls) -> None:
         def forward(self, x):
@@ -161,7 +161,7 @@ class TestChanges:
             torch.testing.assert_close(fused(image()), untouched(image()))
         assert fused_calls == [True, False, False, True]
 
-    def test_modules_in_the_place_of_others(self, fused_calls) -> None:
+    def test_replaced_modules(self, fused_calls) -> None:
         def forward(self, x):
             return self.relu(self.bn(self.conv(x)))
 
@@ -259,7 +259,7 @@ def test_a_forward_called_through_its_class_is_the_original(fused_calls) -> None
     assert fused_calls == [False]
 
 
-def test_another_caller_of_the_same_batch_norm_gets_it_plain(fused_calls) -> None:
+def test_another_caller_gets_the_plain_batch_norm(fused_calls) -> None:
     bn = nn.BatchNorm2d(3).eval()
     shared = nn.ModuleList([nn.Sequential(bn, nn.ReLU()), nn.Sequential(bn, nn.Flatten())])
     x = image()

@@ -1,4 +1,4 @@
-"""One call of a BatchNorm with what follows it: when it is one, and that it is the same."""
+"""call_batch_norm: when it fuses, and that the result does not change."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bn_lightning import BatchNorm2d
 from bn_lightning.conversion.fusion.fused_call import activation_of, call_batch_norm
 
-ACTIVATIONS = {
+ACTIVATION_CASES = {
     "relu": nn.ReLU(inplace=True),
     "relu6": nn.ReLU6(),
     "leaky_relu": nn.LeakyReLU(0.3, inplace=True),
@@ -26,19 +26,19 @@ ACTIVATIONS = {
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[Any, ...]]:
-    """What the kernels' function was asked to fuse: (has a residual, activation, slope)."""
-    seen: list[tuple[Any, ...]] = []
+    """Calls of the kernels' function: (has a residual, activation, slope)."""
+    recorded: list[tuple[Any, ...]] = []
     from bn_lightning.modules import batch_norm as module
 
-    whole = module.batch_norm
+    original = module.batch_norm
 
-    def watched(*args: Any, **kwargs: Any) -> Tensor:
+    def recording(*args: Any, **kwargs: Any) -> Tensor:
         residual = kwargs["residual"] is not None
-        seen.append((residual, kwargs["activation"], kwargs["negative_slope"]))
-        return whole(*args, **kwargs)
+        recorded.append((residual, kwargs["activation"], kwargs["negative_slope"]))
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, "batch_norm", watched)
-    return seen
+    monkeypatch.setattr(module, "batch_norm", recording)
+    return recorded
 
 
 def batch_norm() -> BatchNorm2d:
@@ -58,7 +58,9 @@ PLAIN = (False, "identity", 0.01)
 
 
 class TestActivations:
-    @pytest.mark.parametrize(("name", "module"), ACTIVATIONS.items(), ids=ACTIVATIONS.keys())
+    @pytest.mark.parametrize(
+        ("name", "module"), ACTIVATION_CASES.items(), ids=ACTIVATION_CASES.keys()
+    )
     def test_each_is_one_call(self, name, module, calls) -> None:
         y = call_batch_norm(batch_norm(), x(), x(1), module)
         assert calls == [(True, name, 0.3 if name == "leaky_relu" else 0.01)]
@@ -69,13 +71,13 @@ class TestActivations:
         [nn.PReLU(dtype=torch.float64), nn.Softplus(), nn.ELU(alpha=2.0), nn.Hardtanh()],
         ids=lambda module: type(module).__name__,
     )
-    def test_what_the_kernels_lack_is_called_by_itself(self, module, calls) -> None:
+    def test_an_activation_that_the_kernels_lack_is_called_separately(self, module, calls) -> None:
         assert activation_of(module) is None
         y = call_batch_norm(batch_norm(), x(), None, module)
         assert calls == [PLAIN]
         assert torch.equal(y, module(batch_norm()(x())))
 
-    def test_a_subclass_may_be_something_else(self) -> None:
+    def test_a_subclass_of_an_activation_is_called_separately(self) -> None:
         class Shifted(nn.ReLU):
             def forward(self, input: Tensor) -> Tensor:
                 return super().forward(input - 1)
@@ -110,7 +112,7 @@ def test_other_residuals_are_added_as_before(residual, calls) -> None:
     assert torch.equal(y, (batch_norm()(x()) + residual).relu())
 
 
-def test_what_is_added_in_place_keeps_its_shape_and_dtype() -> None:
+def test_an_addition_in_place_keeps_shape_and_dtype() -> None:
     bn = batch_norm().float()
     y = call_batch_norm(bn, x().float(), x(1), nn.ReLU(), in_place=True)
     assert y.dtype == torch.float32
@@ -129,7 +131,7 @@ def hooks(module: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["forward", "before", "backward", "before_backward"])
 @pytest.mark.parametrize("on", ["bn", "activation"])
-def test_hooks_see_what_they_would_have_seen(on, kind, calls) -> None:
+def test_hooks_are_called_without_fusion(on, kind, calls) -> None:
     bn, activation = batch_norm(), nn.ReLU()
     seen: list[None] = []
     handle = hooks(bn if on == "bn" else activation)[kind](lambda: seen.append(None))
@@ -144,15 +146,15 @@ def test_hooks_see_what_they_would_have_seen(on, kind, calls) -> None:
 @pytest.mark.parametrize(
     "make",
     [lambda: nn.BatchNorm2d(3), lambda: BatchNorm2d(3, activation="tanh"), nn.Identity],
-    ids=["torchs", "with_an_activation_of_its_own", "none"],
+    ids=["torch", "with_an_activation", "identity"],
 )
-def test_other_modules_in_its_place_are_called_alone(make) -> None:
+def test_other_modules_are_called_separately(make) -> None:
     module = make().double()
     y = call_batch_norm(module, x(), x(1), nn.ReLU())
     assert torch.equal(y, (make().double()(x()) + x(1)).relu())
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_called_alone() -> None:
+def test_a_subclass_with_its_own_forward_is_called_separately() -> None:
     class Twice(BatchNorm2d):
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)

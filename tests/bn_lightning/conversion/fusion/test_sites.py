@@ -1,4 +1,4 @@
-"""What is fused in a forward, what is left alone, and that both compute what they did before."""
+"""Which calls of a forward are fused, which are not, and that the results do not change."""
 
 import copy
 from collections.abc import Callable
@@ -36,8 +36,8 @@ def net(forward: Callable[..., Tensor]) -> Net:
     return module
 
 
-def outcome(module: nn.Module, training: bool, backward: bool = True) -> list[Tensor]:
-    """What a forward and a backward compute: output, gradients, statistics."""
+def run(module: nn.Module, training: bool, backward: bool = True) -> list[Tensor]:
+    """Return what a forward and a backward compute: output, gradients, statistics."""
     x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x.requires_grad_()
     module.train(training)
@@ -53,14 +53,14 @@ def outcome(module: nn.Module, training: bool, backward: bool = True) -> list[Te
 
 
 def compared(forward: Callable[..., Tensor], backward: bool = True):
-    """Converts a net, checks that it computes what it did, and returns the report."""
+    """Convert a net, check that its results do not change, and return the Conversion."""
     module = net(forward)
     untouched = copy.deepcopy(module)
     report = convert_batchnorm(module, fuse=True)
     for training in (True, False):
         torch.testing.assert_close(
-            outcome(module, training, backward),
-            outcome(untouched, training, backward),
+            run(module, training, backward),
+            run(untouched, training, backward),
             rtol=1e-12,
             atol=1e-12,
         )
@@ -259,7 +259,7 @@ def other_slope_of_elu(self, x):
     return F.elu(self.bn1(self.conv1(x)), alpha=2.0)
 
 
-LEFT = {
+NOT_FUSED = {
     output_read_twice: "its output has 2 readers",
     read_after_the_activation: "its output has 2 readers",
     called_twice: "it is called 2 times",
@@ -275,15 +275,15 @@ LEFT = {
 
 
 @pytest.mark.parametrize(
-    ("forward", "why"), LEFT.items(), ids=[forward.__name__ for forward in LEFT]
+    ("forward", "why"), NOT_FUSED.items(), ids=[forward.__name__ for forward in NOT_FUSED]
 )
-def test_what_is_left_alone(forward, why) -> None:
+def test_what_is_not_fused(forward, why) -> None:
     # With gradients, torch itself refuses an input that is changed.
     report = compared(forward, backward="changed" not in forward.__name__)
     assert report.fused == ()
-    said = "".join(report.skipped.values())
+    reasons = "".join(report.skipped.values())
     assert (
-        (why in said and "Forward.forward of the model itself" in said)
+        (why in reasons and "Forward.forward of the model itself" in reasons)
         if why
         else not report.skipped
     )
@@ -312,7 +312,7 @@ def test_a_residual_that_the_gradient_needs_must_not_be_read_again() -> None:
 
 
 @pytest.mark.parametrize("on", ["bn1", "relu"])
-def test_hooks_that_are_there_are_left_alone(on) -> None:
+def test_hooked_modules_are_not_fused(on) -> None:
     module = net(relu_module)
     getattr(module, on).register_forward_hook(lambda m, args, y: None)
     report = convert_batchnorm(module, fuse=True)
@@ -320,7 +320,7 @@ def test_hooks_that_are_there_are_left_alone(on) -> None:
     assert "forward" not in module.__dict__
 
 
-def test_what_already_ends_in_an_activation_is_left_alone() -> None:
+def test_a_batch_norm_with_an_activation_is_not_fused() -> None:
     from bn_lightning import BatchNorm2d
 
     module = net(relu_module)
@@ -339,7 +339,7 @@ def test_a_batch_norm_of_this_package_is_fused_too() -> None:
 
 
 def test_in_place_operators_are_recorded_as_such() -> None:
-    # What stands in for a tensor in torch.fx would turn `y += x` into `y = y + x`.
+    # torch.fx's own Proxy would compute `y = y + x` for `y += x`.
     def forward(self, x):
         y = self.conv2(self.relu(self.bn1(x)))
         z = y
