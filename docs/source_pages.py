@@ -1,7 +1,7 @@
-"""A hook of MkDocs: files outside docs/ that a page links to become pages of the site, too.
+"""MkDocs hook that adds files outside docs/ to the site if a page links to them.
 
-A relative link names a file of the checkout, so that it works on GitHub. In the site, a source file
-is a page that shows it, a folder a page that lists it, another file a copy.
+Links are relative paths in the checkout, so that they also work on a code host. In the site, a
+Python file becomes a page that shows it, a folder a page that lists it, any other file a copy.
 """
 
 import posixpath
@@ -18,7 +18,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)#\s]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what pages link to and is not in docs/, and what those link to in turn."""
+    """Add the files that pages link to, and those that the added pages link to."""
     waiting = [f"{DOCS}/{file.src_uri}" for file in files.documentation_pages()]
     while waiting:
         origin = waiting.pop()
@@ -26,7 +26,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             target = _target(origin, match["path"])
             uri = _uri(target)
             if files.get_file_from_path(uri) is not None or not (ROOT / target).exists():
-                continue  # a missing one is MkDocs' to report
+                continue  # MkDocs reports missing files
             files.append(_page_of(target, uri, config))
             if target.endswith(".md"):
                 waiting.append(target)
@@ -34,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point the links of a page at the pages that stand for files of the checkout."""
+    """Replace links to files of the checkout by links to their pages."""
     uri = page.file.src_uri
     origin = uri if page.file.generated_by else f"{DOCS}/{uri}"
 
@@ -52,7 +52,7 @@ def _target(origin: str, link: str) -> str:
 
 
 def _uri(target: str) -> str:
-    """Where a file of the checkout stands among the sources of the site."""
+    """Return the path of a file of the checkout among the sources of the site."""
     uri = target.removeprefix(f"{DOCS}/")
     path = ROOT / target
     return f"{uri}.md" if path.is_dir() or path.suffix == ".py" else uri
