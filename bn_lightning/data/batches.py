@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from typing_extensions import override
 
-Batch = tuple[Float[Tensor, "B ..."], Int[Tensor, "B"]]
+LabeledBatch = tuple[Float[Tensor, "B ..."], Int[Tensor, "B"]]
 """Inputs and targets."""
 
 Transform = Callable[[Tensor, Tensor, int], Tensor]
@@ -83,7 +83,7 @@ class Batches(ABC):
         """Return the number of batches in a whole epoch, the same on each rank."""
         return self._length
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LabeledBatch]:
         # A generator, whose body runs at the first `next`: Lightning creates its iterator before it
         # calls `set_epoch`, and creates another one only to check that this works.
         self._position, self._start = self._start, 0
@@ -92,7 +92,7 @@ class Batches(ABC):
             yield batch
 
     @abstractmethod
-    def _from(self, position: int) -> Iterator[Batch]:
+    def _from(self, position: int) -> Iterator[LabeledBatch]:
         """Yield this rank's batches of the epoch, without the first `position`."""
 
     @property
@@ -197,7 +197,7 @@ class TensorBatches(Batches):
         self.transform = transform
 
     @override
-    def _from(self, position: int) -> Iterator[Batch]:
+    def _from(self, position: int) -> Iterator[LabeledBatch]:
         inputs, targets = self.inputs, self.targets
         if not self.shuffle and self.transform is None:
             parts = zip(self._parts(inputs), self._parts(targets), strict=True)

@@ -90,10 +90,13 @@ class CIFAR10DataModule(TensorDataModule):
         augment: bool,
         mean: Sequence[float],
         std: Sequence[float],
+        *,
         download: bool = True,
         test_curve: bool = False,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
+        super().__init__(
+            batch_size, eval_batch_size, validation_fraction, seed, test_curve=test_curve
+        )
         check_statistics(mean, std)
         self.folder = Path(root).expanduser().absolute() / self.source / "cifar-10-batches-bin"
         self.augment = augment

@@ -48,10 +48,13 @@ class DigitsDataModule(TensorDataModule):
         eval_batch_size: int,
         validation_fraction: float,
         seed: int,
+        *,
         test_curve: bool = False,
         binarize: float | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
+        super().__init__(
+            batch_size, eval_batch_size, validation_fraction, seed, test_curve=test_curve
+        )
         check_threshold(binarize)
         self.binarize = binarize
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
-from bn_lightning.data.batches import Batch, Batches, check_integer, mixed_seed
+from bn_lightning.data.batches import Batches, LabeledBatch, check_integer, mixed_seed
 from bn_lightning.data.image_file import ImageFileError, read_image
 from bn_lightning.data.image_transforms import ImageTransform
 from bn_lightning.data.protocol import ImageFailure, OnFailures
@@ -166,7 +166,7 @@ class ImageBatches(Batches):
         return other
 
     @override
-    def _from(self, position: int) -> Iterator[Batch]:
+    def _from(self, position: int) -> Iterator[LabeledBatch]:
         indices = self.indices()[position:]
         self._keys.keys = [(self._epoch, index.numpy()) for index in indices]
         if self._loader is None:

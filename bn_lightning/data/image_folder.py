@@ -83,6 +83,7 @@ class ImageFolderDataModule(LoadedDataModule):
         self,
         root: str | os.PathLike[str],
         name: str,
+        *,
         archive: str | os.PathLike[str] | None,
         image_size: int,
         batch_size: int,

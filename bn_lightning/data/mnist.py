@@ -70,11 +70,14 @@ class MNISTDataModule(TensorDataModule):
         validation_fraction: float,
         seed: int,
         fallback: str | None,
+        *,
         download: bool = True,
         test_curve: bool = False,
         binarize: float | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
+        super().__init__(
+            batch_size, eval_batch_size, validation_fraction, seed, test_curve=test_curve
+        )
         check_threshold(binarize)
         if fallback not in (None, "digits"):
             raise ValueError(f"expected `fallback` to be 'digits' or None, got {fallback!r}")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from bn_lightning.data.batches import Batch
+from bn_lightning.data.batches import LabeledBatch
 from bn_lightning.data.errors import DataUnavailableError
 from bn_lightning.data.image_batches import ImageFiles
 from bn_lightning.data.image_file import SUFFIXES, ImageFileError, read_image
@@ -69,7 +69,7 @@ def fixed_size_batches(
     batch_size: int,
     preprocess: Callable[[UInt8[np.ndarray, "B C H W"]], Tensor],
     on_failures: OnFailures,
-) -> Iterator[Batch]:
+) -> Iterator[LabeledBatch]:
     """Yield batches of images that already have the network's size: none is scaled.
 
     Args:

@@ -73,6 +73,7 @@ class TabularDataModule(TensorDataModule):
     def __init__(
         self,
         path: str | os.PathLike[str] | None,
+        *,
         features: Sequence[str],
         target: str,
         law: str,
@@ -86,7 +87,9 @@ class TabularDataModule(TensorDataModule):
         seed: int,
         test_curve: bool = False,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, validation_fraction, seed, test_curve)
+        super().__init__(
+            batch_size, eval_batch_size, validation_fraction, seed, test_curve=test_curve
+        )
         check_integer("samples", samples, 10)
         if law not in LAWS:
             raise ValueError(f"expected `law` to be one of {', '.join(LAWS)}, got {law!r}")

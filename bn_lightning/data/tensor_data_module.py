@@ -76,6 +76,7 @@ class TensorDataModule(LoadedDataModule, ABC):
         eval_batch_size: int,
         validation_fraction: float,
         seed: int,
+        *,
         test_curve: bool = False,
     ) -> None:
         super().__init__()
