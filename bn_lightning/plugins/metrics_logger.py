@@ -20,12 +20,12 @@ from bn_lightning.runs.metrics_csv import (
 
 
 class MetricsCSVLogger(Logger):
-    """Writes `save_dir/metrics.csv`: a column for each metric, a row for each time it is called.
+    """Writes `save_dir/metrics.csv`: a column for each metric, a row for each call.
 
-    Lightning's own CSVLogger deletes the file of the run that it resumes; this one goes on with it,
-    once `truncate_metrics` has taken out what came after the checkpoint. Whole lines are appended,
-    a new column rewrites the file through a temporary one: a killed run leaves every row whole.
-    What a resumed run logs once more of the step it goes on from is not written twice.
+    Lightning's CSVLogger deletes the file of a resumed run. This one appends to it, after
+    `truncate_metrics` removed the rows that follow the checkpoint, and does not repeat a row that
+    the resumed run logs again. Rows are appended whole, and a new column replaces the file in one
+    step, so a killed run leaves only whole rows.
 
     Args:
         save_dir: an existing folder.
@@ -37,7 +37,7 @@ class MetricsCSVLogger(Logger):
         self._pending: list[Row] = []
         self._step = 0
         self._columns: list[str] | None = None
-        self._of_last_step: list[dict[str, str]] = []  # rows found in the file, of its last step
+        self._of_last_step: list[dict[str, str]] = []  # rows of the last step in the file
 
     @property
     @override
@@ -57,7 +57,7 @@ class MetricsCSVLogger(Logger):
     @override
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
-        """Nothing: the configuration of a run stands in its run.json."""
+        """Ignore them: run.json has the configuration."""
 
     @override
     @rank_zero_only
@@ -68,12 +68,12 @@ class MetricsCSVLogger(Logger):
     @override
     @rank_zero_only
     def save(self) -> None:
-        """Write what was logged since the last call; Lightning calls it after its own logs."""
+        """Write the rows logged since the last call. Lightning calls it after logging."""
         rows, self._pending = self._pending, []
         if not rows:
             return
         if self._columns is None:
-            # A run that was killed while writing may have left half a line.
+            # A run that was killed while writing may have left a part of a line.
             self._columns = read_columns(self.path)
             if self._columns:
                 found = read_rows(self.path)
@@ -90,11 +90,11 @@ class MetricsCSVLogger(Logger):
 
     def _append(self, rows: list[Row]) -> None:
         try:
-            # Never a new file: one without a first line would be no table.
+            # Never create the file: it would lack the line of column names.
             with open(self.path, "a", encoding="utf-8", newline="", opener=_existing) as file:
                 file.write(format_rows(self._columns or [], rows))
         except OSError as error:
-            # The system leaves the name out where a disk is full.
+            # On a full disk the system's error does not name the file.
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     @override

@@ -1,4 +1,4 @@
-"""The cheapest profiler: none."""
+"""A profiler that measures nothing and costs nothing."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,10 +9,10 @@ _NOTHING = nullcontext()
 
 
 class NoProfiler(PassThroughProfiler):
-    """Measures nothing, like Lightning's default, without a generator for each hook of each step.
+    """Measures nothing, as Lightning's default does, but without a generator for each hook.
 
-    A step of a small network with a few callbacks enters some forty profiled blocks; in Lightning's
-    default each is a generator-based context, together 5% of such a step.
+    A step of a small network with a few callbacks enters about forty profiled blocks. Lightning's
+    default makes each a generator-based context, which together take 5% of such a step.
     """
 
     @override
