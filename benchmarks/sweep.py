@@ -27,11 +27,11 @@ from rows import append_rows
 from bn_lightning.runs.machine import git_commit, hardware, package_versions
 from bn_lightning.sweeps.engine.creation import create_study
 from bn_lightning.sweeps.engine.outcome import Outcome
-from bn_lightning.sweeps.engine.sampling import Points, make_pruner
-from bn_lightning.sweeps.engine.slots import SLOT
+from bn_lightning.sweeps.engine.sampling import SamplingPlan, make_pruner
 from bn_lightning.sweeps.engine.space import Space
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
-from bn_lightning.sweeps.engine.study import Policy, SweepStudy
+from bn_lightning.sweeps.engine.stored_names import SLOT
+from bn_lightning.sweeps.engine.study import FailurePolicy, SweepStudy
 
 RESULTS = Path(__file__).parent / "results" / "sweep.csv"
 GRID = "hydra/sweeper/sampler=grid"
@@ -137,19 +137,17 @@ def _fill(folder: Path, size: int) -> None:
 
 def _engine(folder: Path, size: int, sampler: str, repeats: int = 20) -> dict[str, float]:
     config = {"_target_": f"optuna.samplers.{sampler}", "seed": 1}
-    points = Points(config, SPACE, SPACE.suggest, False, size + repeats)
+    plan = SamplingPlan(config, SPACE, size + repeats)
 
     def start() -> SweepStudy:
         storage = open_storage(storage_url("journal", folder), 5)
-        policy = Policy(1, 60, 120)
-        made = SweepStudy(
-            storage, NAME, folder, points, SPACE.suggest, config, make_pruner(None), policy
-        )
+        policy = FailurePolicy(max_retries=1, heartbeat=60, stale_after=120)
+        made = SweepStudy(storage, NAME, folder, plan, make_pruner(None), policy)
         made.refresh()
         return made
 
     engine, loading = _timed(start)
-    engine.fill_first()
+    engine.fill()
     asking, telling = [], []
     for _ in range(repeats):
         claimed, seconds = _timed(engine.claim)

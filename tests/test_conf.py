@@ -10,7 +10,7 @@ from hydra_plugins.bn_optuna import register
 from omegaconf import OmegaConf
 from torch import nn
 
-from bn_lightning.sweeps.engine.sampling import Points, make_pruner
+from bn_lightning.sweeps.engine.sampling import SamplingPlan, make_pruner
 from bn_lightning.sweeps.engine.space import parse_space, to_overrides
 
 register()  # before Hydra looks for configurations
@@ -121,9 +121,9 @@ def test_every_experiment_takes_the_sweep_of_learning_rates(tmp_path, experiment
     config = compose("train", overrides, return_hydra_config=True)
     assert config.trainer.max_steps == 2000
     space = parse_space(OmegaConf.to_container(config.hydra.sweeper.params), [])
-    points = Points(config.hydra.sweeper.sampler, space, space.suggest, False, None)
-    for slot in (0, points.n_trials - 1):
-        params, _ = points[slot]
+    plan = SamplingPlan(config.hydra.sweeper.sampler, space, None)
+    for slot in (0, plan.n_trials - 1):
+        params = plan.point(slot).params
         trial, resolved = composed(tmp_path, *overrides, *to_overrides(params))
         assert trial.optimizer.lr == params["optimizer.lr"] and trial.seed == params["seed"]
         assert (resolved["norm"] is None) == (params["norm"] == "none")
@@ -221,10 +221,10 @@ def test_sweeps(tmp_path, name, n_trials):
     assert sweeper["direction"] == "maximize"
     make_pruner(sweeper["pruner"])
     space = parse_space(sweeper["params"], [])
-    points = Points(sweeper["sampler"], space, space.suggest, False, sweeper["n_trials"])
-    assert points.n_trials == n_trials
+    plan = SamplingPlan(sweeper["sampler"], space, sweeper["n_trials"])
+    assert plan.n_trials == n_trials
     for slot in (0, n_trials - 1):
-        params = (points[slot] or ({"optimizer.lr": 0.5, "init.std": 1.0}, {}))[0]
+        params = plan.point(slot).params or {"optimizer.lr": 0.5, "init.std": 1.0}
         trial, _ = composed(tmp_path, *overrides, *to_overrides(params))
         instantiate(trial.model)
         instantiate(trial.init)

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from bn_lightning.runs.record import number_of_classes, read_run
 from bn_lightning.sweeps.analysis.trials import Cell, Row, Table, is_diverged
-from bn_lightning.sweeps.engine.names import CONFIGURATION_FILE
 from bn_lightning.sweeps.engine.sampling import PLANNED
+from bn_lightning.sweeps.engine.stored_names import CONFIGURATION_FILE
 
 DATA, BUDGET = "run/data", "run/max_steps"
 """Attributes of a trial: the data set's name, and the steps that it was given."""

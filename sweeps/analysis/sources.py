@@ -14,7 +14,7 @@ from bn_lightning.sweeps.analysis.trials import (
     read_study,
     rows_from_csv,
 )
-from bn_lightning.sweeps.engine.names import JOURNAL_FILE
+from bn_lightning.sweeps.engine.stored_names import JOURNAL_FILE
 
 SUMMARY = "summary.json"
 SCHEMA_VERSION = 1

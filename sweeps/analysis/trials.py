@@ -20,10 +20,9 @@ from optuna.storages.journal import BaseJournalBackend, JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from bn_lightning.sweeps.engine.journal_file import whole_record
-from bn_lightning.sweeps.engine.names import COMMAND, DESCRIPTION
-from bn_lightning.sweeps.engine.outcome import DIVERGED
+from bn_lightning.sweeps.engine.journal_file import parse_record
 from bn_lightning.sweeps.engine.passwords import redacted, refuse_several_ats
+from bn_lightning.sweeps.engine.stored_names import COMMAND, DESCRIPTION, DIVERGED
 
 TABLE = "trials.csv"
 DATABASES = ("*.db", "*.sqlite", "*.sqlite3")
@@ -207,7 +206,7 @@ class _WholeRecords(BaseJournalBackend):
         self.lost = 0
         with open(path, "rb") as file:
             for line in file:
-                record = whole_record(line)
+                record = parse_record(line)
                 if record is None:
                     self.lost = 1 + sum(1 for _ in file)
                     break

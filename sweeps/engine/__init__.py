@@ -1,4 +1,4 @@
-"""Sweeps by Optuna for any Hydra program; hydra_plugins/bn_optuna is the way to it.
+"""Optuna sweeps for any Hydra program; `hydra_plugins/bn_optuna` connects them to Hydra.
 
-Free of torch, of Lightning and of the rest of this project.
+Imports neither torch nor Lightning nor the rest of this project.
 """

@@ -1,4 +1,4 @@
-"""What the user sees of a sweep: a live table in a terminal, else a line a trial; a summary."""
+"""Show a sweep: a live table in a terminal, else a line for each trial; and a summary."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -14,44 +14,43 @@ from rich.live import Live
 from rich.table import Table
 
 from bn_lightning.sweeps.engine.best import best_trials
-from bn_lightning.sweeps.engine.outcome import (
+from bn_lightning.sweeps.engine.outcome import last_line
+from bn_lightning.sweeps.engine.slots import SlotCounts, Slots
+from bn_lightning.sweeps.engine.space import value_text
+from bn_lightning.sweeps.engine.stored_names import (
     DIRECTORY,
     DIVERGED,
     ERROR,
     INTERRUPTED,
+    RESULTS_FILE,
     SECONDS,
-    last_line,
 )
-from bn_lightning.sweeps.engine.slots import Counts, Ledger
-from bn_lightning.sweeps.engine.space import value_text
-
-RESULTS_FILE = "optimization_results.yaml"
 
 
 class Display:
     """The progress of a sweep.
 
     Args:
-        title: what is swept.
-        ledger: of the sweep; whoever reads the study keeps it up.
+        title: name of the sweep.
+        slots: of the sweep; updated elsewhere.
         directions: of the study.
-        console: where to show it; a live table if that is a terminal, else one line a trial.
+        console: where to show the progress; a live table if it is a terminal.
     """
 
     def __init__(
         self,
         title: str,
-        ledger: Ledger,
+        slots: Slots,
         directions: Sequence[StudyDirection],
         console: Console | None = None,
     ) -> None:
         self._title = title
-        self._ledger = ledger
+        self._slots = slots
         self._directions = list(directions)
         self._console = console or Console(soft_wrap=True)
         self._best: list[FrozenTrial] = []
-        self._take_best([trial for trial, _ in ledger.take_new()])
-        self._settled_before = ledger.counts().settled
+        self._take_new()
+        self._settled_before = slots.counts().settled
         self._started = time.monotonic()
         self._live: Live | None = None
 
@@ -68,45 +67,39 @@ class Display:
             self._live = None
 
     def update(self) -> None:
-        """Show what the ledger has learnt."""
-        new = self._ledger.take_new()
-        self._take_best([trial for trial, _ in new])
+        """Show the trials that have ended since the last call."""
+        new = self._take_new()
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
         for trial, counts in new:
             self._console.print(trial_line(trial, counts), highlight=False, markup=False)
 
-    def _take_best(self, trials: list[FrozenTrial]) -> None:
-        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    def _take_new(self) -> list[tuple[FrozenTrial, SlotCounts]]:
+        new = self._slots.take_new()
+        complete = [trial for trial, _ in new if trial.state == TrialState.COMPLETE]
         self._best = best_trials([*self._best, *complete], self._directions)
+        return new
 
     def _table(self) -> Table:
-        counts = self._ledger.counts()
+        counts = self._slots.counts()
         table = Table(title=self._title, show_header=False)
-        done = f"{counts.settled:,} of {counts.total:,}"
-        if counts.running:
-            done += f", {counts.running} running"
-        table.add_row("trials", done)
+        running = f", {counts.running} running" if counts.running else ""
+        table.add_row("trials", f"{counts.settled:,} of {counts.total:,}{running}")
         table.add_row(
             "pruned / failed / diverged", f"{counts.pruned} / {counts.lost} / {counts.diverged}"
         )
         for trial in self._best[:1]:
             table.add_row("best so far", f"{_values(trial)} in trial {trial.number}")
             table.add_row("", _params(trial))
-        if (left := self._seconds_left(counts)) is not None:
-            table.add_row("time left", f"about {timedelta(seconds=round(left))}")
+        if (done := counts.settled - self._settled_before) > 0:
+            seconds = (time.monotonic() - self._started) / done * (counts.total - counts.settled)
+            table.add_row("time left", f"about {timedelta(seconds=round(seconds))}")
         return table
 
-    def _seconds_left(self, counts: Counts) -> float | None:
-        here = counts.settled - self._settled_before
-        if here == 0:
-            return None
-        return (time.monotonic() - self._started) / here * (counts.total - counts.settled)
 
-
-def trial_line(trial: FrozenTrial, counts: Counts) -> str:
-    """One trial in one line: how it ended, its point, its time, how far the sweep is."""
+def trial_line(trial: FrozenTrial, counts: SlotCounts) -> str:
+    """Return a line with the result of a trial, its parameters, its time and the progress."""
     if trial.state == TrialState.COMPLETE:
         ended = _values(trial) + (" diverged" if trial.user_attrs.get(DIVERGED) else "")
     elif trial.state == TrialState.PRUNED:
@@ -122,10 +115,10 @@ def trial_line(trial: FrozenTrial, counts: Counts) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def write_results(directory: Path, best: Sequence[FrozenTrial], directions: int) -> None:
+def write_results(directory: Path, best: Sequence[FrozenTrial], n_directions: int) -> None:
     """Write `optimization_results.yaml` with the keys of hydra-optuna-sweeper."""
     results: dict[str, Any] = {"name": "optuna"}
-    if directions == 1:
+    if n_directions == 1:
         results["best_params"] = dict(best[0].params)
         results["best_value"] = best[0].value
     else:
@@ -135,36 +128,35 @@ def write_results(directory: Path, best: Sequence[FrozenTrial], directions: int)
     OmegaConf.save(OmegaConf.create(results), directory / RESULTS_FILE)
 
 
-def print_summary(
+def print_sweep_summary(
     best: Sequence[FrozenTrial],
-    counts: Counts,
+    counts: SlotCounts,
     commands: Mapping[int, str],
     directory: Path,
     console: Console | None = None,
 ) -> None:
-    """Say how a sweep ended.
+    """Print the counts and the best trials of a sweep.
 
     Args:
-        best: the best trial, or the best ones.
+        best: the best trials.
         counts: of the sweep.
-        commands: trial number to the command that runs it again.
+        commands: from the number of a trial to the command that repeats it.
         directory: of the sweep, printed last.
-        console: where to say it; standard output if none is named.
+        console: where to print; standard output by default.
     """
-    console = console or Console(soft_wrap=True)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
-    say(
+    lines = [
         f"{counts.settled} of {counts.total} trials: {counts.complete} complete "
         f"({counts.diverged} of them diverged), {counts.pruned} pruned, {counts.lost} failed"
-    )
+    ]
     for trial in best:
-        say(f"best: {_values(trial)} in trial {trial.number}  {_params(trial)}")
-        say(f"  {trial.user_attrs.get(DIRECTORY, '')}")
-        say(f"  {commands[trial.number]}")
-    say(str(directory))
+        lines += [
+            f"best: {_values(trial)} in trial {trial.number}  {_params(trial)}",
+            f"  {trial.user_attrs.get(DIRECTORY, '')}",
+            f"  {commands[trial.number]}",
+        ]
+    console = console or Console(soft_wrap=True)
+    for line in [*lines, str(directory)]:
+        console.print(line, highlight=False, markup=False)
 
 
 def _values(trial: FrozenTrial) -> str:

@@ -1,29 +1,29 @@
-"""What a trial finds in its environment, in whatever process it runs.
+"""Environment variables that every process of a trial can read.
 
-BN_OPTUNA_STORAGE   the address of the study's storage, which may hold a password
-BN_OPTUNA_STUDY     the name of the study
-BN_OPTUNA_TRIAL     the number of the trial
-BN_OPTUNA_WORKER    in a worker process of a sweep: the sweep's directory
+BN_OPTUNA_STORAGE   URL of the study's storage; may contain a password
+BN_OPTUNA_STUDY     name of the study
+BN_OPTUNA_TRIAL     number of the trial
+BN_OPTUNA_WORKER    directory of the sweep; set in worker processes only
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-STORAGE = "BN_OPTUNA_STORAGE"
-STUDY = "BN_OPTUNA_STUDY"
-TRIAL = "BN_OPTUNA_TRIAL"
-WORKER = "BN_OPTUNA_WORKER"
+STORAGE_VARIABLE = "BN_OPTUNA_STORAGE"
+STUDY_VARIABLE = "BN_OPTUNA_STUDY"
+TRIAL_VARIABLE = "BN_OPTUNA_TRIAL"
+WORKER_VARIABLE = "BN_OPTUNA_WORKER"
 
 
 def in_trial() -> bool:
-    """Whether this process is running a trial of a sweep."""
-    return TRIAL in os.environ
+    """Return whether this process runs a trial of a sweep."""
+    return TRIAL_VARIABLE in os.environ
 
 
 @contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, and give them back as they were."""
+def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside the block and restore their old values after it."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

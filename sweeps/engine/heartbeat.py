@@ -1,30 +1,35 @@
-"""Who works on a trial, and whether they still live.
+"""Which process runs a trial, and whether that process is alive.
 
-A worker signs the trials it runs, and counts up a beat beside its signature. On one machine a
-signature tells whether its process is there. From another machine one sees the beat alone: a trial
-is abandoned when its beat has stood still for long enough by the observer's own clock, so that the
-clocks of two machines need not agree. Time in which the storage was away does not count: nobody
-could beat.
+A worker stores its identity with each trial that it runs, and increments a beat. On the same
+machine the identity shows whether the process exists. On another machine only the beat is visible:
+a trial is stale when its beat has not changed for a given time of the observer's clock, so clocks
+need not agree. Time in which the storage cannot be reached is not counted.
 """
 
 import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-SIGNATURE = "sweep:worker"
-BEAT = "sweep:beat"
+from bn_lightning.sweeps.engine.stored_names import BEAT, WORKER
 
 
 @dataclass(frozen=True)
-class Signature:
-    """A process: `place` is shared by all that see one another's process numbers."""
+class ProcessIdentity:
+    """A process, told from a later process with the same number.
+
+    Attributes:
+        place: host name, boot and PID namespace; equal for processes that see each other's PIDs.
+        pid: process number.
+        started: start time in the kernel's clock ticks; "unknown" where /proc does not have it.
+    """
 
     place: str
     pid: int
@@ -34,34 +39,46 @@ class Signature:
         return f"{self.place} {self.pid} {self.started}"
 
     @classmethod
-    def parse(cls, text: str) -> "Signature":
-        """Read a signature back from its text.
+    def of(cls, pid: int) -> "ProcessIdentity":
+        """Return the identity of a process on this machine."""
+        return cls(_place(), pid, _start_time(pid) or "unknown")
+
+    @classmethod
+    def parse(cls, text: str) -> "ProcessIdentity":
+        """Return the identity that was stored as `str(identity)`.
 
         Raises:
-            ValueError: it is no text of a signature.
+            ValueError: the text is not an identity.
         """
         place, pid, started = text.split(" ")
         return cls(place, int(pid), started)
 
+    def is_known_alive(self) -> bool:
+        """Return whether the process runs on this machine."""
+        return self.place == _place() and self.started == _start_time(self.pid)
 
-def signature(pid: int | None = None) -> Signature:
-    """The signature of a process here, of this one if none is named."""
-    pid = os.getpid() if pid is None else pid
-    return Signature(_place(), pid, _started(pid) or "unknown")
+    def is_known_dead(self) -> bool:
+        """Return whether the process ran on this machine and has ended; False if unknown."""
+        if self.place != _place() or self.started == "unknown":
+            return False
+        return _start_time(self.pid) != self.started
 
 
-def is_known_dead(worker: Signature) -> bool:
-    """Whether the process ran here and is there no more; False where that cannot be told."""
-    if worker.place != _place() or worker.started == "unknown":
-        return False
-    return _started(worker.pid) != worker.started
+def filler_mark() -> str:
+    """Return a unique value of the study attribute FILLER that names this process."""
+    return f"{ProcessIdentity.of(os.getpid())} {uuid.uuid4()}"
+
+
+def filler_process(mark: str) -> ProcessIdentity:
+    """Return the process that a `filler_mark` names."""
+    return ProcessIdentity.parse(mark.rpartition(" ")[0])
 
 
 class Heartbeat:
-    """Beats for the trials that this process runs, in a thread of its own.
+    """Increments the beat of the trials that this process runs, in a separate thread.
 
     Args:
-        storage: of the study; a call that fails is left to the next beat.
+        storage: of the study. A call that fails is repeated at the next beat.
         interval: seconds between two beats.
     """
 
@@ -75,10 +92,10 @@ class Heartbeat:
         self._beats = 0
 
     def add(self, trial_id: int) -> None:
-        """Beat for a trial from now on.
+        """Start the beat of a trial.
 
         Args:
-            trial_id: the storage's own, not the number in the study.
+            trial_id: the ID in the storage, which is not the number in the study.
         """
         with self._changed:
             self._trials.add(trial_id)
@@ -87,12 +104,12 @@ class Heartbeat:
                 self._thread.start()
 
     def remove(self, trial_id: int) -> None:
-        """Beat no more for a trial; nothing, if it was never added."""
+        """Stop the beat of a trial; do nothing if it was not started."""
         with self._changed:
             self._trials.discard(trial_id)
 
     def stop(self) -> None:
-        """Beat no more at all, at the latest after the beat that is under way."""
+        """Stop all beats; one that is being written is finished."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -104,56 +121,53 @@ class Heartbeat:
                 try:
                     self._storage.set_trial_system_attr(trial_id, BEAT, self._beats)
                 except Exception:
-                    # The trial has just ended, or the storage is away, which its worker waits for.
+                    # The trial has just ended, or the storage is away, for which the worker waits.
                     continue
 
 
-class DeathWatch:
-    """Finds running trials that nobody works on any more.
+class _Seen(NamedTuple):
+    beat: tuple[object, object]  # worker and count
+    at: float  # when the trial was checked last, in seconds of the monotonic clock
+    unchanged_for: float  # seconds
+
+
+class StaleTrialDetector:
+    """Finds running trials whose worker is dead.
 
     Args:
         interval: seconds between two beats of a worker.
-        stale_after: seconds without a beat, seen from here, after which a worker is given up.
+        stale_after: seconds without a beat after which a worker counts as dead.
     """
 
     def __init__(self, interval: float, stale_after: float) -> None:
         self._longest_gap = 2 * interval
         self._stale_after = stale_after
-        # Trial number: its last beat, when it was looked at last, and how long it has stood still.
-        self._seen: dict[int, tuple[object, float, float]] = {}
+        self._seen: dict[int, _Seen] = {}  # by trial number
 
-    def abandoned(self, running: list[FrozenTrial]) -> list[FrozenTrial]:
-        """Those of the running trials whose worker is dead; call it again and again."""
-        seen: dict[int, tuple[object, float, float]] = {}
-        dead, now = [], time.monotonic()
+    def stale_trials(self, running: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Return those of the running trials whose worker is dead; call it repeatedly."""
+        seen: dict[int, _Seen] = {}
+        stale, now = [], time.monotonic()
         for trial in running:
-            signed = trial.system_attrs.get(SIGNATURE)
-            if signed is not None and is_known_dead(Signature.parse(signed)):
-                dead.append(trial)
+            text = trial.system_attrs.get(WORKER)
+            worker = None if text is None else ProcessIdentity.parse(text)
+            if worker is not None and worker.is_known_dead():
+                stale.append(trial)
                 continue
-            beat = _beat(trial.system_attrs)
-            before, looked_at, still = self._seen.get(trial.number, (beat, now, 0.0))
-            still = still + min(now - looked_at, self._longest_gap) if beat == before else 0.0
-            seen[trial.number] = (beat, now, still)
-            if still >= self._stale_after and not _is_known_alive(signed):
-                dead.append(trial)
+            beat = (text, trial.system_attrs.get(BEAT))
+            before = self._seen.get(trial.number, _Seen(beat, now, 0.0))
+            gap = min(now - before.at, self._longest_gap)
+            unchanged_for = before.unchanged_for + gap if beat == before.beat else 0.0
+            seen[trial.number] = _Seen(beat, now, unchanged_for)
+            is_alive = worker is not None and worker.is_known_alive()
+            if unchanged_for >= self._stale_after and not is_alive:
+                stale.append(trial)
         self._seen = seen
-        return dead
-
-
-def _is_known_alive(signed: str | None) -> bool:
-    if signed is None:
-        return False
-    worker = Signature.parse(signed)
-    return worker.place == _place() and worker.started == _started(worker.pid)
-
-
-def _beat(attributes: Mapping[str, object]) -> tuple[object, object]:
-    return attributes.get(SIGNATURE), attributes.get(BEAT)
+        return stale
 
 
 def _place() -> str:
-    # Containers share a host's name or its boot, never a namespace of process numbers.
+    # Containers may share the host name or the boot, but never a PID namespace.
     parts = [socket.gethostname().replace(" ", "_")]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:
@@ -163,10 +177,10 @@ def _place() -> str:
     return "/".join(parts)
 
 
-def _started(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None where there is no such process."""
+def _start_time(pid: int) -> str | None:
+    """Return when a process started, in the kernel's ticks; None if it does not exist."""
     try:
-        # The name, in parentheses, may hold spaces; a zombie has ended.
+        # The name in parentheses may contain spaces. A zombie has ended.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None

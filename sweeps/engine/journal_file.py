@@ -1,4 +1,4 @@
-"""Optuna's journal file, which a full disk or a killed writer must not spoil for the others."""
+"""Optuna's journal file, protected against records that a full disk or a killed writer cut off."""
 
 import json
 import os
@@ -14,18 +14,17 @@ from optuna.storages.journal import (
     JournalStorage,
 )
 
-from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
 
 class JournalFile(BaseJournalBackend):
-    """A journal file that ends in whole records.
+    """A journal file that contains whole records only, in the format of Optuna's own backend.
 
-    Records are appended as Optuna's own backend does it, and read by it. A record that the disk has
-    no room for is taken back, and behind one that a killed writer left half written none is
-    appended: that would make both unreadable.
+    If the disk has no room for a record, the written part is removed. Nothing is appended to a
+    record that a killed writer left incomplete, because both would become unreadable.
 
     Args:
-        path: the file; made where there is none.
+        path: the file; created if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,77 +42,80 @@ class JournalFile(BaseJournalBackend):
             self._lock.release()
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The records from a number on, counted from 0."""
+        """Yield the records from a number on, counted from 0."""
         yield from self._reader.read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append records, all of them or none, and wait until they are on the disk.
+        """Append all records or none of them, and wait until they are on the disk.
 
         Raises:
-            SweepError: the last record of the file is cut off; nothing is appended.
-            OSError: there is no room for them; nothing is left of them.
+            SweepError: the last record of the file is incomplete; nothing is appended.
+            OSError: the disk has no room; nothing is left of the records.
         """
         with self.locked(), open(self.path, "r+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(end - 1)
                 if file.read(1) != b"\n":
-                    raise broken_journal(self.path)
-            content = "".join(map(_line, logs)).encode()
+                    raise damaged_journal(self.path)
+            lines = (json.dumps(record, separators=(",", ":")) + "\n" for record in logs)
+            content = "".join(lines).encode()
             try:
-                _write(file.fileno(), content)
+                left = content
+                while left:
+                    left = left[os.write(file.fileno(), left) :]
                 os.fsync(file.fileno())
             except BaseException as error:
-                # Ended by a signal, whole records are left: others may have read them already.
+                # After a signal, whole records stay: other processes may have read them already.
                 if isinstance(error, OSError) or file.seek(0, os.SEEK_END) < end + len(content):
                     file.truncate(end)
                 raise
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """Open a journal file, or start one.
+    """Open a journal file; create it if it does not exist.
 
     Raises:
-        SweepError: the file holds what is no whole record; it is left as it is.
-        OSError: it cannot be read or made.
+        SweepError: the file contains something other than whole records; it is not changed.
+        OSError: the file cannot be read or created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     journal = JournalFile(path)
-    # Under the lock: nobody is in the middle of a record. Optuna looks at the last one too late,
-    # when another follows it.
+    # With the lock held, no other process is writing a record. Optuna reports a damaged last
+    # record only when another one follows it.
     with journal.locked():
         last = _last_line(path)
-    if last and whole_record(last) is None:
-        raise broken_journal(path)
+    if last and parse_record(last) is None:
+        raise damaged_journal(path)
     try:
         return JournalStorage(journal)
     except (ValueError, KeyError, TypeError) as error:
-        raise broken_journal(path) from error
+        raise damaged_journal(path) from error
 
 
-def broken_journal(path: Path) -> SweepError:
-    """The error for a journal with a record that cannot be read: what is whole, and what to do."""
+def damaged_journal(path: Path) -> SweepError:
+    """Return the error for a journal that contains an unreadable record."""
     records, whole, finished = 0, 0, 0
     with open(path, "rb") as file:
         for line in file:
-            record = whole_record(line)
+            record = parse_record(line)
             if record is None:
                 break
             records += 1
             whole += len(line)
-            # 6 sets a trial's state, and states from 1 to 3 are those of a finished one.
+            # Operation 6 sets the state of a trial; states 1 to 3 are those of finished trials.
             finished += record["op_code"] == 6 and record["state"] in (1, 2, 3)
     size = path.stat().st_size
     return SweepError(
-        f"{path} expected whole records, got one cut off or damaged after {records:,} whole "
-        f"ones ({whole:,} of {size:,} bytes), which hold {finished:,} finished trials. Nothing was "
-        "changed. To go on with the whole records, keep a copy, and cut the rest off: "
+        f"expected {path} to contain whole records, got one cut off or damaged after {records:,} "
+        f"whole ones ({whole:,} of {size:,} bytes) with {finished:,} finished trials; the file was "
+        "not changed. To resume with the whole records, copy the file and cut off the rest: "
         f"cp '{path}' '{path}.copy' && truncate -s {whole} '{path}'"
     )
 
 
-def whole_record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line of a journal; None if the line is cut off or damaged."""
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line of a journal; None if the line is cut off or damaged."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -131,12 +133,3 @@ def _last_line(path: Path) -> bytes:
             if len(lines) > 1 or length >= size:
                 return lines[-1] if lines else b""
             length *= 8
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, separators=(",", ":")) + "\n"
-
-
-def _write(descriptor: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(descriptor, content) :]

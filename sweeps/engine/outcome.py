@@ -1,7 +1,7 @@
-"""How a trial ended, and the file in its directory that says so before the study knows.
+"""How a trial ended, and the file in which a trial records that before its study does.
 
-A task returns a number, one number for each direction, or a mapping that has them by name. Every
-number, text, bool or None of a mapping becomes an attribute of the trial.
+A task returns a number, one number for each direction, or a mapping that contains them by name.
+Each number, string, bool or None of a mapping becomes a user attribute of the trial.
 """
 
 import json
@@ -16,36 +16,23 @@ from typing import Any
 from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
-from bn_lightning.sweeps.engine.environment import STORAGE
+from bn_lightning.sweeps.engine.environment import STORAGE_VARIABLE
 from bn_lightning.sweeps.engine.passwords import redacted
+from bn_lightning.sweeps.engine.stored_names import ERROR, HOPELESS, INTERRUPTED, OUTCOME_FILE
 
-FILE_NAME = "outcome.json"
-
-# Of an error's traceback: what is kept with the trial.
+# The part of a traceback that is stored with the trial.
 ERROR_LINES, ERROR_CHARACTERS = 12, 2000
-
-# Attributes that the sweeper itself gives a trial.
-DIRECTORY, SECONDS, ERROR, INTERRUPTED, HOPELESS = (
-    "directory",
-    "seconds",
-    "error",
-    "interrupted",
-    "hopeless",
-)
-# Attribute that a task may give: its run came to its end without having learnt.
-DIVERGED = "diverged"
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a trial ended.
 
-    Args:
-        state: the name of an `optuna.trial.TrialState`: COMPLETE, PRUNED or FAIL.
-        values: one for each direction, of a complete trial.
-        attributes: the trial's user attributes: what the task returned, `seconds`, `directory`; of
-            a failed one `error`, `interrupted` if it was stopped, `hopeless` if trying again is no
-            use.
+    Attributes:
+        state: name of an `optuna.trial.TrialState`: COMPLETE, PRUNED or FAIL.
+        values: one for each direction if the trial is complete, else None.
+        attributes: user attributes of the trial: those that the task returned, and those that
+            `stored_names` lists.
     """
 
     state: str
@@ -54,74 +41,82 @@ class Outcome:
 
     @property
     def trial_state(self) -> TrialState:
-        """The state as Optuna has it."""
+        """The state as Optuna's enum."""
         return TrialState[self.state]
 
     def with_attributes(self, **attributes: Any) -> "Outcome":
-        """The same outcome with more attributes, which replace those of the same name."""
+        """Return the outcome with attributes added or replaced."""
         return Outcome(self.state, self.values, self.attributes | attributes)
 
     def write(self, directory: Path) -> None:
-        """Write the outcome into the trial's directory, whole or not at all."""
+        """Write the outcome into the directory of the trial, atomically."""
         directory.mkdir(parents=True, exist_ok=True)
-        part = directory / f"{FILE_NAME}.{os.getpid()}.part"
+        part = directory / f"{OUTCOME_FILE}.{os.getpid()}.part"
         try:
             part.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-            part.replace(directory / FILE_NAME)
+            part.replace(directory / OUTCOME_FILE)
         finally:
             part.unlink(missing_ok=True)
 
 
 def read_outcome(directory: Path) -> Outcome | None:
-    """The outcome in a trial's directory, None if there is none."""
+    """Return the outcome in the directory of a trial; None if there is none."""
     try:
-        return Outcome(**json.loads((directory / FILE_NAME).read_text(encoding="utf-8")))
+        return Outcome(**json.loads((directory / OUTCOME_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
 
 
-def outcome_of(result: Any, metrics: Sequence[str] | None, directions: int) -> Outcome:
-    """The outcome of a task that came to its end.
+def outcome_of(result: Any, metrics: Sequence[str] | None, n_directions: int) -> Outcome:
+    """Return the outcome of a task that did not raise.
 
     Args:
         result: what the task returned.
-        metrics: the names of the values in a mapping, one for each direction.
-        directions: how many values a trial has.
+        metrics: keys of the values in a mapping, one for each direction.
+        n_directions: how many values a trial has.
     """
-    attributes = _attributes(result) if isinstance(result, Mapping) else {}
+    attributes: dict[str, Any] = {}
     if isinstance(result, Mapping):
+        attributes = _attributes(result)
+        returned = ", ".join(map(str, result)) or "an empty mapping"
         if metrics is None:
             return _unusable(
-                f"`metric` expected the name of the value to sweep for, as the task returns "
-                f"{_names(result)}; set hydra.sweeper.metric",
+                f"expected `metric` to name the value to optimize, got null for a task that "
+                f"returns {returned}; set hydra.sweeper.metric",
                 attributes,
             )
         missing = [name for name in metrics if result.get(name) is None]
         if missing:
             return _unusable(
-                f"the task was expected to return `{missing[0]}`, got {_names(result)}", attributes
+                f"expected the task to return `{missing[0]}`, got {returned}; set "
+                "hydra.sweeper.metric to one of them",
+                attributes,
             )
         values = [result[name] for name in metrics]
     else:
         values = list(result) if isinstance(result, list | tuple) else [result]
-    expected = "a number" if directions == 1 else f"{directions} numbers"
-    if len(values) != directions:
+    expected = "a number" if n_directions == 1 else f"{n_directions} numbers"
+    if len(values) != n_directions:
         return _unusable(
-            f"the task was expected to return {expected}, got {len(values)}: {values}", attributes
+            f"expected the task to return {expected}, got {len(values)}: {values}; set "
+            "hydra.sweeper.direction to one direction for each",
+            attributes,
         )
-    numbers = [_number(value) for value in values]
-    for value, number in zip(values, numbers, strict=True):
+    numbers: list[float] = []
+    for value in values:
+        number = _number(value)
         if number is None or math.isnan(number):
             return _unusable(
-                f"the task was expected to return {expected}, got {value!r}"
-                + ("; score a run that diverged, or raise an error" if number is not None else ""),
+                f"expected the task to return {expected}, got {value!r}; "
+                "return a score for a run that diverged, or raise an error",
                 attributes,
             )
-    return Outcome("COMPLETE", [number for number in numbers if number is not None], attributes)
+        numbers.append(number)
+    return Outcome("COMPLETE", numbers, attributes)
 
 
 def outcome_of_error(error: BaseException) -> Outcome:
-    """The outcome of a task that raised."""
+    """Return the outcome of a task that raised."""
     if isinstance(error, TrialPruned):
         return Outcome("PRUNED")
     lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
@@ -129,18 +124,18 @@ def outcome_of_error(error: BaseException) -> Outcome:
 
 
 def failed(error: str, **attributes: Any) -> Outcome:
-    """The outcome of a trial without a result."""
-    error = redacted(error, os.environ.get(STORAGE, ""))
+    """Return the outcome of a trial without a result; the storage's password is redacted."""
+    error = redacted(error, os.environ.get(STORAGE_VARIABLE, ""))
     return Outcome("FAIL", None, {ERROR: error[-ERROR_CHARACTERS:], **attributes})
 
 
 def interrupted() -> Outcome:
-    """The outcome of a trial that was stopped: it will be tried again, and it is no failure."""
+    """Return the outcome of a trial that was stopped; it is repeated and not counted as failed."""
     return failed("interrupted", **{INTERRUPTED: True})
 
 
 def last_line(error: str) -> str:
-    """The line of an error that says what was wrong."""
+    """Return the last line of an error, which states what is wrong."""
     return (error.strip().splitlines() or [""])[-1]
 
 
@@ -151,24 +146,19 @@ def _unusable(error: str, attributes: dict[str, Any]) -> Outcome:
 def _attributes(result: Mapping[Any, Any]) -> dict[str, Any]:
     attributes: dict[str, Any] = {}
     for name, value in result.items():
-        number = None if isinstance(value, bool | int | str) else _number(value)
         if value is None or isinstance(value, bool | int | str):
             attributes[str(name)] = value
-        elif number is not None:
-            # JSON has neither NaN nor infinity, and databases take neither.
+        elif (number := _number(value)) is not None:
+            # Neither JSON nor databases can store NaN and infinity.
             attributes[str(name)] = number if math.isfinite(number) else str(number)
     return attributes
 
 
 def _number(value: Any) -> float | None:
-    """A number of Python, NumPy or a tensor with one element."""
+    """Return a number of Python or NumPy, or the element of a tensor, as a float."""
     if isinstance(value, str | bytes):
         return None
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         return None
-
-
-def _names(result: Mapping[Any, Any]) -> str:
-    return ", ".join(str(name) for name in result) or "an empty mapping"

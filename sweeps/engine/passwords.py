@@ -1,4 +1,4 @@
-"""The storage's password: it comes from the environment, and is never written or shown."""
+"""Keep the password of a storage out of configurations, run records and messages."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,46 +8,47 @@ from urllib.parse import unquote, unquote_plus
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
-# From the user's colon to the last @, however the address is mistyped; behind an interpolation
-# that may hold scheme and user; and among the options, which go to the database's driver. A path
-# holds none.
-_PASSWORDS = (
-    re.compile(r"^(?!(?:journal|sqlite[^:]*):///)[^:/]*:/*[^:]*:(?P<password>.*)@", re.S),
-    re.compile(r"^\$[^:/]*:(?!//)(?P<password>.*)@", re.S),
-    re.compile(r"[?&](?:password|passwd|sslpassword)=(?P<password>[^&]*)"),
-)
+# A password may be part of the URL's authority, or an option for the database's driver.
+_IN_AUTHORITY = re.compile(r"://[^:]*:(.+)@", re.S)
+_IN_OPTIONS = re.compile(r"[?&](?:password|passwd|sslpassword)=([^&]+)")
+_FILES = ("journal:", "sqlite:", "sqlite+")  # may contain @ in their path, but no password
 
-# Without a default, which would stand in the configuration.
+# An environment variable without a default value, which would be part of the configuration.
 _VARIABLE = re.compile(r"\$\{oc\.env:[^{},]+\}")
+# A typed address with @ but no password; $ stands for a variable.
+_SAFE = re.compile(r"[^:@]+(://[^:@]*)?(:\$)?@[^@]*")
 
 
 def refuse_password(setting: str) -> None:
-    """Refuse a password that stands in the configuration or the command: Hydra writes both to disk.
+    """Refuse a storage setting with a password, because Hydra writes settings to disk.
 
     Args:
-        setting: what the configuration says, with its interpolations as they stand.
+        setting: the configured address, with its interpolations unresolved.
 
     Raises:
-        SweepError: there is a password in it.
+        SweepError: the setting contains a password, or an address whose user cannot be told from
+            its password.
     """
-    if set(_passwords(_VARIABLE.sub("$", setting))) - {"$"}:
+    address = _VARIABLE.sub("$", setting.strip("'\""))
+    if address.startswith(_FILES):
+        return
+    is_safe = "@" not in address or _SAFE.fullmatch(address)
+    if not is_safe or any(value != "$" for value in _IN_OPTIONS.findall(address)):
         raise SweepError(
-            "`storage` expected its password from the environment, got it in the address, which is "
-            "written to every run's .hydra folder. Leave it out (libpq reads PGPASSWORD and "
-            "~/.pgpass), or write ${oc.env:NAME} in its place, quoted so that the shell leaves it"
+            "expected `storage` to take its password from the environment, got an address that may "
+            "contain one, which Hydra writes to the .hydra folder of each run; leave the password "
+            "out (libpq reads PGPASSWORD and ~/.pgpass), or write '${oc.env:NAME}' in its place, "
+            "with quotes for the shell"
         )
 
 
 def refuse_typed_password(overrides: Sequence[str]) -> None:
-    """Refuse a password in the overrides of a command, before Hydra writes them to disk.
-
-    Args:
-        overrides: the command's arguments.
+    """Refuse a password in the arguments of a command, before Hydra writes them to disk.
 
     Raises:
-        SweepError: there is a password in one that sets the storage.
+        SweepError: an override of the storage contains a password.
     """
     for override in overrides:
         key, _, setting = override.partition("=")
@@ -56,62 +57,55 @@ def refuse_typed_password(overrides: Sequence[str]) -> None:
 
 
 def refuse_copied_password(url: str, config: DictConfig) -> None:
-    """Refuse the configuration of a trial that holds the storage's password: run.json would, too.
+    """Refuse a task's configuration that contains the storage's password: run.json copies it.
 
     Args:
-        url: the storage's address, with its interpolations resolved.
-        config: the trial's; what in it is known only while it runs is passed over.
+        url: the storage's URL, with its interpolations resolved.
+        config: of the program. Values that cannot be resolved before a trial runs are ignored.
 
     Raises:
         SweepError: naming the key.
     """
-    passwords = _as_written(url)
+    passwords = _spellings(url)
     for key, value in _resolved(config) if passwords else ():
-        is_task_s = not key.startswith("hydra.")
-        if is_task_s and any(password in str(value) for password in passwords):
+        if not key.startswith("hydra.") and any(word in str(value) for word in passwords):
             raise SweepError(
-                f"`{key}` expected no password, got one that `storage` holds, and a trial's "
-                "configuration is written to its run.json and its checkpoints. Refer to it in "
-                "`hydra.sweeper.storage` alone, or leave it out (libpq reads PGPASSWORD)"
+                f"expected `{key}` to contain no password, got the one of `storage`, and a trial's "
+                "configuration is written to its run.json and its checkpoints; refer to it in "
+                "`hydra.sweeper.storage` only, or leave it out (libpq reads PGPASSWORD)"
             )
 
 
 def refuse_several_ats(url: str) -> None:
-    """Refuse an address with more than one @, of whose password a part may be taken for the host.
+    """Refuse a URL with more than one @: part of its password could be taken for the host.
 
     Raises:
-        SweepError: it has; the message does not show it.
+        SweepError: the message does not show the URL.
     """
     if url.count("@") > 1:
         raise SweepError(
-            "`storage` expected one @ at most, before the host, got several; within a user, a "
-            "password or an option, @ is written %40"
+            "expected `storage` to contain at most one @, before the host, got several; write %40 "
+            "for @ in a user, a password or an option"
         )
 
 
 def redacted(text: str, url: str) -> str:
-    """The text without the password of `url`, for everything that is shown or written."""
-    for written in sorted(_as_written(url), key=len, reverse=True):  # one may be part of another
-        text = text.replace(written, "***")
+    """Return the text with `***` for the password of `url`, for all that is shown or written."""
+    for spelling in sorted(_spellings(url), key=len, reverse=True):  # one may contain another
+        text = text.replace(spelling, "***")
     return text
 
 
-def _as_written(url: str) -> set[str]:
-    """The passwords in an address, encoded as they stand there and as they are."""
-    return {
-        written
-        for password in _passwords(url)
-        for written in (password, unquote(password), unquote_plus(password))
-    }
-
-
-def _passwords(url: str) -> list[str]:
-    found = (match["password"] for pattern in _PASSWORDS for match in pattern.finditer(url))
-    return [password for password in found if password]
+def _spellings(url: str) -> set[str]:
+    """Return the passwords in a URL, both as they are written there and decoded."""
+    if url.startswith(_FILES):
+        return set()
+    passwords = _IN_AUTHORITY.findall(url) + _IN_OPTIONS.findall(url)
+    return {decode(p) for p in passwords for decode in (str, unquote, unquote_plus)}
 
 
 def _resolved(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is no container and can be resolved, with its key."""
+    """Yield the key and the value of each leaf that can be resolved."""
     keys: Any = config if isinstance(config, DictConfig) else range(len(config))
     for key in keys:
         try:

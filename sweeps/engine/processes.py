@@ -1,19 +1,71 @@
-"""Ending a process and all that it started."""
+"""The command line of this program, and the end of processes that were started with it."""
 
 import contextlib
 import os
+import shlex
+import shutil
 import signal
 import subprocess
+import sys
+from collections.abc import Sequence
 
-# Seconds that a process is given to end before it is killed.
+from bn_lightning.sweeps.engine.passwords import redacted
+
+# Hydra's options that select the configuration; the others select what to do with it.
+_CONFIG_OPTIONS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+
+# Seconds between SIGTERM and SIGKILL.
 KILL_AFTER = 10.0
 
 
+def same_command() -> list[str]:
+    """Return the interpreter, the program and all arguments of this process."""
+    return [*_program(), *sys.argv[1:]]
+
+
+def run_command(overrides: Sequence[str]) -> list[str]:
+    """Return the command of a single run with the given overrides and the same configuration."""
+    options, arguments = [], iter(sys.argv[1:])
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name in _CONFIG_OPTIONS:
+            options += [argument] if equals else [argument, next(arguments, "")]
+    return [*_program(), *options, *overrides]
+
+
+def shown_command(url: str) -> str:
+    """Return the command of this process as typed, without the password of a storage.
+
+    Args:
+        url: of the storage.
+    """
+    return as_typed([redacted(word, url) for word in same_command()])
+
+
+def as_typed(command: Sequence[str]) -> str:
+    """Return a command as a user types it in a shell."""
+    if command[0] != sys.executable:
+        return shlex.join(command)
+    script = os.path.basename(command[1])
+    if shutil.which(script) == command[1]:  # a console script in the PATH
+        return shlex.join([script, *command[2:]])
+    return shlex.join(["python", *command[1:]])
+
+
 def end_session(process: "subprocess.Popen[bytes]") -> None:
-    """End a process that leads a session, and all that it started."""
+    """End the leader of a session and all processes of the session."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signum)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=KILL_AFTER)
             return
+
+
+def _program() -> list[str]:
+    import __main__
+
+    spec = getattr(__main__, "__spec__", None)
+    if spec is None:
+        return [sys.executable, os.path.abspath(sys.argv[0])]
+    return [sys.executable, "-m", spec.name.removesuffix(".__main__")]

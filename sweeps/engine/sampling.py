@@ -1,13 +1,13 @@
-"""Samplers: which choose all points beforehand, and how their random numbers go on.
+"""Samplers: which of them choose all points in advance, and how a seed continues.
 
-A grid, random and quasi-random points do not depend on results. They are drawn once, when the study
-is filled, and every worker takes the next one: no point is tried twice because two workers asked at
-the same moment. The other samplers draw when a trial begins.
+Grid, brute-force, random and quasi-random samplers do not depend on results. Their points are
+drawn once, when the study is filled, and each worker takes the next one, so two workers that ask at
+the same time never try the same point. All other samplers draw a point when its trial begins.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -15,157 +15,144 @@ from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import (
-    BaseSampler,
-    BruteForceSampler,
-    GridSampler,
-    QMCSampler,
-    RandomSampler,
-)
+from optuna.pruners import BasePruner, NopPruner
+from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler, RandomSampler
 from optuna.trial import Trial
 
-from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.space import Parameter, Space
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
-# Those that need no results: they choose all points beforehand.
+# Samplers that choose all points in advance; the finite ones choose how many there are, too.
 FINITE = (GridSampler, BruteForceSampler)
 PLANNED = (*FINITE, RandomSampler, QMCSampler)
 
-Suggest = Callable[[Trial], dict[str, Parameter]]
-Point = tuple[dict[str, Parameter], dict[str, BaseDistribution]]
+
+class Point(NamedTuple):
+    """The parameters of a trial and the distributions they are from; empty if not drawn yet."""
+
+    params: dict[str, Parameter]
+    distributions: dict[str, BaseDistribution]
 
 
-class Points:
-    """The points of a sweep, as far as its sampler chooses them beforehand.
+class SamplingPlan:
+    """The sampler of a sweep, and the points that it chooses in advance.
 
     Args:
         sampler: the sampler's configuration: `_target_` and its arguments.
-        space: what is swept.
-        suggest: draws a point by a trial.
-        conditional: whether `suggest` draws more than `space` says.
-        n_trials: how many trials the sweep has; None for a grid's every point.
+        space: the search space.
+        n_trials: number of trials of the sweep; None for all points of a finite sampler.
 
     Raises:
-        SweepError: the sampler, or its number of trials, cannot be used.
+        SweepError: the sampler cannot be used, or needs a number of trials.
     """
 
-    def __init__(
-        self,
-        sampler: Mapping[str, Any],
-        space: Space,
-        suggest: Suggest,
-        conditional: bool,
-        n_trials: int | None,
-    ) -> None:
+    def __init__(self, sampler: Mapping[str, Any], space: Space, n_trials: int | None) -> None:
+        self.space = space
         self._sampler = dict(sampler)
-        self._suggest = suggest
-        kind = sampler_class(sampler)
-        self.is_finite = issubclass(kind, FINITE)
-        self.are_planned = issubclass(kind, PLANNED)
-        if conditional and issubclass(kind, GridSampler):
+        kind = _class_of("sampler", sampler, BaseSampler)
+        is_finite = issubclass(kind, FINITE)
+        self.is_planned = issubclass(kind, PLANNED)
+        self._points: list[Point] = []
+        if issubclass(kind, GridSampler) and space.custom is not None:
             raise SweepError(
-                "a grid has no conditional parameters, and `custom_search_space` draws some: use "
-                "hydra/sweeper/sampler=brute_force, which tries every combination there is"
+                "expected `custom_search_space` to be null for a grid, which has no conditional "
+                "parameters, got a function; choose hydra/sweeper/sampler=brute_force"
             )
-        if self.is_finite:
-            self._planned = self._every_point() if conditional else self._product(space)
-            n_trials = min(n_trials or len(self._planned), len(self._planned))
+        if is_finite and space.custom is None:
+            self._points = [Point(params, space.distributions) for params in space.grid()]
+        elif is_finite:
+            # With a seed, each process has the same point in the same slot.
+            seeded = {**self._sampler, "seed": self._sampler.get("seed") or 0}
+            self._points = _simulated(seeded, space, None)
         elif n_trials is None:
             raise SweepError(
-                f"`n_trials` expected a number, as {kind.__name__} has no end, got null"
+                f"expected `n_trials` to be a number for {kind.__name__}, which has no last trial, "
+                "got null; set hydra.sweeper.n_trials=N"
             )
-        else:
-            self._planned = self._drawn(n_trials) if self.are_planned else []
-        self.n_trials = n_trials
+        elif self.is_planned:
+            self._points = _simulated(self._sampler, space, n_trials)
+        self.n_trials: int = n_trials or len(self._points)
+        if is_finite:
+            self.n_trials = min(self.n_trials, len(self._points))
 
-    def __getitem__(self, slot: int) -> Point | None:
-        """The point of a slot, from 0; None if it is drawn when its trial begins."""
-        return self._planned[slot] if self.are_planned else None
+    def point(self, slot: int) -> Point:
+        """Return the point of a slot, counted from 0; empty if it is drawn when a trial begins."""
+        return self._points[slot] if self.is_planned else Point({}, {})
 
-    def _product(self, space: Space) -> list[Point]:
-        return [(point, space.distributions) for point in space.grid()]
+    def sampler(self, first_trial: int = 0) -> BaseSampler:
+        """Return a new sampler for a worker.
 
-    def _every_point(self) -> list[Point]:
-        # Seeded, so that everybody has the same point in the same slot.
-        seeded = {**self._sampler, "seed": self._sampler.get("seed") or 0}
-        return self._rehearsed(make_sampler(seeded), None)
+        Args:
+            first_trial: number of the first trial that the worker draws. If it is above 0, in
+                another worker or after a resume, a seeded sampler gets a seed made from its own
+                and this number, so that it does not repeat the points of earlier trials.
 
-    def _drawn(self, n_trials: int) -> list[Point]:
-        return self._rehearsed(make_sampler(self._sampler), n_trials)
-
-    def _rehearsed(self, sampler: BaseSampler, n_trials: int | None) -> list[Point]:
-        """The points of a study in memory, whose trials all end at once."""
-
-        def objective(trial: Trial) -> float:
-            self._suggest(trial)
-            return 0.0
-
-        study = optuna.create_study(sampler=sampler)
-        study.optimize(objective, n_trials=n_trials)
-        return [(trial.params, trial.distributions) for trial in study.get_trials(deepcopy=False)]
+        Raises:
+            SweepError: the sampler's arguments cannot be used.
+        """
+        return _make_sampler(self._sampler, first_trial)
 
 
-def sampler_class(sampler: Mapping[str, Any]) -> type[BaseSampler]:
-    """The class that a sampler's configuration names.
-
-    Raises:
-        SweepError: there is no such sampler.
-    """
-    found: type[BaseSampler] = _class_of("sampler", sampler, BaseSampler)
-    return found
-
-
-def make_sampler(sampler: Mapping[str, Any], first_trial: int = 0) -> BaseSampler:
-    """Build the sampler of a worker.
-
-    Args:
-        sampler: its configuration.
-        first_trial: the number of the first trial it draws. A seeded sampler that starts later than
-            at trial 0, in another worker or after a resume, must not draw the same numbers again:
-            its seed is made from `seed` and this number.
-
-    Raises:
-        SweepError: its arguments cannot be used.
-    """
-    arguments = dict(sampler)
-    seed = arguments.get("seed")
-    if seed is not None and first_trial > 0:
-        arguments["seed"] = int(np.random.SeedSequence([seed, first_trial]).generate_state(1)[0])
-    return _built("sampler", arguments, BaseSampler)
-
-
-def make_pruner(pruner: Mapping[str, Any] | None) -> optuna.pruners.BasePruner:
-    """Build the study's pruner; none is Optuna's NopPruner.
+def make_pruner(pruner: Mapping[str, Any] | None) -> BasePruner:
+    """Return the study's pruner; Optuna's NopPruner for None.
 
     Raises:
         SweepError: there is no such pruner, or its arguments cannot be used.
     """
     if pruner is None:
-        return optuna.pruners.NopPruner()
-    return _built("pruner", pruner, optuna.pruners.BasePruner)
+        return NopPruner()
+    built: BasePruner = _built("pruner", pruner, BasePruner)
+    return built
 
 
-def _class_of(key: str, config: Mapping[str, Any], kind: type) -> Any:
+def _make_sampler(sampler: Mapping[str, Any], first_trial: int = 0) -> BaseSampler:
+    arguments = dict(sampler)
+    seed = arguments.get("seed")
+    if seed is not None and first_trial > 0:
+        arguments["seed"] = int(np.random.SeedSequence([seed, first_trial]).generate_state(1)[0])
+    built: BaseSampler = _built("sampler", arguments, BaseSampler)
+    return built
+
+
+def _simulated(sampler: Mapping[str, Any], space: Space, n_trials: int | None) -> list[Point]:
+    """Return the points of a study in memory whose trials end immediately."""
+
+    def objective(trial: Trial) -> float:
+        space.suggest(trial)
+        return 0.0
+
+    study = optuna.create_study(sampler=_make_sampler(sampler))
+    study.optimize(objective, n_trials=n_trials)
+    return [Point(t.params, t.distributions) for t in study.get_trials(deepcopy=False)]
+
+
+def _class_of(key: str, config: Mapping[str, Any], kind: type) -> type:
     target = config.get("_target_")
+    cause: Exception | None = None
     try:
-        found = get_class(str(target))
+        found: type = get_class(str(target))
+        if issubclass(found, kind):
+            return found
     except Exception as error:
-        raise SweepError(f"`{key}` expected one of Optuna's {key}s, got {target}") from error
-    if not issubclass(found, kind):
-        raise SweepError(f"`{key}` expected one of Optuna's {key}s, got {target}")
-    return found
+        cause = error
+    raise SweepError(
+        f"expected `{key}` to be one of Optuna's {key}s, got {target}; choose an option of "
+        f"hydra/sweeper/{key}"
+    ) from cause
 
 
 def _built(key: str, config: Mapping[str, Any], kind: type) -> Any:
-    _class_of(key, config, kind)  # before anything else is called
+    _class_of(key, config, kind)  # check before anything is called
     try:
         with warnings.catch_warnings():
-            # Who names a sampler has chosen it.
+            # A user who names an experimental sampler has chosen it.
             warnings.simplefilter("ignore", ExperimentalWarning)
             built = instantiate(dict(config))
     except (HydraException, ValueError, TypeError, ImportError) as error:
-        reason = error.__cause__ or error
-        raise SweepError(f"`{key}` {config.get('_target_')} cannot be built: {reason}") from error
-    if not isinstance(built, kind):  # with `_partial_`
-        raise SweepError(f"`{key}` expected one of Optuna's {key}s, got {config.get('_target_')}")
+        raise SweepError(
+            f"expected `{key}` to be arguments that {config.get('_target_')} takes, got: "
+            f"{error.__cause__ or error}"
+        ) from error
+    if not isinstance(built, kind):
+        raise SweepError(f"expected `{key}` to be a {kind.__name__}, got {built}; drop `_partial_`")
     return built

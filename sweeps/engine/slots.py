@@ -1,33 +1,45 @@
-"""Which points of a sweep have a result, which are under way, and which are lost.
+"""Which points of a sweep have a result, are being tried, or are lost.
 
-A sweep of n trials has the slots 0 to n - 1, one for each point. A trial belongs to a slot; one
-that failed is followed by another of the same slot, until the slot has a result or is lost.
+A sweep of n trials has slots 0 to n - 1, one for each point. Each trial belongs to a slot. A trial
+that failed is followed by another one in the same slot, until the slot has a result or is lost.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
-from bn_lightning.sweeps.engine.outcome import DIVERGED, HOPELESS, INTERRUPTED
-
-SLOT = "sweep:slot"
-DUPLICATE = "duplicate"
+from bn_lightning.sweeps.engine.stored_names import (
+    DIVERGED,
+    DUPLICATE,
+    HOPELESS,
+    INTERRUPTED,
+    SLOT,
+)
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How far a sweep is: slots by what became of them."""
+class SlotCounts:
+    """Number of slots by state.
+
+    Attributes:
+        total: all slots.
+        complete: slots with a value; `diverged` of them are from runs that diverged.
+        pruned: slots whose trial was pruned.
+        lost: slots without a result whose retries are used up.
+        running: running trials.
+    """
 
     total: int
     complete: int
+    diverged: int
     pruned: int
-    diverged: int  # of the complete ones
     lost: int
     running: int
 
     @property
     def settled(self) -> int:
-        """Slots with a result, and lost ones: no trial of theirs is to come."""
+        """Slots that need no further trial."""
         return self.complete + self.pruned + self.lost
 
 
@@ -43,12 +55,16 @@ class _Slot:
         return self.result is not None or self.is_lost
 
 
-class Ledger:
-    """The slots of a sweep, kept up from its trials; what has ended is read once.
+class Slots:
+    """The state of every slot, updated from the trials of the study.
 
     Args:
-        n_slots: how many there are.
-        max_retries: how often a failed trial is followed by another.
+        n_slots: how many slots there are.
+        max_retries: how many failed trials of a slot are repeated.
+
+    Attributes:
+        waiting: trials that no worker has claimed, as of the last update.
+        running: trials that a worker runs, as of the last update.
     """
 
     def __init__(self, n_slots: int, max_retries: int) -> None:
@@ -56,15 +72,15 @@ class Ledger:
         self._max_retries = max_retries
         self._slots: dict[int, _Slot] = {}
         self._all_read = 0  # trials before this number have ended and are read
-        self._read: set[int] = set()  # those after it that have, too
+        self._read: set[int] = set()  # later trials that have ended and are read
         self._live: dict[int, int] = {}  # slot: number of its first trial that waits or runs
         self._complete = self._pruned = self._diverged = self._lost = 0
         self.waiting: list[FrozenTrial] = []
         self.running: list[FrozenTrial] = []
-        self._new: list[tuple[FrozenTrial, Counts]] = []
+        self._new: list[tuple[FrozenTrial, SlotCounts]] = []
 
-    def update(self, trials: list[FrozenTrial]) -> None:
-        """Take in all trials of the study, in the order of their numbers."""
+    def update(self, trials: Sequence[FrozenTrial]) -> None:
+        """Read all trials of the study, in the order of their numbers."""
         self.waiting, self.running, self._live = [], [], {}
         for trial in trials[self._all_read :]:
             slot = trial.system_attrs.get(SLOT)
@@ -74,8 +90,6 @@ class Ledger:
                 if trial.number not in self._read:
                     self._read.add(trial.number)
                     self._take(slot, trial)
-                    if trial.user_attrs.get(DUPLICATE) is None:
-                        self._new.append((trial, self.counts()))
                 continue
             (self.waiting if trial.state == TrialState.WAITING else self.running).append(trial)
             self._live.setdefault(slot, trial.number)
@@ -85,31 +99,31 @@ class Ledger:
 
     @property
     def n_ended(self) -> int:
-        """How many trials have ended, failed ones among them."""
+        """Number of trials that have ended, including failed ones."""
         return self._all_read + len(self._read)
 
-    def take_new(self) -> list[tuple[FrozenTrial, Counts]]:
-        """The trials read as ended since this was called last, each with how far the sweep was."""
+    def take_new(self) -> list[tuple[FrozenTrial, SlotCounts]]:
+        """Return the trials that ended since the last call, each with the counts after it."""
         new, self._new = self._new, []
         return new
 
     def open_slots(self) -> list[int]:
-        """Slots that still need a trial, and have none that waits or runs."""
+        """Return the slots that need another trial and have none that waits or runs."""
         return [slot for slot in range(self.n_slots) if self.is_open(slot)]
 
     def is_open(self, slot: int) -> bool:
-        """Whether a slot still needs a trial, and has none that waits or runs."""
+        """Return whether a slot needs another trial and has none that waits or runs."""
         found = self._slots.get(slot)
         return slot not in self._live and (found is None or not found.is_settled)
 
     def is_over(self) -> bool:
-        """Whether every slot has a result or is lost."""
+        """Return whether every slot has a result or is lost."""
         return self.counts().settled == self.n_slots
 
     def is_duplicate(self, trial: FrozenTrial) -> bool:
-        """Whether an earlier trial of the same slot waits, runs, or has a result.
+        """Return whether an earlier trial of the same slot waits, runs or has a result.
 
-        So it is after two processes filled the same slots at the same moment.
+        Duplicates exist when two processes fill the same slots at the same time.
         """
         slot = trial.system_attrs[SLOT]
         found = self._slots.get(slot)
@@ -118,27 +132,27 @@ class Ledger:
         )
 
     def last_failed(self, slot: int) -> FrozenTrial | None:
-        """The last trial of a slot that failed or was interrupted."""
+        """Return the last failed or interrupted trial of a slot."""
         found = self._slots.get(slot)
         return found.last_failed if found else None
 
     def results(self) -> list[FrozenTrial]:
-        """The trials with a result, in the order of their numbers."""
+        """Return the trials with a result, in the order of their numbers."""
         found = [slot.result for slot in self._slots.values() if slot.result is not None]
         return sorted(found, key=lambda trial: trial.number)
 
     def lost(self) -> list[FrozenTrial]:
-        """The last trial of every slot that is lost."""
+        """Return the last trial of each lost slot."""
         slots = [slot for _, slot in sorted(self._slots.items()) if slot.result is None]
         return [slot.last_failed for slot in slots if slot.is_lost and slot.last_failed]
 
-    def counts(self) -> Counts:
-        """How far the sweep is, as of the last `update`."""
-        return Counts(
+    def counts(self) -> SlotCounts:
+        """Return the counts as of the last update."""
+        return SlotCounts(
             total=self.n_slots,
             complete=self._complete,
-            pruned=self._pruned,
             diverged=self._diverged,
+            pruned=self._pruned,
             lost=self._lost,
             running=len(self.running),
         )
@@ -147,18 +161,17 @@ class Ledger:
         if trial.user_attrs.get(DUPLICATE) is not None:
             return
         found = self._slots.setdefault(slot, _Slot())
-        if trial.state != TrialState.FAIL:
-            if found.result is None:
-                found.result = trial
-                self._lost -= found.is_lost
-                self._complete += trial.state == TrialState.COMPLETE
-                self._pruned += trial.state == TrialState.PRUNED
-                self._diverged += bool(trial.user_attrs.get(DIVERGED))
-            return
-        found.last_failed = trial
-        if not trial.user_attrs.get(INTERRUPTED) and not found.is_settled:
-            found.failures += 1
-            found.is_lost = found.failures > self._max_retries or bool(
-                trial.user_attrs.get(HOPELESS)
-            )
-            self._lost += found.is_lost
+        if trial.state == TrialState.FAIL:
+            found.last_failed = trial
+            if not trial.user_attrs.get(INTERRUPTED) and not found.is_settled:
+                found.failures += 1
+                is_hopeless = bool(trial.user_attrs.get(HOPELESS))
+                found.is_lost = is_hopeless or found.failures > self._max_retries
+                self._lost += found.is_lost
+        elif found.result is None:
+            found.result = trial
+            self._lost -= found.is_lost
+            self._complete += trial.state == TrialState.COMPLETE
+            self._pruned += trial.state == TrialState.PRUNED
+            self._diverged += bool(trial.user_attrs.get(DIVERGED))
+        self._new.append((trial, self.counts()))

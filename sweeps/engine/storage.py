@@ -1,13 +1,12 @@
-"""Where a study is kept: a journal file, SQLite, PostgreSQL or another database, a gRPC proxy.
+"""Where a study is stored: a journal file, SQLite, PostgreSQL or another database, a gRPC proxy.
 
     journal                                    journal.log in the sweep's directory
     journal:///path/to/file                    another journal file
     sqlite:///path/to/file.db                  SQLite
-    postgresql://user@host/database            PostgreSQL, likewise what else Optuna takes
+    postgresql://user@host/database            PostgreSQL; other databases of Optuna likewise
     grpc://host:port                           `optuna storage` behind a gRPC proxy
 
-A storage that is away for a while is waited for: every call is tried again, each time a little
-later, until the patience is over.
+If the storage cannot be reached, each call is repeated with growing pauses for a limited time.
 """
 
 import logging
@@ -32,33 +31,33 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.journal_file import open_journal
-from bn_lightning.sweeps.engine.names import JOURNAL_FILE
 from bn_lightning.sweeps.engine.passwords import redacted, refuse_several_ats
+from bn_lightning.sweeps.engine.stored_names import JOURNAL_FILE
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
 JOURNAL = "journal"
 
-# Seconds that a command waits for its storage when it starts: most often the address is wrong.
+# Seconds that a command waits for its storage at the start, where a wrong address is most likely.
 START_PATIENCE = 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 
-# Seconds that an SQLite connection waits for its turn.
+# Seconds that an SQLite connection waits for a lock.
 SQLITE_TIMEOUT = 60
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def storage_url(setting: str, directory: Path) -> str:
-    """The address of the study's storage, as every process of the sweep can use it.
+    """Return the URL of the study's storage, with absolute paths.
 
     Args:
-        setting: what the configuration says, with its interpolations resolved.
+        setting: the configured address, with its interpolations resolved.
         directory: of the sweep, for `journal`.
 
     Raises:
-        SweepError: it is no address.
+        SweepError: the setting is not an address of a storage.
     """
     if setting == JOURNAL:
         return f"journal://{(directory / JOURNAL_FILE).absolute()}"
@@ -69,12 +68,14 @@ def storage_url(setting: str, directory: Path) -> str:
         return setting
     try:
         url = make_url(setting)
-    except (ArgumentError, ValueError):  # it parses a port as a number
+    except (ArgumentError, ValueError):  # ValueError: the port is not a number
         url = None
     if url is None or scheme in (JOURNAL, "grpc"):
+        shown = "an address with @, not shown as it may contain a password"
         raise SweepError(
-            "`storage` expected journal, journal:///PATH, sqlite:///PATH, postgresql://USER@HOST/"
-            f"DATABASE or grpc://HOST:PORT, got {redacted(setting, setting)}"
+            "expected `storage` to be journal, journal:///PATH, sqlite:///PATH, "
+            "postgresql://USER@HOST/DATABASE or grpc://HOST:PORT, got "
+            f"{shown if '@' in setting else repr(setting)}"
         )
     if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
         path = Path(url.database).absolute()
@@ -83,41 +84,42 @@ def storage_url(setting: str, directory: Path) -> str:
     return setting
 
 
-def open_storage(url: str, patience: float) -> "PatientStorage":
-    """Open a storage, waiting for it if it cannot be reached.
+def open_storage(url: str, patience: float) -> "RetryingStorage":
+    """Open a storage; wait for it if it cannot be reached.
 
     Args:
         url: from `storage_url`.
-        patience: seconds that a later call waits for a storage that went away.
+        patience: seconds for which later calls are repeated if the storage cannot be reached.
 
     Raises:
-        SweepError: it cannot be used, or not be reached within START_PATIENCE.
+        SweepError: the storage cannot be used, or was not reached within START_PATIENCE seconds.
     """
     try:
-        inner, close = patiently(lambda: _open(url), min(patience, START_PATIENCE), url)
+        inner, close = call_with_retries(lambda: _open(url), min(patience, START_PATIENCE), url)
     except ImportError as error:
         raise SweepError(
-            f"`storage` expected the driver for {redacted(url, url)} to be installed, got: "
+            f"expected `storage` {redacted(url, url)} to have its driver installed, got: "
             f"{error.__cause__ or error}; PostgreSQL: pip install 'psycopg[binary]'; a gRPC proxy: "
             "pip install grpcio protobuf"
         ) from error
     except (ArgumentError, ValueError) as error:
         raise SweepError(
-            f"`storage` cannot be {redacted(url, url)}: {redacted(str(error), url)}"
+            f"expected `storage` to be a database of SQLAlchemy's, got {redacted(url, url)}: "
+            f"{redacted(str(error), url)}"
         ) from None
-    return PatientStorage(inner, url, patience, close)  # type: ignore[abstract]  # see below
+    return RetryingStorage(inner, url, patience, close)  # type: ignore[abstract]  # see below
 
 
-def patiently(call: Callable[[], T], patience: float, url: str) -> T:
-    """Call until the storage answers.
+def call_with_retries(call: Callable[[], _T], patience: float, url: str) -> _T:
+    """Call a function until the storage answers, and return its result.
 
     Args:
-        call: asks the storage; called again only after an error for which `is_unreachable` holds.
-        patience: seconds to try again for.
-        url: the storage's address, for messages, which never show its password.
+        call: uses the storage; called again only after an error for which `is_unreachable` is true.
+        patience: seconds after which to give up.
+        url: of the storage, for messages, which never show its password.
 
     Raises:
-        SweepError: it did not answer in that time.
+        SweepError: the storage did not answer in time.
     """
     pause, started = FIRST_PAUSE, time.monotonic()
     while True:
@@ -130,41 +132,42 @@ def patiently(call: Callable[[], T], patience: float, url: str) -> T:
             reason = redacted(reason_of(error), url)
             if waited >= patience:
                 raise SweepError(
-                    f"the storage {redacted(url, url)} did not answer for {waited:.0f} s: {reason}"
-                    ". What is finished is kept: the same command goes on when the storage is back"
+                    f"expected `storage` {redacted(url, url)} to answer, got no answer for "
+                    f"{waited:.0f} s: {reason}; finished trials are kept, and the same command "
+                    "resumes the sweep when the storage is back"
                 ) from None
             if pause == FIRST_PAUSE:
-                log.warning("waiting for the storage (%s)", reason)
-            # Not all workers at the same moment.
+                _log.warning("waiting for the storage (%s)", reason)
+            # Random, so that workers do not all call at the same time.
             time.sleep(min(pause * random.uniform(0.7, 1.3), patience - waited + FIRST_PAUSE))
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Whether a call failed because the storage was away, locked or full, and may work later."""
+    """Return whether a call failed because the storage was away, locked or full for a time."""
     if isinstance(error, StorageInternalError):
         return is_unreachable(error.__cause__)
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
     if isinstance(error, PendingRollbackError):
-        return True  # Optuna goes on in a transaction that the server has just broken off
+        return True  # Optuna continues a transaction that the server has just ended
     if isinstance(error, DBAPIError):
         return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
     code = getattr(error, "code", None)
     if type(error).__module__.startswith("grpc") and callable(code):
-        # The proxy says UNKNOWN when its own database is away.
+        # The proxy returns UNKNOWN when its own database is away.
         return getattr(code(), "name", "") in ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED")
     return False
 
 
-class PatientStorage(BaseStorage):
-    """A storage whose every call is repeated until it answers.
+class RetryingStorage(BaseStorage):
+    """A storage that repeats each call until it is answered.
 
     Args:
         inner: the storage.
-        url: where it is, for messages, which never show its password.
-        patience: seconds to try again for.
-        close: lets the storage's connections go.
+        url: of the storage, for messages, which never show its password.
+        patience: seconds for which a call is repeated.
+        close: closes the connections of the storage.
     """
 
     def __init__(
@@ -180,10 +183,10 @@ class PatientStorage(BaseStorage):
         self.close = close
 
 
-def _patient(name: str) -> Callable[..., Any]:
-    def method(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
+def _retrying(name: str) -> Callable[..., Any]:
+    def method(self: RetryingStorage, *args: Any, **kwargs: Any) -> Any:
         call = getattr(self.inner, name)
-        return patiently(lambda: call(*args, **kwargs), self.patience, self.url)
+        return call_with_retries(lambda: call(*args, **kwargs), self.patience, self.url)
 
     method.__name__ = name
     return method
@@ -191,12 +194,12 @@ def _patient(name: str) -> Callable[..., Any]:
 
 for _name in vars(BaseStorage):
     if not _name.startswith("_"):
-        setattr(PatientStorage, _name, _patient(_name))
-PatientStorage.__abstractmethods__ = frozenset()
+        setattr(RetryingStorage, _name, _retrying(_name))
+RetryingStorage.__abstractmethods__ = frozenset()
 
 
 def reason_of(error: Exception) -> str:
-    """Why a call failed, in one line, which may hold the storage's password."""
+    """Return why a call failed, in one line, which may contain the storage's password."""
     details = getattr(error, "details", None)  # of a gRPC error, whose text has many lines
     text = str(details() if callable(details) else error.__cause__ or error)
     return text.strip().partition("\n")[0].rstrip(".")
@@ -224,22 +227,22 @@ def _open(url: str) -> tuple[BaseStorage, Callable[[], None]]:
 
 def _open_database(url: str) -> RDBStorage:
     if not url.startswith("sqlite"):
-        # A connection that a restart of the server broke is found before it is used.
-        return _tables_made(lambda: RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
+        # Checks a connection before its use, in case that the server was restarted.
+        return _with_tables(lambda: RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
     if path := make_url(url).database:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     arguments = {"connect_args": {"timeout": SQLITE_TIMEOUT}}
-    storage = _tables_made(lambda: RDBStorage(url, engine_kwargs=arguments))
-    # Python's sqlite3 begins a transaction with the first write: what was read before it may have
-    # changed, and two workers would claim one trial. These transactions take their turn.
-    event.listen(storage.engine, "connect", _leave_begin_to_us)
+    storage = _with_tables(lambda: RDBStorage(url, engine_kwargs=arguments))
+    # Python's sqlite3 begins a transaction at the first write, when the rows that were read before
+    # it may have changed: two workers could claim one trial. BEGIN IMMEDIATE takes the lock first.
+    event.listen(storage.engine, "connect", _disable_begin)
     event.listen(storage.engine, "begin", _begin_immediate)
     storage.engine.dispose()
     return storage
 
 
-def _tables_made(make: Callable[[], RDBStorage]) -> RDBStorage:
-    """Open a database that other processes may be opening for the first time, too."""
+def _with_tables(make: Callable[[], RDBStorage]) -> RDBStorage:
+    """Open a database whose tables another process may be creating."""
     for _ in range(5):
         try:
             return make()
@@ -250,7 +253,7 @@ def _tables_made(make: Callable[[], RDBStorage]) -> RDBStorage:
     return make()
 
 
-def _leave_begin_to_us(connection: Any, record: object) -> None:
+def _disable_begin(connection: Any, record: object) -> None:
     connection.isolation_level = None
 
 

@@ -1,68 +1,73 @@
-"""The engine of a sweep: a study whose trials are claimed, run and told, by any number of workers.
+"""The study of a sweep, whose trials any number of workers claim, run and finish.
 
-Every slot of a sweep (ledger.py) has a trial that waits in the study. A worker claims one, which
-every storage grants to one worker only, runs it, writes its outcome beside its files, and tells the
-study. Whoever finds a trial whose worker is dead tells what that worker left, and lets the slot
-wait again. So a sweep may be stopped at any moment and gone on with by the same command.
+Each slot of a sweep (slots.py) has a waiting trial in the study. A worker claims one (claim.py),
+runs it, writes its outcome into its directory, and then updates the study. If a worker dies,
+another one finishes its trial with the outcome that it left, or lets a new trial of the slot wait.
+A sweep can therefore be stopped at any time and resumed by the same command.
 """
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import RandomSampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from bn_lightning.sweeps.engine.creation import FILLER, filler_mark
-from bn_lightning.sweeps.engine.errors import SweepError
+from bn_lightning.sweeps.engine.claim import ClaimedTrial, claim_trial
 from bn_lightning.sweeps.engine.heartbeat import (
-    SIGNATURE,
-    DeathWatch,
     Heartbeat,
-    Signature,
-    is_known_dead,
-    signature,
+    ProcessIdentity,
+    StaleTrialDetector,
+    filler_mark,
+    filler_process,
 )
-from bn_lightning.sweeps.engine.names import COMMAND
 from bn_lightning.sweeps.engine.outcome import (
-    DIRECTORY,
-    FILE_NAME,
     Outcome,
     failed,
     interrupted,
     outcome_of_error,
     read_outcome,
 )
-from bn_lightning.sweeps.engine.sampling import Points, Suggest, make_sampler
-from bn_lightning.sweeps.engine.slots import DUPLICATE, SLOT, Counts, Ledger
+from bn_lightning.sweeps.engine.sampling import Point, SamplingPlan
+from bn_lightning.sweeps.engine.slots import SlotCounts, Slots
 from bn_lightning.sweeps.engine.space import Parameter
-from bn_lightning.sweeps.engine.stopping import Stopping
-from bn_lightning.sweeps.engine.storage import PatientStorage
+from bn_lightning.sweeps.engine.storage import RetryingStorage
+from bn_lightning.sweeps.engine.stored_names import (
+    COMMAND,
+    DIRECTORY,
+    DUPLICATE,
+    FILLER,
+    OUTCOME_FILE,
+    SLOT,
+    WORKER,
+)
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
-# Seconds: between a claim to fill the study and the look whether it was the last one, and without a
-# new trial until the one who fills is given up.
-SETTLE, FILL_PATIENCE = 1.0, 20.0
+# Seconds from marking the study as being filled to checking that no other process did so later.
+SETTLE = 1.0
+# Seconds without a new trial after which another process takes over filling the study.
+FILL_PATIENCE = 20.0
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Policy:
-    """How a sweep meets failures.
+class FailurePolicy:
+    """How a sweep treats failed trials and dead workers.
 
-    Args:
-        max_retries: how often a failed trial is tried again.
-        heartbeat: seconds between two signs of life of a worker.
-        stale_after: seconds without one, after which a worker on another machine is given up.
+    Attributes:
+        max_retries: how many failed trials of a slot are repeated, at least 0.
+        heartbeat: seconds between two beats of a worker, above 0.
+        stale_after: seconds without a beat after which a worker on another machine counts as dead,
+            at least twice `heartbeat`.
 
     Raises:
-        SweepError: retries below 0, or not 0 < 2 heartbeat <= stale_after.
+        SweepError: a value is out of range.
     """
 
     max_retries: int
@@ -71,172 +76,152 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.max_retries < 0:
-            raise SweepError(f"`max_retries` expected 0 or more, got {self.max_retries}")
+            raise SweepError(f"expected `max_retries` to be 0 or more, got {self.max_retries}")
         if not 0 < 2 * self.heartbeat <= self.stale_after:
             raise SweepError(
-                "`stale_after` expected at least twice `heartbeat`, both in seconds above 0, got "
+                "expected `stale_after` to be at least twice `heartbeat`, both above 0 s, got "
                 f"{self.stale_after} and {self.heartbeat}"
             )
 
 
-@dataclass(frozen=True)
-class ClaimedTrial:
-    """A trial that this process runs: its number and its point."""
-
-    number: int
-    params: dict[str, Parameter]
-
-
 class SweepStudy:
-    """A study as the workers of a sweep share it.
+    """A study that the workers of a sweep share.
 
     Args:
-        storage: where the study is.
+        storage: the storage of the study.
         name: of the study.
-        directory: of the sweep; a trial's files lie in the directory of its number.
-        points: what the slots hold.
-        suggest: draws a point by a trial.
-        sampler: the configuration of the sampler.
+        directory: of the sweep; it contains the directory of each trial, named by its number.
+        plan: the points of the slots, and the sampler.
         pruner: of the study.
-        policy: how failures are met.
+        policy: how failures are treated.
+
+    Attributes:
+        slots: the state of the sweep as of the last `refresh`.
     """
 
     def __init__(
         self,
-        storage: PatientStorage,
+        storage: RetryingStorage,
         name: str,
         directory: Path,
-        points: Points,
-        suggest: Suggest,
-        sampler: dict[str, Any],
+        plan: SamplingPlan,
         pruner: BasePruner,
-        policy: Policy,
+        policy: FailurePolicy,
     ) -> None:
         self.storage = storage
         self.name = name
         self.directory = directory
-        self._points = points
-        self._suggest = suggest
-        self._sampler = sampler
+        self._plan = plan
         self._study = optuna.load_study(
             study_name=name, storage=storage, sampler=RandomSampler(), pruner=pruner
         )
         self._study_id = storage.get_study_id_from_name(name)
-        self._has_sampler = points.are_planned
+        self._has_sampler = plan.is_planned
         self._heartbeat = Heartbeat(storage.inner, policy.heartbeat)
-        self._watch = DeathWatch(policy.heartbeat, policy.stale_after)
+        self._detector = StaleTrialDetector(policy.heartbeat, policy.stale_after)
         self._n_open: int | None = None
         self._n_open_since = 0.0
-        self.ledger = Ledger(points.n_trials, policy.max_retries)
+        self.slots = Slots(plan.n_trials, policy.max_retries)
 
     @property
-    def directions(self) -> list[optuna.study.StudyDirection]:
-        """Whether to minimise or to maximise, for each value of a trial."""
+    def directions(self) -> list[StudyDirection]:
+        """The direction of each value of a trial."""
         return self._study.directions
 
-    def keep_command(self, command: str) -> None:
-        """Keep in the study the command that works on it, for whoever reports it.
+    def record_command(self, command: str) -> None:
+        """Store the command that works on the study, which a report shows.
 
         Args:
-            command: as it was typed, without a password.
+            command: as typed, without a password.
         """
         if self._study.user_attrs.get(COMMAND) != command:
             self._study.set_user_attr(COMMAND, command)
 
-    def refresh(self) -> Counts:
-        """Read the study, and return how far it is."""
-        self.ledger.update(self._study.get_trials(deepcopy=False))
-        return self.ledger.counts()
+    def refresh(self) -> SlotCounts:
+        """Read all trials of the study, and return the counts of its slots."""
+        self.slots.update(self._study.get_trials(deepcopy=False))
+        return self.slots.counts()
 
     def fill(self) -> None:
-        """Let every slot have its trial, unless another process is about it."""
+        """Enqueue a trial for each slot that has none, unless another process is doing it."""
         self.refresh()
-        if self.ledger.open_slots() and self._nobody_fills():
+        mark = self._study.user_attrs.get(FILLER)
+        if mark and filler_process(mark) == filler_process(filler_mark()):
+            self._fill()  # this process has created the study
+        elif self.slots.open_slots() and self._nobody_fills():
             self._fill_if_last()
 
-    def fill_first(self) -> None:
-        """Fill a study that this process has just made: the others wait (`create_study`)."""
-        self._fill()
-
     def _nobody_fills(self) -> bool:
-        text = self._study.user_attrs.get(FILLER)
-        return not text or is_known_dead(Signature.parse(text.rpartition(" ")[0]))
+        mark = self._study.user_attrs.get(FILLER)
+        return not mark or filler_process(mark).is_known_dead()
 
     def _fill_if_last(self) -> None:
-        """Fill, if of several processes that begin to at once this one is the last."""
-        mine = filler_mark()
-        self._study.set_user_attr(FILLER, mine)
+        """Fill the study if no other process has marked it after this one."""
+        mark = filler_mark()
+        self._study.set_user_attr(FILLER, mark)
         time.sleep(SETTLE)
-        if self._study.user_attrs.get(FILLER) == mine:
+        if self._study.user_attrs.get(FILLER) == mark:
             self._fill()
 
     def _fill(self) -> None:
         self.refresh()
-        for slot in self.ledger.open_slots():
+        for slot in self.slots.open_slots():
             self._enqueue(slot)
         self._study.set_user_attr(FILLER, None)
 
     def _enqueue(self, slot: int) -> None:
-        """Let a trial of this slot wait, at the point of the one that failed if there is one."""
-        before = self.ledger.last_failed(slot)
-        point = self._points[slot] if before is None else (before.params, before.distributions)
-        params, distributions = point or ({}, {})
+        """Add a waiting trial to a slot, at the same point as its last failed trial."""
+        before = self.slots.last_failed(slot)
+        point = self._plan.point(slot) if before is None else _point_of(before)
         self._study.add_trial(
             create_trial(
                 state=TrialState.WAITING,
-                params=params,
-                distributions=distributions,
+                params=point.params,
+                distributions=point.distributions,
                 system_attrs={SLOT: slot},
             )
         )
 
     def claim(self) -> ClaimedTrial | None:
-        """Take the next trial that waits; None if there is none."""
+        """Claim the next waiting trial and draw its parameters; return None if none waits."""
         self.refresh()
-        for waiting in self.ledger.waiting:
+        for waiting in self.slots.waiting:
             trial_id = self._id(waiting.number)
-            try:
-                is_mine = self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-            except UpdateFinishedTrialError:
+            if not claim_trial(self.storage, trial_id):
                 continue
-            if not is_mine:
-                continue
-            self.storage.set_trial_system_attr(trial_id, SIGNATURE, str(signature()))
-            if self.ledger.is_duplicate(waiting):
-                note = failed("another trial has the same slot").with_attributes(
-                    **{DUPLICATE: True}
-                )
-                self._tell(waiting.number, note)
+            if self.slots.is_duplicate(waiting):
+                duplicate = failed("another trial has the same slot", **{DUPLICATE: True})
+                self._tell(waiting.number, duplicate)
                 continue
             self._heartbeat.add(trial_id)
-            (self._trial_directory(waiting.number) / FILE_NAME).unlink(missing_ok=True)
+            (self._trial_directory(waiting.number) / OUTCOME_FILE).unlink(missing_ok=True)
             try:
                 return ClaimedTrial(waiting.number, self._draw(waiting.number))
             except Exception as error:
                 self.finish(waiting.number, outcome_of_error(error))
             except BaseException:
-                self.interrupt(waiting.number)
+                self.finish(waiting.number, interrupted())
                 raise
         return None
 
     def _draw(self, number: int) -> dict[str, Parameter]:
         if not self._has_sampler:
-            self._study.sampler = make_sampler(self._sampler, first_trial=number)
+            self._study.sampler = self._plan.sampler(first_trial=number)
             self._has_sampler = True
-        return self._suggest(Trial(self._study, self._id(number)))
+        return self._plan.space.suggest(Trial(self._study, self._id(number)))
 
     def finish(self, number: int, outcome: Outcome) -> None:
-        """Tell the study how a trial ended; a failed one is tried again while retries are left."""
+        """Store the outcome of a trial; if it failed, enqueue it again while retries are left."""
         is_told = self._tell(number, outcome)
         self._heartbeat.remove(self._id(number))
         if is_told and outcome.state == "FAIL":
             self.refresh()
             slot = self.storage.get_trial_system_attrs(self._id(number))[SLOT]
-            if self.ledger.is_open(slot):
+            if self.slots.is_open(slot):
                 self._enqueue(slot)
 
     def _tell(self, number: int, outcome: Outcome) -> bool:
-        """Whether this call ended the trial."""
+        """Store an outcome, and return whether this call has ended the trial."""
         trial_id = self._id(number)
         attributes = outcome.attributes | {DIRECTORY: str(self._trial_directory(number))}
         try:
@@ -244,40 +229,37 @@ class SweepStudy:
                 self.storage.set_trial_user_attr(trial_id, key, value)
             self._study.tell(number, outcome.values, outcome.trial_state)
         except (UpdateFinishedTrialError, ValueError):
-            # Told before: by us, if the storage went away just then, or by one who gave us up.
+            # Already ended: by this process, if the storage answered too late and the call was
+            # repeated; or by another one, which took this process for dead.
             state = self.storage.get_trial(trial_id).state
             if not state.is_finished():
                 raise
             if state != outcome.trial_state:
-                log.warning(
-                    "trial %d was given up by another process meanwhile; its outcome is kept in %s",
+                _log.warning(
+                    "another process has ended trial %d; the outcome of this one is in %s",
                     number,
-                    self._trial_directory(number) / FILE_NAME,
+                    self._trial_directory(number) / OUTCOME_FILE,
                 )
             return False
         return True
 
-    def tidy(self) -> None:
-        """Look after trials whose worker is dead, and slots without a trial.
+    def recover(self) -> None:
+        """Finish the trials of dead workers, and enqueue missing trials.
 
-        For one who has nothing else to do; to be called again and again.
+        A process without another task calls this repeatedly.
         """
-        for trial in self._watch.abandoned(self.ledger.running):
+        for trial in self._detector.stale_trials(self.slots.running):
             outcome = read_outcome(self._trial_directory(trial.number))
-            self.finish(trial.number, outcome or _lost_process(trial))
-        n_open = len(self.ledger.open_slots())
+            self.finish(trial.number, outcome or _worker_died(trial))
+        n_open = len(self.slots.open_slots())
         if n_open != self._n_open:
             self._n_open, self._n_open_since = n_open, time.monotonic()
         is_stuck = time.monotonic() - self._n_open_since > FILL_PATIENCE
         if n_open and (is_stuck or self._nobody_fills()):
             self._fill_if_last()
 
-    def interrupt(self, number: int) -> None:
-        """Tell that a trial was stopped: it will be tried again, and it is no failure."""
-        self.finish(number, interrupted())
-
     def close(self) -> None:
-        """End the heartbeat, and let the storage go."""
+        """Stop the heartbeat and close the storage."""
         self._heartbeat.stop()
         self.storage.close()
 
@@ -288,47 +270,16 @@ class SweepStudy:
         return int(self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number))
 
 
-def work(
-    sweep: SweepStudy,
-    run: Callable[[ClaimedTrial], Outcome],
-    stopping: Stopping,
-    watch: Callable[[], None] = lambda: None,
-    pause: float = 0.5,
-) -> None:
-    """Claim, run and tell trials until the sweep is over or stopped.
-
-    Args:
-        run: runs a trial; an exception that is no `Exception` interrupts the trial and comes out.
-        stopping: asked between two trials.
-        watch: called whenever the study was read.
-        pause: seconds to wait when nothing waits.
-    """
-    while not stopping():
-        claimed = sweep.claim()
-        watch()
-        if claimed is None:
-            if sweep.ledger.is_over():
-                return
-            sweep.tidy()
-            if not sweep.ledger.waiting:
-                time.sleep(pause)
-            continue
-        try:
-            outcome = run(claimed)
-        except Exception as error:
-            outcome = outcome_of_error(error)
-        except BaseException:
-            sweep.interrupt(claimed.number)
-            raise
-        sweep.finish(claimed.number, stopping.excused(outcome))
+def _point_of(trial: FrozenTrial) -> Point:
+    return Point(trial.params, trial.distributions)
 
 
-def _lost_process(trial: FrozenTrial) -> Outcome:
-    signed = trial.system_attrs.get(SIGNATURE)
-    if signed is None:
-        return failed("the process that claimed this trial ended before it began")
-    worker = Signature.parse(signed)
+def _worker_died(trial: FrozenTrial) -> Outcome:
+    text = trial.system_attrs.get(WORKER)
+    if text is None:
+        return failed("the process that claimed this trial ended before it ran the trial")
+    worker = ProcessIdentity.parse(text)
     return failed(
-        f"the process {worker.pid} on {worker.place.partition('/')[0]} ended, or was silent for "
-        "too long, without a result"
+        f"the process {worker.pid} on {worker.place.partition('/')[0]} ended without a result, or "
+        "was silent for too long"
     )

@@ -1,36 +1,76 @@
-"""Worker processes on one machine: the same command again, each of which works on the study.
+"""The loop of a worker, and the worker processes of a sweep on one machine.
 
-A worker imports what a trial needs once, and runs one trial after the other. It is in a session of
-its own, so that Ctrl-C in the terminal reaches the sweep alone, which tells the workers: its end of
-their standard input closed, they stop after the running trial, as they do when the sweep dies.
+A worker process runs the command of the sweep again. It imports what trials need once, and runs one
+trial after another. It leads its own session, so Ctrl-C in the terminal reaches the main process
+only, which closes the standard input of the workers: they stop after their running trial. The same
+happens if the main process dies.
 """
 
 import os
 import signal
 import subprocess
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from bn_lightning.sweeps.engine.environment import WORKER
-from bn_lightning.sweeps.engine.errors import SweepError
-from bn_lightning.sweeps.engine.heartbeat import SIGNATURE, signature
-from bn_lightning.sweeps.engine.processes import end_session
-from bn_lightning.sweeps.engine.program import same_command
-from bn_lightning.sweeps.engine.stopping import Stopping
+from bn_lightning.sweeps.engine.claim import ClaimedTrial
+from bn_lightning.sweeps.engine.environment import WORKER_VARIABLE
+from bn_lightning.sweeps.engine.heartbeat import ProcessIdentity
+from bn_lightning.sweeps.engine.outcome import Outcome, interrupted, outcome_of_error
+from bn_lightning.sweeps.engine.processes import end_session, same_command
+from bn_lightning.sweeps.engine.stop_request import StopRequest
+from bn_lightning.sweeps.engine.stored_names import WORKER, WORKER_LOGS
 from bn_lightning.sweeps.engine.study import SweepStudy
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
-LOGS = "workers"
-
-# Deaths of workers in a row without a trial that ended: then something else than a trial is wrong.
+# Workers that may die in a row while no trial ends; after more, the trials are not the cause.
 DEATHS_ALLOWED = 3
+
+
+def run_trials(
+    study: SweepStudy,
+    run: Callable[[ClaimedTrial], Outcome],
+    stop: StopRequest,
+    on_refresh: Callable[[], None] = lambda: None,
+    pause: float = 0.5,
+) -> None:
+    """Claim, run and finish trials until the sweep is over or is asked to stop.
+
+    Args:
+        study: whose trials to run.
+        run: runs a trial. A `BaseException` that is not an `Exception` interrupts the trial and is
+            raised again.
+        stop: checked between two trials.
+        on_refresh: called each time the study was read.
+        pause: seconds to wait if no trial waits.
+    """
+    while not stop.is_set():
+        claimed = study.claim()
+        on_refresh()
+        if claimed is None:
+            if study.slots.is_over():
+                return
+            study.recover()
+            if not study.slots.waiting:
+                time.sleep(pause)
+            continue
+        try:
+            outcome = run(claimed)
+        except Exception as error:
+            outcome = outcome_of_error(error)
+        except BaseException:
+            study.finish(claimed.number, interrupted())
+            raise
+        study.finish(claimed.number, stop.corrected(outcome))
 
 
 class Workers:
     """The worker processes of a sweep.
 
     Args:
-        study: what they work on.
-        count: how many.
+        study: whose trials they run.
+        count: number of processes.
     """
 
     def __init__(self, study: SweepStudy, count: int) -> None:
@@ -45,46 +85,46 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still runs, at once: its trials are interrupted."""
+        """End the running processes immediately; their trials are interrupted."""
         if not self._running:
             return
-        signatures = {str(signature(pid)) for pid in self._running}
+        ended = {str(ProcessIdentity.of(pid)) for pid in self._running}
         for process in self._running.values():
             process.send_signal(signal.SIGTERM)
         for process in self._running.values():
             end_session(process)
         self._study.refresh()
-        for trial in self._study.ledger.running:
-            if trial.system_attrs.get(SIGNATURE) in signatures:
-                self._study.interrupt(trial.number)
+        for trial in self._study.slots.running:
+            if trial.system_attrs.get(WORKER) in ended:
+                self._study.finish(trial.number, interrupted())
 
-    def look(self, stop: bool) -> bool:
-        """See to the workers and the study; to be called again and again.
+    def check(self, stop: StopRequest) -> bool:
+        """Read the study, replace dead workers, and recover their trials; call it repeatedly.
 
         Args:
-            stop: whether the workers are to end after their running trials.
+            stop: if it is set, the workers are told to stop after their running trials.
 
         Returns:
-            Whether there is more to wait for.
+            Whether the sweep goes on.
 
         Raises:
-            SweepError: worker after worker dies without having ended a trial.
+            SweepError: several workers in a row died and no trial ended.
         """
         counts = self._study.refresh()
-        self._collect()
-        if stop or self._study.ledger.is_over():
+        self._remove_ended()
+        if stop.is_set() or self._study.slots.is_over():
             for process in self._running.values():
                 if process.stdin is not None:
                     process.stdin.close()
             return bool(self._running)
-        self._study.tidy()
+        self._study.recover()
         wanted = min(self._count, counts.total - counts.settled)
         while len(self._running) < wanted:
             self._start()
         return True
 
     def _start(self) -> None:
-        logs = self._study.directory / LOGS
+        logs = self._study.directory / WORKER_LOGS
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{len(self._logs)}.log"
         with open(log, "ab") as output:
@@ -94,38 +134,36 @@ class Workers:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, WORKER: str(self._study.directory)},
+                env={**os.environ, WORKER_VARIABLE: str(self._study.directory)},
             )
         self._running[process.pid] = process
         self._logs[process.pid] = log
 
-    def _collect(self) -> None:
-        """Forget workers that have ended; trials they left are told by `SweepStudy.tidy`."""
-        ended = self._study.ledger.n_ended
+    def _remove_ended(self) -> None:
+        ended = self._study.slots.n_ended
         if ended != self._ended_before:
             self._ended_before, self._deaths = ended, 0
         for pid, process in list(self._running.items()):
             if process.poll() is None:
                 continue
             del self._running[pid]
-            if process.returncode:
-                self._deaths += 1
+            self._deaths += process.returncode != 0
             if self._deaths > DEATHS_ALLOWED:
                 lines = self._logs[pid].read_text(errors="replace").strip().splitlines()
                 raise SweepError(
-                    f"{self._deaths} workers in a row ended without having ended a trial, the last "
-                    f"with exit code {process.returncode}: {lines[-1] if lines else 'no output'} "
-                    f"(more in {self._logs[pid]})"
+                    f"expected workers to finish trials, got {self._deaths} in a row that did not, "
+                    f"the last with exit code {process.returncode}: "
+                    f"{lines[-1] if lines else 'no output'}; see {self._logs[pid]}"
                 )
 
 
-def stop_when_parent_says(stopping: Stopping) -> None:
-    """In a worker: stop after the running trial when standard input is closed."""
+def stop_with_parent(stop: StopRequest) -> None:
+    """In a worker process: set `stop` when the main process closes its standard input, or dies."""
 
     def wait() -> None:
-        # Not sys.stdin, whose lock this thread would hold while the interpreter shuts down.
+        # Not sys.stdin: this thread would hold its lock while the interpreter shuts down.
         while os.read(0, 1):
             continue
-        stopping.request()
+        stop.set()
 
     threading.Thread(target=wait, name="parent", daemon=True).start()

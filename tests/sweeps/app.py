@@ -8,10 +8,10 @@ import optuna
 from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig
 
-from bn_lightning.sweeps.engine.environment import WORKER
+from bn_lightning.sweeps.engine.environment import WORKER_VARIABLE
 from bn_lightning.sweeps.engine.trial import current_trial
 
-if os.environ.get("NO_WORKER_STARTS") and WORKER in os.environ:
+if os.environ.get("NO_WORKER_STARTS") and WORKER_VARIABLE in os.environ:
     raise SystemExit("a library is missing")
 
 register()

@@ -1,8 +1,7 @@
-"""`hydra/sweeper=bn_optuna`: Hydra's way to a sweep by Optuna.
+"""`hydra/sweeper=bn_optuna`: the sweeper as a plugin of Hydra.
 
-Hydra imports this whenever one of its programs starts, so that Optuna is imported only by a sweep.
-Where Hydra does not find it by itself, in an editable install, `register()` makes it known, before
-`hydra.main`.
+Hydra imports this module in each program that it starts, so Optuna is imported only in a sweep. In
+an editable install Hydra does not find the plugin; `register()`, before `hydra.main`, adds it.
 """
 
 from pathlib import Path
@@ -18,10 +17,10 @@ from omegaconf import DictConfig
 
 
 class OptunaSweeper(Sweeper):
-    """A sweep whose study is shared by all its workers, and goes on where it stopped.
+    """A sweeper whose workers share a study, and which resumes a sweep that was stopped.
 
     Args:
-        settings: the keys of `conf/hydra/sweeper/_bn_optuna.yaml`, where they are explained.
+        settings: the keys of `conf/hydra/sweeper/_bn_optuna.yaml`, which explains them.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -33,10 +32,10 @@ class OptunaSweeper(Sweeper):
         self._program = (hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the sweep to its end, or until it is stopped.
+        """Run the sweep until it is over or stopped.
 
         Raises:
-            SweepError: it cannot begin or go on, or more trials are lost than allowed.
+            SweepError: the sweep cannot begin or be resumed, or too many trials failed.
         """
         from hydra_plugins.bn_optuna._sweep import run_sweep
 
@@ -44,7 +43,7 @@ class OptunaSweeper(Sweeper):
 
 
 class SweeperSearchPath(SearchPathPlugin):
-    """Lets every program find the sweeper's configurations, after its own."""
+    """Adds the sweeper's configurations to the search path of each program."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("bn_optuna", f"file://{Path(__file__).parent / 'conf'}")
@@ -54,8 +53,8 @@ class OutcomeCallback(Callback):
     """Writes the outcome of a trial that runs in a process of its own.
 
     Args:
-        metric: names of the values that the task returns.
-        directions: how many there are.
+        metric: keys of the values in the mapping that the task returns; None if it returns numbers.
+        directions: number of values.
     """
 
     def __init__(self, metric: list[str] | None, directions: int) -> None:
@@ -63,12 +62,12 @@ class OutcomeCallback(Callback):
         self._directions = directions
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
-        from hydra_plugins.bn_optuna._jobs import write_outcome
+        from hydra_plugins.bn_optuna._trial_runner import write_outcome
 
         write_outcome(config, job_return, self._metric, self._directions)
 
 
 def register() -> None:
-    """Make the sweeper known to Hydra."""
+    """Register the sweeper with Hydra."""
     for plugin in (OptunaSweeper, SweeperSearchPath):
         Plugins.instance().register(plugin)

@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from bn_lightning.cli.config_check import check_config
-from bn_lightning.sweeps.engine.environment import TRIAL
+from bn_lightning.sweeps.engine.environment import TRIAL_VARIABLE
 
 GOOD: dict[str, Any] = {
     "task_name": "train",
@@ -148,7 +148,7 @@ def test_a_trial_that_ends_before_what_it_is_chosen_by(
     monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: True))
     monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: hydra))
     check(**changes)  # a run by itself
-    monkeypatch.setenv(TRIAL, "0")
+    monkeypatch.setenv(TRIAL_VARIABLE, "0")
     if not is_refused:
         return check(**changes)
     with pytest.raises(ValueError, match="set trainer.val_check_interval=999 or less"):

@@ -10,14 +10,15 @@ from rich.console import Console
 
 from bn_lightning.sweeps.engine.display import (
     Display,
-    print_summary,
+    print_sweep_summary,
     trial_line,
     write_results,
 )
-from bn_lightning.sweeps.engine.slots import SLOT, Counts, Ledger
+from bn_lightning.sweeps.engine.slots import SlotCounts, Slots
+from bn_lightning.sweeps.engine.stored_names import SLOT
 
 MIN, MAX = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
-COUNTS = Counts(total=6, complete=3, pruned=1, diverged=2, lost=1, running=1)
+COUNTS = SlotCounts(total=6, complete=3, pruned=1, diverged=2, lost=1, running=1)
 
 
 def trial(number, values=None, state=TrialState.COMPLETE, params=None, **attributes):
@@ -51,15 +52,15 @@ class TestDisplay:
     def shown(self, is_terminal):
         output = io.StringIO()
         console = Console(file=output, force_terminal=is_terminal, width=100, soft_wrap=True)
-        ledger = Ledger(3, 0)
+        slots = Slots(3, 0)
         trials = [trial(0, [2], params={"x": 1})]
-        ledger.update(trials)
-        with Display("demo", ledger, [MIN], console) as display:
+        slots.update(trials)
+        with Display("demo", slots, [MIN], console) as display:
             trials += [
                 trial(1, [1], params={"x": 2}, diverged=True),
                 trial(2, None, TrialState.FAIL, error="no"),
             ]
-            ledger.update(trials)
+            slots.update(trials)
             display.update()
         return output.getvalue()
 
@@ -80,7 +81,9 @@ class TestSummary:
     def test_it_says_how_to_run_the_best_again(self, tmp_path):
         output = io.StringIO()
         best = trial(3, [0.5], params={"lr": 0.1}, directory="/sweep/3")
-        print_summary([best], COUNTS, {3: "python train.py lr=0.1"}, tmp_path, Console(file=output))
+        print_sweep_summary(
+            [best], COUNTS, {3: "python train.py lr=0.1"}, tmp_path, Console(file=output)
+        )
         text = output.getvalue()
         assert "5 of 6 trials: 3 complete (2 of them diverged), 1 pruned, 1 failed" in text
         assert "best: 0.5 in trial 3  lr=0.1\n  /sweep/3\n  python train.py lr=0.1\n" in text

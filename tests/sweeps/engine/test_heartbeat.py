@@ -1,5 +1,6 @@
 """Who is alive, by process and by beat."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,18 +12,19 @@ from optuna.trial import TrialState
 
 from bn_lightning.sweeps.engine import heartbeat
 from bn_lightning.sweeps.engine.heartbeat import (
-    BEAT,
-    SIGNATURE,
-    DeathWatch,
     Heartbeat,
-    Signature,
-    is_known_dead,
-    signature,
+    ProcessIdentity,
+    StaleTrialDetector,
 )
+from bn_lightning.sweeps.engine.stored_names import BEAT, WORKER
 
 linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="needs Linux's /proc to know a process"
 )
+
+
+def own():
+    return ProcessIdentity.of(os.getpid())
 
 
 def running(attributes):
@@ -43,64 +45,64 @@ def clock(monkeypatch):
     return Clock
 
 
-class TestSignature:
+class TestProcessIdentity:
     def test_text(self):
-        assert Signature.parse(str(signature())) == signature()
+        assert ProcessIdentity.parse(str(own())) == own()
 
     @linux
     def test_this_process_lives(self):
-        assert not is_known_dead(signature())
+        assert not own().is_known_dead()
 
     @linux
     def test_a_process_that_ended(self):
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        signed = signature(process.pid)
-        assert not is_known_dead(signed)
+        worker = ProcessIdentity.of(process.pid)
+        assert not worker.is_known_dead()
         process.communicate(b"\n")
-        assert is_known_dead(signed)
+        assert worker.is_known_dead()
 
     @linux
     def test_another_process_with_its_number(self):
-        assert is_known_dead(replace(signature(), started="1"))
+        assert replace(own(), started="1").is_known_dead()
 
     def test_of_another_machine_nothing_is_known(self):
-        assert not is_known_dead(replace(signature(), place="elsewhere", started="1"))
+        assert not replace(own(), place="elsewhere", started="1").is_known_dead()
 
 
-class TestDeathWatch:
-    ELSEWHERE = str(Signature("elsewhere", 7, "1"))
+class TestStaleTrialDetector:
+    ELSEWHERE = str(ProcessIdentity("elsewhere", 7, "1"))
 
     @linux
     def test_a_dead_process_here_is_seen_at_once(self):
-        trial = running({SIGNATURE: str(replace(signature(), started="1"))})
-        assert DeathWatch(1, 10).abandoned([trial]) == [trial]
+        trial = running({WORKER: str(replace(own(), started="1"))})
+        assert StaleTrialDetector(1, 10).stale_trials([trial]) == [trial]
 
     @linux
     def test_a_living_process_here_is_never_given_up(self, clock):
         """Not even if it does not beat: it may be stopped, or busy."""
-        watch, trial = DeathWatch(1, 10), running({SIGNATURE: str(signature())})
+        watch, trial = StaleTrialDetector(1, 10), running({WORKER: str(own())})
         for clock.now in range(100):
-            assert watch.abandoned([trial]) == []
+            assert watch.stale_trials([trial]) == []
 
     @pytest.mark.parametrize("signed", [ELSEWHERE, None], ids=["elsewhere", "unsigned"])
     def test_a_silent_one_is_given_up_after_a_while(self, clock, signed):
-        watch, trial = DeathWatch(1, 10), running({SIGNATURE: signed, BEAT: 3})
+        watch, trial = StaleTrialDetector(1, 10), running({WORKER: signed, BEAT: 3})
         for clock.now in range(10):
-            assert watch.abandoned([trial]) == []
+            assert watch.stale_trials([trial]) == []
         clock.now = 10
-        assert watch.abandoned([trial]) == [trial]
+        assert watch.stale_trials([trial]) == [trial]
 
     def test_one_that_beats_is_not(self, clock):
-        watch = DeathWatch(1, 10)
+        watch = StaleTrialDetector(1, 10)
         for clock.now in range(100):
-            trial = running({SIGNATURE: self.ELSEWHERE, BEAT: clock.now // 8})
-            assert watch.abandoned([trial]) == []
+            trial = running({WORKER: self.ELSEWHERE, BEAT: clock.now // 8})
+            assert watch.stale_trials([trial]) == []
 
     def test_time_without_a_look_does_not_count(self, clock):
         """The storage was away, or the observer had a trial of its own: who knows who beat."""
-        watch, trial = DeathWatch(1, 10), running({SIGNATURE: self.ELSEWHERE, BEAT: 1})
+        watch, trial = StaleTrialDetector(1, 10), running({WORKER: self.ELSEWHERE, BEAT: 1})
         for clock.now in (0, 1000, 2000):
-            assert watch.abandoned([trial]) == []
+            assert watch.stale_trials([trial]) == []
 
 
 class TestHeartbeat:

@@ -6,8 +6,8 @@ import os
 import optuna
 import pytest
 
-from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.journal_file import open_journal
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
 
 @pytest.fixture

@@ -8,11 +8,9 @@ import optuna
 import pytest
 import torch
 
-from bn_lightning.sweeps.engine.environment import STORAGE
+from bn_lightning.sweeps.engine.environment import STORAGE_VARIABLE
 from bn_lightning.sweeps.engine.outcome import (
-    ERROR,
     ERROR_CHARACTERS,
-    HOPELESS,
     Outcome,
     failed,
     last_line,
@@ -20,6 +18,7 @@ from bn_lightning.sweeps.engine.outcome import (
     outcome_of_error,
     read_outcome,
 )
+from bn_lightning.sweeps.engine.stored_names import ERROR, HOPELESS
 
 NUMBERS = {
     "float": (0.5, [0.5]),
@@ -31,14 +30,14 @@ NUMBERS = {
 }
 
 UNUSABLE = {
-    "none": (None, 1, "expected to return a number, got None"),
-    "text": ("0.5", 1, "expected to return a number, got '0.5'"),
-    "nan": (float("nan"), 1, "got nan; score a run that diverged"),
-    "list_of_two": ([1, 2], 1, "expected to return a number, got 2"),
-    "tensor_of_two": (torch.zeros(2), 1, "expected to return a number"),
-    "one_for_two": (1.0, 2, "expected to return 2 numbers, got 1"),
-    "three_for_two": ((1, 2, 3), 2, "expected to return 2 numbers, got 3"),
-    "none_among_two": ((1, None), 2, "expected to return 2 numbers, got None"),
+    "none": (None, 1, "a number, got None"),
+    "text": ("0.5", 1, "a number, got '0.5'"),
+    "nan": (float("nan"), 1, "a number, got nan"),
+    "list_of_two": ([1, 2], 1, "a number, got 2"),
+    "tensor_of_two": (torch.zeros(2), 1, "a number"),
+    "one_for_two": (1.0, 2, "2 numbers, got 1"),
+    "three_for_two": ((1, 2, 3), 2, "2 numbers, got 3"),
+    "none_among_two": ((1, None), 2, "2 numbers, got None"),
 }
 
 
@@ -82,7 +81,7 @@ class TestMappings:
 
     @pytest.mark.parametrize(
         ("metric", "words"),
-        [(None, "`metric` expected the name"), (["f1"], "return `f1`"), (["at"], "return `at`")],
+        [(None, "`metric`"), (["f1"], "`f1`"), (["at"], "`at`")],
         ids=["unnamed", "missing", "none"],
     )
     def test_without_the_value_the_names_are_listed(self, metric, words):
@@ -108,7 +107,7 @@ class TestErrors:
         assert last_line(outcome.attributes[ERROR]) == "the reason"
 
     def test_no_password_is_kept(self, monkeypatch):
-        monkeypatch.setenv(STORAGE, "postgresql://user:secret@host/db")
+        monkeypatch.setenv(STORAGE_VARIABLE, "postgresql://user:secret@host/db")
         outcome = failed("no answer from postgresql://user:secret@host/db")
         assert outcome.attributes[ERROR] == "no answer from postgresql://user:***@host/db"
 

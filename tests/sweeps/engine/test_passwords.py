@@ -3,7 +3,6 @@
 import pytest
 from omegaconf import OmegaConf
 
-from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.passwords import (
     redacted,
     refuse_copied_password,
@@ -11,6 +10,7 @@ from bn_lightning.sweeps.engine.passwords import (
     refuse_several_ats,
     refuse_typed_password,
 )
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_what_holds_no_password_is_taken(setting):
     ],
 )
 def test_a_password_is_refused_and_not_repeated(setting):
-    with pytest.raises(SweepError, match="password from the environment") as error:
+    with pytest.raises(SweepError, match="`storage` .* password") as error:
         refuse_password(setting)
     assert "secret" not in str(error.value)
     assert "sec@ret" not in str(error.value)
@@ -64,7 +64,7 @@ def test_a_password_is_refused_and_not_repeated(setting):
 def test_a_typed_password_is_refused(plus):
     setting = f"{plus}hydra.sweeper.storage=postgresql://user:secret@host/db"
     for given in (setting, setting.replace("=", "='") + "'"):
-        with pytest.raises(SweepError, match="password from the environment"):
+        with pytest.raises(SweepError, match="`storage` .* password"):
             refuse_typed_password(["-m", "x=1", given])
     refuse_typed_password(["-m", "note=a:b@c", setting.replace("secret", "${oc.env:PGPASSWORD}")])
 
@@ -84,7 +84,7 @@ class TestCopies:
     def test_a_task_with_the_password_is_refused(self, monkeypatch, key, task):
         monkeypatch.setenv("STORAGE", self.URL)
         config = OmegaConf.create({**task, "hydra": {"sweeper": {"storage": "${oc.env:STORAGE}"}}})
-        with pytest.raises(SweepError, match=f"`{key}` expected no password") as error:
+        with pytest.raises(SweepError, match=f"`{key}` .* no password") as error:
             refuse_copied_password(self.URL, config)
         assert "secret" not in str(error.value)
 
@@ -97,7 +97,7 @@ class TestCopies:
 
 def test_several_ats():
     refuse_several_ats("postgresql://us%40er:s%40cret@host/db")
-    with pytest.raises(SweepError, match="@ is written %40") as error:
+    with pytest.raises(SweepError, match="%40 for @") as error:
         refuse_several_ats("postgresql://user:se@cret@host/db")
     assert "se" + "@" not in str(error.value) and "cret" not in str(error.value)
 

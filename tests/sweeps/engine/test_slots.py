@@ -3,8 +3,8 @@
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from bn_lightning.sweeps.engine.outcome import HOPELESS, INTERRUPTED
-from bn_lightning.sweeps.engine.slots import DUPLICATE, SLOT, Ledger
+from bn_lightning.sweeps.engine.slots import Slots
+from bn_lightning.sweeps.engine.stored_names import DUPLICATE, HOPELESS, INTERRUPTED, SLOT
 
 DONE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 WAITING, RUNNING = TrialState.WAITING, TrialState.RUNNING
@@ -25,77 +25,77 @@ def trials(*content):
     return made
 
 
-def ledger_of(*content, n_slots=3, max_retries=1):
-    ledger = Ledger(n_slots, max_retries)
-    ledger.update(trials(*content))
-    return ledger
+def slots_of(*content, n_slots=3, max_retries=1):
+    slots = Slots(n_slots, max_retries)
+    slots.update(trials(*content))
+    return slots
 
 
 class TestSlots:
     def test_an_empty_study(self):
-        ledger = ledger_of()
-        assert ledger.open_slots() == [0, 1, 2]
-        assert not ledger.is_over()
+        slots = slots_of()
+        assert slots.open_slots() == [0, 1, 2]
+        assert not slots.is_over()
 
     def test_what_waits_or_runs_is_not_open(self):
-        ledger = ledger_of((0, WAITING), (2, RUNNING))
-        assert ledger.open_slots() == [1]
-        assert [trial.number for trial in ledger.waiting] == [0]
-        assert [trial.number for trial in ledger.running] == [1]
+        slots = slots_of((0, WAITING), (2, RUNNING))
+        assert slots.open_slots() == [1]
+        assert [trial.number for trial in slots.waiting] == [0]
+        assert [trial.number for trial in slots.running] == [1]
 
     def test_the_end(self):
-        ledger = ledger_of((0, DONE), (1, PRUNED), (2, FAIL), (2, DONE, {"diverged": True}))
-        counts = ledger.counts()
+        slots = slots_of((0, DONE), (1, PRUNED), (2, FAIL), (2, DONE, {"diverged": True}))
+        counts = slots.counts()
         assert (counts.complete, counts.pruned, counts.diverged, counts.lost) == (2, 1, 1, 0)
-        assert ledger.is_over()
-        assert [trial.number for trial in ledger.results()] == [0, 1, 3]
+        assert slots.is_over()
+        assert [trial.number for trial in slots.results()] == [0, 1, 3]
 
     @pytest.mark.parametrize(("retries", "is_open"), [(0, False), (1, False), (2, True)])
     def test_retries(self, retries, is_open):
-        ledger = ledger_of((0, FAIL), (0, FAIL), n_slots=1, max_retries=retries)
-        assert ledger.is_open(0) is is_open
-        assert ledger.is_over() is not is_open
-        assert ledger.last_failed(0).number == 1
-        assert [trial.number for trial in ledger.lost()] == ([] if is_open else [1])
+        slots = slots_of((0, FAIL), (0, FAIL), n_slots=1, max_retries=retries)
+        assert slots.is_open(0) is is_open
+        assert slots.is_over() is not is_open
+        assert slots.last_failed(0).number == 1
+        assert [trial.number for trial in slots.lost()] == ([] if is_open else [1])
 
     def test_an_interruption_is_no_failure(self):
         interrupted = {INTERRUPTED: True}
-        ledger = ledger_of(*[(0, FAIL, interrupted)] * 3, n_slots=1, max_retries=0)
-        assert ledger.open_slots() == [0]
+        slots = slots_of(*[(0, FAIL, interrupted)] * 3, n_slots=1, max_retries=0)
+        assert slots.open_slots() == [0]
 
     def test_a_hopeless_failure_is_not_repeated(self):
-        assert ledger_of((0, FAIL, {HOPELESS: True}), n_slots=1).is_over()
+        assert slots_of((0, FAIL, {HOPELESS: True}), n_slots=1).is_over()
 
     def test_trials_of_others_and_beyond_the_end_do_not_count(self):
-        ledger = ledger_of((None, DONE), (5, DONE), (0, DONE), (7, WAITING))
-        assert ledger.counts().settled == 1
-        assert ledger.waiting == []
+        slots = slots_of((None, DONE), (5, DONE), (0, DONE), (7, WAITING))
+        assert slots.counts().settled == 1
+        assert slots.waiting == []
 
 
 class TestDuplicates:
     def test_the_earlier_trial_of_a_slot_is_the_one(self):
-        ledger = ledger_of((0, WAITING), (0, WAITING), (1, RUNNING), (1, WAITING))
-        first, second, third = ledger.waiting
-        assert not ledger.is_duplicate(first)
-        assert ledger.is_duplicate(second)
-        assert ledger.is_duplicate(third)
+        slots = slots_of((0, WAITING), (0, WAITING), (1, RUNNING), (1, WAITING))
+        first, second, third = slots.waiting
+        assert not slots.is_duplicate(first)
+        assert slots.is_duplicate(second)
+        assert slots.is_duplicate(third)
 
     def test_a_slot_with_a_result_needs_no_other(self):
-        ledger = ledger_of((0, DONE), (0, WAITING))
-        assert ledger.is_duplicate(ledger.waiting[0])
+        slots = slots_of((0, DONE), (0, WAITING))
+        assert slots.is_duplicate(slots.waiting[0])
 
     def test_a_retry_is_none(self):
-        ledger = ledger_of((0, FAIL), (0, WAITING))
-        assert not ledger.is_duplicate(ledger.waiting[0])
+        slots = slots_of((0, FAIL), (0, WAITING))
+        assert not slots.is_duplicate(slots.waiting[0])
 
     def test_a_duplicate_that_was_closed_is_no_failure(self):
-        ledger = ledger_of((0, FAIL, {DUPLICATE: True}), (0, RUNNING), max_retries=0)
-        assert ledger.counts().lost == 0
+        slots = slots_of((0, FAIL, {DUPLICATE: True}), (0, RUNNING), max_retries=0)
+        assert slots.counts().lost == 0
 
 
 class TestUpdates:
     def test_step_by_step_as_at_once(self):
-        """However the trials end, in whatever order, the ledger is that of a fresh reading."""
+        """However the trials end, in whatever order, the slots is that of a fresh reading."""
         steps = [
             [(0, WAITING), (1, WAITING), (2, WAITING)],
             [(0, RUNNING), (1, RUNNING), (2, WAITING)],
@@ -103,13 +103,13 @@ class TestUpdates:
             [(0, DONE), (1, FAIL), (2, DONE), (1, RUNNING)],
             [(0, DONE), (1, FAIL), (2, DONE), (1, FAIL)],
         ]
-        ledger, new = Ledger(3, 1), []
+        slots, new = Slots(3, 1), []
         for step in steps:
-            ledger.update(trials(*step))
-            fresh = ledger_of(*step)
-            assert ledger.counts() == fresh.counts()
-            assert ledger.open_slots() == fresh.open_slots()
-            assert ledger.n_ended == fresh.n_ended
-            new.append([trial.number for trial, _ in ledger.take_new()])
+            slots.update(trials(*step))
+            fresh = slots_of(*step)
+            assert slots.counts() == fresh.counts()
+            assert slots.open_slots() == fresh.open_slots()
+            assert slots.n_ended == fresh.n_ended
+            new.append([trial.number for trial, _ in slots.take_new()])
         assert new == [[], [], [1, 2], [0], [3]]
-        assert ledger.is_over()
+        assert slots.is_over()

@@ -8,8 +8,8 @@ from optuna.distributions import CategoricalDistribution as Choice
 from optuna.distributions import FloatDistribution as Float
 from optuna.distributions import IntDistribution as Int
 
-from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.space import flat, parse_space, to_overrides
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
 SPACES = {
     "simple_choice": ("x=1,2,3", Choice([1, 2, 3])),
@@ -37,8 +37,8 @@ BAD = {
     "no_choice": ("norm=glob(nothing*)", "at least one choice"),
     "repeated_choice": ("x=1,2,1", "different choices, got 1 twice"),
     "choices_that_are_equal": ("x=1,1.0", "different choices"),
-    "empty_range": ("x=range(3,3)", "range that holds a number, got 3 to 3"),
-    "range_the_wrong_way": ("x=range(3,0)", "range that holds a number"),
+    "empty_range": ("x=range(3,3)", "got 3 to 3"),
+    "range_the_wrong_way": ("x=range(3,0)", "at least one number"),
     "no_step": ("x=range(0,3,0)", "step other than 0"),
     "log_range_from_0": ("x=tag(log,range(0,3))", "limits above 0"),
     "log_range_by_2": ("x=tag(log,range(1,9,2))", "step of 1"),
@@ -74,7 +74,7 @@ class TestParse:
 
     def test_the_rest_is_fixed(self):
         space = parse_space(None, ["a=1", "+b=[1,2]", "~c", "~d=2", "e='x y'", "x=1,2"])
-        assert space.fixed == ["a=1", "+b=[1,2]", "~c", "~d=2", "e='x y'"]
+        assert space.fixed == ("a=1", "+b=[1,2]", "~c", "~d=2", "e='x y'")
 
     @pytest.mark.parametrize("value", [0.5, True, None, [1, 2], {"a": "b"}, "text"], ids=str)
     def test_a_param_of_one_value_is_fixed(self, value):
@@ -84,7 +84,7 @@ class TestParse:
 
     def test_the_command_line_goes_before_params(self):
         space = parse_space({"x": "1,2", "y": "1,2", "z": "1,2"}, ["+y=3,4", "x=5"])
-        assert space.fixed == ["x=5"]
+        assert space.fixed == ("x=5",)
         assert list(space.distributions.items()) == [("+y", Choice([3, 4])), ("z", Choice([1, 2]))]
 
 
@@ -95,7 +95,7 @@ class TestPoints:
         assert points == [(a, b, c) for a in "xy" for b in (0, 1) for c in (0.5, 1.0)]
 
     def test_a_grid_has_no_interval(self):
-        with pytest.raises(SweepError, match="`a` expected choices or a range"):
+        with pytest.raises(SweepError, match="`a` .* choices or a range"):
             parse_space(None, ["a=interval(0,1)"]).grid()
 
     @pytest.mark.parametrize(
@@ -133,21 +133,21 @@ class TestPoints:
         assert [text.lower() for text in to_overrides(params)] == texts
 
     def test_custom_spaces_may_be_conditional(self):
-        def custom(config, trial):
+        def custom(trial):
             if trial.params["kind"] == "deep":
                 trial.suggest_int("depth", 1, 3)
 
-        space = parse_space(None, ["kind=deep,flat", "fixed=1"])
+        space = parse_space(None, ["kind=deep,flat", "fixed=1"], custom=custom)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
-        points = [space.suggest(study.ask(), custom) for _ in range(20)]
+        points = [space.suggest(study.ask()) for _ in range(20)]
         assert all(("depth" in point) == (point["kind"] == "deep") for point in points)
         assert {point["kind"] for point in points} == {"deep", "flat"}
 
     def test_custom_spaces_may_not_set_what_is_set(self):
-        space = parse_space(None, ["x=1,2", "+depth=3"])
-        trial = optuna.create_study().ask()
-        with pytest.raises(SweepError, match="suggests depth, which the command sets"):
-            space.suggest(trial, lambda config, trial: trial.suggest_int("depth", 1, 3))
+        overrides = ["x=1,2", "+depth=3"]
+        space = parse_space(None, overrides, custom=lambda trial: trial.suggest_int("depth", 1, 3))
+        with pytest.raises(SweepError, match="`custom_search_space` .* depth"):
+            space.suggest(optuna.create_study().ask())
 
 
 def _parsed(text):

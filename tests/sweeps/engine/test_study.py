@@ -1,5 +1,6 @@
 """The engine: claims, outcomes, retries, and going on."""
 
+import os
 import signal
 from dataclasses import replace
 
@@ -10,22 +11,23 @@ from optuna.trial import TrialState
 from bn_lightning.sweeps.engine import creation
 from bn_lightning.sweeps.engine import study as engine
 from bn_lightning.sweeps.engine.creation import create_study, study_name
-from bn_lightning.sweeps.engine.errors import SweepError
-from bn_lightning.sweeps.engine.heartbeat import SIGNATURE, signature
-from bn_lightning.sweeps.engine.outcome import (
+from bn_lightning.sweeps.engine.heartbeat import ProcessIdentity
+from bn_lightning.sweeps.engine.outcome import Outcome, failed, outcome_of
+from bn_lightning.sweeps.engine.sampling import SamplingPlan, make_pruner
+from bn_lightning.sweeps.engine.space import Space, parse_space
+from bn_lightning.sweeps.engine.stop_request import StopRequest
+from bn_lightning.sweeps.engine.storage import open_storage, storage_url
+from bn_lightning.sweeps.engine.stored_names import (
     ERROR,
+    FILLER,
     HOPELESS,
     INTERRUPTED,
-    Outcome,
-    failed,
-    outcome_of,
+    SLOT,
+    WORKER,
 )
-from bn_lightning.sweeps.engine.sampling import Points, make_pruner
-from bn_lightning.sweeps.engine.slots import SLOT
-from bn_lightning.sweeps.engine.space import parse_space
-from bn_lightning.sweeps.engine.stopping import Stopping
-from bn_lightning.sweeps.engine.storage import open_storage, storage_url
-from bn_lightning.sweeps.engine.study import Policy, SweepStudy, work
+from bn_lightning.sweeps.engine.study import FailurePolicy, SweepStudy
+from bn_lightning.sweeps.engine.sweep_error import SweepError
+from bn_lightning.sweeps.engine.workers import run_trials
 
 GRID = parse_space(None, ["x=range(4)", "y=range(3)"])
 REAL = parse_space(None, ["x=interval(0,1)"])
@@ -46,22 +48,17 @@ class Sweep:
     def __init__(self, folder, storage="journal", space=GRID, sampler="GridSampler", n_trials=None,
                  seed=1, retries=1, directions=("minimize",)):  # fmt: skip
         config = {"_target_": f"optuna.samplers.{sampler}", "seed": seed}
-        self.points = Points(config, space, space.suggest, False, n_trials)
+        plan = SamplingPlan(config, space, n_trials)
         self.storage = open_storage(storage_url(storage, folder), 5)
-        description = {"space": space.describe(), "overrides": space.fixed}
-        is_new = create_study(self.storage, "s", list(directions), description)
-        self.study = SweepStudy(
-            self.storage, "s", folder, self.points, space.suggest, config, make_pruner(None),
-            Policy(retries, 60, 120),
-        )  # fmt: skip
-        if is_new:
-            self.study.fill_first()
-        else:
-            self.study.fill()
+        description = {"space": space.describe(), "overrides": list(space.fixed)}
+        create_study(self.storage, "s", list(directions), description)
+        policy = FailurePolicy(retries, heartbeat=60, stale_after=120)
+        self.study = SweepStudy(self.storage, "s", folder, plan, make_pruner(None), policy)
+        self.study.fill()
 
-    def work(self, run, stopping=None):
+    def work(self, run, stop=None):
         try:
-            work(self.study, run, stopping or Stopping(), pause=0.01)
+            run_trials(self.study, run, stop or StopRequest(), pause=0.01)
         finally:
             self.study.close()
         return self
@@ -80,15 +77,15 @@ def product(claimed):
     )
 
 
-class StopAfter(Stopping):
+class StopAfter(StopRequest):
     """A worker that is asked to stop after n trials."""
 
     def __init__(self, n):
         super().__init__()
         self.count = iter(range(n))
 
-    def __call__(self):
-        return super().__call__() or next(self.count, None) is None
+    def is_set(self):
+        return super().is_set() or next(self.count, None) is None
 
 
 @pytest.fixture(params=["journal", "sqlite"])
@@ -203,7 +200,7 @@ class TestFailures:
         assert sweep.study.refresh().lost == 0
 
     def test_an_error_that_took_the_place_of_an_interruption(self, tmp_path):
-        stopping = Stopping()
+        stop = StopRequest()
 
         def run(claimed):
             if claimed.number < 3:
@@ -213,31 +210,31 @@ class TestFailures:
             finally:
                 raise ValueError("half done")
 
-        with stopping.on_signals():
-            Sweep(tmp_path, retries=0).work(run, stopping)
+        with stop.on_signals():
+            Sweep(tmp_path, retries=0).work(run, stop)
         sweep = Sweep(tmp_path, retries=0).work(product)
         assert sweep.states() == ["COMPLETE"] * 3 + ["FAIL"] + ["COMPLETE"] * 9
         assert sweep.trials[3].user_attrs[INTERRUPTED]
 
     def test_a_failure_after_one_was_asked_to_stop_is_one(self, tmp_path):
-        stopping = Stopping()
+        stop = StopRequest()
 
         def run(claimed):
-            stopping.request()
+            stop.set()
             raise ValueError("of the trial's own")
 
-        sweep = Sweep(tmp_path, retries=0).work(run, stopping)
+        sweep = Sweep(tmp_path, retries=0).work(run, stop)
         assert sweep.states() == ["FAIL"] + ["WAITING"] * 11
         assert INTERRUPTED not in sweep.trials[0].user_attrs
 
     def test_interrupted_while_its_point_is_drawn(self, tmp_path, monkeypatch):
         sweep = Sweep(tmp_path, retries=0)
 
-        def suggest(trial):
+        def suggest(space, trial):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(sweep.study, "_suggest", suggest)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Space, "suggest", suggest)
             sweep.work(product)
         again = Sweep(tmp_path, retries=0).work(product)
         assert again.states() == ["FAIL"] + ["COMPLETE"] * 12
@@ -247,7 +244,8 @@ class TestFailures:
 def kill(sweep, number):
     """As if the process that runs this trial had died."""
     trial_id = sweep.study._id(number)
-    sweep.storage.set_trial_system_attr(trial_id, SIGNATURE, str(replace(signature(), started="1")))
+    dead = replace(ProcessIdentity.of(os.getpid()), started="1")
+    sweep.storage.set_trial_system_attr(trial_id, WORKER, str(dead))
 
 
 class TestDeath:
@@ -282,7 +280,7 @@ class TestDeath:
         living = Sweep(tmp_path)
         claimed = living.study.claim()
         other = Sweep(tmp_path)
-        work(other.study, product, StopAfter(40), pause=0)
+        run_trials(other.study, product, StopAfter(40), pause=0)
         assert other.states() == ["RUNNING"] + ["COMPLETE"] * 11
         living.study.finish(claimed.number, product(claimed))
         assert other.study.refresh().settled == 12
@@ -294,7 +292,7 @@ class TestDeath:
         sweep = Sweep(tmp_path).work(product)
         late.study.finish(claimed.number, product(claimed))
         assert sweep.states().count("COMPLETE") == 12
-        assert "trial 0 was given up" in caplog.text
+        assert "trial 0" in caplog.text
 
     def test_telling_twice_is_telling_once(self, tmp_path, caplog):
         """The answer of the storage was lost, and the call was repeated."""
@@ -305,13 +303,14 @@ class TestDeath:
         assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
     def test_half_filled_studies_are_filled(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(SweepStudy, "fill_first", lambda self: None)
-        unfilled = Sweep(tmp_path)
+        with monkeypatch.context() as patched:
+            patched.setattr(SweepStudy, "fill", lambda self: None)
+            unfilled = Sweep(tmp_path)
+        unfilled.study.refresh()
         for slot in (0, 1, 5):
             unfilled.study._enqueue(slot)
         study = optuna.load_study(study_name="s", storage=unfilled.storage)
-        other = f"{replace(signature(), place='elsewhere')} x"
-        study.set_user_attr(creation.FILLER, other)
+        study.set_user_attr(FILLER, "elsewhere 7 1 x")
         sweep = Sweep(tmp_path)
         assert len(sweep.trials) == 3  # the other one may be at it
         sweep.work(product)
@@ -330,13 +329,13 @@ class TestDeath:
 class TestCreateStudy:
     def test_another_direction(self, tmp_path):
         Sweep(tmp_path)
-        with pytest.raises(SweepError, match="made to minimize, and this sweep is to maximize"):
+        with pytest.raises(SweepError, match="to maximize, got one made to minimize"):
             Sweep(tmp_path, directions=("maximize",))
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["x=range(4)", "y=range(5)"], "another space: it has y="),
+            (["x=range(4)", "y=range(5)"], "space, .* has y="),
             (["y=range(3)", "x=range(4)", "z=1,2"], "this command z="),
             (["x=range(4)", "y=range(3)", "trainer=gpu"], "this command trainer=gpu"),
         ],
@@ -351,9 +350,9 @@ class TestCreateStudy:
     @pytest.mark.parametrize(
         ("before", "now", "words"),
         [
-            ({"a.b": "1", "c": "2"}, {"a.b": "3", "c": "2"}, "it has a.b=1, this command a.b=3;"),
-            ({"c": "2"}, {"c": "2", "d": "null"}, "it has nothing else, this command d=null;"),
-            ({f"k{i}": "0" for i in range(9)}, {}, "k4=0 and 4 more, this command not;"),
+            ({"a.b": "1", "c": "2"}, {"a.b": "3", "c": "2"}, "has a.b=1, this command a.b=3;"),
+            ({"c": "2"}, {"c": "2", "d": "null"}, "has nothing else, this command d=null;"),
+            ({f"k{i}": "0" for i in range(9)}, {}, "k4=0 and 4 more, this command nothing else;"),
             ({"c": "2"}, {"c": "2"}, None),
             (None, {"c": "2"}, None),
         ],
@@ -363,19 +362,19 @@ class TestCreateStudy:
         storage = open_storage(storage_url("journal", tmp_path), 5)
         made = {"space": {}, "overrides": []}
         first = made if before is None else made | {"configuration": before}
-        assert create_study(storage, "s", ["minimize"], first)
+        create_study(storage, "s", ["minimize"], first)
         if words is None:
-            assert not create_study(storage, "s", ["minimize"], made | {"configuration": now})
+            create_study(storage, "s", ["minimize"], made | {"configuration": now})
             return
         with pytest.raises(SweepError) as caught:
             create_study(storage, "s", ["minimize"], made | {"configuration": now})
-        assert "was made with another configuration: it has " in str(caught.value)
+        assert "same configuration" in str(caught.value)
         assert words in str(caught.value) and "restart=fresh" in str(caught.value)
 
     def test_a_study_of_another_program(self, tmp_path):
         storage = open_storage(storage_url("journal", tmp_path), 5)
         optuna.create_study(storage=storage, study_name="s").optimize(lambda _: 0.0, n_trials=1)
-        with pytest.raises(SweepError, match="not made by this sweeper"):
+        with pytest.raises(SweepError, match="made by this sweeper"):
             Sweep(tmp_path)
 
     def test_its_maker_died_at_once(self, tmp_path):
@@ -388,8 +387,8 @@ class TestCreateStudy:
         [((), "s", "s"), (("s",), "s", "s-2"), (("s", "s-2"), "s-2", "s-3")],
     )
     def test_names(self, taken, resumed, fresh):
-        assert study_name("s", False, taken.__contains__) == resumed
-        assert study_name("s", True, taken.__contains__) == fresh
+        assert study_name("s", taken.__contains__, fresh=False) == resumed
+        assert study_name("s", taken.__contains__, fresh=True) == fresh
 
 
 @pytest.mark.parametrize(
@@ -398,7 +397,7 @@ class TestCreateStudy:
 )
 def test_policies(arguments, words):
     with pytest.raises(SweepError, match=words):
-        Policy(*arguments)
+        FailurePolicy(*arguments)
 
 
 def test_slots_are_kept_with_the_trials(tmp_path):

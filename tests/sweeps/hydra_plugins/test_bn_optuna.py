@@ -16,8 +16,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from bn_lightning.report import report
-from bn_lightning.sweeps.engine.errors import SweepError
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
+from bn_lightning.sweeps.engine.sweep_error import SweepError
 
 GRID = ("-m", "x=0,1,3", "y=range(2)", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=null")
 
@@ -118,9 +118,9 @@ class TestFailures:
     def test_all_failed(self, program):
         done = program.run(*GRID, "act=raise")
         assert done.returncode == 1
-        assert "all of 6 trials failed" in done.stderr
+        assert "got 6 of 6" in done.stderr
         assert "RuntimeError: asked to fail" in done.stderr
-        assert "a larger hydra.sweeper.max_retries tries them again" in done.stderr
+        assert "a larger hydra.sweeper.max_retries" in done.stderr
         assert "Traceback" not in done.stderr
         assert states(program.folder / "sweep") == ["FAIL"] * 12
         assert study_in(program.folder / "sweep").trials[0].user_attrs["error"].endswith("to fail")
@@ -135,11 +135,10 @@ class TestFailures:
         acts = {"none": "got None", "text": "got 'text'", "two": "got 2", "not_a_number": "got nan"}
         done = program.run("-m", f"act={','.join(acts)}", "hydra/sweeper/sampler=grid")
         assert done.returncode == 1
-        assert "all of 4 trials failed" in done.stderr
+        assert "got 4 of 4" in done.stderr
         assert "restart=fresh" in done.stderr and "max_retries" not in done.stderr
         errors = [t.user_attrs["error"] for t in study_in(program.folder / "sweep").trials]
         for error, words in zip(errors, acts.values(), strict=True):
-            assert error.startswith("the task was expected to return a number")
             assert words in error
 
     def test_a_share_of_failures_is_allowed(self, program):
@@ -159,14 +158,14 @@ class TestFailures:
             "-m", "act=exit,return", "x=0,1", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2"
         )
         assert done.returncode == 1
-        assert "2 of 4 trials failed" in done.stderr
+        assert "got 2 of 4" in done.stderr
         found = states(program.folder / "sweep")
         assert (found.count("COMPLETE"), found.count("FAIL")) == (2, 4)
 
     def test_workers_that_cannot_start(self, program):
         done = program.run(*GRID, "hydra.sweeper.n_jobs=2", NO_WORKER_STARTS="1")
         assert done.returncode == 1
-        assert "workers in a row ended without having ended a trial" in done.stderr
+        assert "expected workers" in done.stderr
         assert "a library is missing" in done.stderr
         assert "Traceback" not in done.stderr
 
@@ -194,7 +193,7 @@ class TestBadInput:
         program.run("-m", "x=0,1", "hydra/sweeper/sampler=grid")
         done = program.run("-m", "x=0,1", "hydra/sweeper/sampler=grid", "seconds=0.001")
         assert done.returncode == 1
-        assert "demo was made with other overrides: it has" in done.stderr
+        assert "the study demo to have the same overrides" in done.stderr
         assert "restart=fresh" in done.stderr
         assert states(program.folder / "sweep") == ["COMPLETE"] * 2
 
@@ -211,7 +210,7 @@ class TestBadInput:
         kept.write_text("# @package _global_\ny: 2\n")
         done = program.run(*arguments)
         assert done.returncode == 1
-        assert "configuration: it has y=1, this command y=2; repeat" in done.stderr
+        assert "has y=1, this command y=2; repeat" in done.stderr
         assert program.run(*arguments, "hydra.sweeper.restart=fresh").returncode == 0
 
     def test_a_torn_journal(self, program):
@@ -227,7 +226,7 @@ class TestBadInput:
     def test_a_password_is_neither_taken_nor_written(self, program):
         done = program.run("-m", "x=0,1", "hydra.sweeper.storage=postgresql://u:geheim@h/d")
         assert done.returncode == 1
-        assert "password from the environment" in done.stderr
+        assert "`storage` to take its password" in done.stderr
         assert "geheim" not in done.stderr + done.stdout
         for path in program.folder.rglob("*"):
             assert path.is_dir() or b"geheim" not in path.read_bytes()
@@ -242,7 +241,7 @@ class TestBadInput:
             "hydra.sweeper.storage_patience=0.1",
         )
         assert done.returncode == 1
-        assert "`db` expected no password" in done.stderr
+        assert "`db` to contain no password" in done.stderr
         assert "geheim" not in done.stderr + done.stdout
 
 
@@ -334,7 +333,7 @@ class TestParallel:
         errors = [t.user_attrs["error"] for t in study_in(program.folder / "sweep").trials]
         assert errors[0].endswith("RuntimeError: asked to fail")
         assert errors[1].endswith("the trial's process ended: exit code 3")
-        assert "expected to return a number, got None" in errors[2]
+        assert "a number, got None" in errors[2]
 
 
 def wait_until_one_runs(program, seconds=60):
@@ -355,7 +354,7 @@ class TestCtrlC:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130, output
-        assert "the same command goes on" in output
+        assert "the same command resumes" in output
         found = states(program.folder / "sweep")
         assert set(found) == {"COMPLETE", "WAITING"}
         assert 1 <= found.count("COMPLETE") <= 3
@@ -382,19 +381,19 @@ class TestCtrlC:
         assert all(trial.user_attrs["interrupted"] for trial in failed)
 
 
-class TestRecorded:
+class TestRecordedTask:
     """Where the outcome is kept when the disk is full."""
 
     def test_in_memory(self, monkeypatch, tmp_path, caplog):
-        from hydra_plugins.bn_optuna import _jobs
+        from hydra_plugins.bn_optuna import _trial_runner
 
         def full(self, directory):
             raise OSError(28, "No space left on device")
 
         job = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(tmp_path)}}})
-        monkeypatch.setattr(_jobs.HydraConfig, "get", lambda: job.hydra)
-        monkeypatch.setattr(_jobs.Outcome, "write", full)
-        recorded = _jobs.Recorded(lambda config: {"loss": 0.5}, ["loss"], 1)
+        monkeypatch.setattr(_trial_runner.HydraConfig, "get", lambda: job.hydra)
+        monkeypatch.setattr(_trial_runner.Outcome, "write", full)
+        recorded = _trial_runner.RecordedTask(lambda config: {"loss": 0.5}, ["loss"], 1)
         assert recorded(job) == {"loss": 0.5}
         assert recorded.outcome.values == [0.5]
         assert "only in the study: [Errno 28]" in caplog.text
@@ -432,12 +431,12 @@ SETTINGS = {
         ("n_trials", 1.5, "integer of at least 1, got 1.5"),
         ("n_jobs", 0, "integer of at least 1, got 0"),
         ("n_jobs", None, "integer of at least 1, got None"),
-        ("max_failure_rate", 1.5, "a share from 0 to 1, got 1.5"),
+        ("max_failure_rate", 1.5, "from 0 to 1, got 1.5"),
     ],
 )
 def test_settings(key, value, words):
-    from hydra_plugins.bn_optuna._sweep import Settings
+    from hydra_plugins.bn_optuna._settings import Settings
 
     assert Settings(**SETTINGS).directions == ["minimize"]
-    with pytest.raises(SweepError, match=f"`{key}` expected (an )?{words}"):
+    with pytest.raises(SweepError, match=f"`{key}` .*{words}"):
         Settings(**{**SETTINGS, key: value})

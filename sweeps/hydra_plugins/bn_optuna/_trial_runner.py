@@ -1,4 +1,4 @@
-"""One trial: as a job in this process, in a process of its own, or of a Hydra launcher."""
+"""Run trials: in this process, in a process for each trial, or with one of Hydra's launchers."""
 
 import logging
 import os
@@ -17,39 +17,37 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bn_lightning.sweeps.engine.environment import TRIAL, environment
+from bn_lightning.sweeps.engine.claim import ClaimedTrial
+from bn_lightning.sweeps.engine.environment import TRIAL_VARIABLE, environment_variables
 from bn_lightning.sweeps.engine.outcome import (
     ERROR_LINES,
-    SECONDS,
     Outcome,
     failed,
     outcome_of,
     outcome_of_error,
     read_outcome,
 )
-from bn_lightning.sweeps.engine.processes import end_session
-from bn_lightning.sweeps.engine.program import run_command
+from bn_lightning.sweeps.engine.processes import end_session, run_command
 from bn_lightning.sweeps.engine.space import to_overrides
-from bn_lightning.sweeps.engine.study import ClaimedTrial
+from bn_lightning.sweeps.engine.stored_names import PROCESS_LOG, SECONDS
 
-PROCESS_LOG = "process.log"
-
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
-class Recorded:
-    """A task that leaves its outcome in its run's directory, in whatever process it runs.
+class RecordedTask:
+    """A task that writes its outcome into the directory of its run, in any process.
 
-    Args:
-        task: the program's task.
-        metric: names of the values that it returns.
-        directions: how many there are.
+    Attributes:
+        task: of the program.
+        metric: keys of the values in the mapping that it returns; None if it returns numbers.
+        n_directions: number of values.
+        outcome: of the latest call in this process.
     """
 
     task: TaskFunction
     metric: list[str] | None
-    directions: int
+    n_directions: int
     outcome: Outcome | None = field(default=None, init=False)
 
     def __call__(self, config: DictConfig) -> Any:
@@ -59,22 +57,21 @@ class Recorded:
         except Exception as error:
             self._record(outcome_of_error(error), started)
             raise
-        self._record(outcome_of(result, self.metric, self.directions), started)
+        self._record(outcome_of(result, self.metric, self.n_directions), started)
         return result
 
     def _record(self, outcome: Outcome, started: float) -> None:
-        seconds = round(time.perf_counter() - started, 3)
-        self.outcome = outcome.with_attributes(**{SECONDS: seconds})
+        self.outcome = _timed(outcome, started)
         _write(self.outcome, Path(HydraConfig.get().runtime.output_dir))
 
 
-class Jobs:
+class TrialRunner:
     """Runs the trials of a sweep.
 
     Args:
         context: Hydra's.
         task: what a trial runs.
-        config: the sweep's configuration.
+        config: the configuration of the sweep.
         fixed: the overrides that all trials share.
         directory: of the sweep.
     """
@@ -82,7 +79,7 @@ class Jobs:
     def __init__(
         self,
         context: HydraContext,
-        task: Recorded,
+        task: RecordedTask,
         config: DictConfig,
         fixed: Sequence[str],
         directory: Path,
@@ -93,26 +90,25 @@ class Jobs:
         self._fixed = list(fixed)
         self._directory = directory
 
-    def compose(self, params: dict[str, Any], number: int = 0) -> DictConfig:
-        """The configuration of a trial.
+    def compose(self, trial: ClaimedTrial) -> DictConfig:
+        """Return the configuration of a trial.
 
         Raises:
             HydraException: an override names no key, or no option.
         """
-        config = self._context.config_loader.load_sweep_config(
-            self._config, self._overrides(params, number)
-        )
+        overrides = self._overrides(trial)
+        config = self._context.config_loader.load_sweep_config(self._config, overrides)
         with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = number
+            config.hydra.job.id = config.hydra.job.num = trial.number
         return config
 
-    def run(self, claimed: ClaimedTrial) -> Outcome:
+    def run(self, trial: ClaimedTrial) -> Outcome:
         """Run a trial here, or in a process of its own if its configuration says so."""
         setup_globals()
-        config = self.compose(claimed.params, claimed.number)
-        with environment({TRIAL: str(claimed.number)}):
+        config = self.compose(trial)
+        with environment_variables({TRIAL_VARIABLE: str(trial.number)}):
             if config.hydra.sweeper.isolate:
-                return self._run_isolated(claimed)
+                return self._run_isolated(trial)
             return self._run_here(config)
 
     def _run_here(self, config: DictConfig) -> Outcome:
@@ -125,27 +121,24 @@ class Jobs:
             job_subdir_key="hydra.sweep.subdir",
         )
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
-        # In memory, as the disk may be full.
+        # From memory, because the disk may be full.
         return self._task.outcome or outcome_of_error(job._return_value)
 
-    def _run_isolated(self, claimed: ClaimedTrial) -> Outcome:
-        directory = self._directory / str(claimed.number)
+    def _run_isolated(self, trial: ClaimedTrial) -> Outcome:
+        directory = self._directory / str(trial.number)
         directory.mkdir(parents=True, exist_ok=True)
-        metric = (
-            "null"
-            if self._task.metric is None
-            else f"[{','.join(map(_quoted, self._task.metric))}]"
-        )
+        names = self._task.metric
+        metric = "null" if names is None else f"[{','.join(map(_quoted, names))}]"
         command = run_command(
             [
                 *_kept_hydra_overrides(self._config),
                 *self._fixed,
-                *to_overrides(claimed.params),
+                *to_overrides(trial.params),
                 "hydra.mode=RUN",
                 f"hydra.run.dir={_quoted(str(directory))}",
                 "++hydra.callbacks.bn_optuna="
                 "{_target_:hydra_plugins.bn_optuna.OutcomeCallback,"
-                f"metric:{metric},directions:{self._task.directions}}}",
+                f"metric:{metric},directions:{self._task.n_directions}}}",
             ]
         )
         started = time.perf_counter()
@@ -155,7 +148,7 @@ class Jobs:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C in the terminal is the sweeper's, and its signals reach all processes.
+                # Ctrl-C in the terminal reaches the sweeper only, which ends the whole session.
                 start_new_session=True,
             )
             try:
@@ -163,60 +156,56 @@ class Jobs:
             except BaseException:
                 end_session(process)
                 raise
-        seconds = {SECONDS: round(time.perf_counter() - started, 3)}
         outcome = read_outcome(directory)
-        if outcome is not None and (code == 0 or outcome.state != "COMPLETE"):
-            return outcome.with_attributes(**seconds)
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        text = (directory / PROCESS_LOG).read_text(encoding="utf-8", errors="replace")
-        lines = text.rstrip().splitlines()[-ERROR_LINES:]
-        return failed("\n".join([*lines, f"the trial's process ended: {how}"]), **seconds)
+        if outcome is None or (code != 0 and outcome.state == "COMPLETE"):
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            text = (directory / PROCESS_LOG).read_text(encoding="utf-8", errors="replace")
+            lines = text.rstrip().splitlines()[-ERROR_LINES:]
+            outcome = failed("\n".join([*lines, f"the trial's process ended: {how}"]))
+        return _timed(outcome, started)
 
-    def launch(self, batch: Sequence[ClaimedTrial]) -> list[Outcome]:
-        """Run trials by the launcher that the configuration names, all at once."""
+    def launch(self, trials: Sequence[ClaimedTrial]) -> list[Outcome]:
+        """Run trials at the same time, with the launcher of the configuration."""
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self._context, task_function=self._task, config=self._config
         )
         overrides = [
-            [
-                *self._overrides(claimed.params, claimed.number),
-                f"++hydra.job.env_set.{TRIAL}='{claimed.number}'",
-            ]
-            for claimed in batch
+            [*self._overrides(trial), f"++hydra.job.env_set.{TRIAL_VARIABLE}='{trial.number}'"]
+            for trial in trials
         ]
-        lost = "the launcher returned nothing of this trial"
+        lost = "the launcher returned no result for this trial"
         returns: Sequence[JobReturn] = []
         try:
-            returns = launcher.launch(overrides, initial_job_idx=batch[0].number)
+            returns = launcher.launch(overrides, initial_job_idx=trials[0].number)
         except Exception as error:
-            # It may have lost one job of many: the others have left their outcomes.
+            # The launcher may have lost only one of the jobs: the others wrote their outcomes.
             lost = f"the launcher failed: {error}"
         outcomes = []
-        for i, claimed in enumerate(batch):
-            outcome = read_outcome(self._directory / str(claimed.number))
+        for i, trial in enumerate(trials):
+            outcome = read_outcome(self._directory / str(trial.number))
             if outcome is None and i < len(returns) and returns[i].status == JobStatus.FAILED:
                 outcome = outcome_of_error(returns[i]._return_value)
             outcomes.append(outcome or failed(lost))
         return outcomes
 
-    def _overrides(self, params: dict[str, Any], number: int) -> list[str]:
+    def _overrides(self, trial: ClaimedTrial) -> list[str]:
         return [
             *self._fixed,
-            *to_overrides(params),
+            *to_overrides(trial.params),
             f"hydra.sweep.dir={_quoted(str(self._directory))}",
-            f"hydra.sweep.subdir='{number}'",
+            f"hydra.sweep.subdir='{trial.number}'",
         ]
 
 
 def write_outcome(
-    config: DictConfig, job: JobReturn, metric: list[str] | None, directions: int
+    config: DictConfig, job: JobReturn, metric: list[str] | None, n_directions: int
 ) -> None:
-    """Write the outcome of a trial that is this process, and not a rank that it started."""
+    """Write the outcome of the trial of this process, unless it is a rank that a trial started."""
     if os.getsid(0) != os.getpid():
         return
     result = job._return_value
     if job.status == JobStatus.COMPLETED:
-        outcome = outcome_of(result, metric, directions)
+        outcome = outcome_of(result, metric, n_directions)
     else:
         outcome = outcome_of_error(result)
     _write(outcome, Path(config.hydra.runtime.output_dir))
@@ -226,15 +215,18 @@ def _write(outcome: Outcome, directory: Path) -> None:
     try:
         outcome.write(directory)
     except OSError as error:
-        log.warning("the outcome of this trial is not on disk, only in the study: %s", error)
+        _log.warning("the outcome of this trial is not on disk, only in the study: %s", error)
+
+
+def _timed(outcome: Outcome, started: float) -> Outcome:
+    return outcome.with_attributes(**{SECONDS: round(time.perf_counter() - started, 3)})
 
 
 def _kept_hydra_overrides(config: DictConfig) -> list[str]:
-    """What the user changed in Hydra's own configuration, for a process of a trial."""
-    overrides = OmegaConf.to_container(config.hydra.overrides.hydra)
-    assert isinstance(overrides, list)
+    """Return the overrides of Hydra's own configuration that a trial's process gets, too."""
     dropped = ("hydra.mode=", "hydra.sweep.", "hydra.run.dir=", "hydra/launcher=")
-    return [str(text) for text in overrides if not str(text).lstrip("+").startswith(dropped)]
+    texts: Any = OmegaConf.to_container(config.hydra.overrides.hydra)
+    return [text for text in texts if not text.lstrip("+").startswith(dropped)]
 
 
 def _quoted(text: str) -> str:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from bn_lightning.sweeps.engine.stopping import Stopping
+from bn_lightning.sweeps.engine.stop_request import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +26,12 @@ def end(signum, frame):
 
 def test_once_asks(capfd):
     signal.signal(signal.SIGINT, end)
-    stopping = Stopping()
-    with stopping.on_signals():
-        assert not stopping()
+    stop = StopRequest()
+    with stop.on_signals():
+        assert not stop.is_set()
         signal.raise_signal(signal.SIGINT)
-        assert stopping()
-    assert "Ctrl-C again ends at once" in capfd.readouterr().err
+        assert stop.is_set()
+    assert "Ctrl-C again" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is end
 
 
@@ -43,11 +43,11 @@ def test_once_asks(capfd):
 def test_twice_ends_as_the_program_does(signums):
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, end)
-    stopping = Stopping()
-    with pytest.raises(Ended), stopping.on_signals():
+    stop = StopRequest()
+    with pytest.raises(Ended), stop.on_signals():
         for signum in signums:
             signal.raise_signal(signum)
-    assert stopping()
+    assert stop.is_set()
     assert signal.getsignal(signal.SIGTERM) is end
 
 
@@ -55,14 +55,14 @@ def test_twice_ends_as_the_program_does(signums):
 def test_without_a_handler_it_ends_in_order(before):
     """Left to the system, the process would end without a word to the study."""
     signal.signal(signal.SIGTERM, before)
-    with pytest.raises(SystemExit) as end, Stopping().on_signals():
+    with pytest.raises(SystemExit) as end, StopRequest().on_signals():
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143
 
 
 def test_another_thread_is_let_be(handlers):
     def body():
-        with Stopping().on_signals():
+        with StopRequest().on_signals():
             pass
 
     thread = threading.Thread(target=body)

@@ -5,8 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bn_lightning.sweeps.engine import program
-from bn_lightning.sweeps.engine.program import as_typed, run_command, same_command, shown_command
+from bn_lightning.sweeps.engine.processes import (
+    as_typed,
+    run_command,
+    same_command,
+    shown_command,
+)
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def test_what_chooses_the_configuration_is_kept(started):
 def test_as_typed():
     command = [sys.executable, "-m", "train", "x=[1,2]", "y='a b'", "z=1e-05"]
     assert as_typed(command) == "python -m train 'x=[1,2]' 'y='\"'\"'a b'\"'\"'' z=1e-05"
-    assert program.as_typed(["other", "x=1"]) == "other x=1"
+    assert as_typed(["other", "x=1"]) == "other x=1"
 
 
 def test_a_command_is_shown_without_the_storage_s_password(started):
