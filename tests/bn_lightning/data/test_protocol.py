@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, TensorDataset
 
+from bn_lightning import train
 from bn_lightning.data import DigitsDataModule, ImageFolderDataModule, TabularDataModule
 from bn_lightning.data.protocol import (
     INFO_KEYS,
@@ -102,3 +103,24 @@ def test_info_may_have_more_keys() -> None:
     data = Described()
     data.info = {**WHOLE, "mine": 1}
     assert data_info(data)["mine"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("class Mine(DigitsDataModule):\n    info = {'source': 'mine'}", "`Mine` without sha256, "),
+        ("class Mine:\n    def __init__(self, **options): pass", "got `Mine`"),
+    ],
+    ids=["incomplete_info", "no_data_module"],
+)
+def test_train_refuses_it_in_one_line(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
+    module = tmp_path / f"data_of_{len(body)}.py"
+    module.write_text(f"from bn_lightning.data import DigitsDataModule\n\n{body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    target = f"data._target_={module.stem}.Mine"
+    result = command(train.main, "+experiment=mnist_bn", "data=digits", target)
+    assert result.code == 1
+    assert message in result.err and result.err.count("\n") == 1
+    assert not list(Path.cwd().rglob("*.ckpt")), "nothing was trained"
