@@ -6,6 +6,7 @@ import shlex
 import sys
 import tomllib
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,18 @@ def test_the_files_named_exist():
         and not any(path.endswith("/" + name.removeprefix("bn_lightning/")) for path in known)
     ]
     assert missing == []
+
+
+def test_the_changelog_names_modules_that_exist():
+    """In its tables of moved modules, the left column names old modules, the right one new ones."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[a-z].*) \| (`.*) \|$", text, re.MULTILINE)
+    old, new = (
+        {name for cell in column for name in re.findall(r"`([a-z_.]+)`", cell)}
+        for column in zip(*rows, strict=True)
+    )
+    assert {name for name in new if find_spec(f"bn_lightning.{name}") is None} == set()
+    assert {name for name in old if (ROOT / "bn_lightning" / f"{name}.py").exists()} == set()
 
 
 def test_every_decision_is_in_the_index():
