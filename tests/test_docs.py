@@ -177,6 +177,14 @@ def test_the_changelog_names_modules_that_exist():
     assert {name for name in old if (ROOT / "bn_lightning" / f"{name}.py").exists()} == set()
 
 
+def test_the_tests_named_exist():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    known = set(re.findall(r"(?:def|class) (test_\w+|Test\w+)", tests))
+    for page in PAGES:
+        named = re.findall(r"(?:`|::)(test_\w+|Test[A-Z]\w+)`", page.read_text(encoding="utf-8"))
+        assert {name for name in named if name not in known} == set(), page
+
+
 def test_every_decision_is_in_the_index():
     folder = ROOT / "docs" / "decisions"
     listed = re.findall(
