@@ -124,11 +124,7 @@ def last_activation(network: nn.Module) -> str:
 
 
 def first_inputs(loaders: Any, size: int) -> Float[Tensor, "N ..."]:
-    """Return the first `size` inputs of the first loader, or all if there are fewer.
-
-    Args:
-        loaders: `Trainer.val_dataloaders`: a loader, a list or dict of loaders, or None.
-        size: number of inputs.
+    """Return the first `size` inputs of the first of `loaders`, or all if there are fewer.
 
     Raises:
         ValueError: If there is no loader.

@@ -148,11 +148,7 @@ def distances(
 ) -> tuple[Tensor, Tensor]:
     """Return `mean_distance` and `log_std_distance` of `BatchNormMonitor`, scalars in fp32.
 
-    Args:
-        x: input of the layer, any float dtype, not empty.
-        running_mean: any float dtype.
-        running_var: any float dtype.
-        eps: added to both variances.
+    Tensors may have any float dtype; `x`, the input of the layer, must not be empty.
     """
     var_C, mean_C = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
     scale_C = running_var.float() + eps

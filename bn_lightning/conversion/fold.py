@@ -84,8 +84,6 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     Warns:
         UserWarning: If nothing can be folded.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected `model` to be a torch.nn.Module, got {type(model).__name__}")
     folded = copy.deepcopy(model)
     revert_batchnorm(folded)
     folded.eval()
@@ -154,11 +152,7 @@ class RowsOnly(nn.Module):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return `input`.
-
-        Raises:
-            ValueError: If its shape is not (N, C).
-        """
+        """Return `input`, or raise a ValueError if its shape is not (N, C)."""
         if input.dim() != 2:
             raise ValueError(
                 "expected `input` to have the shape (N, C) where a BatchNorm1d is folded into a"

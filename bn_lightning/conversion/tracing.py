@@ -339,12 +339,9 @@ def _context() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _same_random_states() -> Iterator[None]:
-    """Restore the random states of Python and NumPy, and refuse their use.
+    """Restore the random states of Python and NumPy, or raise NotTraceable if they were used.
 
     torch's random functions are refused elsewhere, because they have no proxy argument.
-
-    Raises:
-        NotTraceable: If a state has changed.
     """
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()

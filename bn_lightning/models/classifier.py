@@ -98,11 +98,7 @@ class Classifier(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Check that the network has an output for every class of the data.
-
-        Raises:
-            ValueError: If the data module has a `num_classes` above this module's.
-        """
+        """Raise a ValueError if the data module's `num_classes` is above this module's."""
         classes = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
         if classes is not None and classes > self.num_classes:
             raise ValueError(

@@ -105,12 +105,10 @@ class Inception(nn.Module):
     28x28, 4a to 4e at 14x14, and 5a and 5b at 7x7, as in the paper. Other sizes work too, because
     the last pooling is global.
 
-    It differs from the paper, which counts 13.6 million parameters, or fills in what the paper does
-    not state:
-        The first convolution is plain, as in public implementations, not separable with depth
-        multiplier 8.
-        Pooling pads as the convolutions beside it do; averages exclude the padding.
-        GoogLeNet's auxiliary classifiers are left out.
+    The paper counts 13.6 million parameters. Here the first convolution is plain, as in public
+    implementations, not separable with depth multiplier 8; GoogLeNet's auxiliary classifiers are
+    left out. The paper does not state how pooling pads: here as the convolutions beside it do, with
+    averages that exclude the padding.
 
     Args:
         in_channels: number of image channels.
@@ -122,8 +120,8 @@ class Inception(nn.Module):
             compare networks with the same weights.
         dropout: probability in [0, 1) of dropping a feature before the linear output.
         local_response_norm: whether to normalize across channels after the first and before the
-            second pooling, as GoogLeNet does, with Caffe's values because the papers give none:
-            5 channels, alpha 1e-4, beta 0.75, k 1.
+            second pooling as GoogLeNet does. Caffe's values, because the papers give none: 5
+            channels, alpha 1e-4, beta 0.75, k 1.
 
     Raises:
         ValueError: If a size is not a positive integer, the activation is unknown, or `dropout` is

@@ -26,12 +26,7 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        norm: NormFactory | None,
-        bias: bool,
+        self, in_channels: int, out_channels: int, stride: int, norm: NormFactory | None, bias: bool
     ) -> None:
         super().__init__()
         self.stride, self.new_channels = stride, out_channels - in_channels

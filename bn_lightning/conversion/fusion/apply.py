@@ -82,11 +82,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _fuse_caller(caller: nn.Module) -> FusionResult:
-    """Give a module a fused forward if there is something to fuse.
-
-    Raises:
-        NotTraceable: If its forward cannot be traced.
-    """
+    """Give a module a fused forward if there is something to fuse, or raise NotTraceable."""
     if has_own_forward(caller):
         raise NotTraceable("the instance has its own forward")
     if type(caller).forward is nn.Sequential.forward:

@@ -7,7 +7,6 @@ and pickled with the module.
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import CodeType, MethodType, ModuleType
 from typing import Any
 
@@ -26,10 +25,6 @@ class FusedForward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the module's class."""
-        return type(self.module).forward(self.module, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -83,7 +78,7 @@ class RecordedForward(FusedForward):
             for variant in self.variants:
                 if all(guard.holds() for guard in variant.guards):
                     return variant.run(self.module, *args)
-        return self.original(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 class Variant:
@@ -106,7 +101,7 @@ class Variant:
 
     def _compile(self) -> None:
         names: dict[str, Any] = {
-            name: importlib.import_module(value.name) if isinstance(value, _ModuleName) else value
+            name: importlib.import_module(value) if isinstance(value, _ModuleName) else value
             for name, value in self.names.items()
         }
         exec(compile(self.source, "<fused forward>", "exec"), names)
@@ -120,12 +115,5 @@ class Variant:
         self._compile()
 
 
-@dataclass(frozen=True)
-class _ModuleName:
-    """The name of a Python module, which unlike the module can be pickled.
-
-    Attributes:
-        name: dotted name.
-    """
-
-    name: str
+class _ModuleName(str):
+    """The name of a Python module, which unlike the module can be pickled."""

@@ -9,9 +9,9 @@ from bn_lightning.conversion.tracing import has_own_forward
 from bn_lightning.kernels.activations import activate
 from bn_lightning.modules.batch_norm import BatchNorm2d
 
-# Key of kernels.activations.ACTIVATIONS, and the negative slope of leaky_relu.
+# A key of kernels.activations.ACTIVATIONS and a negative slope.
 NamedActivation = tuple[str, float]
-DEFAULT_SLOPE = 0.01
+SLOPE = 0.01  # torch's default for leaky_relu, ignored by the others
 
 _MODULE_ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -63,31 +63,25 @@ def call_batch_norm(
 
 
 def is_fusable(module: nn.Module) -> bool:
-    """Return whether the module's forward takes a residual and an activation.
-
-    False for a subclass with its own forward.
-    """
+    """Return whether a module's forward is this package's: it takes residual and activation."""
     return getattr(type(module), "forward", None) is BatchNorm2d.forward
 
 
 def activation_of(module: nn.Module) -> NamedActivation | None:
     """Return the activation of a torch module, None if the kernels do not have it."""
     if type(module) in _MODULE_ACTIVATIONS:
-        return _MODULE_ACTIVATIONS[type(module)], DEFAULT_SLOPE
+        return _MODULE_ACTIVATIONS[type(module)], SLOPE
     if type(module) is nn.LeakyReLU:
         return "leaky_relu", module.negative_slope
     if type(module) is nn.ELU and module.alpha == 1:
-        return "elu", DEFAULT_SLOPE
+        return "elu", SLOPE
     if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh", DEFAULT_SLOPE
+        return "gelu" if module.approximate == "none" else "gelu_tanh", SLOPE
     return None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether a module has hooks or its instance has its own forward.
-
-    torch has no public function for this.
-    """
+    """Return whether a module has hooks, or its instance its own forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -99,7 +93,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _to_named(activation: nn.Module | NamedActivation | None) -> NamedActivation | None:
     if activation is None:
-        return "identity", DEFAULT_SLOPE
+        return "identity", SLOPE
     if isinstance(activation, nn.Module):
         return None if is_hooked(activation) else activation_of(activation)
     return activation

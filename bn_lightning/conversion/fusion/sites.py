@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from bn_lightning.conversion.fusion.fused_call import (
-    DEFAULT_SLOPE,
+    SLOPE,
     NamedActivation,
     activation_of,
     call_batch_norm,
@@ -80,11 +80,7 @@ def fuse_graph(graph: fx.Graph, module: nn.Module, result: FusionResult) -> None
 
 
 def check_modules(bn: nn.Module, activation: nn.Module | None) -> None:
-    """Check that a BatchNorm and the activation module after it can run in one call.
-
-    Raises:
-        UnsafeFusion: If one has hooks, or the BatchNorm has an activation already.
-    """
+    """Raise UnsafeFusion if one of them has hooks, or the BatchNorm has an activation already."""
     if is_hooked(bn):
         raise UnsafeFusion("it has hooks, or its own forward")
     if bn.activation != "identity":
@@ -173,11 +169,7 @@ def _is_read_after(value: fx.Node, node: fx.Node) -> bool:
 
 
 def _check_order(site: _Site, bn: nn.Module, module: nn.Module) -> None:
-    """Check that the BatchNorm can be delayed until the addition.
-
-    Raises:
-        UnsafeFusion: If an operation in between may use the BatchNorm or change its input.
-    """
+    """Raise UnsafeFusion if an operation before the addition may use bn or change its input."""
     if site.addition is None:
         return
     order = list(site.bn.graph.nodes)
@@ -253,7 +245,7 @@ def _activation_applied(node: fx.Node, value: Any, module: nn.Module) -> NamedAc
     if node.op == "call_function" and node.target in _FUNCTIONS:
         return _FUNCTIONS[node.target](*rest, **node.kwargs)
     if node.op == "call_method" and node.target in _METHODS:
-        return _METHODS[str(node.target)], DEFAULT_SLOPE
+        return _METHODS[str(node.target)], SLOPE
     return None
 
 
@@ -262,24 +254,18 @@ _IN_PLACE = {operator.iadd, "add_"}
 
 # Each takes the arguments of the function after its input.
 _FUNCTIONS: dict[Any, Callable[..., NamedActivation | None]] = {
-    F.relu: lambda inplace=False: ("relu", DEFAULT_SLOPE),
-    torch.relu: lambda: ("relu", DEFAULT_SLOPE),
-    torch.relu_: lambda: ("relu", DEFAULT_SLOPE),
-    F.relu6: lambda inplace=False: ("relu6", DEFAULT_SLOPE),
-    F.leaky_relu: lambda negative_slope=DEFAULT_SLOPE, inplace=False: (
-        "leaky_relu",
-        negative_slope,
-    ),
-    F.elu: lambda alpha=1.0, inplace=False: ("elu", DEFAULT_SLOPE) if alpha == 1 else None,
-    F.silu: lambda inplace=False: ("silu", DEFAULT_SLOPE),
-    F.gelu: lambda approximate="none": (
-        "gelu" if approximate == "none" else "gelu_tanh",
-        DEFAULT_SLOPE,
-    ),
-    F.hardswish: lambda inplace=False: ("hardswish", DEFAULT_SLOPE),
-    F.mish: lambda inplace=False: ("mish", DEFAULT_SLOPE),
-    torch.sigmoid: lambda: ("sigmoid", DEFAULT_SLOPE),
-    torch.tanh: lambda: ("tanh", DEFAULT_SLOPE),
+    F.relu: lambda inplace=False: ("relu", SLOPE),
+    torch.relu: lambda: ("relu", SLOPE),
+    torch.relu_: lambda: ("relu", SLOPE),
+    F.relu6: lambda inplace=False: ("relu6", SLOPE),
+    F.leaky_relu: lambda negative_slope=SLOPE, inplace=False: ("leaky_relu", negative_slope),
+    F.elu: lambda alpha=1.0, inplace=False: ("elu", SLOPE) if alpha == 1 else None,
+    F.silu: lambda inplace=False: ("silu", SLOPE),
+    F.gelu: lambda approximate="none": ("gelu" if approximate == "none" else "gelu_tanh", SLOPE),
+    F.hardswish: lambda inplace=False: ("hardswish", SLOPE),
+    F.mish: lambda inplace=False: ("mish", SLOPE),
+    torch.sigmoid: lambda: ("sigmoid", SLOPE),
+    torch.tanh: lambda: ("tanh", SLOPE),
 }
 _METHODS = {
     "relu": "relu",

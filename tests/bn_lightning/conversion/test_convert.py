@@ -98,7 +98,7 @@ class TestArchitectures:
         report = convert_batchnorm(model, fuse=True)
         names = batch_norms(model)
         assert report.converted == tuple(names)
-        assert set(names) - set(report.fused) == set(ARCHITECTURES[name].alone)
+        assert set(names) - set(report.fused) == set(ARCHITECTURES[name].unfused)
         assert report.skipped == {}
         for training in (True, False):
             fused_calls.clear()
