@@ -1,4 +1,4 @@
-"""LightningCLI with this project's callback and plugin, chosen in YAML; no Hydra.
+"""Uses this package's callback and plugin with LightningCLI, chosen in YAML, without Hydra.
 
     python examples/cli.py fit --config examples/cli.yaml [--trainer.max_steps 100]
 
@@ -15,7 +15,7 @@ from bn_lightning.data import DigitsDataModule
 
 
 class ConvNet(LightningModule):
-    """A network of torch's own layers, as one has it before one knows of bn_lightning."""
+    """A network of torch's own layers; nothing in it depends on bn_lightning."""
 
     def __init__(self, channels: int = 16, lr: float = 0.1) -> None:
         super().__init__()

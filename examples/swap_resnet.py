@@ -1,4 +1,4 @@
-"""Fuse every BatchNorm of a residual network one already has: one line, `callbacks=[...]`.
+"""Fuses every BatchNorm of an existing residual network with one line, `callbacks=[...]`.
 
 python examples/swap_resnet.py [--max-steps 200]
 """
@@ -15,7 +15,7 @@ from bn_lightning.data import DigitsDataModule
 
 
 class Block(nn.Module):
-    """A basic residual block, as its owner wrote it: nothing in it knows of bn_lightning."""
+    """A basic residual block; nothing in it depends on bn_lightning."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 def resnet(channels: int = 16, blocks: int = 2, classes: int = 10) -> nn.Sequential:
-    """A residual network for (N, 1, 28, 28) images."""
+    """Return a residual network for images (N, 1, 28, 28)."""
     stem = [nn.Conv2d(1, channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels)]
     body = [nn.ReLU(), *(Block(channels) for _ in range(blocks))]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
@@ -39,7 +39,7 @@ def resnet(channels: int = 16, blocks: int = 2, classes: int = 10) -> nn.Sequent
 
 
 def main() -> None:
-    """Trains it on the digits, fused, and tests the network that comes back unfused."""
+    """Train it fused on the digits, then test the reverted network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-steps", type=int, default=200)
     max_steps = parser.parse_args().max_steps

@@ -1,8 +1,8 @@
-"""The sweeper in a program that has nothing to do with BatchNorm: gradient descent on a valley.
+"""Uses the sweeper in a program without BatchNorm: gradient descent in a valley.
 
 python main.py lr=0.1                                  # one run
 python main.py -m                                      # the sweep of conf/config.yaml
-python main.py -m hydra.sweeper.n_jobs=2               # the same by two workers; again: goes on
+python main.py -m hydra.sweeper.n_jobs=2               # with two workers; run again to continue
 python main.py -m hydra/sweeper/sampler=random hydra.sweeper.study_name=random
 """
 
@@ -10,12 +10,12 @@ import hydra
 from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig
 
-register()  # Hydra does not find the plugin by itself where bn_lightning is an editable install
+register()  # Hydra does not find the plugin itself if bn_lightning is an editable install
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(config: DictConfig) -> dict[str, float | bool]:
-    """Descends f(x, y) = x^2 + 20 y^2 from (10, 1); a run that leaves the valley has diverged."""
+    """Descend f(x, y) = x^2 + 20 y^2 from (10, 1). A run that leaves the valley has diverged."""
     position, velocity = [10.0, 1.0], [0.0, 0.0]
     slopes = (2.0, 40.0)
     for _ in range(config.steps):
@@ -23,7 +23,7 @@ def main(config: DictConfig) -> dict[str, float | bool]:
             velocity[i] = config.momentum * velocity[i] - config.lr * slope * position[i]
             position[i] += velocity[i]
         if abs(position[0]) + abs(position[1]) > 1e6:
-            # A result, with the score of not having moved: never a gap in the map.
+            # A result with the height of the start, so that the map of the sweep has no gap.
             return {"height": 120.0, "diverged": True}
     return {"height": position[0] ** 2 + 20 * position[1] ** 2, "diverged": False}
 

@@ -1,4 +1,4 @@
-"""Each example runs as its first lines say, and does what it is there to show."""
+"""Each example runs as its docstring says, and shows what it is meant to show."""
 
 import os
 import re
@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, *arguments: str, cwd: Path) -> str:
-    """What `python examples/NAME.py ARGUMENTS` says; it must end with exit code 0."""
+    """Return the output of `python examples/NAME.py ARGUMENTS`, which must exit with code 0."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
         cwd=cwd,
@@ -37,7 +37,7 @@ def test_own_module_trains_faster_with_batch_norm(tmp_path):
     assert with_it > 0.8 and without < 0.5
 
 
-def test_swap_resnet_trains_fused_and_gives_torchs_batch_norm_back(tmp_path):
+def test_swap_resnet_trains_fused_and_reverts(tmp_path):
     output = run("swap_resnet", "--max-steps", "60", cwd=tmp_path)
     assert "5 fused" in output
     assert "after the run: torch.nn.modules.batchnorm.BatchNorm2d" in output
@@ -51,12 +51,12 @@ def test_lightning_cli_takes_callback_and_plugin(tmp_path):
     assert "max_steps=4" in output
 
 
-def test_sweeper_elsewhere_sweeps_and_goes_on(tmp_path):
+def test_sweeper_elsewhere_sweeps_and_continues(tmp_path):
     program = "sweeper_elsewhere/main"
     assert "20 of 20 trials" in run(program, "-m", cwd=tmp_path)
     results = (tmp_path / "sweeps" / "valley" / "optimization_results.yaml").read_text()
     best = float(re.search(r"best_value: (\S+)", results)[1])
-    assert best < 1.0  # it begins at a height of 120
+    assert best < 1.0  # the start is at 120
     again = run(program, "-m", "hydra.sweeper.n_trials=22", cwd=tmp_path)
     assert "22 of 22 trials" in again
     assert len(list((tmp_path / "sweeps" / "valley").glob("[0-9]*"))) == 22

@@ -1,8 +1,4 @@
-"""Networks as people build them, in plain torch: their structure in full, narrow and shallow.
-
-`ARCHITECTURES` gives, by name, how to build one, the shape of its input, and the names of the
-BatchNorms that can be fused.
-"""
+"""Well-known architectures in plain torch, with few channels and layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Of ResNet-18: one in-place ReLU used twice, and an addition in place."""
+    """Block of ResNet-18: one in-place ReLU used twice, and an in-place addition."""
 
     expansion = 1
 
@@ -45,7 +41,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Of ResNet-50."""
+    """Block of ResNet-50."""
 
     expansion = 4
 
@@ -108,7 +104,7 @@ class ResNet(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """Normalises before it convolves, and drops out by a function of `training`."""
+    """Normalizes before the convolution; dropout is a function of `training`."""
 
     def __init__(self, inputs: int, growth: int, drop_rate: float) -> None:
         super().__init__()
@@ -163,7 +159,7 @@ class DenseNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Of MobileNetV2: expand, depthwise, and a linear bottleneck that ends in a BatchNorm."""
+    """Block of MobileNetV2: expansion, depthwise, and a bottleneck that ends in a BatchNorm."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
         super().__init__()
@@ -202,7 +198,7 @@ class MobileNetV2(nn.Module):
 
 
 class BasicConv2d(nn.Module):
-    """Of Inception: the activation is a function."""
+    """Layer of Inception: the activation is a function."""
 
     def __init__(self, inputs: int, outputs: int, **options: int) -> None:
         super().__init__()
@@ -255,7 +251,7 @@ def double_conv(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Up(nn.Module):
-    """Of UNet: pads by the difference of two shapes, and joins two inputs."""
+    """Block of UNet: pads by the difference of two shapes, and concatenates two inputs."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -287,7 +283,7 @@ class UNet(nn.Module):
 
 
 class Residual3d(nn.Module):
-    """Both operands of the addition are BatchNorms; (2+1)D convolutions."""
+    """(2+1)D convolutions; both operands of the addition are BatchNorms."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -316,7 +312,7 @@ class Net3d(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Of a Conv1d network: dilated, with dropout between, and a slope of its own."""
+    """Block of a Conv1d network: dilated, with dropout and a slope read from the module."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
@@ -365,17 +361,17 @@ def mlp() -> nn.Module:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network.
+    """A network to test with.
 
     Attributes:
-        build: makes it, with random weights.
-        shape: of a batch of inputs.
-        alone: names of the BatchNorms that nothing follows that could be fused with them.
+        build: returns the network with random weights.
+        shape: shape of a batch of inputs.
+        unfused: names of the BatchNorms without an addition or activation to fuse.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    alone: tuple[str, ...] = ()
+    unfused: tuple[str, ...] = ()
 
 
 def _downsampled(layers: str) -> tuple[str, ...]:
@@ -389,17 +385,17 @@ ARCHITECTURES = {
     "resnet50": Architecture(
         lambda: ResNet(Bottleneck, [3, 4, 6, 3]), (4, 3, 32, 32), _downsampled("1234")
     ),
-    # The last one's activation is in another module's forward.
+    # The activation of the last BatchNorm is in another module's forward.
     "densenet": Architecture(DenseNet, (4, 3, 8, 8), ("features.6",)),
-    # The linear bottlenecks.
+    # The bottlenecks are linear.
     "mobilenetv2": Architecture(
         MobileNetV2, (4, 3, 16, 16), tuple(f"features.{i}.conv.3" for i in (1, 2, 3))
     ),
     "inception": Architecture(Inception, (4, 3, 13, 13)),
     "unet": Architecture(UNet, (2, 3, 14, 10)),
-    # One of two BatchNorms that are added takes the sum.
+    # Of two BatchNorms that are added, one is fused with the addition.
     "net3d": Architecture(Net3d, (2, 1, 4, 6, 6), ("block.bn2",)),
     "conv1d": Architecture(Conv1dNet, (4, 2, 9)),
-    # PReLU has a parameter.
+    # The kernels do not have PReLU.
     "mlp": Architecture(mlp, (6, 3, 4), ("8",)),
 }

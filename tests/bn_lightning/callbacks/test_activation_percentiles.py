@@ -1,4 +1,4 @@
-"""Percentiles of an activation's inputs: the numbers, the steps, and what a look leaves alone."""
+"""ActivationPercentiles: values and steps, and that measuring changes nothing else."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -27,9 +27,9 @@ from bn_lightning.callbacks.activation_percentiles import (
 from bn_lightning.data.batches import TensorBatches
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # What Lightning advises for larger data, and says of a Trainer that only trains.
+    # Lightning's advice for larger data, and its warning about a missing validation loader.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
@@ -39,7 +39,7 @@ NAMES = [f"activation/p{p}{suffix}" for p in (15, 50, 85) for suffix in ("", "_m
 
 
 class Recorder(Logger):
-    """Keeps the percentiles that were logged, by step."""
+    """Records the logged percentiles by step."""
 
     name = version = "recorder"
 
@@ -127,7 +127,7 @@ def fit(
 
 class TestUnitPercentiles:
     def test_by_hand(self) -> None:
-        # Of 0..20 in any order the 15th percentile is 3, the 85th 17.
+        # Of the shuffled values 0..20 the 15th percentile is 3, the 85th 17.
         column = torch.arange(21.0)[torch.randperm(21)]
         got = unit_percentiles(torch.stack([column, 10 * column - 5], 1))
         expected = torch.tensor([[3.0, 25.0], [10.0, 95.0], [17.0, 165.0]])
@@ -169,7 +169,7 @@ class TestProbeSteps:
     @settings(deadline=None, derandomize=True)
     @given(st.integers(100, 200_000), st.integers(10, 80))
     def test_half_evenly_spaced(self, max_steps: int, points: int) -> None:
-        """No stretch of the run longer than that spacing stays unseen."""
+        """No interval of the run longer than that spacing is without a measurement."""
         steps = sorted(probe_steps(max_steps, points) | {0})
         gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
         assert max(gaps) <= max_steps / (points // 2) + 1
@@ -177,7 +177,7 @@ class TestProbeSteps:
     @settings(deadline=None, derandomize=True)
     @given(st.integers(1000, 200_000), st.integers(10, 80))
     def test_half_by_equal_ratios(self, max_steps: int, points: int) -> None:
-        """Every such ratio of steps, from the first on, has a look in it."""
+        """Every interval with that ratio of steps has a measurement."""
         steps = probe_steps(max_steps, points)
         assert 1 in steps
         ratio = max_steps ** (1 / (points - points // 2 - 1))
@@ -186,7 +186,7 @@ class TestProbeSteps:
             # Rounding moves each end by at most half a step.
             assert (after - 0.5) / (before + 0.5) <= ratio * 1.001
 
-    def test_the_first_steps_are_seen_most(self) -> None:
+    def test_the_first_steps_are_measured_most_often(self) -> None:
         steps = probe_steps(50_000, 60)
         assert len([step for step in steps if step <= 500]) >= 15
         assert len([step for step in steps if 25_000 < step <= 25_500]) <= 1
@@ -199,7 +199,7 @@ class TestActivationInputs:
         assert torch.equal(activation_inputs(net, "1", x), net[0](x).detach())
 
     def test_with_batch_norm_they_are_of_the_batch_itself(self) -> None:
-        """Normalised by the probe's own mean and biased variance, whatever the running ones."""
+        """Normalized with the probe's own mean and biased variance, not the running statistics."""
         net = nn.Sequential(nn.BatchNorm1d(4), nn.Sigmoid())
         nn.init.constant_(net[0].running_mean, 100.0)
         x = torch.randn(50, 4) * 3 + 5
@@ -208,7 +208,7 @@ class TestActivationInputs:
         torch.testing.assert_close(got.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
         torch.testing.assert_close(got.std(0, correction=0), torch.ones(4))
 
-    def test_state_random_stream_and_gradients_are_left_alone(self) -> None:
+    def test_state_random_state_and_gradients_do_not_change(self) -> None:
         net = network(dropout=0.5)
         x = torch.randn(9, 4)
         net(x)
@@ -295,7 +295,7 @@ class TestRun:
         assert recorder.steps == sorted({0} | probe_steps(6, 8))
 
     def test_a_run_without_end(self, tmp_path: Path) -> None:
-        """`max_epochs=-1`: stopped by something else, here by a callback."""
+        """With `max_epochs=-1` a callback stops the run."""
 
         class Stop(Callback):
             def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -318,7 +318,7 @@ class TestRun:
             assert row[f"activation/p{name}_median"] == pytest.approx(np.median(values), abs=1e-5)
 
     def test_the_median_over_an_even_number_of_units(self, tmp_path: Path) -> None:
-        """Of four units, the mean of the middle two."""
+        """For four units, the mean of the middle two."""
         net = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 2))
         received = net[0](tensors(11, 1)[0]).detach().double().numpy()
         expected = np.median(np.percentile(received, 50, axis=0))
@@ -334,8 +334,10 @@ class TestRun:
         assert recorder.rows[0][1]["activation/p50"] == pytest.approx(expected, abs=1e-5)
 
     @pytest.mark.parametrize("shuffle", [False, True], ids=["in_order", "shuffled"])
-    def test_looking_changes_no_bit_of_the_run(self, tmp_path: Path, shuffle: bool) -> None:
-        """With torch's DataLoader, which draws the order from the global stream, and dropout."""
+    def test_the_run_is_bit_identical_without_the_callback(
+        self, tmp_path: Path, shuffle: bool
+    ) -> None:
+        """With dropout, and torch's DataLoader, which uses the global random state."""
         states = []
         for callbacks in ((), (ActivationPercentiles(5, 10),)):
             module = classifier(network(dropout=0.5))
@@ -373,7 +375,7 @@ class TestRun:
         assert resumed.rows == [(step, row) for step, row in whole.rows if step > 7]
         assert len(resumed.rows) > 3
 
-    def test_no_validation_loader_is_said(self, tmp_path: Path) -> None:
+    def test_no_validation_loader(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="validation loader.*ActivationPercentiles"):
             fit(tmp_path, ActivationPercentiles(5, 10), validation=None)
 

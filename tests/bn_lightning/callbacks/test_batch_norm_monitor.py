@@ -1,4 +1,4 @@
-"""What is logged of BatchNorm layers: the numbers, the steps, and what a look leaves alone."""
+"""BatchNormMonitor: values and steps, and that measuring changes nothing else."""
 
 import copy
 import math
@@ -23,9 +23,9 @@ from bn_lightning.callbacks.batch_norm_monitor import dead_fraction, distances
 from bn_lightning.data.batches import TensorBatches
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # What Lightning advises for larger data, and says of a Trainer that only trains.
+    # Lightning's advice for larger data, and its warning about a missing validation loader.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
     # Some layers are in evaluation mode on purpose.
@@ -39,7 +39,7 @@ makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 class Recorder(Logger):
-    """Keeps what was logged, by step: of the layers, and all the rest."""
+    """Records the logged values by step, those of the layers apart from the others."""
 
     name = version = "recorder"
 
@@ -61,7 +61,7 @@ class Recorder(Logger):
 
 
 class Module(LightningModule):
-    """Trains a network on (x, class) by cross-entropy, and keeps the losses."""
+    """Trains a network on (x, class) with cross-entropy, and records the losses."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -85,9 +85,9 @@ class Module(LightningModule):
 
 
 class Journal(Callback):
-    """Copies the network before each batch and after it, with the inputs of the batch.
+    """Copies the network before and after each batch, and the inputs of the batch.
 
-    To stand before the monitor, so that the copies carry none of its hooks.
+    Comes before the monitor in the list of callbacks, so that the copies have no hooks.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ def norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
 
 
 def expected(before: nn.Module, x: Tensor, after: nn.Module) -> dict[str, float]:
-    """The numbers of one look in fp64, from copies of the network around the batch `x`."""
+    """Compute the statistics in fp64, from copies of the network before and after the batch `x`."""
     network = copy.deepcopy(before).double()
     seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -159,7 +159,7 @@ def mlp(make: Any = nn, dropout: float = 0.0, **options: Any) -> nn.Sequential:
 
 
 def scattered(network: nn.Module) -> nn.Module:
-    """With statistics and parameters that are not those of a fresh layer."""
+    """Give the layers statistics and parameters other than the initial ones."""
     for layer in norms(network).values():
         if layer.running_mean is not None and layer.running_var is not None:
             nn.init.normal_(layer.running_mean)
@@ -218,7 +218,7 @@ def fit(
 def check(
     folder: Path, network: nn.Module, x: Tensor | None = None, **options: Any
 ) -> list[dict[str, float]]:
-    """Looks at every step of a short run, compares each with fp64, and returns the rows."""
+    """Measure every step of a short run, compare with fp64, and return the rows."""
     journal = Journal()
     recorder = fit(
         folder,
@@ -252,10 +252,10 @@ class TestDistances:
             assert value.item() == pytest.approx(math.sqrt((channels**2).mean()), rel=1e-5)
 
     def test_by_hand(self) -> None:
-        """Batches of mean 3 and deviation 2; running deviations 1 and 4."""
+        """A batch of mean 3 and std 2; running std 1 and 4."""
         x = torch.tensor([1.0, 5.0]).repeat(2, 1).T
         mean, std = distances(x, torch.tensor([2.0, 7.0]), torch.tensor([1.0, 16.0]), 0.0)
-        assert mean.item() == pytest.approx(1)  # one deviation above and one below
+        assert mean.item() == pytest.approx(1)  # one std above and one below
         assert std.item() == pytest.approx(math.log(2))  # twice as wide and half as wide
 
     def test_statistics_of_the_batch_itself_are_no_distance_away(self) -> None:
@@ -263,7 +263,7 @@ class TestDistances:
         got = distances(x, x.mean(0), x.var(0, correction=0), 1e-5)
         assert torch.stack(got).abs().max() < 1e-6
 
-    def test_a_mean_far_from_zero_costs_no_digits(self) -> None:
+    def test_a_mean_far_from_zero_loses_no_precision(self) -> None:
         x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) + 1e4
         _, std = distances(x, torch.zeros(2), torch.ones(2), 0.0)
         exact = x.double().std(0, correction=0).log().square().mean().sqrt().item()
@@ -336,7 +336,7 @@ class TestNumbers:
         for row in check(tmp_path, mlp(make, track_running_stats=False)):
             assert {name.rpartition("/")[2] for name in row} == {"scale", "shift", "dead"}
 
-    def test_frozen_layers_are_looked_at_too(self, tmp_path: Path) -> None:
+    def test_frozen_layers_are_measured_too(self, tmp_path: Path) -> None:
         network = mlp(bn_lightning)
         network[1].freeze_stats()
         network[5].eval()
@@ -363,7 +363,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", "bf16-mixed"])
     def test_the_precision_of_the_run(self, tmp_path: Path, precision: Any) -> None:
-        """The layer stands first, so that its inputs are known to the bit."""
+        """The layer comes first, so that its inputs are known exactly."""
         network = scattered(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)))
         dtype = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}
         x = tensors()[0][:6]
@@ -375,10 +375,10 @@ class TestNumbers:
             tmp_path, module, BatchNormMonitor(1), train=loader(x), max_steps=1, precision=precision
         )
         ((_, row),) = recorder.rows
-        # A half precision output may be rounded onto zero; here none is near it.
+        # Half precision may round an output to zero; here none is near zero.
         assert row == pytest.approx(expected(before, x, module.network), rel=1e-4)
 
-    def test_a_layer_used_twice_is_seen_the_first_time(self, tmp_path: Path) -> None:
+    def test_the_first_call_of_a_layer_is_measured(self, tmp_path: Path) -> None:
         class Twice(nn.Sequential):
             def forward(self, x: Tensor) -> Tensor:
                 return self[1](self[0](self[0](x) ** 3 + 10))
@@ -429,7 +429,7 @@ class TestSteps:
         assert recorder.steps == steps
 
     def test_accumulated_gradients(self, tmp_path: Path) -> None:
-        """Each step once, by the first of its batches and the parameters after its last."""
+        """Each step once, with its first batch and the parameters after its last batch."""
         journal = Journal()
         recorder = fit(
             tmp_path,
@@ -445,7 +445,7 @@ class TestSteps:
             assert row == pytest.approx(expected(first[0], first[1], last[2]), rel=1e-4, abs=1e-6)
 
     def test_two_optimisers_by_hand(self, tmp_path: Path) -> None:
-        """Lightning counts the steps of both; each look is of the batch that it was made in."""
+        """Lightning counts the steps of both; each measurement is of its own batch."""
 
         class Manual(Module):
             automatic_optimization = False
@@ -468,7 +468,7 @@ class TestSteps:
             assert row == pytest.approx(expected(*entry), rel=1e-4, abs=1e-6)
 
     @pytest.mark.parametrize("saved_at", [3, 7, 8], ids=str)
-    def test_the_same_looks_after_resuming(self, tmp_path: Path, saved_at: int) -> None:
+    def test_the_same_measurements_after_resuming(self, tmp_path: Path, saved_at: int) -> None:
         class Save(Callback):
             def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
                 if trainer.global_step == saved_at:
@@ -497,7 +497,7 @@ class TestSteps:
 
 
 class Hooks(Callback):
-    """Counts the forward hooks of the network, at every moment at which someone may look."""
+    """Counts the forward hooks of the network in every hook of the Trainer."""
 
     def __init__(self) -> None:
         self.outside: list[int] = []
@@ -513,7 +513,7 @@ def hooks(module: nn.Module) -> int:
 
 
 class Watched(Module):
-    """Notes how many hooks there are while it trains; fails where it is told to."""
+    """Records the number of hooks in training, and fails where a test tells it to."""
 
     def __init__(self, network: nn.Module, failure: BaseException | None = None) -> None:
         super().__init__(network)
@@ -531,10 +531,10 @@ class Watched(Module):
 class TestLeftAlone:
     @pytest.mark.parametrize("accumulate", [1, 2], ids=["each_batch", "accumulated"])
     @makers
-    def test_looking_changes_no_bit_of_the_run(
+    def test_the_run_is_bit_identical_without_the_callback(
         self, tmp_path: Path, make: Any, accumulate: int
     ) -> None:
-        """With dropout, an order from the global stream, and validations in between."""
+        """With dropout, shuffling with the global random state, and validations."""
 
         def run(*callbacks: Callback) -> tuple[Module, Recorder, list[Any]]:
             module = Module(mlp(make, dropout=0.5))
@@ -563,7 +563,7 @@ class TestLeftAlone:
             assert torch.equal(watched.state_dict()[name], value), name
 
     @pytest.mark.parametrize("accumulate", [1, 2], ids=["each_batch", "accumulated"])
-    def test_hooks_are_there_only_while_looking(self, tmp_path: Path, accumulate: int) -> None:
+    def test_hooks_exist_only_while_measuring(self, tmp_path: Path, accumulate: int) -> None:
         module, hooks = Watched(mlp()), Hooks()
         fit(
             tmp_path,
@@ -574,7 +574,7 @@ class TestLeftAlone:
             val_check_interval=1,
             accumulate_grad_batches=accumulate,
         )
-        rest = [0] * (accumulate - 1)  # of a step's batches the first is looked at
+        rest = [0] * (accumulate - 1)  # only the first batch of a step is measured
         looked, not_looked = [4, *rest], [0, *rest]
         steps = [looked, not_looked, looked, not_looked, not_looked, looked]
         assert module.inside == [number for step in steps for number in step]
@@ -627,7 +627,7 @@ class TestRefused:
         [lambda: nn.Linear(4, 2), lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))],
         ids=["none", "another"],
     )
-    def test_no_batch_norm_is_said(self, tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+    def test_no_batch_norm(self, tmp_path: Path, make: Callable[[], nn.Module]) -> None:
         module = Module(make())
         with pytest.raises(ValueError, match="BatchNormMonitor.*Module without one"):
             fit(tmp_path, module, BatchNormMonitor(3))

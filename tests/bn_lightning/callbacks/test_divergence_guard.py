@@ -1,4 +1,4 @@
-"""A loss that is no number, or stays high, ends the run at a known step; bad data are an error."""
+"""DivergenceGuard: NaN or high losses stop the run at a known step; bad data are an error."""
 
 import math
 from pathlib import Path
@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from bn_lightning.callbacks import DivergenceGuard
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # Lightning advises worker processes, which data of this size do not need.
+    # Lightning recommends worker processes, which data of this size do not need.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
 ]
 
 
 class Losses(LightningModule):
-    """Its loss at each step is given; 1 after the last of them. None skips the step."""
+    """Has a given loss at each step, then 1. None skips the step."""
 
     def __init__(self, *losses: float | None) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Losses(LightningModule):
 
 
 def loader(*batches: Any) -> DataLoader:
-    """Batches as given, or ten of ones; the last is repeated for more steps."""
+    """Return a loader of the given batches, or of ten of ones; the last one repeats."""
     return DataLoader(list(batches) or [torch.ones(2)] * 10, batch_size=None)
 
 
@@ -99,13 +99,13 @@ class TestDivergence:
 
         guard, module = DivergenceGuard(every_n_steps=50), Quadratic()
         fit(tmp_path, guard, module)
-        # Each step multiplies the weight by some -4e12; its square passes 2**128 in the fifth.
+        # Each step multiplies the weight by about -4e12; in the fifth its square exceeds 2**128.
         assert guard.diverged_at is not None
         assert 1 < guard.diverged_at == module.taken < 10
 
     @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*")
     def test_a_skipped_step_is_no_divergence(self, tmp_path: Path) -> None:
-        """Lightning lets a training step return None."""
+        """A training step may return None."""
         guard = DivergenceGuard(every_n_steps=1)
         fit(tmp_path, guard, Losses(1.0, None, math.nan), max_steps=-1, max_epochs=1)
         assert guard.diverged_at == 3  # Lightning counts the skipped step
@@ -177,7 +177,7 @@ class TestMaxLoss:
 
 class TestAccumulatedGradients:
     def test_the_loss_is_that_of_the_module(self, tmp_path: Path) -> None:
-        """Lightning divides the loss by the batches of a step."""
+        """Lightning divides the loss by the number of accumulated batches."""
         guard = DivergenceGuard(every_n_steps=50, max_loss=2.0, patience=1)
         fit(tmp_path, guard, Losses(*[1.9] * 10, *[2.1] * 5), accumulate_grad_batches=5)
         assert guard.diverged_at == 3
@@ -224,7 +224,7 @@ class TestData:
 
 
 class TestAccelerator:
-    """A look waits for the device: a loss that is not the CPU's is read at some steps only."""
+    """Reading a loss synchronizes the device, so off the CPU it is read at some steps only."""
 
     def looks(self, guard: DivergenceGuard, losses: list[float]) -> list[int]:
         class OnDevice:
@@ -330,7 +330,7 @@ class TestState:
         assert guard.state_dict() == DivergenceGuard(every_n_steps=1).state_dict()
 
     def test_validation_still_follows(self, tmp_path: Path) -> None:
-        """So that the last thing in the log of the run is how bad it was."""
+        """The log of the run then ends with the diverged loss."""
         seen: list[int] = []
 
         class Seen(Callback):

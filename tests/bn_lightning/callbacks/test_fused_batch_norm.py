@@ -1,4 +1,4 @@
-"""Lightning runs with and without the callback: the same numbers, and the same model afterwards."""
+"""FusedBatchNorm: runs with it give the same values, and the model is restored."""
 
 import warnings
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from bn_lightning import BatchNorm2d, FusedBatchNorm, convert_batchnorm
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # Lightning advises worker processes, which data of this size do not need.
+    # Lightning recommends worker processes, which data of this size do not need.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    # Some runs here only train a model that could validate.
+    # Some runs only train a model that could validate.
     pytest.mark.filterwarnings("ignore:.*`validation_step` but have no `val_dataloader`.*"),
 ]
 
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class Model(LightningModule):
-    """A residual network, as a user has it."""
+    """A user's residual network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,8 +112,8 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
 
 
 def classes(module: nn.Module) -> list[Any]:
-    """What the callback has to restore: classes, and which attributes there are."""
-    # Lightning adds attributes of its own to the LightningModule.
+    """Return what the callback has to restore: classes, and names of attributes."""
+    # Lightning adds attributes to the LightningModule.
     return [
         (name, type(m), sorted(m.__dict__) if name else "forward" in m.__dict__)
         for name, m in module.named_modules()

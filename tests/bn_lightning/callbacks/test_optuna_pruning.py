@@ -1,4 +1,4 @@
-"""Pruning: what is reported, who decides, and what happens outside a sweep."""
+"""OptunaPruning: reported values, pruning, and no effect outside a sweep."""
 
 import json
 import os
@@ -21,15 +21,15 @@ from bn_lightning.sweeps.engine.environment import TRIAL_VARIABLE
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # Lightning advises worker processes, which data of this size do not need.
+    # Lightning recommends worker processes, which data of this size do not need.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
 ]
 
 
 class Accuracies(LightningModule):
-    """Logs the given accuracies, one for each validation, the last again for more."""
+    """Logs the given accuracies, one per validation; the last one repeats."""
 
     def __init__(self, *accuracies: float) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def fit(folder: Path, module: LightningModule, monitor: str = "val/accuracy") ->
 
 @pytest.fixture
 def study(monkeypatch) -> optuna.Study:
-    """A study with two good trials, whose median a third must reach from step 8 on."""
+    """A study with two good trials, whose median the third must reach from step 8 on."""
     study = optuna.create_study(
         direction="maximize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=7),
@@ -117,7 +117,7 @@ def test_a_metric_that_is_not_logged_is_an_error_that_names_those_that_are(tmp_p
 
 @pytest.mark.parametrize("trainer", ["cpu", "ddp_sim"])
 def test_a_sweep_of_runs_is_pruned(tmp_path, trainer):
-    """The first trains, the second's rate is too small to learn anything."""
+    """The first trial learns; the learning rate of the second is too small."""
     command = [
         *(sys.executable, "-m", "bn_lightning.train", "-m", "+experiment=mnist_bn", "data=digits"),
         f"trainer={trainer}",

@@ -1,4 +1,4 @@
-"""Precise statistics: what they are, when they are taken, and all that taking them leaves alone."""
+"""PreciseBatchNorm: statistics, when they are computed, and that nothing else changes."""
 
 import copy
 import random
@@ -28,9 +28,9 @@ from bn_lightning.callbacks import PreciseBatchNorm, RunCheckpoints
 from bn_lightning.data.batches import TensorBatches
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # What Lightning advises for larger data, and says of a Trainer that only trains.
+    # Lightning's advice for larger data, and its warning about a missing validation loader.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
     # Some layers are in evaluation mode on purpose.
@@ -45,7 +45,7 @@ State = dict[str, Tensor]
 
 
 class Module(LightningModule):
-    """Trains a network on (x, class) by cross-entropy; keeps losses, random streams and modes."""
+    """Trains a network with cross-entropy; records losses, random states and modes."""
 
     def __init__(self, network: nn.Module, lr: float = 0.5) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Module(LightningModule):
 
 
 class Validations(Callback):
-    """What each validation starts from, sees, and leaves; stands before PreciseBatchNorm."""
+    """Records the state before, in and after each validation; precedes PreciseBatchNorm."""
 
     def __init__(self) -> None:
         self.before: list[State] = []
@@ -120,9 +120,9 @@ def assert_close(state: State, other: State, **tolerances: float) -> None:
 def plain_average(
     network: nn.Module, batches: Any, samples: int = 10_000, stream: Tensor | None = None
 ) -> State:
-    """The running statistics by the definition, in fp64 but for the network's own forward.
+    """Compute the running statistics by definition, in fp64 except for the network's forward.
 
-    The network has to be in the mode it trains in.
+    The network must be in its training mode.
     """
     network = copy.deepcopy(network)
     found: dict[str, list[np.ndarray]] = {}
@@ -167,7 +167,7 @@ def tensors(samples: int = 24, shape: tuple[int, ...] = (4,)) -> tuple[Tensor, T
 
 
 def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
-    """A loader of batches of these sizes that draws no random number."""
+    """A loader with batches of these sizes that draws no random numbers."""
     x, target = tensors(sum(sizes))
     return list(zip(x.split(sizes), target.split(sizes), strict=True))
 
@@ -177,7 +177,7 @@ def loader(samples: int = 24, **options: Any) -> DataLoader:
 
 
 class Counted:
-    """A loader that counts the batches that are read from it."""
+    """A loader that counts the batches read."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -219,7 +219,7 @@ def fit(
 
 
 class Failing(Module):
-    """Fails in its second step."""
+    """Raises in its second step."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
@@ -227,7 +227,7 @@ class Failing(Module):
 
 
 class TestStatistics:
-    """After the validation at the end of an epoch the weights are those of the estimate."""
+    """After the validation at the end of an epoch the weights have not changed since."""
 
     def check(
         self,
@@ -237,7 +237,7 @@ class TestStatistics:
         samples: int = 10_000,
         **options: Any,
     ) -> State:
-        """Trains, compares the statistics with the plain average, and returns them."""
+        """Train, compare the statistics with the plain average, and return them."""
         module, validations = Module(network), Validations()
         fit(folder, module, validations, PreciseBatchNorm(samples), train=train, **options)
         got = statistics(state_of(network))
@@ -278,7 +278,7 @@ class TestStatistics:
 
     @makers
     def test_with_dropout(self, tmp_path: Path, make: Any) -> None:
-        """In the mode it trains in: the batches went through dropped units."""
+        """In training mode, with dropout active."""
         network = mlp(make, dropout=0.5)
         got = self.check(tmp_path, network)
         network[3].eval()
@@ -300,7 +300,7 @@ class TestStatistics:
         data = Counted(batches(6, 6, 6, 6))
         network = mlp()
         self.check(tmp_path, network, data, samples)
-        # Once to train and once to estimate; the plain average of the test has read the last ones.
+        # Once for training and once for the statistics; the test itself has read the last ones.
         assert data.read == [0, 1, 2, 3, *range(read), *range(read)]
 
     def test_of_a_loader_of_its_own(self, tmp_path: Path) -> None:
@@ -351,11 +351,11 @@ class TestPrecision:
         assert_close(statistics(state_of(network)), average, rtol=1e-12, atol=1e-12)
 
     def test_bf16(self, tmp_path: Path) -> None:
-        """The loader yields fp32, which Lightning converts for the network."""
+        """Lightning converts the loader's fp32 for the network."""
         network = mlp()
         fit(tmp_path, Module(network), PreciseBatchNorm(1000), precision="bf16-true")
         average = plain_average(network, [(x.bfloat16(), y) for x, y in loader()])
-        # Four batches, each rounded to 8 bits as it is taken in.
+        # Four batches, each rounded to 8 bits.
         assert_close(statistics(state_of(network)), average, rtol=0.03, atol=0.01)
 
     def test_mixed(self, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ class TestPrecision:
 
 
 class Noisy(Dataset):
-    """Examples with noise from each of the global streams."""
+    """Examples with noise from each global random generator."""
 
     def __init__(self) -> None:
         self.x, self.target = tensors()
@@ -426,13 +426,13 @@ class TestLeftAlone:
         np.random.seed(7)
         defaults = {"max_epochs": 3, "val_check_interval": 2}
         fit(folder, module, *callbacks, train=train, **{**defaults, **options})
-        module.training_step(next(iter(loader())), 0)  # the streams after the run
+        module.training_step(next(iter(loader())), 0)  # random states after the run
         return module
 
     def check(
         self, folder: Path, network: Callable[[], nn.Module], train: Callable[[], Any], **more: Any
     ) -> tuple[State, State]:
-        """Training is the same to the bit with and without; returns the states at its end."""
+        """Check that training is bit-identical with and without; return both final states."""
         alone, validations = network(), Validations()
         first = self.run(folder, network=alone, train=train(), **more)
         precise = network()
@@ -449,7 +449,7 @@ class TestLeftAlone:
         return states
 
     @pytest.mark.parametrize("name", LOADERS)
-    def test_training_is_the_same_to_the_bit(self, tmp_path: Path, name: str) -> None:
+    def test_training_is_bit_identical(self, tmp_path: Path, name: str) -> None:
         before, after = self.check(tmp_path, partial(mlp, dropout=0.5), LOADERS[name])
         for key, value in statistics(before).items():
             assert not torch.equal(value, after[key]), key
@@ -458,12 +458,12 @@ class TestLeftAlone:
         self.check(tmp_path, partial(mlp, bn_lightning, dropout=0.5), LOADERS["shuffled"])
 
     def test_while_gradients_accumulate(self, tmp_path: Path) -> None:
-        """A validation between the batches of a step leaves their gradients alone."""
+        """A validation between the batches of a step does not change their gradients."""
         more = {"accumulate_grad_batches": 2, "val_check_interval": 1}
         self.check(tmp_path, partial(mlp, dropout=0.5), LOADERS["shuffled"], **more)
 
     def test_buffers_of_other_modules(self, tmp_path: Path) -> None:
-        """Spectral normalisation takes a step of the power method in each forward of training."""
+        """Spectral normalization updates its buffers in each training forward."""
 
         def network() -> nn.Module:
             layers = mlp()
@@ -535,7 +535,7 @@ class TestLeftAlone:
         assert_same(*heads)
 
     def test_a_data_set_that_keeps_what_it_makes(self, tmp_path: Path) -> None:
-        """Lightning validates in inference mode, whose tensors cannot be trained with."""
+        """Lightning validates in inference mode; training cannot use inference tensors."""
 
         class Lazy(Dataset):
             def __init__(self) -> None:
@@ -556,7 +556,7 @@ class TestLeftAlone:
 
 class TestResuming:
     @pytest.mark.parametrize("saved_at", [2, 3, 4], ids=str)
-    def test_goes_on_to_the_same_bits(self, tmp_path: Path, saved_at: int) -> None:
+    def test_resuming_is_bit_identical(self, tmp_path: Path, saved_at: int) -> None:
         class Save(Callback):
             def save(self, trainer: Trainer, *_: Any) -> None:
                 if trainer.global_step == saved_at and not trainer.sanity_checking:
@@ -578,7 +578,7 @@ class TestResuming:
         assert_same(resumed_state, state)
 
     def test_the_position_in_the_epoch(self, tmp_path: Path) -> None:
-        """The second pass does not move that of the training loader."""
+        """The second pass does not move the training loader."""
         train = TensorBatches(*tensors(30), 6, shuffle=True, drop_last=True)
         positions = []
 
@@ -598,7 +598,7 @@ class TestResuming:
 
     @pytest.mark.parametrize("when", ["validation", "end"])
     def test_checkpoints(self, tmp_path: Path, when: Any) -> None:
-        """Those after the estimate hold it; at the end they are written before."""
+        """Checkpoints have the new statistics, except with "end", which comes after them."""
         network, validations = mlp(), Validations()
         checkpoints = RunCheckpoints(tmp_path, monitor="val/loss", mode="min")
         callbacks = (validations, checkpoints, PreciseBatchNorm(1000, when))
@@ -638,7 +638,7 @@ class TestWhen:
         assert enabled == [True, True, False, False]
 
     def test_at_the_end(self, tmp_path: Path) -> None:
-        """Validations see the running averages, as without the callback."""
+        """Validations use the running averages, as without the callback."""
         seen = []
         for callbacks in ((), (PreciseBatchNorm(1000, "end"),)):
             network, validations, data = mlp(), Validations(), Counted(batches(6, 6))
@@ -682,7 +682,7 @@ class TestWhen:
         assert_same(state_of(network), state)
 
     def test_of_the_loader_of_the_epoch(self, tmp_path: Path) -> None:
-        """`reload_dataloaders_every_n_epochs` exchanges it."""
+        """`reload_dataloaders_every_n_epochs` replaces the loader."""
         made: list[Counted] = []
 
         class Reloading(Module):
@@ -704,7 +704,7 @@ class TestWhen:
             reload_dataloaders_every_n_epochs=1,
         )
         trainer.fit(module, val_dataloaders=loader())
-        # Two to train and one to estimate; Lightning itself may try a new loader first.
+        # Two for training, one for the statistics; Lightning may first read from a new loader.
         assert [data.read[-3:] for data in made] == [[0, 1, 0]] * 2
 
 
@@ -712,7 +712,7 @@ class TestErrors:
     @makers
     @pytest.mark.parametrize("when", ["validation", "end"])
     @pytest.mark.parametrize("where", ["forward", "loader", "empty"])
-    def test_statistics_stay_as_they_were(
+    def test_statistics_do_not_change(
         self, tmp_path: Path, make: Any, when: Any, where: str
     ) -> None:
         network = mlp(make, momentum=0.3)
@@ -752,7 +752,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="`num_samples`.*at least 2, got 1"):
             PreciseBatchNorm(1)
 
-    def test_another_time(self) -> None:
+    def test_an_unknown_time(self) -> None:
         with pytest.raises(ValueError, match="`when`.*validation or end, got 'now'"):
             PreciseBatchNorm(10, "now")  # type: ignore[arg-type]
 
@@ -767,7 +767,7 @@ class TestRefused:
     }
 
     @pytest.mark.parametrize("kind", LOADERS)
-    def test_loaders_that_cannot_be_read_meanwhile(self, tmp_path: Path, kind: str) -> None:
+    def test_loaders_that_cannot_be_iterated_twice(self, tmp_path: Path, kind: str) -> None:
         make, message = self.LOADERS[kind]
         module = Module(mlp())
         with pytest.raises(ValueError, match=f"PreciseBatchNorm.*{message}.*`dataloader`"):
@@ -791,7 +791,7 @@ class TestRefused:
 
 
 def test_two_ranks_average(tmp_path: Path, two_ranks: dict[str, Any]) -> None:
-    """Each rank averages its own part of the examples, then all have the mean over the ranks."""
+    """Each rank averages its own examples; the result is the mean over the ranks."""
 
     class Report(Callback):
         def on_validation_batch_start(self, trainer: Trainer, module: Module, *_: Any) -> None:
@@ -803,7 +803,7 @@ def test_two_ranks_average(tmp_path: Path, two_ranks: dict[str, Any]) -> None:
             }
             torch.save(report, tmp_path / f"{trainer.global_rank}.pt")
 
-    # The order in which two processes add to a gradient does not matter: there is no training.
+    # lr=0, because the order of summation in the gradient would change the weights.
     fit(
         tmp_path,
         Module(mlp(), lr=0.0),

@@ -1,4 +1,4 @@
-"""`best.ckpt`, `last.ckpt` and the signals: whenever a run is stopped, it can go on."""
+"""RunCheckpoints: `best.ckpt`, `last.ckpt` and signals; a stopped run can resume."""
 
 import signal
 import subprocess
@@ -23,9 +23,9 @@ from bn_lightning.data.batches import TensorBatches
 from bn_lightning.runs.interruption import SIGNALS, Interrupted
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # What Lightning says of small data, and of a folder that a resumed run writes to again.
+    # Lightning's advice for larger data, and its warning when a resumed run reuses a folder.
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
@@ -36,7 +36,7 @@ signums = pytest.mark.parametrize("signum", SIGNALS, ids=[signum.name for signum
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[dict[int, Any]]:
-    """Handlers of the signals before each test, and after it whatever it left."""
+    """Return the signal handlers before the test, and restore them after it."""
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     yield before
     for signum, handler in before.items():
@@ -44,7 +44,7 @@ def handlers() -> Iterator[dict[int, Any]]:
 
 
 class At(Callback):
-    """Does something in a hook, once, when so many steps have been taken."""
+    """Calls a function once in a hook, at a given step."""
 
     def __init__(self, hook: str, step: int, action: Any) -> None:
         self.step, self.action, self.done = step, action, False
@@ -61,7 +61,7 @@ def send(signum: int, hook: str, step: int, times: int = 1) -> At:
 
 
 class Validations(Callback):
-    """Keeps the steps at which the Trainer has validated."""
+    """Records the steps at which the Trainer validates."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -71,7 +71,7 @@ class Validations(Callback):
 
 
 class Scores(LightningModule):
-    """Its validation scores are given, one for each validation."""
+    """Has given scores, one per validation."""
 
     def __init__(self, *scores: float) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def fit(
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> LightningModule:
-    """Ten steps, two epochs, validated after the steps 4 and 8."""
+    """Return a Trainer for ten steps, two epochs, with validation after steps 4 and 8."""
     module = module or classifier()
     monitor = "score" if isinstance(module, Scores) else "val/accuracy"
     defaults = {"max_steps": 10, "val_check_interval": 4, "check_val_every_n_epoch": None}
@@ -223,7 +223,7 @@ class TestFiles:
         assert torch.equal(last["state_dict"]["network.0.weight"], module.network[0].weight)
 
     def test_where_the_run_stops_by_itself(self, tmp_path: Path) -> None:
-        """As after a divergence: at a step that nobody knew before, validated or not."""
+        """For example after a divergence, at any step, with or without validation."""
 
         class Stop(Callback):
             def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -243,19 +243,19 @@ class TestFiles:
         assert not (tmp_path / "kept").exists()
 
     @pytest.mark.filterwarnings("ignore:.*Running in `fast_dev_run`.*")
-    def test_a_trial_run_of_lightnings_writes_nothing(self, tmp_path: Path) -> None:
+    def test_fast_dev_run_writes_nothing(self, tmp_path: Path) -> None:
         fit(tmp_path, fast_dev_run=2)
         assert not (tmp_path / "kept").exists()
 
-    def test_a_metric_that_nobody_logs(self, tmp_path: Path) -> None:
+    def test_a_metric_that_is_not_logged(self, tmp_path: Path) -> None:
         with pytest.raises(MisconfigurationException, match="typo"):
             fit(tmp_path, checkpoints=RunCheckpoints(tmp_path / "kept", "typo", "max"))
 
     @pytest.mark.parametrize("with_dirpath", [True, False])
-    def test_what_a_strangers_checkpoint_names_is_not_removed(
+    def test_files_named_by_another_runs_checkpoint_are_not_deleted(
         self, tmp_path: Path, with_dirpath: bool
     ) -> None:
-        """Lightning removes, folders too, the checkpoint that a better one takes the place of."""
+        """Lightning deletes the file or folder that a better checkpoint replaces."""
         fit(tmp_path, module=Scores(0.1, 0.2), max_steps=8)
         victim = tmp_path / "victim"
         victim.mkdir()
@@ -299,7 +299,7 @@ class TestSignal:
         assert load(tmp_path)["global_step"] == load(tmp_path, "best")["global_step"] == 4
 
     @signums
-    def test_before_the_first_step_it_waits_for_that(self, tmp_path: Path, signum: int) -> None:
+    def test_before_the_first_step_it_waits_for_that_step(self, tmp_path: Path, signum: int) -> None:
         with pytest.raises(Interrupted):
             fit(tmp_path, send(signum, "on_train_epoch_start", 0))
         assert load(tmp_path)["global_step"] == 1
@@ -357,7 +357,7 @@ class TestHandlers:
             fit(tmp_path, At("on_train_batch_start", 2, fail))
         self.assert_restored(handlers)
 
-    def test_a_program_with_an_answer_of_its_own(self, tmp_path: Path) -> None:
+    def test_a_program_with_its_own_handlers(self, tmp_path: Path) -> None:
         asked = []
         checkpoints = RunCheckpoints(tmp_path / "kept", "val/accuracy", "max")
         checkpoints.handles_signals = False
@@ -377,7 +377,7 @@ class TestHandlers:
 class TestGoingOn:
     @pytest.mark.parametrize("step", range(1, 10))
     def test_bit_for_bit_from_any_step(self, tmp_path: Path, step: int) -> None:
-        """Within an epoch, at its end (5), where a validation follows (4, 8)."""
+        """Within an epoch, at its end (5), and where a validation follows (4, 8)."""
         whole, part = Validations(), Validations()
         fit(tmp_path / "whole", whole)
         with pytest.raises(Interrupted):
@@ -423,8 +423,8 @@ class TestGoingOn:
         assert load(tmp_path, "best")["global_step"] == 4
         assert load(tmp_path)["global_step"] == 10
 
-    def test_a_script_of_ones_own_in_a_process_of_its_own(self, tmp_path: Path) -> None:
-        """Who wants an exit code makes it from the exception."""
+    def test_a_script_in_its_own_process(self, tmp_path: Path) -> None:
+        """The script makes its exit code from the exception."""
         script = f"""
 import os, signal, sys, warnings
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -444,7 +444,7 @@ except Interrupted as interrupted:
 
 
 class Endless(IterableDataset):
-    """A set that does not say how long it is: seven batches."""
+    """A data set of seven batches without a length."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(0)
@@ -477,13 +477,15 @@ VALIDATED: dict[str, dict[str, Any]] = {
 
 class TestValidationFollows:
     @pytest.mark.parametrize("options", VALIDATED.values(), ids=VALIDATED.keys())
-    def test_it_says_what_the_trainer_does(self, tmp_path: Path, options: dict[str, Any]) -> None:
-        said: list[bool] = []
+    def test_it_predicts_what_the_trainer_does(
+        self, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        predicted: list[bool] = []
         happened: list[bool] = []
 
         class Listen(Callback):
             def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-                said.append(validation_follows(trainer))
+                predicted.append(validation_follows(trainer))
                 happened.append(False)
 
             def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
@@ -492,23 +494,23 @@ class TestValidationFollows:
         if options.get("train") == "endless":
             options = {**options, "train": DataLoader(Endless(), batch_size=None)}
         fit(tmp_path, Listen(), **options)
-        assert said == happened
-        assert len(said) >= 10
+        assert predicted == happened
+        assert len(predicted) >= 10
 
     @pytest.mark.parametrize("min_steps", [None, 6])
     def test_when_the_run_is_to_stop(self, tmp_path: Path, min_steps: int | None) -> None:
-        said: list[bool] = []
+        predicted: list[bool] = []
         happened: list[bool] = []
 
         class Listen(Callback):
             def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
                 trainer.should_stop = trainer.global_step >= 3
-                said.append(validation_follows(trainer))
+                predicted.append(validation_follows(trainer))
                 happened.append(False)
 
             def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
                 happened[-1] = True
 
         fit(tmp_path, Listen(), min_steps=min_steps)
-        assert said == happened
-        assert len(said) == (min_steps or 3)
+        assert predicted == happened
+        assert len(predicted) == (min_steps or 3)

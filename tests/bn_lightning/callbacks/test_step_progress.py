@@ -1,4 +1,4 @@
-"""The progress bar: nothing without a terminal; loss, accuracy and speed in one."""
+"""StepProgress: loss, accuracy and speed in a terminal; nothing without one."""
 
 import re
 from functools import partial
@@ -15,14 +15,14 @@ from bn_lightning.callbacks import StepProgress
 from bn_lightning.data.batches import TensorBatches
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
 ]
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes Rich take stderr for a terminal of the common width."""
+    """Make Rich treat stderr as a terminal 80 columns wide."""
     for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "80"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -51,7 +51,7 @@ def fit(folder: Path, progress: StepProgress, *callbacks: Callback, **options: A
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was drawn on stderr, without the terminal's control sequences."""
+    """Return the text drawn on stderr, without control sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
 
 
@@ -84,14 +84,14 @@ def test_one_bar_from_the_first_step_to_the_last(
         ("accuracy", "train/accuracy"),
         ("val", "val/accuracy"),
     ):
-        # Three decimals at least.
+        # At least three decimals.
         assert number(label, last) == pytest.approx(
             trainer.callback_metrics[name].item(), abs=5.1e-4
         )
     assert re.search(r"\d+ steps/s", last)
 
 
-def test_it_comes_to_its_end_between_two_updates(
+def test_the_bar_is_complete_at_the_end(
     tmp_path: Path, terminal: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(tmp_path, StepProgress(5))
@@ -122,7 +122,7 @@ def test_a_run_without_end(
 def test_nothing_when_disabled(
     tmp_path: Path, terminal: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As Lightning does on every rank but the first."""
+    """Lightning disables the bar on every rank but the first."""
     progress = StepProgress(1)
     progress.disable()
     fit(tmp_path, progress)
@@ -132,10 +132,10 @@ def test_nothing_when_disabled(
     assert frames(shown(capsys))
 
 
-def test_an_error_gives_the_terminal_back(
+def test_an_error_restores_the_terminal(
     tmp_path: Path, terminal: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rich hides the cursor while it draws, in a thread of its own."""
+    """Rich hides the cursor while it draws, in its own thread."""
 
     class Fail(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The step at which an accuracy was first reached."""
+"""StepsToAccuracy: the first step at which validation reaches an accuracy."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
 from bn_lightning.runs.metrics_csv import read_metrics
 
 pytestmark = [
-    # Lightning 2.6 asks torch 2.13 for a class that the latter has deprecated.
+    # Lightning 2.6 uses a class that torch 2.13 deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # What Lightning says of a folder in which a run goes on.
+    # Lightning warns when a resumed run reuses a folder.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty.*"),
 ]
 
@@ -24,7 +24,7 @@ NAME = "val/steps_to_72.2"
 
 
 class Scripted(LightningModule):
-    """Validates with the accuracies that it is given, by the optimiser's step."""
+    """Validates with given accuracies, by optimizer step."""
 
     def __init__(self, accuracies: dict[int, float]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_a_sanity_check_does_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("threshold", "name"), [(0.5, "val/steps_to_50"), (0.999, "val/steps_to_99.9")], ids=str
 )
-def test_the_name_says_the_threshold(threshold: float, name: str) -> None:
+def test_the_name_contains_the_threshold(threshold: float, name: str) -> None:
     assert watching(threshold).name == name
     assert StepsToAccuracy(threshold, "accuracy").name == name.removeprefix("val/")
 
@@ -116,6 +116,6 @@ def test_a_threshold_out_of_range(threshold: float) -> None:
         watching(threshold)
 
 
-def test_an_accuracy_that_nobody_logs(tmp_path: Path) -> None:
+def test_an_accuracy_that_is_not_logged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`monitor`.*val/accuracy, got 'test/acc'"):
         fit(tmp_path, {}, StepsToAccuracy(0.5, "test/acc"))
