@@ -57,9 +57,13 @@ def _message(error: BaseException) -> str:
         case InterpolationResolutionError():
             # The message of what a resolver raised follows OmegaConf's.
             return text.partition("raised while resolving interpolation: ")[2] or text
-        case InstantiationException():
-            name = re.search(r"Error locating target '(.+?)'", text)
-            return text + (moved_hint(name[1]) if name else "")
+        case ImportError() if target := re.match(r"Error loading '(.+?)'", text):
+            name = target[1]
+            hint = (
+                moved_hint(name) or f": {error.__cause__}; correct the name or install its package"
+            )
+            key = f"{built}._target_".removeprefix(".")
+            return f"expected `{key}` to be a name that can be found, got {name}{hint}"
         case OSError(filename=str() | bytes() as name):
             return f"{os.fsdecode(name)}: {error.strerror}; repair this place or choose another"
         case OSError(strerror=str()):

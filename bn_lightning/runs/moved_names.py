@@ -18,12 +18,12 @@ _MOVED = {
 
 
 def moved_hint(name: str) -> str:
-    """Return what to write instead of a dotted name of version 0.1.0, "" for any other name."""
+    """Return what to do about a dotted name of version 0.1.0, "" for any other name."""
     package, _, rest = name.partition(".")
     module, _, attribute = rest.partition(".")
     if package != "bn_lightning" or module not in _MOVED:
         return ""
     return (
-        f"; bn_lightning 0.1.0 had that name, version 0.2.0 moved it to"
-        f" {package}.{_MOVED[module]}.{attribute}"
+        f"; bn_lightning 0.1.0 wrote that name: use version 0.1.0, or write"
+        f" {package}.{_MOVED[module]}.{attribute}, where version 0.2.0 has it"
     )

@@ -74,6 +74,28 @@ def test_errors(command, trained):
         assert words in lines[0]
 
 
+def test_checkpoints_of_version_0_1_0(command, trained):
+    """They are read, unless they name what has moved or arguments that are gone."""
+    checkpoint = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+    config = checkpoint["hyper_parameters"]["config"]
+    config |= {"trusted": [], "logger": {"csv": {"_target_": "bn_lightning.metrics_logger.Gone"}}}
+    torch.save(checkpoint, "old")
+    result = command(evaluate.main, "ckpt_path=old")
+    assert result.code == 0, result.err
+
+    layers = [{"_target_": "bn_lightning.batch_norm.BatchNorm1d", "num_features": 3}]
+    own = {**config["model"], "network": {"_target_": "torch.nn.Sequential", "_args_": layers}}
+    for changed, words in (
+        ({"model": own}, "version 0.1.0, or write bn_lightning.modules.batch_norm.BatchNorm1d"),
+        ({"data": {**config["data"], "gone": 1}}, "this version of bn_lightning knows"),
+    ):
+        checkpoint["hyper_parameters"]["config"] = config | changed
+        torch.save(checkpoint, "old")
+        result = command(evaluate.main, "ckpt_path=old")
+        assert result.code == 1 and result.err.count("\n") == 1
+        assert words in result.err
+
+
 def test_no_pickle_is_loaded(command, tmp_path):
     class Hostile:
         def __reduce__(self):

@@ -444,15 +444,41 @@ def test_a_strangers_run_is_not_evaluated_when_resumed(command):
     experiment = ("+experiment=placement", "trainer.val_check_interval=5", *BARE)
     run = command(main, *experiment, "trainer.max_steps=10").directory
     record = read_run(run)
-    made = "${oc.create:{_target_:os.mkdir,_args_:[made]}}"
-    record["config"]["trainer"]["max_steps"] = "\\" + made
-    record["config"]["scheduler"]["T_max"] = made
-    record["config"]["model"]["scheduler"]["T_max"] = made
-    write_json(run / "run.json", record)
     last = f"ckpt_path={run}/checkpoints/last.ckpt"
-    result = command(main, *experiment, "trainer.max_steps=20", last)
-    assert result.code == 1 and "run.json to be a plain value" in result.err
-    assert not Path("made").exists()
+    made = "${oc.create:{_target_:os.mkdir,_args_:[made]}}"
+    node = {"_target_": "os.mkdir", "_args_": ["made"]}
+    for steps, derived, words in (
+        ("\\" + made, made, "run.json to be a plain value"),
+        (node, node, "got another model, scheduler"),
+    ):
+        record["config"]["trainer"]["max_steps"] = steps
+        record["config"]["scheduler"]["T_max"] = derived
+        record["config"]["model"]["scheduler"]["T_max"] = derived
+        write_json(run / "run.json", record)
+        result = command(main, *experiment, "trainer.max_steps=20", last)
+        assert result.code == 1 and words in result.err, result.err
+        assert not Path("made").exists()
+
+
+def test_a_run_of_version_0_1_0_is_resumed_if_its_configuration_is_the_same(command):
+    """Its loggers and its profiler have other names, and `trusted` was a key."""
+    run = command(main, *SHORT, *BARE, "trainer.max_steps=40").directory
+    record = read_run(run)
+    record["versions"]["bn-lightning"] = "0.1.0"
+    config = record["config"] | {"trusted": []}
+    config["logger"]["csv"]["_target_"] = "bn_lightning.metrics_logger.MetricsCSVLogger"
+    config["trainer"]["profiler"]["_target_"] = "bn_lightning.no_profiler.NoProfiler"
+    write_json(run / "run.json", record | {"config": config})
+    resume = (*SHORT, *BARE, f"ckpt_path={run}/checkpoints/last.ckpt")
+    result = command(main, *resume)
+    assert result.code == 0, result.err
+    assert (read_run(run)["steps"], read_run(run)["resumed_at"]) == (50, [40])
+
+    config["data"]["an_old_argument"] = 7
+    write_json(run / "run.json", record | {"config": config})
+    result = command(main, *resume, "trainer.max_steps=60")
+    assert result.code == 1 and result.err.count("\n") == 1
+    assert "got another data; resume it with bn_lightning 0.1.0, which wrote it" in result.err
 
 
 def test_inputs_that_are_not_numbers_are_an_error_of_the_data(command, monkeypatch):

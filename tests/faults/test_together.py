@@ -38,7 +38,7 @@ def test_two_runs_in_the_same_directory(tmp_path, command):
 
     again = command(main, *ARGUMENTS, "seed=2", "hydra.run.dir=one")
     assert again.code == 1
-    assert "expected a directory without a run" in one_line_error(again.err)
+    assert "to be a directory without a run" in one_line_error(again.err)
     check_same_end(alone, tmp_path / "one")
 
 

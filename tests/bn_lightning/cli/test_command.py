@@ -127,7 +127,16 @@ LINES = {
         (20, "Not a directory", "é\n\x1b[2J\u2028caf\udce9"),
         ["é\\n\\x1b[2J\\u2028caf\udce9: Not a directory; repair this place"],
     ),
-    "no_such_target": (instantiate, (target("bn_lightning.Nothing"),), ["bn_lightning.Nothing"]),
+    "no_such_target": (
+        instantiate,
+        (target("bn_lightning.Nothing"),),
+        ["expected `_target_`", "got bn_lightning.Nothing", "correct it"],
+    ),
+    "target_of_version_0.1.0": (
+        instantiate,
+        ({"csv": target("bn_lightning.metrics_logger.MetricsCSVLogger", save_dir=".")},),
+        ["`csv._target_`", "0.1.0", "bn_lightning.plugins.metrics_logger.MetricsCSVLogger"],
+    ),
 }
 
 
@@ -273,7 +282,7 @@ class TestHydraCommand:
         setting = "hydra.sweeper.storage=postgresql://user:geheim@host/db"
         done = self.run(tmp_path, *mode, setting)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("error: `storage` expected its password from the environment")
+        assert done.stderr.startswith("error: expected `storage` to take its password from the env")
         assert "geheim" not in done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["task.py"]
 

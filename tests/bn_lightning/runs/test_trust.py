@@ -57,7 +57,10 @@ def test_classes_and_functions_of_models(name):
         ("lightning.pytorch.cli.LightningCLI", "got lightning.pytorch.cli.LightningCLI; if"),
         ("lightning.Trainer", "got lightning.Trainer; if"),
         # Of version 0.1.0, and moved since.
-        ("bn_lightning.batch_norm.BatchNorm1d", "moved it to bn_lightning.modules.batch_norm.B"),
+        (
+            "bn_lightning.batch_norm.BatchNorm1d",
+            "write bn_lightning.modules.batch_norm.BatchN",
+        ),
         ("bn_lightning.sync.SyncBatchNorm", "bn_lightning.modules.sync_batch_norm.SyncBatchNorm"),
     ],
 )
