@@ -217,7 +217,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a.x, a.residual, a.weight, a.bias, a.activation, a.negative_slope, writes_mask=writes_mask
     )
     y, mask, mean, rstd = run_forward(call, running, a.eps, training=a.training)
-    return y, mean, rstd, _or_empty(mask, a.x)
+    return y, mean, rstd, or_empty(mask, a.x)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -225,7 +225,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(as_layout(x, is_channels_last(x)))
     mean, rstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     mask = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if writes_mask else None
-    return y, mean, rstd, _or_empty(mask, x)
+    return y, mean, rstd, or_empty(mask, x)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -234,10 +234,10 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call, needs, _ = _unpack_backward(*arguments)
     dx, dresidual, dweight, dbias = run_backward(call, needs)
     return (
-        _or_empty(dx, call.dy),
-        _or_empty(dweight, call.mean),
-        _or_empty(dbias, call.mean),
-        _or_empty(dresidual, call.dy),
+        or_empty(dx, call.dy),
+        or_empty(dweight, call.mean),
+        or_empty(dbias, call.mean),
+        or_empty(dresidual, call.dy),
     )
 
 
@@ -246,10 +246,10 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dresidual = call.in_layout().new_gradients(needs)
     dweight, dbias = call.new_sums() if needs.affine else (None, None)
     return (
-        _or_empty(dx, call.dy),
-        _or_empty(dweight, call.mean),
-        _or_empty(dbias, call.mean),
-        _or_empty(dresidual, call.dy),
+        or_empty(dx, call.dy),
+        or_empty(dweight, call.mean),
+        or_empty(dbias, call.mean),
+        or_empty(dresidual, call.dy),
     )
 
 
@@ -262,7 +262,7 @@ def _unpack_backward(*arguments: Any) -> tuple[Backward, BackwardNeeds, float]:
     return call, BackwardNeeds(training, dx=dx, affine=affine, dresidual=dresidual), eps
 
 
-def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(value: Tensor | None, like: Tensor) -> Tensor:
     """Return `value`, or a tensor of shape (0,) for None, which an op cannot return."""
     return like.new_empty(0) if value is None else value
 

@@ -216,8 +216,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         y, mask = a.normalize(writes_mask)
         ctx.mark_non_differentiable(mask)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            a.total_count,
+        # The fields of `Backward` from x to bias.
+        fields = (
             a.x,
             a.residual if from_z else None,
             y if saves_output(a.activation, has_residual) else None,
@@ -227,6 +227,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             a.weight,
             a.bias if from_z else None,
         )
+        ctx.save_for_backward(a.total_count, *fields)
         ctx.options = (is_channels_last(a.x), a.activation, a.negative_slope)
         ctx.ranks = _Ranks(a.eps, a.triton, a.group_name)
         ctx.dtypes = [None if t is None else t.dtype for t in (a.weight, a.bias)]
@@ -307,8 +308,8 @@ def _differentiable_backward(
     x = x.to(call.mean.dtype)
     total_count = total_count.to(x.dtype).clamp(min=1.0)
     mean = _AllReduce.apply(reference.channel_sum(x), ranks.group_name) / total_count
-    centred = x - reference.as_channels(mean, x)
-    var = _AllReduce.apply(reference.channel_sum(centred * centred), ranks.group_name) / total_count
+    centered = x - reference.as_channels(mean, x)
+    var = _AllReduce.apply(reference.channel_sum(centered * centered), ranks.group_name) / total_count
     call = call._replace(mean=mean, rstd=torch.rsqrt(var + ranks.eps))
     sums = batch_norm_backward_reduce(call, triton=False)
     means = _AllReduce.apply(sums, ranks.group_name) / total_count

@@ -29,6 +29,7 @@ from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import activate, upper_branch
 from bn_lightning.kernels.arguments import BACKWARD_SCHEMA, Backward, BackwardNeeds, Forward
 from bn_lightning.kernels.dispatch import as_layout, check_device, is_channels_last, schedule_of
+from bn_lightning.kernels.ops import or_empty
 
 # A count travels as two numbers below 2^24, because fp32 holds each of them exactly.
 _HALF = 1 << 24
@@ -118,10 +119,10 @@ def batch_norm_elemt(
     if call.residual is not None:
         z = z + call.residual.to(mean.dtype)
     y = z if activation == "identity" else activate(z, activation, call.negative_slope)
-    mask = _no_mask(x)
+    mask = None
     if call.writes_mask:
         mask = reference.pack_mask(upper_branch(z, activation), is_channels_last(x))
-    return y.to(x.dtype), mask
+    return y.to(x.dtype), or_empty(mask, x)
 
 
 def batch_norm_backward_reduce(call: Backward, triton: bool) -> Tensor:
@@ -206,17 +207,13 @@ def _elemt(mean: Tensor, rstd: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
     schedule = schedule_of(call.x, channels_last, writes_mask=call.writes_mask, cumulative=False)
     with torch.cuda.device_of(call.x):
         y, mask = launch_normalize(call, mean, rstd, schedule)
-    return y, _no_mask(y) if mask is None else mask
+    return y, or_empty(mask, y)
 
 
 def _fake_elemt(mean: Tensor, rstd: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     call = Forward(*arguments)
     y, mask = call.in_layout(is_channels_last(call.x)).new_outputs()
-    return y, _no_mask(y) if mask is None else mask
-
-
-def _no_mask(x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=torch.uint8)
+    return y, or_empty(mask, y)
 
 
 def _backward_reduce(*arguments: Any) -> Tensor:
@@ -248,7 +245,7 @@ def _backward_elemt(
     dbias_C, dweight_C = (means * schedule.values_per_channel).unbind()
     with torch.cuda.device_of(call.dy):
         dx, dresidual = input_gradients(call, needs, dweight_C, dbias_C, schedule)
-    return _or_empty(dx, call.dy), _or_empty(dresidual, call.dy)
+    return or_empty(dx, call.dy), or_empty(dresidual, call.dy)
 
 
 def _fake_backward_elemt(
@@ -257,11 +254,7 @@ def _fake_backward_elemt(
     call = Backward(*arguments).in_layout()
     needs = BackwardNeeds(training=True, dx=needs_dx, affine=False, dresidual=needs_dresidual)
     dx, dresidual = call.new_gradients(needs)
-    return _or_empty(dx, call.dy), _or_empty(dresidual, call.dy)
-
-
-def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if value is None else value
+    return or_empty(dx, call.dy), or_empty(dresidual, call.dy)
 
 
 _LIBRARY = torch.library.Library("bn_lightning", "FRAGMENT")
