@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bn_lightning.kernels.dispatch import as_layout, contiguous
+from bn_lightning.kernels.schedule import Schedule, as_constexpr
 
 
 class Forward(NamedTuple):
@@ -42,17 +43,14 @@ class Forward(NamedTuple):
             bias=contiguous(self.bias),
         )
 
-    @property
-    def elementwise(self) -> dict[str, Any]:
-        """What every kernel that writes y reads, but for mean and rstd."""
-        return {
-            "x_ptr": self.x,
-            "residual_ptr": self.residual,
-            "weight_ptr": self.weight,
-            "bias_ptr": self.bias,
-            "negative_slope": self.negative_slope,
-            "ACTIVATION": self.activation,
-        }
+    def tensors(self, y: Tensor, mask: Tensor | None) -> "ForwardTensors":
+        """Return what a kernel that writes `y` reads and writes."""
+        activation = as_constexpr(self.activation)
+        return ForwardTensors(self.x, self.residual, y, mask, self.negative_slope, activation)
+
+    def channels(self, mean: Tensor, rstd: Tensor) -> "ChannelTensors":
+        """Return the per-channel tensors."""
+        return ChannelTensors(mean, rstd, self.weight, self.bias)
 
     def new_outputs(self) -> tuple[Tensor, Tensor | None]:
         """Allocate y and, if it is written, the mask of the derivative: one bit per element."""
@@ -90,15 +88,24 @@ class RunningStatistics(NamedTuple):
         tensors = (self.mean, self.var, self.num_batches_tracked)
         torch.autograd.graph.increment_version([v for v in tensors if v is not None])
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What every kernel that ends the statistics reads and writes."""
-        return {
-            "running_mean_ptr": self.mean,
-            "running_var_ptr": self.var,
-            "tracked_ptr": self.num_batches_tracked,
-            "momentum": self.momentum or 0.0,
-        }
+
+class Partials(NamedTuple):
+    """The statistics of each split of each channel, (S, C) fp32 each; pointers in a kernel.
+
+    Attributes:
+        count_ptr: values.
+        mean_ptr: their mean.
+        root_ptr: sqrt(M2), with M2 = sum (x - mean)^2.
+    """
+
+    count_ptr: Any
+    mean_ptr: Any
+    root_ptr: Any
+
+    @classmethod
+    def empty(cls, x: Tensor, schedule: Schedule) -> "Partials":
+        """Allocate the partials of `x`."""
+        return cls(*x.new_empty((3, schedule.splits, schedule.C), dtype=torch.float32).unbind())
 
 
 # The fields of `Backward` in the schemas of the ops of sync_ops.py.
@@ -151,22 +158,32 @@ class Backward(NamedTuple):
             bias=contiguous(self.bias),
         )
 
+    def tensors(
+        self,
+        dx: Tensor | None = None,
+        dresidual: Tensor | None = None,
+        inverse_count: float = 0.0,
+        training: bool = False,
+    ) -> "BackwardTensors":
+        """Return what a kernel of the backward reads and writes; by default it writes no dx."""
+        return BackwardTensors(
+            self.dy,
+            self.x,
+            self.residual,
+            self.y,
+            self.mask,
+            dx,
+            dresidual,
+            inverse_count,
+            self.negative_slope,
+            as_constexpr(self.activation),
+            as_constexpr(training),
+        )
+
     @property
-    def gradient(self) -> dict[str, Any]:
-        """What every kernel needs that computes g and x_hat."""
-        return {
-            "dy_ptr": self.dy,
-            "x_ptr": self.x,
-            "residual_ptr": self.residual,
-            "y_ptr": self.y,
-            "mask_ptr": self.mask,
-            "mean_ptr": self.mean,
-            "rstd_ptr": self.rstd,
-            "weight_ptr": self.weight,
-            "bias_ptr": self.bias,
-            "negative_slope": self.negative_slope,
-            "ACTIVATION": self.activation,
-        }
+    def channels(self) -> "ChannelTensors":
+        """The per-channel tensors."""
+        return ChannelTensors(self.mean, self.rstd, self.weight, self.bias)
 
     def new_gradients(self, needs: "BackwardNeeds") -> tuple[Tensor | None, Tensor | None]:
         """Allocate dx and dresidual, each None if it is not needed."""
@@ -198,3 +215,69 @@ def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Allocate mean and rstd of `x`, each (C,) fp32."""
     mean_C = x.new_empty(x.shape[1], dtype=torch.float32)
     return mean_C, torch.empty_like(mean_C)
+
+
+class ForwardTensors(NamedTuple):
+    """What a kernel that writes y takes; tensors are pointers there.
+
+    Attributes:
+        x_ptr: (N, C, L).
+        residual_ptr: (N, C, L) or None.
+        y_ptr: (N, C, L), written.
+        mask_ptr: (ceil(N * C * L / 8),) uint8, written, or None.
+        negative_slope: of leaky_relu.
+        ACTIVATION: constexpr, a key of `ACTIVATIONS`.
+    """
+
+    x_ptr: Any
+    residual_ptr: Any
+    y_ptr: Any
+    mask_ptr: Any
+    negative_slope: Any
+    ACTIVATION: Any
+
+
+class BackwardTensors(NamedTuple):
+    """What a kernel of the backward takes; tensors are pointers there.
+
+    Attributes:
+        dy_ptr: (N, C, L).
+        x_ptr: (N, C, L), or None if neither dx nor z needs it.
+        residual_ptr: (N, C, L) or None.
+        y_ptr: (N, C, L) or None.
+        mask_ptr: (ceil(N * C * L / 8),) uint8 or None.
+        dx_ptr: (N, C, L), written, or None.
+        dresidual_ptr: (N, C, L), written, or None.
+        inverse_count: 1 / M.
+        negative_slope: of leaky_relu.
+        ACTIVATION: constexpr, a key of `ACTIVATIONS`.
+        TRAINING: constexpr, whether dx goes through mean and rstd.
+    """
+
+    dy_ptr: Any
+    x_ptr: Any
+    residual_ptr: Any
+    y_ptr: Any
+    mask_ptr: Any
+    dx_ptr: Any
+    dresidual_ptr: Any
+    inverse_count: Any
+    negative_slope: Any
+    ACTIVATION: Any
+    TRAINING: Any
+
+
+class ChannelTensors(NamedTuple):
+    """The per-channel tensors of a kernel, (C,) each; pointers there.
+
+    Attributes:
+        mean_ptr: fp32.
+        rstd_ptr: fp32, 1 / sqrt(var + eps).
+        weight_ptr: any float dtype, or None for ones.
+        bias_ptr: any float dtype, or None for zeros.
+    """
+
+    mean_ptr: Any
+    rstd_ptr: Any
+    weight_ptr: Any
+    bias_ptr: Any

@@ -64,7 +64,7 @@ def check_device(x: Tensor) -> None:
         from bn_lightning.kernels import stats
 
         # What TRITON_INTERPRET was when the kernels were made is what counts.
-        if not isinstance(stats._bn_finish_statistics_kernel, JITFunction):
+        if not isinstance(stats._bn_forward_finish_statistics_kernel, JITFunction):
             return
     raise ValueError(
         f'expected `x` on a CUDA or ROCm device for `backend`="triton", got one on {x.device}; '

@@ -50,14 +50,14 @@ def run_forward(
                     "expected `running_mean` and `running_var` to be tensors in evaluation, got "
                     "None for at least one; pass both, or training=True"
                 )
-            mean, rstd = stats.evaluation_statistics(dense.mean, dense.var, eps)
+            mean, rstd = stats.load_running_statistics(dense.mean, dense.var, eps)
             y, mask = normalize.launch_normalize(call, mean, rstd, schedule)
         elif schedule.regime is Regime.SINGLE_LAUNCH:
             y, mask, mean, rstd = single_launch.forward(call, dense, eps, schedule)
         elif schedule.regime is Regime.PERSISTENT:
             y, mask, mean, rstd = persistent.forward(call, dense, eps, schedule)
         else:
-            partials = stats.partial_statistics(call.x, schedule)
+            partials = stats.compute_partials(call.x, schedule)
             mean, rstd = stats.finish_statistics(partials, dense, eps, schedule)
             y, mask = normalize.launch_normalize(call, mean, rstd, schedule)
     if training:

@@ -28,6 +28,8 @@ leave writes the zeros, and adds the batch to num_batches_tracked, which nobody 
 launches that run at the same time need counters of their own (`_counters`).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -36,21 +38,31 @@ from torch import Tensor
 from bn_lightning.kernels.arguments import (
     Backward,
     BackwardNeeds,
+    BackwardTensors,
+    ChannelTensors,
     Forward,
+    ForwardTensors,
+    Partials,
     RunningStatistics,
     new_statistics,
 )
-from bn_lightning.kernels.backward import sum_partials, walk_gradients, walk_sums
+from bn_lightning.kernels.backward import (
+    Sums,
+    store_sums,
+    sum_partials,
+    walk_gradients,
+    walk_sums,
+)
 from bn_lightning.kernels.normalize import walk_normalize
-from bn_lightning.kernels.schedule import Schedule
+from bn_lightning.kernels.schedule import Schedule, Tiling
 from bn_lightning.kernels.stats import (
     combine_partials,
     count_batch,
     finish_channels,
-    store_partials,
+    store_partial,
     walk_statistics,
 )
-from bn_lightning.kernels.tile import load_channels, scale_shift
+from bn_lightning.kernels.tile import count_tiles, load_channels, make_channels
 
 # The counters: tickets taken, programs that left, then for each group arrivals and the flag.
 TICKET = tl.constexpr(0)
@@ -95,249 +107,115 @@ def _leave(counters_ptr: tl.tensor, groups: tl.tensor, tracked_ptr: tl.tensor) -
         count_batch(tracked_ptr, left == left)
 
 
+class Queue(NamedTuple):
+    """What the programs need to take items in order.
+
+    Attributes:
+        counters_ptr: (2 + 2 G,) int32, zero before and after the launch.
+        S: splits of a channel.
+        lag: groups between the two readings of a group.
+        tiles_per_split: consecutive tiles of an item.
+    """
+
+    counters_ptr: Tensor
+    S: int
+    lag: int
+    tiles_per_split: int
+
+
 @triton.jit
-def _bn_forward_resident_kernel(
-    x_ptr: tl.tensor,  # (N, C, L)
-    residual_ptr: tl.tensor,  # (N, C, L) or None
-    weight_ptr: tl.tensor,  # (C,) or None
-    bias_ptr: tl.tensor,  # (C,) or None
-    running_mean_ptr: tl.tensor,  # (C,), read and written, or None
-    running_var_ptr: tl.tensor,  # (C,), unbiased, read and written, or None
-    tracked_ptr: tl.tensor,  # int64, read and written, or None
-    y_ptr: tl.tensor,  # (N, C, L)
-    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
-    mean_ptr: tl.tensor,  # (C,) fp32
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    partial_count_ptr: tl.tensor,  # (S, C) fp32
-    partial_mean_ptr: tl.tensor,  # (S, C) fp32
-    partial_root_ptr: tl.tensor,  # (S, C) fp32
-    counters_ptr: tl.tensor,  # (2 + 2 G,) int32, zero before and after
-    N: tl.tensor,
-    C: tl.tensor,
-    L: tl.tensor,
-    S: tl.tensor,
-    lag: tl.tensor,
-    tiles_per_split: tl.tensor,
+def _bn_forward_persistent_kernel(
+    tensors: ForwardTensors,
+    channels: ChannelTensors,  # mean and rstd are written
+    running: RunningStatistics,  # pointers, read and written
+    partials: Partials,  # written
+    queue: Queue,
     total: tl.tensor,  # M
-    momentum: tl.tensor,
     eps: tl.tensor,
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
+    tiling: Tiling,
     BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    WIDE: tl.constexpr,
 ) -> None:
-    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(L, BLOCK_L)
-    groups = tl.cdiv(C, BLOCK_C)
-    items = (groups + lag) * 2 * S
+    counters_ptr = queue.counters_ptr
+    S = queue.S
+    tiles = count_tiles(tiling)
+    groups = tl.cdiv(tiling.C, tiling.BLOCK_C)
+    items = (groups + queue.lag) * 2 * S
     ticket = _take_ticket(counters_ptr)
     while ticket < items:
         step = ticket // (2 * S)
         place = ticket % (2 * S)
         split = place % S
-        first = split * tiles_per_split
-        end = tl.minimum(first + tiles_per_split, tiles)
+        first = split * queue.tiles_per_split
+        end = tl.minimum(first + queue.tiles_per_split, tiles)
         if place < S:
             if step < groups:
-                offs_c = step * BLOCK_C + tl.arange(0, BLOCK_C)
-                count, mean, m2, unit = walk_statistics(
-                    x_ptr, offs_c, first, end, N, C, L, BLOCK_N, BLOCK_C, BLOCK_L, WIDE
-                )
-                store_partials(
-                    partial_count_ptr,
-                    partial_mean_ptr,
-                    partial_root_ptr,
-                    split,
-                    offs_c,
-                    C,
-                    count,
-                    mean,
-                    m2,
-                    unit,
-                )
+                offs_c = step * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
+                moments = walk_statistics(tensors.x_ptr, offs_c, first, end, tiling)
+                store_partial(partials, moments, split, offs_c, tiling.C)
                 if _arrive(counters_ptr, step, S):
-                    mean, m2, unit = combine_partials(
-                        partial_count_ptr,
-                        partial_mean_ptr,
-                        partial_root_ptr,
-                        offs_c,
-                        S,
-                        C,
-                        total,
-                        BLOCK_S,
-                    )
-                    finish_channels(
-                        mean,
-                        m2,
-                        unit,
-                        mean_ptr,
-                        rstd_ptr,
-                        running_mean_ptr,
-                        running_var_ptr,
-                        tracked_ptr,
-                        offs_c,
-                        offs_c < C,
-                        total,
-                        momentum,
-                        eps,
-                        CUMULATIVE,
-                    )
+                    whole = combine_partials(partials, offs_c, S, tiling.C, total, BLOCK_S)
+                    finish_channels(whole, channels, running, offs_c, offs_c < tiling.C, total, eps)
                     _raise_flag(counters_ptr, step)
         else:
-            if step >= lag:
-                group = step - lag
-                offs_c = group * BLOCK_C + tl.arange(0, BLOCK_C)
-                mask_c = offs_c < C
+            if step >= queue.lag:
+                group = step - queue.lag
+                offs_c = group * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
+                mask_c = offs_c < tiling.C
                 _wait_for_flag(counters_ptr, group)
-                mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg")
-                rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg")
-                scale, shift = scale_shift(rstd, weight_ptr, bias_ptr, offs_c, mask_c)
-                walk_normalize(
-                    x_ptr,
-                    residual_ptr,
-                    y_ptr,
-                    mask_ptr,
-                    mean,
-                    scale,
-                    shift,
-                    offs_c,
-                    first,
-                    end,
-                    N,
-                    C,
-                    L,
-                    negative_slope,
-                    ACTIVATION,
-                    BLOCK_N,
-                    BLOCK_L,
-                    WIDE,
+                mean = tl.load(
+                    channels.mean_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg"
                 )
+                rstd = tl.load(
+                    channels.rstd_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg"
+                )
+                values = make_channels(mean, rstd, channels, offs_c, mask_c)
+                walk_normalize(tensors, values, offs_c, first, end, tiling)
         ticket = _take_ticket(counters_ptr)
-    _leave(counters_ptr, groups, tracked_ptr)
+    _leave(counters_ptr, groups, running.num_batches_tracked)
 
 
 @triton.jit
-def _bn_backward_resident_kernel(
-    dy_ptr: tl.tensor,  # (N, C, L)
-    x_ptr: tl.tensor,  # (N, C, L)
-    residual_ptr: tl.tensor,  # (N, C, L) or None
-    y_ptr: tl.tensor,  # (N, C, L) or None
-    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
-    mean_ptr: tl.tensor,  # (C,) fp32
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    weight_ptr: tl.tensor,  # (C,) or None
-    bias_ptr: tl.tensor,  # (C,) or None
-    dx_ptr: tl.tensor,  # (N, C, L)
-    dresidual_ptr: tl.tensor,  # (N, C, L) or None
-    dweight_ptr: tl.tensor,  # (C,) fp32
-    dbias_ptr: tl.tensor,  # (C,) fp32
-    partial_dweight_ptr: tl.tensor,  # (S, C) fp32
-    partial_dbias_ptr: tl.tensor,  # (S, C) fp32
-    counters_ptr: tl.tensor,  # (2 + 2 G,) int32, zero before and after
-    N: tl.tensor,
-    C: tl.tensor,
-    L: tl.tensor,
-    S: tl.tensor,
-    lag: tl.tensor,
-    tiles_per_split: tl.tensor,
-    inverse_count: tl.tensor,  # 1 / M
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
-    TRAINING: tl.constexpr,
+def _bn_backward_persistent_kernel(
+    tensors: BackwardTensors,
+    channels: ChannelTensors,
+    sums: Sums,  # pointers, (C,) fp32, written
+    partials: Sums,  # pointers, (S, C) fp32, written
+    queue: Queue,
+    tiling: Tiling,
     BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    WIDE: tl.constexpr,
 ) -> None:
-    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(L, BLOCK_L)
-    groups = tl.cdiv(C, BLOCK_C)
-    items = (groups + lag) * 2 * S
+    counters_ptr = queue.counters_ptr
+    S = queue.S
+    tiles = count_tiles(tiling)
+    groups = tl.cdiv(tiling.C, tiling.BLOCK_C)
+    items = (groups + queue.lag) * 2 * S
     ticket = _take_ticket(counters_ptr)
     while ticket < items:
         step = ticket // (2 * S)
         place = ticket % (2 * S)
         split = place % S
-        first = split * tiles_per_split
-        end = tl.minimum(first + tiles_per_split, tiles)
-        group = tl.where(place < S, step, step - lag)
-        offs_c = group * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = (offs_c >= 0) & (offs_c < C)
-        mean, rstd, scale, shift = load_channels(
-            mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offs_c, mask_c
-        )
+        first = split * queue.tiles_per_split
+        end = tl.minimum(first + queue.tiles_per_split, tiles)
+        group = tl.where(place < S, step, step - queue.lag)
+        offs_c = group * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
+        mask_c = (offs_c >= 0) & (offs_c < tiling.C)
+        values = load_channels(channels, offs_c, mask_c)
         if place < S:
             if group < groups:
-                dweight, dbias = walk_sums(
-                    dy_ptr,
-                    x_ptr,
-                    residual_ptr,
-                    y_ptr,
-                    mask_ptr,
-                    mean,
-                    rstd,
-                    scale,
-                    shift,
-                    offs_c,
-                    first,
-                    end,
-                    N,
-                    C,
-                    L,
-                    negative_slope,
-                    ACTIVATION,
-                    BLOCK_N,
-                    BLOCK_C,
-                    BLOCK_L,
-                    WIDE,
-                )
-                tl.store(partial_dweight_ptr + split * C + offs_c, dweight, mask=mask_c)
-                tl.store(partial_dbias_ptr + split * C + offs_c, dbias, mask=mask_c)
+                found = walk_sums(tensors, values, offs_c, first, end, tiling)
+                store_sums(found, partials, split * tiling.C + offs_c, mask_c)
                 if _arrive(counters_ptr, group, S):
-                    dweight, dbias = sum_partials(
-                        partial_dweight_ptr, partial_dbias_ptr, offs_c, S, C, BLOCK_S
-                    )
-                    tl.store(dweight_ptr + offs_c, dweight, mask=mask_c)
-                    tl.store(dbias_ptr + offs_c, dbias, mask=mask_c)
+                    whole = sum_partials(partials, offs_c, S, tiling.C, BLOCK_S)
+                    store_sums(whole, sums, offs_c, mask_c)
                     _raise_flag(counters_ptr, group)
         else:
             if group >= 0:
                 _wait_for_flag(counters_ptr, group)
                 dweight = tl.load(
-                    dweight_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg"
+                    sums.dweight + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg"
                 )
-                dbias = tl.load(dbias_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg")
-                walk_gradients(
-                    dy_ptr,
-                    x_ptr,
-                    residual_ptr,
-                    y_ptr,
-                    mask_ptr,
-                    mean,
-                    rstd,
-                    scale,
-                    shift,
-                    dweight,
-                    dbias,
-                    dx_ptr,
-                    dresidual_ptr,
-                    offs_c,
-                    first,
-                    end,
-                    N,
-                    C,
-                    L,
-                    inverse_count,
-                    negative_slope,
-                    ACTIVATION,
-                    TRAINING,
-                    BLOCK_N,
-                    BLOCK_L,
-                    WIDE,
-                )
+                dbias = tl.load(sums.dbias + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg")
+                walk_gradients(tensors, values, Sums(dweight, dbias), offs_c, first, end, tiling)
         ticket = _take_ticket(counters_ptr)
     _leave(counters_ptr, groups, None)
 
@@ -366,42 +244,37 @@ def _counters(x: Tensor, schedule: Schedule) -> Tensor:
     return counters
 
 
+def _queue(x: Tensor, schedule: Schedule) -> Queue:
+    return Queue(_counters(x, schedule), schedule.splits, schedule.lag, schedule.tiles_per_split)
+
+
 def forward(
     call: Forward, running: RunningStatistics, eps: float, schedule: Schedule
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Runs a forward in training, reading x from memory once.
+    """Run a training forward that reads x from memory once.
 
     Args:
         call: the tensors and the activation.
         running: updated in place.
         eps: added to the biased variance, > 0.
-        schedule: of the shape and layout of x.
+        schedule: for the shape and layout of x.
 
     Returns:
         y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
     """
     y, mask = call.new_outputs()
     mean_C, rstd_C = new_statistics(call.x)
-    count_SC, mean_SC, root_SC = mean_C.new_empty((3, schedule.splits, schedule.C)).unbind()
-    _bn_forward_resident_kernel[(schedule.programs,)](
-        **call.elementwise,
-        **running.state,
-        eps=eps,
-        **schedule.walk,
-        y_ptr=y,
-        mask_ptr=mask,
-        mean_ptr=mean_C,
-        rstd_ptr=rstd_C,
-        partial_count_ptr=count_SC,
-        partial_mean_ptr=mean_SC,
-        partial_root_ptr=root_SC,
-        counters_ptr=_counters(call.x, schedule),
-        S=schedule.splits,
-        lag=schedule.lag,
-        tiles_per_split=schedule.tiles_per_split,
+    _bn_forward_persistent_kernel[(schedule.programs,)](
+        tensors=call.tensors(y, mask),
+        channels=call.channels(mean_C, rstd_C),
+        running=running,
+        partials=Partials.empty(call.x, schedule),
+        queue=_queue(call.x, schedule),
         total=float(schedule.values_per_channel),
-        CUMULATIVE=running.momentum is None,
+        eps=eps,
+        tiling=schedule.tiling,
         BLOCK_S=schedule.finish_tile[0],
+        **schedule.walk_options,
     )
     return y, mask, mean_C, rstd_C
 
@@ -409,34 +282,27 @@ def forward(
 def backward(
     call: Backward, needs: BackwardNeeds, schedule: Schedule
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Runs a backward with all its sums, reading dy and x from memory once.
+    """Run a backward with all its sums that reads dy and x from memory once.
 
     Args:
         call: of the backward; x is not None.
         needs: which gradients, and the mode.
-        schedule: of the shape and layout of x.
+        schedule: for the shape and layout of x.
 
     Returns:
-        dx and dresidual, each None if it is not needed; dweight and dbias, (C,) fp32.
+        dx and dresidual, each None if it is not needed; dweight and dbias, each (C,) fp32.
     """
     dx, dresidual = call.new_gradients(needs)
-    dweight_C, dbias_C = call.new_sums()
-    dweight_SC, dbias_SC = call.mean.new_empty((2, schedule.splits, schedule.C)).unbind()
-    _bn_backward_resident_kernel[(schedule.programs,)](
-        **call.gradient,
-        **schedule.walk,
-        dx_ptr=dx,
-        dresidual_ptr=dresidual,
-        dweight_ptr=dweight_C,
-        dbias_ptr=dbias_C,
-        partial_dweight_ptr=dweight_SC,
-        partial_dbias_ptr=dbias_SC,
-        counters_ptr=_counters(call.dy, schedule),
-        S=schedule.splits,
-        lag=schedule.lag,
-        tiles_per_split=schedule.tiles_per_split,
-        inverse_count=1.0 / schedule.values_per_channel,
-        TRAINING=needs.training,
+    sums = Sums(*call.new_sums())
+    inverse_count = 1.0 / schedule.values_per_channel
+    _bn_backward_persistent_kernel[(schedule.programs,)](
+        tensors=call.tensors(dx, dresidual, inverse_count, training=needs.training),
+        channels=call.channels,
+        sums=sums,
+        partials=Sums(*call.mean.new_empty((2, schedule.splits, schedule.C)).unbind()),
+        queue=_queue(call.dy, schedule),
+        tiling=schedule.tiling,
         BLOCK_S=schedule.finish_tile[0],
+        **schedule.walk_options,
     )
-    return dx, dresidual, dweight_C, dbias_C
+    return dx, dresidual, sums.dweight, sums.dbias

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 # The sizes below follow from the hardware; none has been tuned by measurement yet: not measured on
 # a GPU.
@@ -158,32 +158,72 @@ class Schedule:
         return max(1, self.flat_elements * self.max_warps // FLAT_ELEMENTS)
 
     @functools.cached_property
-    def walk(self) -> dict[str, Any]:
-        """What every kernel needs that walks tiles."""
-        # Not every compiler knows the option.
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return limit | {
-            "N": self.N,
-            "C": self.C,
-            "L": self.L,
-            "BLOCK_N": self.block_n,
-            "BLOCK_C": self.block_c,
-            "BLOCK_L": self.block_l,
-            "WIDE": self.wide,
-            "num_warps": self.num_warps,
-        }
+    def tiling(self) -> "Tiling":
+        """What a kernel that walks tiles reads."""
+        blocks = (self.block_n, self.block_c, self.block_l, self.wide)
+        return Tiling(self.N, self.C, self.L, *map(as_constexpr, blocks))
 
     @functools.cached_property
-    def flat(self) -> dict[str, Any]:
-        """What every kernel of the elementwise pass needs."""
-        return {
-            "numel": self.N * self.C * self.L,
-            "C": self.C,
-            "L": self.L,
-            "BLOCK": self.flat_elements,
-            "EIGHTS": self.eights,
-            "num_warps": self.flat_warps,
-        }
+    def flat(self) -> "Flat":
+        """What a kernel of the elementwise pass reads."""
+        constants = map(as_constexpr, (self.flat_elements, self.eights))
+        return Flat(self.N * self.C * self.L, self.C, self.L, *constants)
+
+    @functools.cached_property
+    def walk_options(self) -> dict[str, int]:
+        """Launch options of a kernel that walks tiles."""
+        # Not every backend accepts `maxnreg`.
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return limit | {"num_warps": self.num_warps}
+
+
+class Tiling(NamedTuple):
+    """A tensor and its tiles, as kernels take them.
+
+    Attributes:
+        N: samples.
+        C: channels.
+        L: positions in space.
+        BLOCK_N: samples in a tile, constexpr like all that follow.
+        BLOCK_C: channels in a tile.
+        BLOCK_L: positions in a tile.
+        WIDE: whether an offset may exceed 2^31.
+    """
+
+    N: Any
+    C: Any
+    L: Any
+    BLOCK_N: Any
+    BLOCK_C: Any
+    BLOCK_L: Any
+    WIDE: Any
+
+
+class Flat(NamedTuple):
+    """A tensor as the elementwise pass sees it: a run of elements in the order of memory.
+
+    Attributes:
+        numel: N * C * L.
+        C: channels.
+        L: positions in space.
+        BLOCK: elements of a program, constexpr like the next.
+        EIGHTS: channels of eight neighbours, see `Schedule.eights`.
+    """
+
+    numel: Any
+    C: Any
+    L: Any
+    BLOCK: Any
+    EIGHTS: Any
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def as_constexpr(value: bool | int | str) -> Any:
+    """Mark a value inside a NamedTuple as a constant of the kernel it is passed to."""
+    # Imported here, because this module is also used where Triton is not installed.
+    from triton.language import constexpr
+
+    return constexpr(value)
 
 
 def flatten(shape: Sequence[int], channels_last: bool) -> tuple[int, int, int]:

@@ -1,10 +1,10 @@
-"""One launch forward and one backward: a program does all there is to do for its channels.
+"""One launch forward and one backward: a program does all the work for its channels.
 
     forward   statistics, running statistics, num_batches_tracked, then y
     backward  dweight and dbias, then dx and dresidual
 
-Formulas and sources: statistics.py, normalize.py, backward.py. A program reads its channels twice,
-the second time backwards and out of the cache.
+Formulas and sources: stats.py, normalize.py, backward.py. A program reads its channels twice, the
+second time backwards and from the cache.
 
 Shapes: N batch, C channels, L flattened space, M = N * L; channels-last is (N * L, C, 1).
 """
@@ -16,207 +16,79 @@ from torch import Tensor
 from bn_lightning.kernels.arguments import (
     Backward,
     BackwardNeeds,
+    BackwardTensors,
+    ChannelTensors,
     Forward,
+    ForwardTensors,
     RunningStatistics,
     new_statistics,
 )
-from bn_lightning.kernels.backward import walk_gradients, walk_sums
+from bn_lightning.kernels.backward import Sums, store_sums, walk_gradients, walk_sums
 from bn_lightning.kernels.normalize import walk_normalize
-from bn_lightning.kernels.schedule import Schedule
-from bn_lightning.kernels.stats import (
-    count_batch,
-    finish_channels,
-    walk_statistics,
-)
-from bn_lightning.kernels.tile import load_channels, scale_shift
+from bn_lightning.kernels.schedule import Schedule, Tiling
+from bn_lightning.kernels.stats import count_batch, finish_channels, walk_statistics
+from bn_lightning.kernels.tile import count_tiles, load_channels, make_channels
 
 
 @triton.jit
-def _bn_forward_small_kernel(
-    x_ptr: tl.tensor,  # (N, C, L)
-    residual_ptr: tl.tensor,  # (N, C, L) or None
-    weight_ptr: tl.tensor,  # (C,) or None
-    bias_ptr: tl.tensor,  # (C,) or None
-    running_mean_ptr: tl.tensor,  # (C,), read and written, or None
-    running_var_ptr: tl.tensor,  # (C,), unbiased, read and written, or None
-    tracked_ptr: tl.tensor,  # int64, read and written, or None
-    y_ptr: tl.tensor,  # (N, C, L)
-    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
-    mean_ptr: tl.tensor,  # (C,) fp32
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    N: tl.tensor,
-    C: tl.tensor,
-    L: tl.tensor,
+def _bn_forward_single_launch_kernel(
+    tensors: ForwardTensors,
+    channels: ChannelTensors,  # mean and rstd are written
+    running: RunningStatistics,  # pointers, read and written
     total: tl.tensor,  # M
-    momentum: tl.tensor,
     eps: tl.tensor,
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    WIDE: tl.constexpr,
+    tiling: Tiling,
 ) -> None:
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(L, BLOCK_L)
-    _, mean, m2, unit = walk_statistics(
-        x_ptr, offs_c, 0, tiles, N, C, L, BLOCK_N, BLOCK_C, BLOCK_L, WIDE
-    )
-    rstd = finish_channels(
-        mean,
-        m2,
-        unit,
-        mean_ptr,
-        rstd_ptr,
-        running_mean_ptr,
-        running_var_ptr,
-        tracked_ptr,
-        offs_c,
-        mask_c,
-        total,
-        momentum,
-        eps,
-        False,
-    )
-    count_batch(tracked_ptr, tl.program_id(0) == 0)
-    scale, shift = scale_shift(rstd, weight_ptr, bias_ptr, offs_c, mask_c)
-    walk_normalize(
-        x_ptr,
-        residual_ptr,
-        y_ptr,
-        mask_ptr,
-        mean,
-        scale,
-        shift,
-        offs_c,
-        0,
-        tiles,
-        N,
-        C,
-        L,
-        negative_slope,
-        ACTIVATION,
-        BLOCK_N,
-        BLOCK_L,
-        WIDE,
-    )
+    offs_c = tl.program_id(0) * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
+    mask_c = offs_c < tiling.C
+    tiles = count_tiles(tiling)
+    moments = walk_statistics(tensors.x_ptr, offs_c, 0, tiles, tiling)
+    rstd = finish_channels(moments, channels, running, offs_c, mask_c, total, eps)
+    count_batch(running.num_batches_tracked, tl.program_id(0) == 0)
+    values = make_channels(moments.mean, rstd, channels, offs_c, mask_c)
+    walk_normalize(tensors, values, offs_c, 0, tiles, tiling)
 
 
 @triton.jit
-def _bn_backward_small_kernel(
-    dy_ptr: tl.tensor,  # (N, C, L)
-    x_ptr: tl.tensor,  # (N, C, L)
-    residual_ptr: tl.tensor,  # (N, C, L) or None
-    y_ptr: tl.tensor,  # (N, C, L) or None
-    mask_ptr: tl.tensor,  # (N * C * L / 8,) uint8 or None
-    mean_ptr: tl.tensor,  # (C,) fp32
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    weight_ptr: tl.tensor,  # (C,) or None
-    bias_ptr: tl.tensor,  # (C,) or None
-    dx_ptr: tl.tensor,  # (N, C, L)
-    dresidual_ptr: tl.tensor,  # (N, C, L) or None
-    dweight_ptr: tl.tensor,  # (C,) fp32
-    dbias_ptr: tl.tensor,  # (C,) fp32
-    N: tl.tensor,
-    C: tl.tensor,
-    L: tl.tensor,
-    inverse_count: tl.tensor,  # 1 / M
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
-    TRAINING: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    WIDE: tl.constexpr,
+def _bn_backward_single_launch_kernel(
+    tensors: BackwardTensors,
+    channels: ChannelTensors,
+    sums: Sums,  # pointers, (C,) fp32, written
+    tiling: Tiling,
 ) -> None:
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(L, BLOCK_L)
-    mean, rstd, scale, shift = load_channels(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, offs_c, mask_c
-    )
-    dweight, dbias = walk_sums(
-        dy_ptr,
-        x_ptr,
-        residual_ptr,
-        y_ptr,
-        mask_ptr,
-        mean,
-        rstd,
-        scale,
-        shift,
-        offs_c,
-        0,
-        tiles,
-        N,
-        C,
-        L,
-        negative_slope,
-        ACTIVATION,
-        BLOCK_N,
-        BLOCK_C,
-        BLOCK_L,
-        WIDE,
-    )
-    tl.store(dweight_ptr + offs_c, dweight, mask=mask_c)
-    tl.store(dbias_ptr + offs_c, dbias, mask=mask_c)
-    walk_gradients(
-        dy_ptr,
-        x_ptr,
-        residual_ptr,
-        y_ptr,
-        mask_ptr,
-        mean,
-        rstd,
-        scale,
-        shift,
-        dweight,
-        dbias,
-        dx_ptr,
-        dresidual_ptr,
-        offs_c,
-        0,
-        tiles,
-        N,
-        C,
-        L,
-        inverse_count,
-        negative_slope,
-        ACTIVATION,
-        TRAINING,
-        BLOCK_N,
-        BLOCK_L,
-        WIDE,
-    )
+    offs_c = tl.program_id(0) * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
+    mask_c = offs_c < tiling.C
+    tiles = count_tiles(tiling)
+    values = load_channels(channels, offs_c, mask_c)
+    found = walk_sums(tensors, values, offs_c, 0, tiles, tiling)
+    store_sums(found, sums, offs_c, mask_c)
+    walk_gradients(tensors, values, found, offs_c, 0, tiles, tiling)
 
 
 def forward(
     call: Forward, running: RunningStatistics, eps: float, schedule: Schedule
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Runs a forward in training in one launch.
+    """Run a training forward in one launch.
 
     Args:
         call: the tensors and the activation.
         running: updated in place; its momentum is not None.
         eps: added to the biased variance, > 0.
-        schedule: of the shape and layout of x.
+        schedule: for the shape and layout of x.
 
     Returns:
         y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
     """
     y, mask = call.new_outputs()
     mean_C, rstd_C = new_statistics(call.x)
-    _bn_forward_small_kernel[(schedule.channel_blocks,)](
-        **call.elementwise,
-        **running.state,
-        eps=eps,
-        **schedule.walk,
-        y_ptr=y,
-        mask_ptr=mask,
-        mean_ptr=mean_C,
-        rstd_ptr=rstd_C,
+    _bn_forward_single_launch_kernel[(schedule.channel_blocks,)](
+        tensors=call.tensors(y, mask),
+        channels=call.channels(mean_C, rstd_C),
+        running=running,
         total=float(schedule.values_per_channel),
+        eps=eps,
+        tiling=schedule.tiling,
+        **schedule.walk_options,
     )
     return y, mask, mean_C, rstd_C
 
@@ -224,26 +96,24 @@ def forward(
 def backward(
     call: Backward, needs: BackwardNeeds, schedule: Schedule
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Runs a backward with all its sums in one launch.
+    """Run a backward with all its sums in one launch.
 
     Args:
         call: of the backward; x is not None.
         needs: which gradients, and the mode.
-        schedule: of the shape and layout of x.
+        schedule: for the shape and layout of x.
 
     Returns:
-        dx and dresidual, each None if it is not needed; dweight and dbias, (C,) fp32.
+        dx and dresidual, each None if it is not needed; dweight and dbias, each (C,) fp32.
     """
     dx, dresidual = call.new_gradients(needs)
-    dweight_C, dbias_C = call.new_sums()
-    _bn_backward_small_kernel[(schedule.channel_blocks,)](
-        **call.gradient,
-        **schedule.walk,
-        dx_ptr=dx,
-        dresidual_ptr=dresidual,
-        dweight_ptr=dweight_C,
-        dbias_ptr=dbias_C,
-        inverse_count=1.0 / schedule.values_per_channel,
-        TRAINING=needs.training,
+    sums = Sums(*call.new_sums())
+    inverse_count = 1.0 / schedule.values_per_channel
+    _bn_backward_single_launch_kernel[(schedule.channel_blocks,)](
+        tensors=call.tensors(dx, dresidual, inverse_count, training=needs.training),
+        channels=call.channels,
+        sums=sums,
+        tiling=schedule.tiling,
+        **schedule.walk_options,
     )
-    return dx, dresidual, dweight_C, dbias_C
+    return dx, dresidual, sums.dweight, sums.dbias

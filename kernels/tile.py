@@ -1,63 +1,103 @@
-"""What kernels do with one tile: where its elements lie, and the arithmetic of each element.
+"""One tile: where its elements are in memory, and the arithmetic of each element.
 
     z = (x - mean) * scale + shift + residual,  y = act(z),  g = dy * act'(z)
 
-with scale = rstd * weight and shift = bias. Everything in fp32, rounded at the store.
+with scale = rstd * weight and shift = bias. All arithmetic is in fp32 and is rounded at the store.
 
-Shapes: N batch, C channels, L flattened space. A tensor is (N, C, L) in memory; channels-last is
-(N * L, C, 1), so that one addressing serves both layouts. A tile is BLOCK_N x BLOCK_C x BLOCK_L, or
-has its channels first.
+Shapes: N batch, C channels, L flattened space. A tensor is (N, C, L) in memory; a channels-last one
+is (N * L, C, 1), so the same addressing serves both layouts. A tile is BLOCK_N x BLOCK_C x BLOCK_L,
+or has its channels first.
+
+`mask_ptr` is the mask of the derivative, which a forward saves for its backward. The masks of loads
+and stores are called `inside` for a tile and `mask_c` for channels.
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1, lines 3 and 4; the activations are
 those of activations.py.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from bn_lightning.kernels.arguments import BackwardTensors, ChannelTensors, ForwardTensors
+from bn_lightning.kernels.schedule import Tiling
+
+
+class Tile(NamedTuple):
+    """The elements of a tile.
+
+    Attributes:
+        start: a multiple of 8, from the start of the tensor; separate, so that `offsets` fit int32.
+        offsets: of the elements, from `start`.
+        inside: whether each element is part of the tensor.
+    """
+
+    start: tl.tensor
+    offsets: tl.tensor
+    inside: tl.tensor
+
+
+class Channels(NamedTuple):
+    """The per-channel values that an element needs, fp32, of a shape that broadcasts to the tile.
+
+    Attributes:
+        mean: of the batch, or the running one.
+        rstd: 1 / sqrt(var + eps).
+        scale: rstd * weight.
+        shift: bias.
+    """
+
+    mean: tl.tensor
+    rstd: tl.tensor
+    scale: tl.tensor
+    shift: tl.tensor
+
 
 @triton.jit
-def tile_offsets(
-    tile: tl.tensor,  # number of the tile: blocks of positions within blocks of samples
+def locate_tile(
+    number: tl.tensor,  # of the tile: blocks of positions within blocks of samples
     offs_c: tl.tensor,  # (BLOCK_C,)
-    N: tl.tensor,
-    C: tl.tensor,
-    L: tl.tensor,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    WIDE: tl.constexpr,  # whether an offset may pass 2^31
+    tiling: Tiling,
     CHANNELS_FIRST: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Returns offsets and mask of a tile, and how many values of a channel it holds."""
-    tiles_l = tl.cdiv(L, BLOCK_L)
-    start_n = tile // tiles_l * BLOCK_N
-    start_l = tile % tiles_l * BLOCK_L
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    offs_l = start_l + tl.arange(0, BLOCK_L)
+) -> tuple[Tile, tl.tensor]:
+    """Return the elements of a tile, and how many values of a channel it has."""
+    tiles_l = tl.cdiv(tiling.L, tiling.BLOCK_L)
+    start_n = number // tiles_l * tiling.BLOCK_N
+    start_l = number % tiles_l * tiling.BLOCK_L
+    offs_n = start_n + tl.arange(0, tiling.BLOCK_N)
+    offs_l = start_l + tl.arange(0, tiling.BLOCK_L)
     if CHANNELS_FIRST:
         n, c = offs_n[None, :, None], offs_c[:, None, None]
     else:
         n, c = offs_n[:, None, None], offs_c[None, :, None]
-    mask = (n < N) & (c < C) & (offs_l < L)[None, None, :]
-    if WIDE:
+    inside = (n < tiling.N) & (c < tiling.C) & (offs_l < tiling.L)[None, None, :]
+    if tiling.WIDE:
         n = n.to(tl.int64)
-    offsets = (n * C + c) * L + offs_l[None, None, :]
-    count = tl.minimum(N - start_n, BLOCK_N) * tl.minimum(L - start_l, BLOCK_L)
-    return offsets, mask, count.to(tl.float32)
+    offsets = (n * tiling.C + c) * tiling.L + offs_l[None, None, :]
+    count_n = tl.minimum(tiling.N - start_n, tiling.BLOCK_N)
+    count_l = tl.minimum(tiling.L - start_l, tiling.BLOCK_L)
+    return Tile(0, offsets, inside), (count_n * count_l).to(tl.float32)
+
+
+@triton.jit
+def count_tiles(tiling: Tiling) -> tl.tensor:
+    """Return the number of tiles of a block of channels."""
+    return tl.cdiv(tiling.N, tiling.BLOCK_N) * tl.cdiv(tiling.L, tiling.BLOCK_L)
 
 
 @triton.jit
 def row_sum(values: tl.tensor) -> tl.tensor:
-    """Sums a tile that has its channels first to (BLOCK_C,), in one reduction."""
+    """Sum a tile that has its channels first to (BLOCK_C,), in one reduction."""
     BLOCK_C: tl.constexpr = values.shape[0]
     return tl.sum(values.reshape((BLOCK_C, values.numel // BLOCK_C)), axis=1)
 
 
 @triton.jit
 def channel_sum(values: tl.tensor) -> tl.tensor:
-    """Sums a tile to (BLOCK_C,)."""
+    """Sum a tile to (BLOCK_C,)."""
     if values.shape[2] == 1:
-        # The result lies in the threads as the channels of the tile do.
+        # Keeps the layout of the tile's channels across threads.
         return tl.sum(tl.sum(values, axis=2), axis=0)
     else:
         return row_sum(tl.permute(values, (1, 0, 2)))
@@ -65,114 +105,111 @@ def channel_sum(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def as_tile(value_C: tl.tensor) -> tl.tensor:
-    """Shapes (BLOCK_C,) so that it broadcasts against a tile."""
+    """Reshape (BLOCK_C,) so that it broadcasts to a tile."""
     return value_C[None, :, None]
 
 
 @triton.jit
-def load_channels(
-    mean_ptr: tl.tensor,  # (C,) fp32
-    rstd_ptr: tl.tensor,  # (C,) fp32
-    weight_ptr: tl.tensor,  # (C,) or None for ones
-    bias_ptr: tl.tensor,  # (C,) or None for zeros
-    offs_c: tl.tensor,
-    mask_c: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Returns mean, rstd, scale = rstd * weight and shift = bias."""
-    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
-    scale, shift = scale_shift(rstd, weight_ptr, bias_ptr, offs_c, mask_c)
-    return mean, rstd, scale, shift
+def channels_as_tile(channels: Channels) -> Channels:
+    """Reshape (BLOCK_C,) values so that they broadcast to a tile."""
+    return Channels(
+        as_tile(channels.mean),
+        as_tile(channels.rstd),
+        as_tile(channels.scale),
+        as_tile(channels.shift),
+    )
 
 
 @triton.jit
-def scale_shift(
+def load_channels(tensors: ChannelTensors, offs_c: tl.tensor, mask_c: tl.tensor) -> Channels:
+    """Load the values of some channels."""
+    mean = tl.load(tensors.mean_ptr + offs_c, mask=mask_c, other=0.0)
+    rstd = tl.load(tensors.rstd_ptr + offs_c, mask=mask_c, other=0.0)
+    return make_channels(mean, rstd, tensors, offs_c, mask_c)
+
+
+@triton.jit
+def make_channels(
+    mean: tl.tensor,
     rstd: tl.tensor,
-    weight_ptr: tl.tensor,  # (C,) or None for ones
-    bias_ptr: tl.tensor,  # (C,) or None for zeros
+    tensors: ChannelTensors,
     offs_c: tl.tensor,
     mask_c: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Returns scale = rstd * weight and shift = bias."""
+) -> Channels:
+    """Load weight and bias, and put them together with the mean and rstd at hand."""
     scale = rstd
     shift = tl.zeros_like(rstd)
-    if weight_ptr is not None:
-        scale = rstd * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        shift = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    return scale, shift
+    if tensors.weight_ptr is not None:
+        weight = tl.load(tensors.weight_ptr + offs_c, mask=mask_c, other=0.0)
+        scale = rstd * weight.to(tl.float32)
+    if tensors.bias_ptr is not None:
+        shift = tl.load(tensors.bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    return Channels(mean, rstd, scale, shift)
 
 
 @triton.jit
-def write_output(
-    x: tl.tensor,  # fp32
-    mean: tl.tensor,  # these three broadcast against x
-    scale: tl.tensor,
-    shift: tl.tensor,
-    residual_ptr: tl.tensor,  # or None
-    y_ptr: tl.tensor,
-    mask_ptr: tl.tensor,  # uint8, bit i of byte b for the element at 8 b + i, or None
-    offsets: tl.tensor,
-    mask: tl.tensor,
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
-) -> None:
-    """Stores act((x - mean) * scale + shift + residual), and the bits of its derivative.
+def load_tile(ptr: tl.tensor, tile: Tile, EVICTION: tl.constexpr) -> tl.tensor:
+    """Load the elements of a tile in fp32, with 0 outside the tensor."""
+    return tl.load(
+        ptr + tile.start + tile.offsets, mask=tile.inside, other=0.0, eviction_policy=EVICTION
+    ).to(tl.float32)
 
-    With bits, eight consecutive elements of the flattened tile lie side by side in memory from a
-    multiple of 8 on, and are inside the tensor or outside it together.
+
+@triton.jit
+def store_tile(ptr: tl.tensor, tile: Tile, values: tl.tensor) -> None:
+    """Store the elements of a tile that are inside the tensor."""
+    tl.store(ptr + tile.start + tile.offsets, values, mask=tile.inside)
+
+
+@triton.jit
+def write_output(x: tl.tensor, channels: Channels, tensors: ForwardTensors, tile: Tile) -> None:
+    """Store y and, if there is a `mask_ptr`, the mask of the derivative.
+
+    Bit i of byte b of the mask belongs to the element at offset 8 b + i. With a mask, eight
+    consecutive elements of the flattened tile are neighbours in memory from a multiple of 8 on, and
+    all of them are inside the tensor or none.
     """
-    if residual_ptr is not None:
-        residual = tl.load(
-            residual_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first"
-        )
-        shift += residual.to(tl.float32)
-    z = tl.fma(x - mean, scale, shift)
-    tl.store(y_ptr + offsets, activate(z, negative_slope, ACTIVATION), mask=mask)
-    if mask_ptr is not None:
+    shift = channels.shift
+    if tensors.residual_ptr is not None:
+        shift += load_tile(tensors.residual_ptr, tile, "evict_first")
+    z = tl.fma(x - channels.mean, channels.scale, shift)
+    store_tile(tensors.y_ptr, tile, activate(z, tensors.negative_slope, tensors.ACTIVATION))
+    if tensors.mask_ptr is not None:
         groups: tl.constexpr = z.numel // 8
-        bits = upper_branch(z, ACTIVATION).to(tl.int32).reshape((groups, 8))
-        packed = tl.sum(bits << tl.arange(0, 8)[None, :], axis=1)
-        first = tl.min(offsets.broadcast_to(z.shape).reshape((groups, 8)), axis=1)
-        inside = tl.max(mask.broadcast_to(z.shape).to(tl.int32).reshape((groups, 8)), axis=1)
-        tl.store(mask_ptr + first // 8, packed.to(tl.uint8), mask=inside > 0)
+        upper = upper_branch(z, tensors.ACTIVATION).to(tl.int32).reshape((groups, 8))
+        packed = tl.sum(upper << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
+        first = tl.min(tile.offsets.broadcast_to(z.shape).reshape((groups, 8)), axis=1)
+        inside = tile.inside.broadcast_to(z.shape).to(tl.int32).reshape((groups, 8))
+        mask_ptr = tensors.mask_ptr + tile.start // 8
+        tl.store(mask_ptr + first // 8, packed, mask=tl.max(inside, axis=1) > 0)
 
 
 @triton.jit
 def load_gradient(
-    dy_ptr: tl.tensor,
-    x: tl.tensor,  # fp32; anything where z is not needed
-    mean: tl.tensor,  # these three broadcast against x
-    scale: tl.tensor,
-    shift: tl.tensor,
-    residual_ptr: tl.tensor,  # or None
-    y_ptr: tl.tensor,  # or None
-    mask_ptr: tl.tensor,  # or None
-    offsets: tl.tensor,
-    mask: tl.tensor,
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
+    x: tl.tensor,  # fp32; not used if z is not needed
+    channels: Channels,
+    tensors: BackwardTensors,
+    tile: Tile,
     EVICTION: tl.constexpr,
 ) -> tl.tensor:
-    """Loads dy and returns g = dy * act'(z), from the bits, from y or from z, in this order."""
-    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-    if ACTIVATION == "identity":
+    """Load dy and return g = dy * act'(z), from the mask, else from y, else from z."""
+    dy = load_tile(tensors.dy_ptr, tile, EVICTION)
+    if tensors.ACTIVATION == "identity":
         return dy
-    elif mask_ptr is not None:
-        byte = tl.load(mask_ptr + offsets // 8, mask=mask, other=0).to(tl.int32)
-        upper = (byte >> (offsets % 8).to(tl.int32)) & 1
-        return choose_branch(dy, upper != 0, negative_slope, ACTIVATION)
-    elif y_ptr is not None:
-        y = tl.load(y_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICTION)
-        return multiply_derivative_of_output(dy, y.to(tl.float32), ACTIVATION)
+    elif tensors.mask_ptr is not None:
+        mask_ptr = tensors.mask_ptr + tile.start // 8
+        byte = tl.load(mask_ptr + tile.offsets // 8, mask=tile.inside, other=0).to(tl.int32)
+        upper = (byte >> (tile.offsets % 8).to(tl.int32)) & 1
+        return choose_branch(dy, upper != 0, tensors.negative_slope, tensors.ACTIVATION)
+    elif tensors.y_ptr is not None:
+        y = load_tile(tensors.y_ptr, tile, EVICTION)
+        return multiply_derivative_of_output(dy, y, tensors.ACTIVATION)
     else:
-        if residual_ptr is not None:
-            residual = tl.load(
-                residual_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICTION
-            )
-            shift += residual.to(tl.float32)
-        z = tl.fma(x - mean, scale, shift)
-        return multiply_derivative(dy, z, negative_slope, ACTIVATION)
+        shift = channels.shift
+        if tensors.residual_ptr is not None:
+            shift += load_tile(tensors.residual_ptr, tile, EVICTION)
+        z = tl.fma(x - channels.mean, channels.scale, shift)
+        return multiply_derivative(dy, z, tensors.negative_slope, tensors.ACTIVATION)
 
 
 @triton.jit

@@ -1,55 +1,54 @@
-"""Every kernel variant compiles for the GPUs people have, without one, spills no tile, and moves 16
-bytes at a time where a tensor is aligned.
+"""Every kernel compiles for the GPUs people have, spills nothing, and moves 16 bytes at a time if a
+tensor is aligned. No GPU is needed.
 
-Run as a script, in a process without TRITON_INTERPRET, this file records the launches that calls
-make, on tensors without memory, compiles each for one target and prints what it found as JSON; the
-tests below start it and judge. `python tests/kernels/test_static.py cuda 90 32 --all` goes through
-every activation in every layout, dtype and regime, which takes minutes.
+The kernels are found by name in the modules of `bn_lightning.kernels`: one that is not launched
+below fails the test. Run as a script, in a process without TRITON_INTERPRET, this file records the
+launches of forwards and backwards on tensors without memory, specializes them as Triton's launcher
+does, compiles each for one target and prints what it found as JSON; the tests start it and judge.
+`python tests/kernels/test_static.py cuda 90 32 --all` compiles every activation in every layout,
+dtype and regime, which takes minutes.
 """
 
 import gc
+import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-KERNELS = {
-    "_bn_partial_statistics_kernel",
-    "_bn_finish_statistics_kernel",
-    "_bn_finish_partial_kernel",
-    "_bn_evaluation_statistics_kernel",
-    "_bn_forward_normalize_kernel",
-    "_bn_forward_small_kernel",
-    "_bn_forward_resident_kernel",
-    "_bn_backward_partial_sums_kernel",
-    "_bn_backward_finish_sums_kernel",
-    "_bn_backward_input_kernel",
-    "_bn_backward_small_kernel",
-    "_bn_backward_resident_kernel",
-}
-# Those that walk tensors; the others read and write a few numbers a channel.
-WALKS = {k for k in KERNELS if "finish" not in k and "evaluation" not in k}
-WRITES = {k for k in WALKS if "partial" not in k}
 
-# Name -> shape, channels-last, whether rows begin at multiples of 16 bytes.
-LAYOUTS: dict[str, tuple[tuple[int, ...], bool, bool]] = {
-    "ncl": ((256, 64, 56, 56), False, True),
-    "channels_last": ((64, 64, 28, 28), True, True),
-    "small_maps": ((256, 256, 7, 7), False, False),
-    "rows": ((60, 100), False, False),
-    "one_channel": ((16, 1, 64), False, True),
-    "wide": ((4096, 64, 128, 128), False, True),
+class Layout(NamedTuple):
+    """The shape of x.
+
+    Attributes:
+        shape: (N, C, ...).
+        channels_last: whether the channels are neighbours in memory.
+        aligned: whether rows begin at multiples of 16 bytes in a 16-bit dtype.
+    """
+
+    shape: tuple[int, ...]
+    channels_last: bool
+    aligned: bool
+
+
+LAYOUTS = {
+    "ncl": Layout((256, 64, 56, 56), False, True),
+    "channels_last": Layout((64, 64, 28, 28), True, True),
+    "small_maps": Layout((256, 256, 7, 7), False, False),
+    "rows": Layout((60, 100), False, False),
+    "one_channel": Layout((16, 1, 64), False, True),
+    "wide": Layout((4096, 64, 128, 128), False, True),
 }
 
 
@@ -72,32 +71,21 @@ def test_kernels_compile_without_spills_and_with_wide_accesses(
         timeout=280,
     )
     assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout.splitlines()[-1])
-    assert {row["kernel"] for row in rows} == KERNELS
+    found = json.loads(result.stdout.splitlines()[-1])
+    rows = found["variants"]
+    assert {row["kernel"] for row in rows} == set(found["kernels"])
+    walks = {row["kernel"] for row in rows if row["reads_tensors"]}
+    assert walks == {row["kernel"] for row in rows if row["reads_tensors"] and row["aligned"]}
     for row in rows:
         assert row["binary_bytes"] > 0, row
         assert row["spills"] == 0, row
-        if row["aligned"] and row["kernel"] in WALKS:
+        if row["aligned"] and row["reads_tensors"]:
             assert row["loads_of_16_bytes"] > 0 and row["loads_of_2_bytes"] == 0, row
-        if row["aligned"] and row["kernel"] in WRITES:
+        if row["aligned"] and row["writes_tensors"]:
             assert row["stores_of_16_bytes"] > 0 and row["stores_of_2_bytes"] == 0, row
-    aligned = {row["kernel"] for row in rows if row["aligned"]}
-    assert aligned >= WALKS
 
 
-class _Recorder:
-    """Stands in a kernel's place and keeps what it would have been launched with."""
-
-    def __init__(self, kernel: Any, launches: list[tuple[Any, dict[str, Any]]]) -> None:
-        self.kernel = kernel
-        self.launches = launches
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda **arguments: self.launches.append((self.kernel, arguments))
-
-
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One BatchNorm of a layout, in the regimes named."""
 
     layout: str
@@ -108,7 +96,8 @@ class _Call:
     regimes: tuple[str, ...] = ("single_launch", "two_pass", "persistent")
 
 
-FEW = (
+# Each branch of the kernels once.
+BRANCHES = (
     _Call("ncl", torch.bfloat16, "relu", True, True),
     _Call("channels_last", torch.bfloat16, "silu", True, True),
     _Call("ncl", torch.float32, "identity", False, True, ("two_pass",)),
@@ -120,11 +109,11 @@ FEW = (
 
 
 def _calls(everything: bool) -> Iterator[_Call]:
-    """Lists what is compiled: each branch once, and each activation with and without a residual in
-    `split` and in one other regime, going round the layouts; or each in every combination."""
+    """List what is compiled: each branch once, and each activation with and without a residual in
+    `two_pass` and in one other regime, in alternating layouts; or each in every combination."""
     from bn_lightning.kernels.activations import ACTIVATIONS
 
-    yield from FEW
+    yield from BRANCHES
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     fusions = list(product(ACTIVATIONS, (True, False)))
     if not everything:
@@ -138,101 +127,114 @@ def _calls(everything: bool) -> Iterator[_Call]:
         yield _Call(layout, dtype, activation, has_residual, dtype != torch.float16)
 
 
-def _record(warp_size: int, everything: bool) -> list[tuple[str, bool, Any, dict[str, Any]]]:
-    """Makes the calls and returns (layout, aligned, kernel, arguments) of each launch."""
-    from bn_lightning.kernels import backward, normalize
-    from bn_lightning.kernels import persistent as resident
-    from bn_lightning.kernels import single_launch as small
-    from bn_lightning.kernels import stats as statistics
-    from bn_lightning.kernels.activations import ACTIVATIONS, Saves
-    from bn_lightning.kernels.arguments import BackwardCall, ForwardCall
-    from bn_lightning.kernels.schedule import Device, Regime, forced_regime, make_schedule
+def _kernels() -> list[str]:
+    """Find the kernels by name in the modules of the package."""
+    from bn_lightning import kernels
+
+    names = [
+        f"{kernels.__name__}.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)
+    ]
+    modules = map(importlib.import_module, names)
+    return sorted({n for m in modules for n in vars(m) if re.fullmatch(r"_bn_\w+_kernel", n)})
+
+
+class _Launch(NamedTuple):
+    """A launch that was recorded: of `kernel`, on tensors in `layout`."""
+
+    layout: str
+    aligned: bool
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+def _record(warp_size: int, everything: bool) -> list[_Launch]:
+    """Make the calls, with the launcher replaced by a recorder."""
+    from triton.runtime import JITFunction
+
+    from bn_lightning.kernels import dispatch, launch, stats
+    from bn_lightning.kernels.schedule import Device, Regime, forced_regime
 
     launches: list[tuple[Any, dict[str, Any]]] = []
-    for module in (statistics, normalize, backward, small, resident):
-        for name in [n for n in vars(module) if re.fullmatch(r"_bn_\w+_kernel", n)]:
-            setattr(module, name, _Recorder(getattr(module, name), launches))
+
+    def record(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+        launches.append((kernel, arguments))
+
     registers = 1 << 16 if warp_size == 32 else 0
     device = Device(132, cache_bytes=50 << 20, warp_size=warp_size, registers=registers)
+    JITFunction.run = record
+    launch.check_device = lambda x: None
+    dispatch._device = lambda _: device
     found = []
     for wanted in _calls(everything):
-        layout, dtype, activation = wanted.layout, wanted.dtype, wanted.activation
-        has_residual, training = wanted.has_residual, wanted.training
-        shape, channels_last, aligned = LAYOUTS[layout]
-        C = shape[1]
-        x = torch.empty(shape, dtype=dtype, device="meta")
-        residual = x if has_residual else None
-        per_channel = torch.empty(C, device="meta")
-        affine = None if layout == "one_channel" else per_channel
-        saves = ACTIVATIONS[activation].saves
-        mask = has_residual and saves is Saves.MASK
-        forward = ForwardCall(
-            x, residual, affine, affine, affine, affine,
-            torch.empty((), dtype=torch.int64, device="meta"),
-            None if dtype is torch.float16 else 0.1, 1e-5, activation, 0.01, mask,
-        )  # fmt: skip
-        back = BackwardCall(
-            x,
-            x,
-            residual if saves is Saves.RESIDUAL else None,
-            x if has_residual and saves is Saves.OUTPUT else None,
-            torch.empty(1, dtype=torch.uint8, device="meta") if mask else None,
-            per_channel, per_channel, affine, affine, activation, 0.01, training,
-            True, True, has_residual and activation != "identity",
-        )  # fmt: skip
+        layout = LAYOUTS[wanted.layout]
         begin = len(launches)
         for regime in wanted.regimes:
             with forced_regime(Regime(regime)):
-                schedule = make_schedule(
-                    shape, x.element_size(), channels_last, device,
-                    writes_mask=mask, cumulative=forward.momentum is None,
-                )  # fmt: skip
-            if schedule.regime is Regime.TWO_PASS:
-                partials = statistics.partial_statistics(x, schedule)
-                statistics.finish_statistics(partials, forward, schedule)
-                statistics.finish_partial(partials, per_channel, per_channel, schedule)
-                normalize.normalize(forward, per_channel, per_channel, schedule)
-                backward.affine_gradients(back, schedule)
-                backward.input_gradients(back, per_channel, per_channel, schedule)
-            elif schedule.regime is Regime.SINGLE_LAUNCH:
-                small.forward(forward, schedule)
-                small.backward(back, schedule)
-            elif schedule.regime is Regime.PERSISTENT:
-                resident.forward(forward, schedule)
-                resident.backward(back, schedule)
-            else:
-                raise ValueError(
-                    f"expected a regime this file knows, got {schedule.regime}; launch its kernels "
-                    f"here"
-                )
-        statistics.evaluation_statistics(per_channel, per_channel, 1e-5)
-        found += [(layout, aligned and dtype is torch.bfloat16, *v) for v in launches[begin:]]
+                _run(wanted, layout)
+        x = torch.empty(layout.shape, dtype=wanted.dtype, device="meta")
+        per_channel = torch.empty(layout.shape[1], device="meta")
+        schedule = dispatch.schedule_of(x, layout.channels_last, False, False)
+        partials = stats.compute_partials(x, schedule)
+        stats.merge_partials(partials, per_channel, per_channel, schedule)
+        aligned = layout.aligned and wanted.dtype is torch.bfloat16
+        found += [_Launch(wanted.layout, aligned, *new) for new in launches[begin:]]
     return found
 
 
-def _source(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, int], str]:
-    """Specialises a launch as Triton does: constants, multiples of 16, types."""
-    from triton.compiler import ASTSource
+def _run(wanted: _Call, layout: Layout) -> None:
+    """Run a forward in training and in evaluation, and a backward with all its gradients."""
+    from bn_lightning.kernels.activations import ACTIVATIONS, Saves
+    from bn_lightning.kernels.arguments import Backward, BackwardNeeds, Forward, RunningStatistics
+    from bn_lightning.kernels.launch import run_backward, run_forward
 
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    names |= {torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32"}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if value is None or parameter.is_constexpr or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{names[value.dtype]}"
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {k: arguments[k] for k in ("num_warps", "maxnreg") if k in arguments}
-    key = repr((kernel.__name__, signature, constants, sorted(attributes), options))
+    activation, has_residual = wanted.activation, wanted.has_residual
+    x = torch.empty(layout.shape, dtype=wanted.dtype, device="meta")
+    if layout.channels_last:
+        x = torch.empty_like(x, memory_format=torch.channels_last)
+    per_channel = torch.empty(x.shape[1], device="meta")
+    affine = None if wanted.layout == "one_channel" else per_channel
+    saves = ACTIVATIONS[activation].saves
+    writes_mask = has_residual and saves is Saves.MASK
+    forward = Forward(
+        x, x if has_residual else None, affine, affine, activation, 0.01, writes_mask=writes_mask
+    )
+    tracked = torch.empty((), dtype=torch.int64, device="meta")
+    momentum = None if wanted.dtype is torch.float16 else 0.1
+    running = RunningStatistics(affine, affine, tracked, momentum)
+    run_forward(forward, running, 1e-5, training=True)
+    running = RunningStatistics(per_channel, per_channel, None, momentum)
+    run_forward(forward, running, 1e-5, training=False)
+    backward = Backward(
+        x,
+        x,
+        x if has_residual and saves is Saves.RESIDUAL else None,
+        x if has_residual and saves is Saves.OUTPUT else None,
+        torch.empty(1, dtype=torch.uint8, device="meta") if writes_mask else None,
+        per_channel,
+        per_channel,
+        affine,
+        affine,
+        layout.channels_last,
+        activation,
+        0.01,
+    )
+    writes_dresidual = has_residual and activation != "identity"
+    needs = BackwardNeeds(wanted.training, dx=True, affine=True, dresidual=writes_dresidual)
+    run_backward(backward, needs)
+
+
+def _specialize(backend: Any, launch: _Launch) -> tuple[Any, dict[str, Any], str]:
+    """Return what Triton's launcher would compile, its options, and a key of both."""
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options
+    )
+    key = repr((kernel.__name__, signature, constants, sorted(attributes.items()), options))
     return ASTSource(kernel, signature, constants, attributes), options, key
 
 
@@ -276,8 +278,9 @@ def _resources(compiled: Any) -> dict[str, int]:
     }
 
 
-# What the processes compile: it holds functions, which a fork has and a message has not.
-_variants: list[tuple[dict[str, Any], Any, dict[str, int], Any]] = []
+# What the processes compile: it has functions, which a forked process inherits and no message can
+# carry.
+_variants: list[tuple[dict[str, Any], Any, dict[str, Any], Any]] = []
 
 
 def _compile(number: int) -> dict[str, Any]:
@@ -289,21 +292,33 @@ def _compile(number: int) -> dict[str, Any]:
 
 def _main(backend: str, arch: str, warp_size: str, everything: str = "") -> None:
     from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
 
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp_size))
+    compiler = make_backend(target)
     seen = set()
-    for layout, aligned, kernel, arguments in _record(int(warp_size), everything == "--all"):
-        source, options, key = _source(kernel, arguments)
+    for launch in _record(int(warp_size), everything == "--all"):
+        source, options, key = _specialize(compiler, launch)
         if key in seen:
             continue
         seen.add(key)
-        constants = {k: v for k, v in arguments.items() if isinstance(v, int | str | bool)}
-        row = {"kernel": kernel.__name__, "layout": layout, "aligned": aligned}
-        _variants.append((row | {"arguments": constants}, source, options, target))
+        tensors = launch.arguments.get("tensors")
+        # dx and dresidual of the backward, y of the forward.
+        fields = ("dx_ptr", "dresidual_ptr") if hasattr(tensors, "dx_ptr") else ("y_ptr",)
+        row = {
+            "kernel": launch.kernel.__name__,
+            "layout": launch.layout,
+            "aligned": launch.aligned,
+            "reads_tensors": bool({"tiling", "flat"} & launch.arguments.keys()),
+            "writes_tensors": any(getattr(tensors, name, None) is not None for name in fields),
+            "specialized": key,
+        }
+        _variants.append((row, source, options, target))
     # Compiling makes many objects and few cycles: looking for those takes 5 to 9 % of the time.
     gc.disable()
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        print(json.dumps(pool.map(_compile, range(len(_variants)), chunksize=1)))
+        variants = pool.map(_compile, range(len(_variants)), chunksize=1)
+    print(json.dumps({"kernels": _kernels(), "variants": variants}))
 
 
 if __name__ == "__main__":

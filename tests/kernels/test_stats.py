@@ -67,7 +67,7 @@ def _statistics(
     tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     running = RunningStatistics(running_mean, running_var, tracked, momentum)
-    partials = stats.partial_statistics(x, schedule)
+    partials = stats.compute_partials(x, schedule)
     return stats.finish_statistics(partials, running, EPS, schedule)
 
 
@@ -135,7 +135,7 @@ def test_variance_survives_a_large_mean(shape: tuple[int, ...], device: str) -> 
 @pytest.mark.parametrize("shape", [(11, 5), (5, 3, 9)], ids=["mc", "ncl"])
 def test_partials_are_those_of_their_tiles(shape: tuple[int, ...], device: str) -> None:
     x = _input(shape, device)
-    count, mean, root = stats.partial_statistics(x, _many_tiles(shape, 1))
+    count, mean, root = stats.compute_partials(x, _many_tiles(shape, 1))
     M = x.numel() // x.shape[1]
     torch.testing.assert_close(count.sum(0), torch.full_like(count[0], M))
     # The first tile: two samples, and four positions where there are any.
