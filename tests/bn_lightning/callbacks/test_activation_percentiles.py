@@ -266,7 +266,7 @@ class TestFirstInputs:
     def test_no_more_is_read_than_needed(self) -> None:
         def endless() -> Iterator[tuple[Tensor, None]]:
             for i in range(100):
-                assert i < 2, "a batch that nobody needs"
+                assert i < 2, "a batch that is not needed"
                 yield torch.zeros(4, 1), None
 
         assert len(first_inputs(endless(), 8)) == 8

@@ -444,7 +444,7 @@ class TestSteps:
             first, last = journal.entries[2 * step - 2], journal.entries[2 * step - 1]
             assert row == pytest.approx(expected(first[0], first[1], last[2]), rel=1e-4, abs=1e-6)
 
-    def test_two_optimisers_by_hand(self, tmp_path: Path) -> None:
+    def test_two_optimizers_in_manual_optimization(self, tmp_path: Path) -> None:
         """Lightning counts the steps of both; each measurement is of its own batch."""
 
         class Manual(Module):

@@ -110,7 +110,7 @@ class TestDivergence:
         fit(tmp_path, guard, Losses(1.0, None, math.nan), max_steps=-1, max_epochs=1)
         assert guard.diverged_at == 3  # Lightning counts the skipped step
 
-    def test_a_module_that_optimises_by_hand_may_return_nothing(self, tmp_path: Path) -> None:
+    def test_manual_optimization_may_return_nothing(self, tmp_path: Path) -> None:
         class Manual(Losses):
             automatic_optimization = False
 

@@ -299,7 +299,9 @@ class TestSignal:
         assert load(tmp_path)["global_step"] == load(tmp_path, "best")["global_step"] == 4
 
     @signums
-    def test_before_the_first_step_it_waits_for_that_step(self, tmp_path: Path, signum: int) -> None:
+    def test_before_the_first_step_it_waits_for_that_step(
+        self, tmp_path: Path, signum: int
+    ) -> None:
         with pytest.raises(Interrupted):
             fit(tmp_path, send(signum, "on_train_epoch_start", 0))
         assert load(tmp_path)["global_step"] == 1

@@ -134,7 +134,7 @@ class TestTrainingLog:
         assert [row["train/loss"] for _, row in recorder.rows] == pytest.approx(losses)
         assert [row["train/accuracy"] for _, row in recorder.rows] == pytest.approx(accuracies)
 
-    def test_steps_are_the_optimisers(self, tmp_path: Path) -> None:
+    def test_steps_are_optimizer_steps(self, tmp_path: Path) -> None:
         recorder = Recorder()
         trainer(tmp_path, logger=recorder, accumulate_grad_batches=2, max_steps=4).fit(
             classifier(), loader(16)
@@ -237,8 +237,8 @@ class TestEvaluation:
         assert row["test/accuracy"] == pytest.approx(expected["accuracy"])
 
 
-class TestOptimisation:
-    def test_the_optimiser_gets_the_networks_parameters(self) -> None:
+class TestOptimization:
+    def test_the_optimizer_gets_the_networks_parameters(self) -> None:
         given: list[Tensor] = []
 
         def factory(parameters: Any) -> torch.optim.Optimizer:
