@@ -20,7 +20,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "hydra", "paths", "extras", "sweep", "variant")
+    if path.parent.name not in ("experiment", "hydra", "paths", "sweep", "variant")
     and path.stem != "default"
 )
 

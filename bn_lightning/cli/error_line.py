@@ -60,7 +60,7 @@ def _message(error: BaseException) -> str:
         case ImportError() if target := re.match(r"Error loading '(.+?)'", text):
             name = target[1]
             hint = (
-                moved_hint(name) or f": {error.__cause__}; correct the name or install its package"
+                moved_hint(name) or f": {error.__cause__}; correct it, or install its package"
             )
             key = f"{built}._target_".removeprefix(".")
             return f"expected `{key}` to be a name that can be found, got {name}{hint}"
