@@ -160,13 +160,13 @@ class _Arguments(NamedTuple):
     """The arguments of the op `sync_batch_norm_elemt`, in the order of its schema.
 
     Attributes:
-        x: dense; the next three as in `sync_batch_norm`.
-        mean: (C,) in the compute dtype, of all ranks.
-        rstd: (C,) in the compute dtype, of all ranks.
+        x: dense.
+        mean: (C,) in the compute dtype, of all ranks together.
+        rstd: (C,) in the compute dtype, of all ranks together.
         total_count: fp64 scalar, values per channel on all ranks together.
         triton: whether to run the Triton kernels.
 
-    The others are those of `sync_batch_norm`.
+    The other attributes are those of `sync_batch_norm`.
     """
 
     x: Tensor
@@ -197,7 +197,13 @@ class _Arguments(NamedTuple):
 
 
 class _Ranks(NamedTuple):
-    """What a backward across the ranks reads beside its tensors; see `_Arguments`."""
+    """The options of a backward across the ranks.
+
+    Attributes:
+        eps: value added to the variance, > 0; only the second derivative reads it.
+        triton: whether to run the Triton kernels.
+        group_name: of the process group.
+    """
 
     eps: float
     triton: bool
@@ -309,8 +315,8 @@ def _differentiable_backward(
     total_count = total_count.to(x.dtype).clamp(min=1.0)
     mean = _AllReduce.apply(reference.channel_sum(x), ranks.group_name) / total_count
     centered = x - reference.as_channels(mean, x)
-    var = _AllReduce.apply(reference.channel_sum(centered * centered), ranks.group_name) / total_count
-    call = call._replace(mean=mean, rstd=torch.rsqrt(var + ranks.eps))
+    m2 = _AllReduce.apply(reference.channel_sum(centered * centered), ranks.group_name)
+    call = call._replace(mean=mean, rstd=torch.rsqrt(m2 / total_count + ranks.eps))
     sums = batch_norm_backward_reduce(call, triton=False)
     means = _AllReduce.apply(sums, ranks.group_name) / total_count
     needs = BackwardNeeds(training=True, dx=True, affine=True, dresidual=True)
