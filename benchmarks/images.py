@@ -1,22 +1,23 @@
-"""Images a second of the image folder's pipeline beside bare loops of Pillow, and its memory.
+"""Compares the throughput of the image folder's pipeline with bare Pillow, and measures memory.
 
     BN_LIGHTNING_DATA=DIR python benchmarks/images.py [--rounds 7] [--images 1000]
 
-Takes the photographs of DIR/cifar10_imagefolder.tar.gz, as they are (32x32), and made into mosaics
-of ImageNet's usual size (500x375, each of 48 photographs enlarged to 64x64, JPEG of quality 90): of
-their sizes and their detail, not of their contents. In turn, on two processes each,
+The images are the 32x32 photographs of DIR/cifar10_imagefolder.tar.gz, and mosaics of ImageNet's
+usual size: 500x375 JPEG of quality 90, each made of 48 photographs enlarged to 64x64. Mosaics have
+the size and detail of ImageNet's images, not their contents. Three loops run in turn, each on two
+processes:
 
-- `pillow`: opens each file, converts it to RGB, cuts and scales it with one `resize`, flips half of
-  them, makes an array, and drops it;
-- `pipeline`: `ImageFolderDataModule.train_dataloader()` with two workers, which cuts the same
-  parts of the same files, and hands over float batches of 32, of the small images 128;
-- `distorted`: the same with `photometric=0.5`.
+- `pillow`: opens each file, converts it to RGB, crops and scales it with one `resize`, flips half
+  of them, and converts it to an array;
+- `pipeline`: `ImageFolderDataModule.train_dataloader()` with two workers, which crops the same
+  parts of the same files and yields float batches of 32 large or 128 small images;
+- `distorted`: `pipeline` with `photometric=0.5`.
 
-Both are warm: processes run already. Prints the medians over rounds, and appends a row for each
-round to results/images.csv: images a second, `ratio` to `pillow` in the same round, `cpu_ratio` by
-the time of the processors, all processes together, which others on the machine disturb less, and
-`growth_mib`, by how much the resident sets of all processes of `pipeline` grew over the next 5,000
-images after the first round.
+Processes run before the measurement starts. Prints the medians over rounds and appends a row for
+each round to results/images.csv: images per second; `ratio` to `pillow` in the same round;
+`cpu_ratio`, the same for the processor time of all processes, which other programs disturb less;
+and `growth_mib`, the growth of the resident memory of `pipeline` over 5,000 images after the first
+round.
 """
 
 import argparse
@@ -50,7 +51,7 @@ Job = tuple[str, tuple[float, float, float, float], bool, int]
 
 
 def make_mosaics(photographs: list[Path], folder: Path, count: int) -> None:
-    """Writes `count` JPEG files of 500x375 pixels, in two classes."""
+    """Write `count` JPEG files of 500x375 pixels in two classes."""
     random = np.random.default_rng(0)
     for number in range(count):
         mosaic = Image.new("RGB", (512, 384))
@@ -64,7 +65,7 @@ def make_mosaics(photographs: list[Path], folder: Path, count: int) -> None:
 
 
 def bare(jobs: list[Job]) -> None:
-    """What one process of the bare loop does."""
+    """Run the bare loop in one process."""
     for path, box, flip, size in jobs:
         image = Image.open(path).convert("RGB")
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
@@ -74,7 +75,7 @@ def bare(jobs: list[Job]) -> None:
 
 
 def bare_jobs(batches: ImageBatches, size: int) -> list[list[Job]]:
-    """The files, parts and flips of `batches`, in its order."""
+    """Return files, parts and flips of `batches`, batch by batch."""
     files, seed = batches.decoded.files, batches.seed
     jobs = []
     for indices in batches.indices():
@@ -87,8 +88,8 @@ def bare_jobs(batches: ImageBatches, size: int) -> list[list[Job]]:
     return jobs
 
 
-def module(folder: Path, size: int, photometric: float) -> ImageFolderDataModule:
-    """The data module, as `conf/data/image_folder.yaml` has it."""
+def data_module(folder: Path, size: int, photometric: float) -> ImageFolderDataModule:
+    """Return the data module with the values of `conf/data/image_folder.yaml`."""
     made = ImageFolderDataModule(
         root=folder.parent,
         name=folder.name,
@@ -110,7 +111,7 @@ def module(folder: Path, size: int, photometric: float) -> ImageFolderDataModule
 
 
 def read_all(batches: ImageBatches, least: int = 1) -> int:
-    """Reads whole epochs until there were `least` images; returns how many there were."""
+    """Read whole epochs until at least `least` images; return their number."""
     images = 0
     while images < least:
         images += sum(len(targets) for _, targets in batches)
@@ -118,12 +119,12 @@ def read_all(batches: ImageBatches, least: int = 1) -> int:
 
 
 def children() -> list[int]:
-    """Processes of this one's."""
+    """Return the ids of the child processes."""
     return [process.pid for process in multiprocessing.active_children()]
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """Time of the processors that these processes have taken so far."""
+    """Return the processor time of these processes, seconds."""
     ticks = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -132,13 +133,13 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 def resident_mib(pids: list[int]) -> float:
-    """Resident sets of these processes together."""
+    """Return the resident memory of these processes, MiB."""
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def timed(read: Callable[[], int], pids: list[int]) -> tuple[float, float]:
-    """Images a second, and seconds of the processors for each image."""
+    """Return images per second, and processor seconds per image."""
     cpu, started = cpu_seconds(pids), time.perf_counter()
     images = read()
     seconds = time.perf_counter() - started
@@ -146,14 +147,14 @@ def timed(read: Callable[[], int], pids: list[int]) -> tuple[float, float]:
 
 
 def measure(name: str, folder: Path, size: int, rounds: int) -> Iterator[dict[str, object]]:
-    """A row for each round."""
+    """Yield a row for each round."""
     own = [os.getpid()]
     loaders, pids = {}, {}
     with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
         pids["pillow"] = own + children()
         for arm, photometric in (("pipeline", 0.0), ("distorted", 0.5)):
             before = children()
-            loaders[arm] = module(folder, size, photometric).train_dataloader()
+            loaders[arm] = data_module(folder, size, photometric).train_dataloader()
             read_all(loaders[arm])
             pids[arm] = own + [pid for pid in children() if pid not in before]
         jobs = bare_jobs(loaders["pipeline"], size)

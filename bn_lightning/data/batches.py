@@ -87,12 +87,12 @@ class Batches(ABC):
         # A generator, whose body runs at the first `next`: Lightning creates its iterator before it
         # calls `set_epoch`, and creates another one only to check that this works.
         self._position, self._start = self._start, 0
-        for batch in self._from(self._position):
+        for batch in self._batches_from(self._position):
             self._position += 1  # before `yield`: counts the batch in use
             yield batch
 
     @abstractmethod
-    def _from(self, position: int) -> Iterator[LabeledBatch]:
+    def _batches_from(self, position: int) -> Iterator[LabeledBatch]:
         """Yield this rank's batches of the epoch, without the first `position`."""
 
     @property
@@ -197,7 +197,7 @@ class TensorBatches(Batches):
         self.transform = transform
 
     @override
-    def _from(self, position: int) -> Iterator[LabeledBatch]:
+    def _batches_from(self, position: int) -> Iterator[LabeledBatch]:
         inputs, targets = self.inputs, self.targets
         if not self.shuffle and self.transform is None:
             parts = zip(self._parts(inputs), self._parts(targets), strict=True)

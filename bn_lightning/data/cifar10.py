@@ -37,23 +37,15 @@ class CIFAR10DataModule(TensorDataModule):
 
     Args:
         root: folder of all data sets.
-        batch_size: number of training samples in a batch of one rank, at least 1.
-        eval_batch_size: largest number of samples in a validation or test batch of one rank, at
-            least 1.
         validation_fraction: share of the training images used for validation, in (0, 1); 1/10
             leaves the customary 45,000 and 5,000.
-        seed: of the order and augmentation of the training batches, at least 0. It does not change
-            the split.
         augment: shift each training image by up to 4 pixels over black and flip half of them, anew
             in each epoch; the result depends on `seed`, the epoch and the image.
         mean: three numbers.
         std: three positive numbers.
         download: download absent files.
-        test_curve: return the test set from `val_dataloader` too, second.
 
-    Raises:
-        TypeError: an argument is not an integer.
-        ValueError: an argument is out of range.
+    The other arguments are those of `TensorDataModule`.
 
     Source: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009; the
     augmentation is that of He et al. 2015, arXiv 1512.03385, section 4.2.

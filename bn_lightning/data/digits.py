@@ -25,17 +25,10 @@ class DigitsDataModule(TensorDataModule):
     the training set. Inputs and targets are as in `MNISTDataModule`.
 
     Args:
-        batch_size: number of training samples in a batch of one rank, at least 1.
-        eval_batch_size: largest number of samples in a validation or test batch of one rank, at
-            least 1.
         validation_fraction: share of the 1,437 training samples used for validation, in (0, 1).
-        seed: of the order of the training batches, at least 0. It does not change the split.
-        test_curve: return the test set from `val_dataloader` too, second.
         binarize: see `MNISTDataModule`.
 
-    Raises:
-        TypeError: an argument is not an integer.
-        ValueError: an argument is out of range.
+    The other arguments are those of `TensorDataModule`.
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
     """

@@ -166,7 +166,7 @@ class ImageBatches(Batches):
         return other
 
     @override
-    def _from(self, position: int) -> Iterator[LabeledBatch]:
+    def _batches_from(self, position: int) -> Iterator[LabeledBatch]:
         indices = self.indices()[position:]
         self._keys.keys = [(self._epoch, index.numpy()) for index in indices]
         if self._loader is None:
@@ -219,7 +219,6 @@ class ImageBatches(Batches):
             self.decoded,
             sampler=self._keys,
             batch_size=None,  # a key already stands for a batch
-            collate_fn=_unchanged,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its unused seed is not drawn from the run's
@@ -267,10 +266,6 @@ class _Keys(Sampler[tuple[int, np.ndarray]]):
 
     def __len__(self) -> int:
         return len(self.keys)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _ignore_signals(worker: int) -> None:

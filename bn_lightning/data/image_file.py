@@ -62,8 +62,9 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
                     ImageOps.exif_transpose(image, in_place=True)
                 return _rgb(image)
     except Image.UnidentifiedImageError as error:
+        beginning = f"the first bytes {payload[:8].hex(' ')}" if payload else "an empty file"
         raise ImageFileError(
-            f"{path}: expected an image (JPEG, PNG, ...), got {_beginning(payload)}; remove or"
+            f"{path}: expected an image (JPEG, PNG, ...), got {beginning}; remove or"
             " replace the file"
         ) from error
     except Image.DecompressionBombError as error:
@@ -93,7 +94,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _beginning(payload: bytes) -> str:
-    return f"a file with the first bytes {payload[:8].hex(' ')}" if payload else "an empty file"

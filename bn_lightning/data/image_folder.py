@@ -173,8 +173,8 @@ class ImageFolderDataModule(LoadedDataModule):
         for folder, names in found.items():
             if names != classes:
                 raise DataError(
-                    f"{self.folder / folder}: expected the classes of train,"
-                    f" got {_difference(classes, names)}"
+                    f"{self.folder / folder}: expected the classes of train, got classes"
+                    f" {_difference(classes, names)}"
                 )
         self._check_classes(classes)
         files = {folder: list_images(self.folder / folder, classes) for folder in found}
@@ -313,7 +313,7 @@ class ImageFolderDataModule(LoadedDataModule):
         expected = self._expected_classes
         if expected is not None and expected != classes:
             raise DataError(
-                f"{self.folder}: expected the classes of the checkpoint, got"
+                f"{self.folder}: expected the classes of the checkpoint, got classes"
                 f" {_difference(expected, classes)}; use the images of its training"
             )
 
@@ -383,4 +383,4 @@ def _difference(expected: Sequence[str], got: Sequence[str]) -> str:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{words} {', '.join(names[:3])}{more}")
-    return " and ".join(parts) or "the same in another order"
+    return " and ".join(parts) or "in another order"

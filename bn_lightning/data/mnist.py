@@ -34,22 +34,15 @@ class MNISTDataModule(TensorDataModule):
     Args:
         root: folder of all data sets. If it does not exist, `fallback` does not apply, because the
             path may be mistyped; the exception is `data` in the working directory.
-        batch_size: number of training samples in a batch of one rank, at least 1.
-        eval_batch_size: largest number of samples in a validation or test batch of one rank, at
-            least 1.
         validation_fraction: share of the training images used for validation, in (0, 1); 1/12
             leaves the customary 55,000 and 5,000.
-        seed: of the order of the training batches, at least 0. It does not change the split.
         fallback: "digits" uses scikit-learn's digits, with a `DataFallbackWarning`, if all files
             are absent and cannot be downloaded; None raises an error. If only some files are
             absent, that is always an error.
         download: download absent files.
-        test_curve: return the test set from `val_dataloader` too, second.
         binarize: threshold in (0, 1): pixels above it become 1, others 0; None keeps gray values.
 
-    Raises:
-        TypeError: an argument is not an integer.
-        ValueError: an argument is out of range.
+    The other arguments are those of `TensorDataModule`.
 
     Source: Y. LeCun, C. Cortes and C. J. C. Burges, "The MNIST database of handwritten digits".
     """
@@ -102,13 +95,13 @@ class MNISTDataModule(TensorDataModule):
 
     @override
     def load(self) -> Arrays:
-        return binarized(self._grey(), self.binarize)
+        return binarized(self._gray_images(), self.binarize)
 
     @override
     def evaluated(self, inputs: np.ndarray) -> Tensor:
         return super().evaluated(binary(inputs, self.binarize))
 
-    def _grey(self) -> Arrays:
+    def _gray_images(self) -> Arrays:
         absent = self._absent()
         root = self.folder.parent
         if len(absent) == len(self.digests) and self.fallback == "digits":

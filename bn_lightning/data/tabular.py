@@ -56,16 +56,9 @@ class TabularDataModule(TensorDataModule):
         standardize: scale the features.
         test_fraction: share of the rows used for the test, in (0, 1); rounded to a whole number of
             rows.
-        batch_size: number of training rows in a batch of one rank, at least 1.
-        eval_batch_size: largest number of rows in a validation or test batch of one rank, at
-            least 1.
         validation_fraction: share of the rows outside the test set used for validation, in (0, 1).
-        seed: of the order of the training batches, at least 0. It changes neither rows nor splits.
-        test_curve: return the test set from `val_dataloader` too, second.
 
-    Raises:
-        TypeError: an argument is not an integer.
-        ValueError: an argument is out of range.
+    The other arguments are those of `TensorDataModule`.
 
     Source: a tutorial's classifier of students' placement by (cgpa, iq); the laws are ours.
     """

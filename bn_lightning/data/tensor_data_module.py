@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -162,8 +162,11 @@ class TensorDataModule(LoadedDataModule, ABC):
             "test": (arrays.test_inputs, arrays.test_targets),
         }
         self._splits = {
-            split: _tensors(*part, scaled=self.transform(split) is None)
-            for split, part in parts.items()
+            split: (
+                _scaled(inputs) if self.transform(split) is None else torch.from_numpy(inputs),
+                torch.from_numpy(targets.astype(np.int64)),
+            )
+            for split, (inputs, targets) in parts.items()
         }
         self._info = {
             "source": arrays.source,
@@ -255,25 +258,14 @@ def check_arrays(arrays: Arrays) -> None:
             samples = np.flatnonzero(~finite.reshape(len(inputs), -1).all(axis=1))
             raise DataError(
                 f"{where}: expected finite inputs, got {np.count_nonzero(~finite)} values that"
-                f" are NaN or infinite in {len(samples)} samples, first at {_few(samples)}"
+                f" are NaN or infinite in {len(samples)} samples, first at {samples[:5].tolist()}"
             )
         foreign = np.flatnonzero((targets < 0) | (targets >= arrays.classes))
         if len(foreign):
             raise DataError(
                 f"{where}: expected targets in [0, {arrays.classes}), got {targets[foreign[0]]}"
-                f" and {len(foreign) - 1} more outside, first at {_few(foreign)}"
+                f" and {len(foreign) - 1} more outside, first at {foreign[:5].tolist()}"
             )
-
-
-def _few(indices: np.ndarray) -> str:
-    return ", ".join(str(index) for index in indices[:5])
-
-
-def _tensors(
-    inputs: np.ndarray, targets: np.ndarray, scaled: bool
-) -> tuple[Shaped[Tensor, "N ..."], Int[Tensor, "N"]]:
-    values = _scaled(inputs) if scaled else torch.from_numpy(inputs)
-    return values, torch.from_numpy(targets.astype(np.int64))
 
 
 def _scaled(inputs: np.ndarray) -> Float[Tensor, "N ..."]:

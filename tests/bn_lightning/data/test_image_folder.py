@@ -129,8 +129,16 @@ def spoiled(folder: Path, kind: str) -> None:
         ("no_val", DataUnavailableError, "noise to have a folder val/"),
         ("one_class", DataError, r"train: expected .* at least two classes, got 1 \(cat\)"),
         ("class_without_images", DataError, r"train/dog: expected images .*\.jpg.*got none"),
-        ("other_names", DataError, "val: expected the classes of train, got without dog and with"),
-        ("missing_class", DataError, "val: expected the classes of train, got without dog$"),
+        (
+            "other_names",
+            DataError,
+            "val: expected the classes of train, got classes without dog and with",
+        ),
+        (
+            "missing_class",
+            DataError,
+            "val: expected the classes of train, got classes without dog$",
+        ),
     ],
 )
 def test_folders_that_are_refused(
@@ -418,7 +426,7 @@ class TestRuns:
         for split in ("train", "val"):
             (folder / split / "dog").rename(folder / split / "ape")
         data = ImageFolderDataModule(**folder_options(folder))
-        message = "expected the classes of the checkpoint, got without dog and with ape"
+        message = "expected the classes of the checkpoint, got classes without dog and with ape"
         with pytest.raises(DataError, match=message):
             if loaded == "before":
                 data.load_state_dict(state)
