@@ -58,7 +58,7 @@ def check_overrides(config_name: str, arguments: list[str]) -> None:
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_commands(page, monkeypatch):
-    monkeypatch.setattr("bn_lightning.report.report", lambda sources, options: None)
+    monkeypatch.setattr("bn_lightning.report.write_report", lambda sources, options: None)
     with initialize_config_module("bn_lightning.conf", version_base="1.3"):
         for module, *arguments in commands(page.read_text(encoding="utf-8")):
             name = module.removeprefix("bn_lightning.").removesuffix("_checkpoint")
@@ -129,7 +129,7 @@ def test_the_table_of_options_is_complete():
     table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M))
     for path in (ROOT / "conf").glob("*/*.yaml"):
         group = path.parent.name
-        if group not in ("extras", "hydra", "paths") and (group, path.stem) != (
+        if group not in ("hydra", "paths") and (group, path.stem) != (
             "trainer",
             "default",
         ):
