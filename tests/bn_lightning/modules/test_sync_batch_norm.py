@@ -307,6 +307,25 @@ def test_double_backward(ranks, activation, add):
     ranks(rank_double_backward, activation, add)
 
 
+def rank_constant_upstream() -> None:
+    """With a constant dy, dresidual is constant too; the other gradients are not."""
+    t, part = _tensors(torch.float64), _part(7)
+    found = []
+    for module, rows in (
+        (_module(BatchNorm2d, t, activation="relu"), slice(None)),
+        (_module(SyncBatchNorm2d, t, activation="relu"), part),
+    ):
+        x, residual = (t[k][rows].clone().requires_grad_() for k in ("x", "residual"))
+        y = module(x, residual)
+        dx, _ = torch.autograd.grad(y, [x, residual], t["dy"][rows], create_graph=True)
+        found.append(torch.autograd.grad((dx**3).sum(), x)[0])
+    torch.testing.assert_close(found[1], found[0][part], rtol=0, atol=1e-12)
+
+
+def test_double_backward_of_a_constant_upstream(ranks):
+    ranks(rank_constant_upstream)
+
+
 def rank_saved() -> None:
     def saved(dtype: torch.dtype, activation: str, add: bool, backend: str) -> int:
         """Return the bytes saved, without x, y, the residual and per-channel tensors."""
