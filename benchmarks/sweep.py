@@ -1,11 +1,11 @@
-"""What a sweep costs: a trial beyond its training, a long study, a second worker.
+"""Measure the overhead of a trial, the cost of a long study, and the gain of a second worker.
 
-    python benchmarks/sweep.py trial [--trials 20]       # one step, beside a bare function
-    python benchmarks/sweep.py study [--sizes 100 10000] # starting, asking and telling
+    python benchmarks/sweep.py trial [--trials 20]       # one step, compared to a plain function
+    python benchmarks/sweep.py study [--sizes 100 10000] # start, ask and tell
     BN_LIGHTNING_DATA=DIR python benchmarks/sweep.py workers [--trials 16] [--steps 2000]
 
-Each prints its figures and appends them to results/sweep.csv, with the load of the machine: they
-mean something only on an idle one.
+Each command prints its results and appends them to results/sweep.csv with the load of the machine.
+Measure on an idle machine.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SWEEP = ["-m", "+experiment=mnist_bn", "hydra/sweeper=bn_optuna"]
 
 
 def trial(n_trials: int) -> dict[str, float]:
-    """Seconds between the ends of two trials of one step, and of a function that does the same."""
+    """Return the seconds of a trial of one step, and of a plain function with the same work."""
     with tempfile.TemporaryDirectory() as folder:
         seeds = f"seed=range(1,{n_trials + 1})"
         _sweep(
@@ -57,7 +57,7 @@ def trial(n_trials: int) -> dict[str, float]:
         )
         ends = [t.datetime_complete for t in study.trials if t.datetime_complete is not None]
     between = [(b - a).total_seconds() for a, b in zip(ends, ends[1:], strict=False)]
-    # The first ones import and warm up.
+    # Without the first three, which import modules and warm up.
     sweep, bare = statistics.median(between[3:]), statistics.median(_bare(n_trials)[3:])
     return {"sweep_s": sweep, "bare_s": bare, "overhead_s": sweep - bare}
 
@@ -93,10 +93,10 @@ def _bare(repeats: int) -> list[float]:
 
 
 def study(sizes: list[int], sampler: str) -> dict[str, float]:
-    """Seconds by finished trials.
+    """Return seconds for studies with a given number of finished trials.
 
-    `command`: a whole command that has nothing to do; `load`: reading the study, a part of it;
-    `ask` and `tell`: a trial's.
+    `command` is a whole command without a trial to run; `load`, a part of it, reads the study;
+    `ask` and `tell` are those of one trial.
     """
     found: dict[str, float] = {}
     for size in sizes:
@@ -111,7 +111,7 @@ def study(sizes: list[int], sampler: str) -> dict[str, float]:
 
 
 def _fill(folder: Path, size: int) -> None:
-    """A study of finished trials, with the records of real ones."""
+    """Create a study of finished trials with as many records as real ones."""
     storage = open_storage(storage_url("journal", folder), 5)
     description = {
         "space": {**SPACE.describe(), "custom_search_space": "None"},
@@ -119,7 +119,7 @@ def _fill(folder: Path, size: int) -> None:
     }
     create_study(storage, NAME, ["maximize"], description)
     study_id = storage.get_study_id_from_name(NAME)
-    fsync, os.fsync = os.fsync, lambda _: None  # preparing is not measured
+    fsync, os.fsync = os.fsync, lambda _: None  # not measured
     for number in range(size):
         point = {KEY: (number + 0.5) / size}
         template = create_trial(
@@ -164,7 +164,7 @@ def _engine(folder: Path, size: int, sampler: str, repeats: int = 20) -> dict[st
 
 
 def workers(n_trials: int, steps: int) -> dict[str, float]:
-    """Seconds of a whole sweep with one worker and with two."""
+    """Return the seconds of a whole sweep with one worker and with two."""
     seconds = {}
     for n_jobs in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +199,7 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def main() -> None:
-    """Measure, print, append a row for each figure."""
+    """Measure, print the results, and append them to the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("trial", "study", "workers"))
     parser.add_argument("--trials", type=int, default=20)

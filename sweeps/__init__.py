@@ -1,1 +1,1 @@
-"""From runs to what one can read off them."""
+"""Sweeps: the engine, its Hydra plugin, analysis of results, and reports."""

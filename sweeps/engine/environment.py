@@ -1,19 +1,13 @@
-"""Environment variables that every process of a trial can read.
-
-BN_OPTUNA_STORAGE   URL of the study's storage; may contain a password
-BN_OPTUNA_STUDY     name of the study
-BN_OPTUNA_TRIAL     number of the trial
-BN_OPTUNA_WORKER    directory of the sweep; set in worker processes only
-"""
+"""Environment variables that every process of a trial can read."""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-STORAGE_VARIABLE = "BN_OPTUNA_STORAGE"
-STUDY_VARIABLE = "BN_OPTUNA_STUDY"
-TRIAL_VARIABLE = "BN_OPTUNA_TRIAL"
-WORKER_VARIABLE = "BN_OPTUNA_WORKER"
+STORAGE_VARIABLE = "BN_OPTUNA_STORAGE"  # URL of the study's storage; may contain a password
+STUDY_VARIABLE = "BN_OPTUNA_STUDY"  # name of the study
+TRIAL_VARIABLE = "BN_OPTUNA_TRIAL"  # number of the trial
+WORKER_VARIABLE = "BN_OPTUNA_WORKER"  # directory of the sweep; set in worker processes only
 
 
 def in_trial() -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,9 +84,9 @@ def open_journal(path: Path) -> JournalStorage:
     journal = JournalFile(path)
     # With the lock held, no other process is writing a record. Optuna reports a damaged last
     # record only when another one follows it.
-    with journal.locked():
-        last = _last_line(path)
-    if last and parse_record(last) is None:
+    with journal.locked(), open(path, "rb") as file:
+        last = deque(file, maxlen=1)
+    if last and parse_record(last[0]) is None:
         raise damaged_journal(path)
     try:
         return JournalStorage(journal)
@@ -122,14 +123,3 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         return None
     is_whole = line.endswith(b"\n") and isinstance(record, dict)
     return record if is_whole and isinstance(record.get("op_code"), int) else None
-
-
-def _last_line(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        size, length = file.seek(0, os.SEEK_END), 1 << 14
-        while True:
-            file.seek(max(0, size - length))
-            lines = file.read().splitlines(keepends=True)
-            if len(lines) > 1 or length >= size:
-                return lines[-1] if lines else b""
-            length *= 8

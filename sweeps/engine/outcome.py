@@ -44,10 +44,6 @@ class Outcome:
         """The state as Optuna's enum."""
         return TrialState[self.state]
 
-    def with_attributes(self, **attributes: Any) -> "Outcome":
-        """Return the outcome with attributes added or replaced."""
-        return Outcome(self.state, self.values, self.attributes | attributes)
-
     def write(self, directory: Path) -> None:
         """Write the outcome into the directory of the trial, atomically."""
         directory.mkdir(parents=True, exist_ok=True)

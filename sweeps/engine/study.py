@@ -7,6 +7,7 @@ A sweep can therefore be stopped at any time and resumed by the same command.
 """
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,29 +143,27 @@ class SweepStudy:
         self.slots.update(self._study.get_trials(deepcopy=False))
         return self.slots.counts()
 
-    def fill(self) -> None:
-        """Enqueue a trial for each slot that has none, unless another process is doing it."""
+    def fill(self, *, take_over: bool = False) -> None:
+        """Enqueue a trial for each slot that has none, unless another process is doing it.
+
+        Args:
+            take_over: ignore the other process, which may be alive.
+        """
         self.refresh()
+        if not self.slots.open_slots():
+            return
         mark = self._study.user_attrs.get(FILLER)
-        if mark and filler_process(mark) == filler_process(filler_mark()):
-            self._fill()  # this process has created the study
-        elif self.slots.open_slots() and self._nobody_fills():
-            self._fill_if_last()
-
-    def _nobody_fills(self) -> bool:
-        mark = self._study.user_attrs.get(FILLER)
-        return not mark or filler_process(mark).is_known_dead()
-
-    def _fill_if_last(self) -> None:
-        """Fill the study if no other process has marked it after this one."""
-        mark = filler_mark()
-        self._study.set_user_attr(FILLER, mark)
-        time.sleep(SETTLE)
-        if self._study.user_attrs.get(FILLER) == mark:
-            self._fill()
-
-    def _fill(self) -> None:
-        self.refresh()
+        filler = filler_process(mark) if mark else None
+        if filler != ProcessIdentity.of(os.getpid()):
+            if not (take_over or filler is None or filler.is_known_dead()):
+                return
+            # If several processes get here at the same time, the last one fills the study.
+            mark = filler_mark()
+            self._study.set_user_attr(FILLER, mark)
+            time.sleep(SETTLE)
+            if self._study.user_attrs.get(FILLER) != mark:
+                return
+            self.refresh()
         for slot in self.slots.open_slots():
             self._enqueue(slot)
         self._study.set_user_attr(FILLER, None)
@@ -172,7 +171,7 @@ class SweepStudy:
     def _enqueue(self, slot: int) -> None:
         """Add a waiting trial to a slot, at the same point as its last failed trial."""
         before = self.slots.last_failed(slot)
-        point = self._plan.point(slot) if before is None else _point_of(before)
+        point = Point(before.params, before.distributions) if before else self._plan.point(slot)
         self._study.add_trial(
             create_trial(
                 state=TrialState.WAITING,
@@ -254,9 +253,8 @@ class SweepStudy:
         n_open = len(self.slots.open_slots())
         if n_open != self._n_open:
             self._n_open, self._n_open_since = n_open, time.monotonic()
-        is_stuck = time.monotonic() - self._n_open_since > FILL_PATIENCE
-        if n_open and (is_stuck or self._nobody_fills()):
-            self._fill_if_last()
+        if n_open:
+            self.fill(take_over=time.monotonic() - self._n_open_since > FILL_PATIENCE)
 
     def close(self) -> None:
         """Stop the heartbeat and close the storage."""
@@ -268,10 +266,6 @@ class SweepStudy:
 
     def _id(self, number: int) -> int:
         return int(self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number))
-
-
-def _point_of(trial: FrozenTrial) -> Point:
-    return Point(trial.params, trial.distributions)
 
 
 def _worker_died(trial: FrozenTrial) -> Outcome:

@@ -30,25 +30,30 @@ DEATHS_ALLOWED = 3
 
 def run_trials(
     study: SweepStudy,
-    run: Callable[[ClaimedTrial], Outcome],
+    run: Callable[[list[ClaimedTrial]], list[Outcome]],
     stop: StopRequest,
     on_refresh: Callable[[], None] = lambda: None,
+    *,
+    batch_size: int = 1,
     pause: float = 0.5,
 ) -> None:
     """Claim, run and finish trials until the sweep is over or is asked to stop.
 
     Args:
         study: whose trials to run.
-        run: runs a trial. A `BaseException` that is not an `Exception` interrupts the trial and is
-            raised again.
-        stop: checked between two trials.
+        run: runs a batch of trials. An `Exception` is the outcome of all of them. Any other
+            `BaseException` interrupts them and is raised again.
+        stop: checked between two batches.
         on_refresh: called each time the study was read.
+        batch_size: most trials in a batch.
         pause: seconds to wait if no trial waits.
     """
     while not stop.is_set():
-        claimed = study.claim()
+        batch: list[ClaimedTrial] = []
+        while len(batch) < batch_size and (claimed := study.claim()) is not None:
+            batch.append(claimed)
         on_refresh()
-        if claimed is None:
+        if not batch:
             if study.slots.is_over():
                 return
             study.recover()
@@ -56,13 +61,15 @@ def run_trials(
                 time.sleep(pause)
             continue
         try:
-            outcome = run(claimed)
+            outcomes = run(batch)
         except Exception as error:
-            outcome = outcome_of_error(error)
+            outcomes = [outcome_of_error(error)] * len(batch)
         except BaseException:
-            study.finish(claimed.number, interrupted())
+            for trial in batch:
+                study.finish(trial.number, interrupted())
             raise
-        study.finish(claimed.number, stop.corrected(outcome))
+        for trial, outcome in zip(batch, outcomes, strict=True):
+            study.finish(trial.number, stop.corrected(outcome))
 
 
 class Workers:

@@ -1,4 +1,4 @@
-"""A cheap task to sweep, which neither PyTorch nor Lightning is needed for."""
+"""A fast task to sweep, without PyTorch and Lightning."""
 
 import os
 import time

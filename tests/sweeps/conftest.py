@@ -20,7 +20,7 @@ APP = Path(__file__).parent / "app.py"
 
 @dataclass
 class Program:
-    """The program `app.py`, run in a folder of its own."""
+    """Runs `app.py` in a directory."""
 
     folder: Path
     started: "list[subprocess.Popen[str]]" = field(default_factory=list)
@@ -29,7 +29,7 @@ class Program:
         return [sys.executable, str(APP), *arguments]
 
     def environment(self, **variables: str) -> dict[str, str]:
-        # `sweeps` for hydra_plugins, where this checkout is not the one that is installed.
+        # `sweeps` contains hydra_plugins, if another checkout is installed.
         path = os.pathsep.join([str(ROOT), str(ROOT / "sweeps"), os.environ.get("PYTHONPATH", "")])
         return {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), **variables}
 
@@ -64,11 +64,11 @@ def program(tmp_path: Path) -> Iterator[Program]:
     yield program
     for process in program.started:
         with process:
-            process.kill()  # nothing, if it has ended
+            process.kill()  # no effect if it has ended
 
 
 class PostgreSQL:
-    """A server of one's own on the loopback interface, which can be killed and started again."""
+    """A server on the loopback interface that can be killed and restarted."""
 
     def __init__(self, binaries: Path, folder: Path) -> None:
         self._binaries = binaries
@@ -91,7 +91,7 @@ class PostgreSQL:
         self.start()
 
     def url(self, password: str | None = None) -> str:
-        """The address; without a password libpq reads PGPASSWORD."""
+        """Return the address. Without a password, libpq reads PGPASSWORD."""
         user = "sweeper" if password is None else f"sweeper:{password}"
         return f"postgresql://{user}@127.0.0.1:{self._port}/postgres"
 

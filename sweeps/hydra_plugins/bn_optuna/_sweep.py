@@ -23,7 +23,7 @@ from bn_lightning.sweeps.engine.environment import (
     WORKER_VARIABLE,
     environment_variables,
 )
-from bn_lightning.sweeps.engine.outcome import interrupted, last_line
+from bn_lightning.sweeps.engine.outcome import last_line
 from bn_lightning.sweeps.engine.passwords import refuse_copied_password, refuse_password
 from bn_lightning.sweeps.engine.processes import as_typed, run_command, shown_command
 from bn_lightning.sweeps.engine.sampling import SamplingPlan, make_pruner
@@ -111,7 +111,7 @@ def _run(study: SweepStudy, runner: TrialRunner, config: DictConfig, stop: StopR
     n_jobs = config.hydra.sweeper.n_jobs
     with Display(study.name, study.slots, study.directions) as display:
         if config.hydra.launcher._target_ != BASIC_LAUNCHER:
-            _launch_batches(study, runner, _batch_size(config), stop, display)
+            run_trials(study, runner.launch, stop, display.update, batch_size=_batch_size(config))
         elif n_jobs == 1:
             run_trials(study, runner.run, stop, display.update)
         else:
@@ -119,32 +119,6 @@ def _run(study: SweepStudy, runner: TrialRunner, config: DictConfig, stop: StopR
                 while workers.check(stop):
                     display.update()
                     time.sleep(CHECK_INTERVAL)
-        study.refresh()
-        display.update()
-
-
-def _launch_batches(
-    study: SweepStudy, runner: TrialRunner, size: int, stop: StopRequest, display: Display
-) -> None:
-    while not stop.is_set():
-        batch: list[ClaimedTrial] = []
-        while len(batch) < size and (claimed := study.claim()) is not None:
-            batch.append(claimed)
-        if not batch:
-            if study.slots.is_over():
-                return
-            study.recover()
-            display.update()
-            time.sleep(CHECK_INTERVAL)
-            continue
-        try:
-            outcomes = runner.launch(batch)
-        except BaseException:
-            for claimed in batch:
-                study.finish(claimed.number, interrupted())
-            raise
-        for claimed, outcome in zip(batch, outcomes, strict=True):
-            study.finish(claimed.number, stop.corrected(outcome))
         study.refresh()
         display.update()
 

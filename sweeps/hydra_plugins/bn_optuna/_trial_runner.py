@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,9 @@ class TrialRunner:
         self._config = config
         self._fixed = list(fixed)
         self._directory = directory
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=task, config=config
+        )
 
     def compose(self, trial: ClaimedTrial) -> DictConfig:
         """Return the configuration of a trial.
@@ -102,8 +105,11 @@ class TrialRunner:
             config.hydra.job.id = config.hydra.job.num = trial.number
         return config
 
-    def run(self, trial: ClaimedTrial) -> Outcome:
-        """Run a trial here, or in a process of its own if its configuration says so."""
+    def run(self, trials: Sequence[ClaimedTrial]) -> list[Outcome]:
+        """Run trials one after another, each here or, if configured, in a process of its own."""
+        return [self._run(trial) for trial in trials]
+
+    def _run(self, trial: ClaimedTrial) -> Outcome:
         setup_globals()
         config = self.compose(trial)
         with environment_variables({TRIAL_VARIABLE: str(trial.number)}):
@@ -166,9 +172,6 @@ class TrialRunner:
 
     def launch(self, trials: Sequence[ClaimedTrial]) -> list[Outcome]:
         """Run trials at the same time, with the launcher of the configuration."""
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=self._context, task_function=self._task, config=self._config
-        )
         overrides = [
             [*self._overrides(trial), f"++hydra.job.env_set.{TRIAL_VARIABLE}='{trial.number}'"]
             for trial in trials
@@ -176,7 +179,7 @@ class TrialRunner:
         lost = "the launcher returned no result for this trial"
         returns: Sequence[JobReturn] = []
         try:
-            returns = launcher.launch(overrides, initial_job_idx=trials[0].number)
+            returns = self._launcher.launch(overrides, initial_job_idx=trials[0].number)
         except Exception as error:
             # The launcher may have lost only one of the jobs: the others wrote their outcomes.
             lost = f"the launcher failed: {error}"
@@ -219,7 +222,8 @@ def _write(outcome: Outcome, directory: Path) -> None:
 
 
 def _timed(outcome: Outcome, started: float) -> Outcome:
-    return outcome.with_attributes(**{SECONDS: round(time.perf_counter() - started, 3)})
+    seconds = round(time.perf_counter() - started, 3)
+    return replace(outcome, attributes=outcome.attributes | {SECONDS: seconds})
 
 
 def _kept_hydra_overrides(config: DictConfig) -> list[str]:

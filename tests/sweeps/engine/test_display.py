@@ -1,4 +1,4 @@
-"""What the user sees."""
+"""Progress, summary and results of a sweep."""
 
 import io
 
@@ -78,7 +78,7 @@ class TestDisplay:
 
 
 class TestSummary:
-    def test_it_says_how_to_run_the_best_again(self, tmp_path):
+    def test_it_prints_the_command_of_the_best_trial(self, tmp_path):
         output = io.StringIO()
         best = trial(3, [0.5], params={"lr": 0.1}, directory="/sweep/3")
         print_sweep_summary(

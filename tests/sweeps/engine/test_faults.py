@@ -1,4 +1,4 @@
-"""A worker killed, the storage killed, the command killed: no trial is lost, and none is twice.
+"""If a worker, the storage or the command is killed, no trial is lost or run twice.
 
 `FAULT_REPETITIONS=5 pytest tests/sweeps/engine/test_faults.py` repeats each.
 """
@@ -31,7 +31,7 @@ def workers_of(pid: int) -> list[int]:
 @pytest.mark.parametrize("repetition", range(REPETITIONS))
 @pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
 def test_60_trials_over_4_workers(program, kind, repetition, request, tmp_path):
-    """In odd repetitions the command itself is killed, too."""
+    """In odd repetitions the main process is killed, too."""
     server = request.getfixturevalue("postgresql") if kind == "postgresql" else None
     name = f"faults{repetition}"
     storage = {"journal": "journal", "sqlite": f"sqlite:///{tmp_path}/study.db"}.get(kind)

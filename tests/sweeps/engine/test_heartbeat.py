@@ -1,4 +1,4 @@
-"""Who is alive, by process and by beat."""
+"""Detection of dead workers, by process and by heartbeat."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def running(attributes):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The observer's clock, moved by hand."""
+    """A clock of the observer that the test sets."""
 
     class Clock:
         now = 0.0
@@ -65,7 +65,7 @@ class TestProcessIdentity:
     def test_another_process_with_its_number(self):
         assert replace(own(), started="1").is_known_dead()
 
-    def test_of_another_machine_nothing_is_known(self):
+    def test_a_process_of_another_machine_is_unknown(self):
         assert not replace(own(), place="elsewhere", started="1").is_known_dead()
 
 
@@ -79,7 +79,7 @@ class TestStaleTrialDetector:
 
     @linux
     def test_a_living_process_here_is_never_given_up(self, clock):
-        """Not even if it does not beat: it may be stopped, or busy."""
+        """Even without beats: the process may be suspended or busy."""
         watch, trial = StaleTrialDetector(1, 10), running({WORKER: str(own())})
         for clock.now in range(100):
             assert watch.stale_trials([trial]) == []
@@ -99,7 +99,7 @@ class TestStaleTrialDetector:
             assert watch.stale_trials([trial]) == []
 
     def test_time_without_a_look_does_not_count(self, clock):
-        """The storage was away, or the observer had a trial of its own: who knows who beat."""
+        """The storage was away, or the observer ran a trial: beats could not be seen."""
         watch, trial = StaleTrialDetector(1, 10), running({WORKER: self.ELSEWHERE, BEAT: 1})
         for clock.now in (0, 1000, 2000):
             assert watch.stale_trials([trial]) == []

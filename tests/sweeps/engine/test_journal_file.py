@@ -1,4 +1,4 @@
-"""A journal whose last record is torn is reported, and never written behind."""
+"""A journal with a damaged last record is reported and not appended to."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ def test_a_torn_journal_is_reported_and_left_alone(journal, damage, finished):
     assert f"after {len(records)} whole ones ({len(whole):,} of {len(torn):,} bytes)" in message
     assert f"{finished} finished trials" in message
     assert f"truncate -s {len(whole)} " in message
-    # What the message says to do.
+    # The command of the message.
     os.truncate(journal, len(whole))
     study = optuna.load_study(study_name="s", storage=open_journal(journal))
     assert len([t for t in study.trials if t.state.is_finished()]) == finished
@@ -63,7 +63,7 @@ def test_nothing_is_appended_to_a_torn_record(journal):
 
 
 def test_a_full_disk_leaves_whole_records(journal, monkeypatch):
-    """A record that fits in part is taken back; with room again the storage goes on."""
+    """A partly written record is removed, and later writes succeed."""
     storage = open_journal(journal)
     whole = journal.read_bytes()
     write = os.write

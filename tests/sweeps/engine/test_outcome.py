@@ -1,4 +1,4 @@
-"""What a task returns, as the outcome of its trial."""
+"""From the return value of a task to the outcome of its trial."""
 
 import errno
 import json
@@ -50,8 +50,8 @@ class TestNumbers:
         assert outcome_of((1, np.float64(2)), None, 2).values == [1.0, 2.0]
 
     @pytest.mark.parametrize(("result", "n", "words"), UNUSABLE.values(), ids=UNUSABLE.keys())
-    def test_what_is_none(self, result, n, words):
-        """A failure that another try would repeat."""
+    def test_no_number(self, result, n, words):
+        """The trial fails and is not repeated."""
         outcome = outcome_of(result, None, n)
         assert outcome.state == "FAIL"
         assert outcome.values is None

@@ -1,4 +1,4 @@
-"""Passwords of storages are neither accepted in a configuration nor shown."""
+"""Passwords of storages are refused in configurations and redacted in messages."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -26,6 +26,7 @@ from bn_lightning.sweeps.engine.sweep_error import SweepError
         "postgresql://user@host/db?connect_timeout=9&password=${oc.env:PGPASSWORD}",
         "${oc.env:STORAGE}",
         "${db.address}",
+        "${db.kind}://${db.user}@host/db",
         "${oc.env:START}:${oc.env:PGPASSWORD}@host/db",
         "${oc.env:KIND}://user:${oc.env:PGPASSWORD}@host/db",
         "grpc://host:13000",
@@ -45,6 +46,7 @@ def test_what_holds_no_password_is_taken(setting):
         "postgresql://us@er:secret@host/db",
         "postgresql://us/er:secret@host/db",
         "postgresql:user:secret@host/db",
+        "postgresql://secret@user@host/db",
         "postgresql://user:secret\n@host/db",
         "${oc.env:KIND,postgresql}://user:secret@host/db",
         "${oc.env:START}:secret@host/db",

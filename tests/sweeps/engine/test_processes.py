@@ -1,4 +1,4 @@
-"""The command line, to be run again."""
+"""Commands that run the program again."""
 
 import sys
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from bn_lightning.sweeps.engine.processes import (
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """As if the program had been started so: a module's name or None, and arguments."""
+    """Simulate the start of a module, or of a script for None, with arguments."""
     monkeypatch.chdir(tmp_path)
 
     def start(module, *arguments):

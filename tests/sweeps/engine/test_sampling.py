@@ -1,4 +1,4 @@
-"""Which samplers choose beforehand, and how seeds go on."""
+"""Samplers that plan all points, samplers that do not, and seeds."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ class TestFinite:
 class TestPlanned:
     @pytest.mark.parametrize("name", ["RandomSampler", "QMCSampler"])
     def test_a_longer_sweep_begins_with_the_shorter(self, name):
-        """So that n_trials may grow, and no point is tried twice."""
+        """`n_trials` can be increased without repeating a point."""
         extra = {"scramble": True} if name == "QMCSampler" else {}
         short = plan(config(name, seed=1, **extra), REAL, 8)
         long = plan(config(name, seed=1, **extra), REAL, 16)
@@ -73,7 +73,7 @@ class TestAdaptive:
         made = plan(config(name), REAL, 5)
         assert (made.n_trials, made.is_planned, made.point(3).params) == (5, False, {})
 
-    def test_a_seed_goes_on_with_the_first_trial(self):
+    def test_a_seed_depends_on_the_first_trial(self):
         def first_point(number):
             sampler = plan(config("TPESampler", seed=1), REAL, 5).sampler(first_trial=number)
             study = optuna.create_study(sampler=sampler)

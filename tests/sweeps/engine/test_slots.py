@@ -1,4 +1,4 @@
-"""Slots and what became of them."""
+"""The state of the slots of a sweep."""
 
 import pytest
 from optuna.trial import TrialState, create_trial
@@ -11,7 +11,7 @@ WAITING, RUNNING = TrialState.WAITING, TrialState.RUNNING
 
 
 def trials(*content):
-    """Trials from (slot, state) or (slot, state, user attributes)."""
+    """Return trials from (slot, state) or (slot, state, user attributes)."""
     made = []
     for number, (slot, state, *attributes) in enumerate(content):
         trial = create_trial(
@@ -95,7 +95,7 @@ class TestDuplicates:
 
 class TestUpdates:
     def test_step_by_step_as_at_once(self):
-        """However the trials end, in whatever order, the slots is that of a fresh reading."""
+        """Updates give the same state as reading all trials at once."""
         steps = [
             [(0, WAITING), (1, WAITING), (2, WAITING)],
             [(0, RUNNING), (1, RUNNING), (2, WAITING)],

@@ -1,4 +1,4 @@
-"""Hydra's sweep syntax as Optuna's distributions."""
+"""From Hydra's sweep syntax to Optuna's distributions, and back to overrides."""
 
 import optuna
 import pytest
@@ -109,7 +109,7 @@ class TestPoints:
         ids=["null", "dicts", "quoted", "numbers"],
     )
     def test_overrides_make_what_was_chosen(self, loader, text):
-        """Every choice, drawn and composed, is the value that was typed."""
+        """Each choice composes to the value that was typed."""
         key = text.partition("=")[0]
         typed = [o.value() for o in _parsed(text)]
         points = parse_space(None, [text], loader).grid()

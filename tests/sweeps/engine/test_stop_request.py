@@ -1,4 +1,4 @@
-"""Ctrl-C, once and twice."""
+"""One Ctrl-C, two, and SIGTERM."""
 
 import signal
 import threading
@@ -17,7 +17,7 @@ def handlers():
 
 
 class Ended(BaseException):
-    """What the program does on a signal."""
+    """Raised by the handler of the program."""
 
 
 def end(signum, frame):
@@ -53,14 +53,14 @@ def test_twice_ends_as_the_program_does(signums):
 
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["default", "ignored"])
 def test_without_a_handler_it_ends_in_order(before):
-    """Left to the system, the process would end without a word to the study."""
+    """The default action would end the process before the study is updated."""
     signal.signal(signal.SIGTERM, before)
     with pytest.raises(SystemExit) as end, StopRequest().on_signals():
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143
 
 
-def test_another_thread_is_let_be(handlers):
+def test_another_thread_handles_no_signals(handlers):
     def body():
         with StopRequest().on_signals():
             pass

@@ -1,4 +1,4 @@
-"""Addresses of storages, and patience with them."""
+"""Addresses of storages, and repeated calls."""
 
 import errno
 import time
@@ -43,9 +43,14 @@ class TestAddresses:
     @pytest.mark.parametrize(
         "setting", ["", "jurnal", "journal://", "grpc://host", "grpc://host:port", "a file.log"]
     )
-    def test_what_is_none(self, tmp_path, setting):
+    def test_no_address(self, tmp_path, setting):
         with pytest.raises(SweepError, match="`storage` to be journal"):
             storage_url(setting, tmp_path)
+
+    def test_a_password_in_no_address_is_not_shown(self, tmp_path):
+        with pytest.raises(SweepError, match="`storage` to be journal") as error:
+            storage_url("postgresql:u:secret@h/d", tmp_path)
+        assert "secret" not in str(error.value)
 
     def test_a_part_of_a_password_is_not_taken_for_the_host(self, tmp_path):
         with pytest.raises(SweepError, match="%40 for @") as error:
@@ -170,7 +175,7 @@ class TestPatience:
 
 class TestSQLite:
     def test_one_of_two_claims_a_trial(self, tmp_path):
-        """Also when both have read that it waits before either wrote."""
+        """Even if both have read the waiting trial before one of them claims it."""
         import threading
 
         url = f"sqlite:///{tmp_path}/study.db"

@@ -1,4 +1,4 @@
-"""The engine: claims, outcomes, retries, and going on."""
+"""Claiming, finishing, repeating and recovering trials."""
 
 import os
 import signal
@@ -38,12 +38,16 @@ def quickly(monkeypatch):
     monkeypatch.setattr(engine, "SETTLE", 0.01)
     monkeypatch.setattr(engine, "FILL_PATIENCE", 0.1)
     monkeypatch.setattr(creation, "DESCRIPTION_PATIENCE", 0.1)
-    # No machine fails in these tests, and a disk's answer is what they would wait for.
+    # These tests need no durable files, and fsync takes most of their time.
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
+def one_by_one(run):
+    return lambda trials: [run(trial) for trial in trials]
+
+
 class Sweep:
-    """A command of a sweep: the same arguments make another command on the same study."""
+    """A command that works on a sweep; with the same arguments, another one on the same study."""
 
     def __init__(self, folder, storage="journal", space=GRID, sampler="GridSampler", n_trials=None,
                  seed=1, retries=1, directions=("minimize",)):  # fmt: skip
@@ -58,7 +62,7 @@ class Sweep:
 
     def work(self, run, stop=None):
         try:
-            run_trials(self.study, run, stop or StopRequest(), pause=0.01)
+            run_trials(self.study, one_by_one(run), stop or StopRequest(), pause=0.01)
         finally:
             self.study.close()
         return self
@@ -100,7 +104,7 @@ class TestWork:
         assert all(trial.value == trial.params["x"] * trial.params["y"] for trial in trials)
         assert trials[5].user_attrs == {"a": "b", "directory": str(tmp_path / "5")}
 
-    def test_it_goes_on_where_it_stopped(self, tmp_path):
+    def test_it_resumes_where_it_stopped(self, tmp_path):
         Sweep(tmp_path).work(product, StopAfter(5))
         seen = []
         second = Sweep(tmp_path).work(lambda c: seen.append(c.number) or product(c))
@@ -118,7 +122,7 @@ class TestWork:
                 sweep.study.finish(claimed.number, product(claimed))
         assert sorted(numbers) == list(range(12))
 
-    def test_more_trials_go_on(self, tmp_path):
+    def test_more_trials_continue_the_study(self, tmp_path):
         Sweep(tmp_path, space=REAL, sampler="RandomSampler", n_trials=5).work(product)
         more = Sweep(tmp_path, space=REAL, sampler="RandomSampler", n_trials=9).work(product)
         assert more.states() == ["COMPLETE"] * 9
@@ -242,7 +246,7 @@ class TestFailures:
 
 
 def kill(sweep, number):
-    """As if the process that runs this trial had died."""
+    """Mark a trial as run by a process that has ended."""
     trial_id = sweep.study._id(number)
     dead = replace(ProcessIdentity.of(os.getpid()), started="1")
     sweep.storage.set_trial_system_attr(trial_id, WORKER, str(dead))
@@ -259,7 +263,7 @@ class TestDeath:
         assert "ended" in sweep.trials[0].user_attrs[ERROR]
 
     def test_the_outcome_it_left_is_told(self, tmp_path):
-        """It died between the end of its trial and the word to the study."""
+        """The worker died after its trial ended and before it updated the study."""
         dead = Sweep(tmp_path)
         claimed = dead.study.claim()
         Outcome("COMPLETE", [7.0], {"seconds": 3.0}).write(tmp_path / str(claimed.number))
@@ -280,7 +284,7 @@ class TestDeath:
         living = Sweep(tmp_path)
         claimed = living.study.claim()
         other = Sweep(tmp_path)
-        run_trials(other.study, product, StopAfter(40), pause=0)
+        run_trials(other.study, one_by_one(product), StopAfter(40), pause=0)
         assert other.states() == ["RUNNING"] + ["COMPLETE"] * 11
         living.study.finish(claimed.number, product(claimed))
         assert other.study.refresh().settled == 12
@@ -295,7 +299,7 @@ class TestDeath:
         assert "trial 0" in caplog.text
 
     def test_telling_twice_is_telling_once(self, tmp_path, caplog):
-        """The answer of the storage was lost, and the call was repeated."""
+        """As when an answer of the storage is lost and the call is repeated."""
         sweep = Sweep(tmp_path)
         claimed = sweep.study.claim()
         sweep.study.finish(claimed.number, product(claimed))
@@ -312,7 +316,7 @@ class TestDeath:
         study = optuna.load_study(study_name="s", storage=unfilled.storage)
         study.set_user_attr(FILLER, "elsewhere 7 1 x")
         sweep = Sweep(tmp_path)
-        assert len(sweep.trials) == 3  # the other one may be at it
+        assert len(sweep.trials) == 3  # the other process may be filling it
         sweep.work(product)
         assert sweep.states() == ["COMPLETE"] * 12
 

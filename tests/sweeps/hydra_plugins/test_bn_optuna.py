@@ -1,4 +1,4 @@
-"""The sweeper through `hydra.main`: a small program, started as a user starts it."""
+"""Sweeps of a small program, started from the command line."""
 
 import json
 import os
@@ -15,9 +15,9 @@ import optuna
 import pytest
 from omegaconf import OmegaConf
 
-from bn_lightning.report import report
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 from bn_lightning.sweeps.engine.sweep_error import SweepError
+from bn_lightning.sweeps.report.write_report import write_report
 
 GRID = ("-m", "x=0,1,3", "y=range(2)", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=null")
 
@@ -51,7 +51,7 @@ class TestASweep:
         assert OmegaConf.load(sweep / "2" / ".hydra" / "overrides.yaml") == ["x=1", "y=0"]
         typed = f"python {program.command()[1]} {shlex.join(GRID)}"
         assert study_in(sweep).user_attrs["sweep:command"] == typed
-        page = report([str(sweep)]).read_text()
+        page = write_report([str(sweep)]).read_text()
         assert f"<code>{escape(typed)}</code>" in page and "bn_lightning.train" not in page
         attributes = study_in(sweep).trials[5].user_attrs
         assert attributes["directory"] == f"{sweep}/5"
@@ -59,7 +59,7 @@ class TestASweep:
         assert attributes["size"] == 3
         assert attributes["seconds"] >= 0
 
-    def test_the_command_again_goes_on(self, program):
+    def test_the_same_command_resumes(self, program):
         first = program.run(*GRID[:3], "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=4")
         second = program.run(*GRID)
         assert (first.returncode, second.returncode) == (0, 0)
@@ -153,7 +153,7 @@ class TestFailures:
         assert "1 complete (0 of them diverged), 0 pruned, 1 failed" in done.stdout
 
     def test_a_worker_that_dies_of_its_trial(self, program):
-        """The other trials go on; the one that kills its worker is lost after its retries."""
+        """The trial is lost after its retries, and the other trials complete."""
         done = program.run(
             "-m", "act=exit,return", "x=0,1", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2"
         )
@@ -182,7 +182,7 @@ class TestBadInput:
         ],
         ids=lambda value: value if isinstance(value, str) else " ".join(value),
     )
-    def test_it_is_said_before_anything_is_written(self, program, arguments, words):
+    def test_it_is_refused_before_anything_is_written(self, program, arguments, words):
         done = program.run("-m", *arguments)
         assert done.returncode == 1
         assert words in done.stderr
@@ -198,7 +198,7 @@ class TestBadInput:
         assert states(program.folder / "sweep") == ["COMPLETE"] * 2
 
     def test_an_edited_file_of_the_configuration(self, program):
-        """Trials of one study share it, whether it was typed or stands in a file."""
+        """All trials of a study have the same configuration, typed or from a file."""
         kept = program.folder / "kept" / "sweep" / "mine.yaml"
         kept.parent.mkdir(parents=True)
         arguments = ("-m", "x=0,1", "hydra/sweeper/sampler=grid", "+sweep=mine")
@@ -247,7 +247,7 @@ class TestBadInput:
 
 class TestParallel:
     def test_worker_processes(self, program):
-        """Each is started once; a slow trial holds nobody up."""
+        """Each process runs several trials."""
         done = program.run(*GRID, "hydra.sweeper.n_jobs=2", "seconds=0.3")
         assert done.returncode == 0, done.stdout + done.stderr
         trials = study_in(program.folder / "sweep").trials
@@ -258,7 +258,7 @@ class TestParallel:
         assert logs == ["0.log", "1.log"]
 
     def test_several_commands(self, program):
-        """Started at the same moment, on a study that is not there yet."""
+        """Started at the same time, before the study exists."""
         commands = [program.start(*GRID, "seconds=0.2") for _ in range(3)]
         outputs = [command.communicate(timeout=120)[0] for command in commands]
         assert [command.returncode for command in commands] == [0, 0, 0], outputs
@@ -311,7 +311,7 @@ class TestParallel:
         assert len({t.user_attrs["pid"] for t in trials if "pid" in t.user_attrs}) >= 2
 
     def test_a_process_for_a_trial(self, program):
-        """By the trial's own configuration."""
+        """The trial's configuration selects it."""
         done = program.run(
             "-m", "x=0,1", "y=0,1", "hydra/sweeper/sampler=grid", "hydra.sweeper.isolate='${y}'",
             "act=raise_once",
@@ -339,7 +339,7 @@ class TestParallel:
 def wait_until_one_runs(program, seconds=60):
     sweep, end = program.folder / "sweep", time.monotonic() + seconds
     while True:
-        with suppress(KeyError):  # the journal is there before the study
+        with suppress(KeyError):  # the journal exists before the study
             if (sweep / "journal.log").exists() and "RUNNING" in states(sweep):
                 return
         assert time.monotonic() < end
@@ -382,7 +382,7 @@ class TestCtrlC:
 
 
 class TestRecordedTask:
-    """Where the outcome is kept when the disk is full."""
+    """The outcome is kept in memory if the disk is full."""
 
     def test_in_memory(self, monkeypatch, tmp_path, caplog):
         from hydra_plugins.bn_optuna import _trial_runner
