@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from bn_lightning.data.archive import unpack
 from bn_lightning.data.batches import Transform, mixed_seed
-from bn_lightning.data.download import check_sha256, download
+from bn_lightning.data.download import check_sha256, download_file
 from bn_lightning.data.errors import DataError, DataUnavailableError
 from bn_lightning.data.image_transforms import check_statistics
 from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
@@ -106,7 +106,7 @@ class CIFAR10DataModule(TensorDataModule):
         try:
             if self.download or archive.exists():
                 check = partial(check_sha256, sha256=self.archive_sha256)
-                download(archive, self.mirrors, check)
+                download_file(archive, self.mirrors, check)
                 unpack(archive, self.folder)
         except DataUnavailableError as error:
             self._download_error = error  # `load` raises it on all ranks

@@ -12,7 +12,7 @@ from bn_lightning.data.errors import DataError, DataUnavailableError
 _TIMEOUT = 10.0  # seconds to connect, and between two chunks
 
 
-def download(target: Path, mirrors: Sequence[str], check: Callable[[Path], object]) -> None:
+def download_file(target: Path, mirrors: Sequence[str], check: Callable[[Path], object]) -> None:
     """Download a file from the first mirror that has the right one, unless it exists.
 
     An existing file is checked, too, and never changed. pooch downloads into a temporary file in

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from bn_lightning.data.binarize import binarized, binary, check_threshold
 from bn_lightning.data.digits import load_digits
-from bn_lightning.data.download import download
+from bn_lightning.data.download import download_file
 from bn_lightning.data.errors import DataError, DataFallbackWarning, DataUnavailableError
 from bn_lightning.data.idx import idx_payload, parse_idx
 from bn_lightning.data.published import MNIST
@@ -88,7 +88,7 @@ class MNISTDataModule(TensorDataModule):
         try:
             for name in self._absent():
                 check = partial(idx_payload, digest=self.digests[name])
-                download(self.folder / f"{name}.gz", self.mirrors, check)
+                download_file(self.folder / f"{name}.gz", self.mirrors, check)
         except DataUnavailableError as error:
             # `load` handles it: it runs on all ranks, so that all of them fall back or raise.
             self._download_error = error

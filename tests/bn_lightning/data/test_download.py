@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 
-from bn_lightning.data.download import check_sha256, download
+from bn_lightning.data.download import check_sha256, download_file
 from bn_lightning.data.errors import DataError, DataUnavailableError
 from bn_lightning.data.idx import idx_payload
 
@@ -65,7 +65,7 @@ def closed_port() -> str:
 @pytest.mark.parametrize("first", ["absent/", "altered/", "truncated/", "refused"])
 def test_the_next_mirror_is_tried(mirror: str, target: Path, first: str) -> None:
     wrong = closed_port() if first == "refused" else mirror + first
-    download(target, [wrong, mirror + "right/"], CHECK)
+    download_file(target, [wrong, mirror + "right/"], CHECK)
     assert gzip.decompress(target.read_bytes()) == PAYLOAD
     assert os.listdir(target.parent) == [FILE], "nothing temporary is left"
 
@@ -76,19 +76,19 @@ def test_a_mirror_that_never_answers_is_given_up(
     monkeypatch.setattr("bn_lightning.data.download._TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         wrong = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        download(target, [wrong, mirror + "right/"], CHECK)
+        download_file(target, [wrong, mirror + "right/"], CHECK)
     assert target.exists()
 
 
 def test_a_server_may_have_it_decompressed(mirror: str, target: Path) -> None:
-    download(target, [mirror + "raw/"], CHECK)
+    download_file(target, [mirror + "raw/"], CHECK)
     assert target.read_bytes() == PAYLOAD
 
 
 def test_all_mirrors_failing_names_file_mirrors_and_options(mirror: str, target: Path) -> None:
     mirrors = [mirror + "absent/", mirror + "altered/", closed_port()]
     with pytest.raises(DataUnavailableError) as caught:
-        download(target, mirrors, CHECK)
+        download_file(target, mirrors, CHECK)
     causes = ("404", "not the published file", "(ConnectionError)")
     for part in (str(target), *mirrors, *causes, "put the file into"):
         assert part in str(caught.value)
@@ -98,14 +98,14 @@ def test_all_mirrors_failing_names_file_mirrors_and_options(mirror: str, target:
 def test_a_right_file_is_kept_without_a_mirror(target: Path) -> None:
     target.parent.mkdir(parents=True)
     target.write_bytes(gzip.compress(PAYLOAD))
-    download(target, [], CHECK)
+    download_file(target, [], CHECK)
 
 
 def test_a_wrong_file_is_an_error_and_stays(mirror: str, target: Path) -> None:
     target.parent.mkdir(parents=True)
     target.write_bytes(b"mine")
     with pytest.raises(DataError, match=SHA256) as caught:
-        download(target, [mirror + "right/"], CHECK)
+        download_file(target, [mirror + "right/"], CHECK)
     assert not isinstance(caught.value, DataUnavailableError)
     assert hashlib.sha256(b"mine").hexdigest() in str(caught.value)
     assert target.read_bytes() == b"mine"
@@ -114,7 +114,7 @@ def test_a_wrong_file_is_an_error_and_stays(mirror: str, target: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file where the folder should be")
     with pytest.raises(DataError, match="cannot be written") as caught:
-        download(tmp_path / "root" / "set" / FILE, ["http://unused/"], CHECK)
+        download_file(tmp_path / "root" / "set" / FILE, ["http://unused/"], CHECK)
     assert not isinstance(caught.value, DataUnavailableError)
 
 
@@ -123,7 +123,7 @@ def test_a_read_only_folder(target: Path) -> None:
     target.parent.mkdir(parents=True)
     target.parent.chmod(0o500)
     with pytest.raises(DataError, match="cannot be written"):
-        download(target, ["http://unused/"], CHECK)
+        download_file(target, ["http://unused/"], CHECK)
 
 
 def test_it_is_quiet(
@@ -133,14 +133,14 @@ def test_it_is_quiet(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO):
-        download(target, [mirror + "absent/", mirror + "right/"], CHECK)
+        download_file(target, [mirror + "absent/", mirror + "right/"], CHECK)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 
 
 def test_a_folder_that_is_there(mirror: str, target: Path) -> None:
     target.parent.mkdir(parents=True)
-    download(target, [mirror + "right/"], CHECK)
+    download_file(target, [mirror + "right/"], CHECK)
     assert os.listdir(target.parent) == [FILE]
 
 
