@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.cli.command import hydra_command, quiet_lightning
-from bn_lightning.cli.error_line import error_line
+from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.run_table import print_run_table
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
 from bn_lightning.runs.record import RunRecord, logged_numbers
@@ -34,7 +34,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     try:
         _test(resolved, checkpoint, record)
     except Exception as error:
-        record.end("failed", error=error_line(error))
+        record.end("failed", error=format_error(error))
         raise
     print_run_table(record.content, directory)
     return record.content["metrics"]

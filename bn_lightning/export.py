@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.conversion.fold import find_foldable, fold_batchnorm
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
 
-SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
+FORMAT_SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 """The suffix of the file of each format."""
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -56,19 +56,19 @@ def export(config: DictConfig) -> Path:
     """
     from bn_lightning.data.protocol import ShapedData, check_data_module
 
-    if config.format not in SUFFIXES:
+    if config.format not in FORMAT_SUFFIXES:
         raise ValueError(f"expected `format` to be torch or onnx, got {config.format!r}")
     tolerance = config.tolerance[config.format]
     if not tolerance > 0:
         raise ValueError(
             f"expected `tolerance.{config.format}` to be a positive number, got {tolerance}"
         )
-    name = f"network{SUFFIXES[config.format]}"
+    name = f"network{FORMAT_SUFFIXES[config.format]}"
     output = Path(config.output or Path(config.paths.output_dir) / name)
     if output.is_dir():
         raise ValueError(f"expected `output` to be the name of a file, got the folder {output}")
     if config.format == "onnx":
-        check_onnx()
+        _check_onnx()
     quiet_lightning()
     checkpoint = TrainedCheckpoint.read(config.ckpt_path, config.trusted)
     datamodule = checkpoint.build_data()
@@ -112,18 +112,8 @@ def export(config: DictConfig) -> Path:
     return output
 
 
-def check_onnx() -> None:
-    """Check that the packages of `format=onnx` are installed.
-
-    Raises:
-        ValueError: names the packages that are absent.
-    """
-    absent = []
-    for name in _ONNX_PACKAGES:
-        try:
-            import_module(name)
-        except ImportError:
-            absent.append(name)
+def _check_onnx() -> None:
+    absent = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
     if absent:
         raise ValueError(
             f"expected {', '.join(_ONNX_PACKAGES)} for `format=onnx` to be installed, got no"
@@ -155,7 +145,7 @@ def read_program(path: Path) -> Callable[[Tensor], Tensor]:
     Args:
         path: of a file that `export` wrote, with its suffix.
     """
-    if path.suffix == SUFFIXES["torch"]:
+    if path.suffix == FORMAT_SUFFIXES["torch"]:
         return torch.export.load(path).module()
     import onnxruntime
 
@@ -189,7 +179,7 @@ def _write(network: nn.Module, x: Tensor, path: Path) -> None:
     network = copy.deepcopy(network).eval()  # exporting may change attributes of a module
     batch = torch.export.Dim("batch")
     try:
-        if path.suffix == SUFFIXES["torch"]:
+        if path.suffix == FORMAT_SUFFIXES["torch"]:
             program = torch.export.export(network, (x,), dynamic_shapes=({0: batch},))
             torch.export.save(program, path)
             return
@@ -209,7 +199,7 @@ def _write(network: nn.Module, x: Tensor, path: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        what = "torch.export" if path.suffix == SUFFIXES["torch"] else "torch.onnx.export"
+        what = "torch.export" if path.suffix == FORMAT_SUFFIXES["torch"] else "torch.onnx.export"
         lines = str(error).strip().splitlines() or ["no message"]
         raise ExportError(
             f"expected a network that {what} takes, for inputs {tuple(x.shape)}, got"

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from bn_lightning.cli.batch_norm_table import print_batch_norms
 from bn_lightning.cli.command import hydra_command, in_sweep, quiet_lightning
 from bn_lightning.cli.config_check import check_config
-from bn_lightning.cli.error_line import error_line
+from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.run_table import print_run_table, print_validation_table
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.interruption import Interrupted, RankLostError
@@ -71,7 +71,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         if not _is_pruned(error):
             # On a full disk the record cannot be written either. The first error says more.
             with contextlib.suppress(OSError):
-                record.end("failed", error=error_line(error))
+                record.end("failed", error=format_error(error))
             raise
         record.end("pruned")
         if is_first_rank:  # the other ranks end as after any run
@@ -251,7 +251,7 @@ def _test(trainer: Any, model: Any, datamodule: Any, record: RunRecord, draws: b
     if diverged_at is None:
         trainer.test(model, datamodule=datamodule, verbose=False)
     if draws and trainer.is_global_zero and not in_trial():
-        from bn_lightning.sweeps.report.run_matplotlib import draw_run
+        from bn_lightning.sweeps.report.run_figures import draw_run
 
         draw_run(record.path.parent)
     # Written last: a run that is killed earlier can be resumed.

@@ -1,7 +1,7 @@
 """Print what the BatchNorms of a network hold, as tables."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,28 +11,13 @@ if TYPE_CHECKING:
 
 _MOST_CHANNELS = 16  # layers with more channels are shown by quartiles
 
-
-class _Column(NamedTuple):
-    """A tensor that a BatchNorm holds.
-
-    Attributes:
-        heading: its name in the table.
-        is_trained: "yes" or "no".
-        initial: its initial value.
-    """
-
-    heading: str
-    is_trained: str
-    initial: str
-
-
+# Key in the state of a BatchNorm: heading, whether it is trained, initial value.
 _COLUMNS = {
-    "weight": _Column("scale", "yes", "1"),
-    "bias": _Column("shift", "yes", "0"),
-    "running_mean": _Column("running mean", "no", "0"),
-    "running_var": _Column("running variance", "no", "1"),
+    "weight": ("scale", "yes", "1"),
+    "bias": ("shift", "yes", "0"),
+    "running_mean": ("running mean", "no", "0"),
+    "running_var": ("running variance", "no", "1"),
 }
-_ABSENT = _Column("", "none", "none")
 
 
 def print_batch_norms(state: Mapping[str, "Tensor"], norm: Mapping[str, Any] | None = None) -> None:
@@ -79,11 +64,11 @@ def _caption(
 def _batch_norm_table(layer: Mapping[str, "Tensor"]) -> Table:
     table = Table()
     table.add_column("channel")
-    for column in _COLUMNS.values():
-        table.add_column(column.heading, justify="right")
-    columns = [column if key in layer else _ABSENT for key, column in _COLUMNS.items()]
-    table.add_row("trained", *[column.is_trained for column in columns])
-    table.add_row("begins at", *[column.initial for column in columns], end_section=True)
+    for heading, _, _ in _COLUMNS.values():
+        table.add_column(heading, justify="right")
+    facts = [_COLUMNS[key][1:] if key in layer else ("none", "none") for key in _COLUMNS]
+    table.add_row("trained", *[is_trained for is_trained, _ in facts])
+    table.add_row("begins at", *[initial for _, initial in facts], end_section=True)
     channels = layer["running_var"].numel()
     if channels <= _MOST_CHANNELS:
         labels = [str(i) for i in range(channels)]

@@ -87,18 +87,8 @@ _CHECKS: dict[str, _Check] = {
     "trainer": _NODE,
     "trainer.max_steps": _integer(1),
     "trainer.val_check_interval": _POSITIVE,
-    "trainer.log_every_n_steps": _integer(0),
     "callbacks": _NODES,
     "logger": _NODES,
-}
-
-# A class may have no such argument.
-_OPTIONAL = {
-    "init.std",
-    "init.bound",
-    "optimizer.lr",
-    "trainer.val_check_interval",
-    "trainer.log_every_n_steps",
 }
 
 
@@ -113,10 +103,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     for key, check in _CHECKS.items():
         value = _select(config, key)
-        if value is _ABSENT:
-            if key in _OPTIONAL:
-                continue
-            value = None
+        if value is _ABSENT and check in (_POSITIVE, _NOT_NEGATIVE):
+            continue  # an argument that not every class has
+        value = None if value is _ABSENT else value
         if not check.allows(value):
             raise ValueError(f"expected `{key}` to be {check.expected}, got {value!r}")
     trainer = config["trainer"]
@@ -124,7 +113,13 @@ def check_config(config: Mapping[str, Any]) -> None:
     if type(devices) is int and devices > MAX_PROCESSES:
         raise ValueError(f"expected `trainer.devices` to be at most {MAX_PROCESSES}, got {devices}")
     if trainer.get("accelerator") == "gpu":
-        _check_gpu()
+        from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+
+        if not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
+            raise ValueError(
+                "expected `trainer.accelerator=gpu` to find a GPU, got none that torch sees; use"
+                " trainer=cpu"
+            )
     if _never_validates(trainer) and _is_chosen_by_validation():
         steps, interval = trainer["max_steps"], trainer["val_check_interval"]
         raise ValueError(
@@ -139,16 +134,6 @@ def _select(config: Mapping[str, Any], key: str) -> Any:
     for name in key.split("."):
         value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
     return value
-
-
-def _check_gpu() -> None:
-    from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-
-    if not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
-        raise ValueError(
-            "expected `trainer.accelerator=gpu` to find a GPU, got none that torch sees; use"
-            " trainer=cpu"
-        )
 
 
 def _never_validates(trainer: Mapping[str, Any]) -> bool:

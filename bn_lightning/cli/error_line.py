@@ -30,11 +30,11 @@ _ESCAPED = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 16
 
 def print_error(error: Exception) -> int:
     """Print the error as one line on stderr and return the exit code 1."""
-    print(f"error: {error_line(error)}", file=sys.stderr)
+    print(f"error: {format_error(error)}", file=sys.stderr)
     return 1
 
 
-def error_line(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Return what went wrong and what to do, without line breaks and control characters.
 
     Errors that Hydra or OmegaConf wrap are unwrapped. An unknown key comes with the nearest known
@@ -59,9 +59,7 @@ def _message(error: BaseException) -> str:
             return text.partition("raised while resolving interpolation: ")[2] or text
         case ImportError() if target := re.match(r"Error loading '(.+?)'", text):
             name = target[1]
-            hint = (
-                moved_hint(name) or f": {error.__cause__}; correct it, or install its package"
-            )
+            hint = moved_hint(name) or f": {error.__cause__}; correct it, or install its package"
             key = f"{built}._target_".removeprefix(".")
             return f"expected `{key}` to be a name that can be found, got {name}{hint}"
         case OSError(filename=str() | bytes() as name):

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from bn_lightning.cli.command import run_with_exit_code, several_processes
-from bn_lightning.cli.error_line import error_line, print_error
+from bn_lightning.cli.error_line import format_error, print_error
 from bn_lightning.data.errors import DataError
 from bn_lightning.runs.interruption import Interrupted
 
@@ -147,7 +147,7 @@ class TestErrorLine:
     ) -> None:
         raised = isinstance(function, type)
         error = function(*arguments) if raised else error_of(function, *arguments)
-        line = error_line(error)
+        line = format_error(error)
         assert line
         assert line == " ".join(line.split())
         for word in words:
@@ -158,7 +158,7 @@ class TestErrorLine:
     def test_a_cause_that_is_the_users_own_stays(self) -> None:
         """Only what Hydra and OmegaConf wrap is unwrapped."""
         error = error_of(raise_from, ValueError("outer"), KeyError("inner"))
-        assert error_line(error) == "outer"
+        assert format_error(error) == "outer"
 
 
 def raise_from(error: Exception, cause: Exception) -> None:

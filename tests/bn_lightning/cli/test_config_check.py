@@ -26,7 +26,6 @@ GOOD: dict[str, Any] = {
         "accelerator": "cpu",
         "max_steps": 50_000,
         "val_check_interval": 1000,
-        "log_every_n_steps": 50,
     },
     "callbacks": {"a": None, "b": {"_target_": "a.B"}},
     "logger": {},
@@ -55,7 +54,6 @@ BAD = {
     "trainer": [7],
     "trainer.max_steps": [*COUNT, None],
     "trainer.val_check_interval": POSITIVE,
-    "trainer.log_every_n_steps": COUNT[1:],
     "callbacks": [None, [], {"a": 7}, {"a": {"every": 7}}],
     "logger": ["csv"],
 }
@@ -67,7 +65,6 @@ EDGE = {
     "init.std": [0, 0.0],
     "init": [{"_target_": "a.zeros"}],
     "trainer.max_steps": [1],
-    "trainer.log_every_n_steps": [0, 1],
     "trainer.val_check_interval": [1, 0.25],
 }
 
