@@ -30,8 +30,8 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import create_trial
 from rows import append_rows
 
-from bn_lightning.report import PAGE
 from bn_lightning.runs.machine import git_commit, hardware
+from bn_lightning.sweeps.report.write_report import PAGE_FILE
 
 RESULTS = Path(__file__).parent / "results" / "report.csv"
 
@@ -95,7 +95,7 @@ def measured_report(directory: Path) -> dict[str, float]:
         "wall_s": round(time.perf_counter() - started, 1),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mib": round(usage.ru_maxrss / 1024, 1),
-        "page_mb": round((directory / PAGE).stat().st_size / 1e6, 2),
+        "page_mb": round((directory / PAGE_FILE).stat().st_size / 1e6, 2),
     }
 
 
@@ -140,7 +140,7 @@ def main() -> None:
             row: dict[str, Any] = {"trials": make_study(directory, n_inits, n_rates)}
             row |= dict.fromkeys(["wall_s", "cpu_s", "peak_mib", "page_mb"], "")
             row |= dict.fromkeys(["drawn_ms", "drawn_cpu_ms"], "")
-            row |= measured_report(directory) | measured_drawing(directory / PAGE)
+            row |= measured_report(directory) | measured_drawing(directory / PAGE_FILE)
         row |= {
             "load": round(os.getloadavg()[0], 1),
             "cores": os.cpu_count(),

@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from omegaconf import DictConfig
@@ -27,11 +28,13 @@ from torch.nn import functional as F
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.runs.atomic_write import write_atomically
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
-from bn_lightning.sweeps.analysis.arms import label_of
-from bn_lightning.sweeps.analysis.compared_runs import arm_of
-from bn_lightning.sweeps.report.run_matplotlib import folder_in, landscape_figure, save
+from bn_lightning.sweeps.analysis.arms import label_of, style_of
+from bn_lightning.sweeps.analysis.compared_runs import arm_of_config
+from bn_lightning.sweeps.report.figure import Axis, Band, Figure, Line, Panel, Rule
+from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
 
 _MOST_POINTS = 10_000  # more than a figure shows; each costs a forward pass of each batch
+_ABOVE = 1e9  # drawn for a relative loss that is not finite: far above the axes
 COLUMNS = ("batch", "step_size", "loss", "relative_loss")
 
 
@@ -69,15 +72,47 @@ def landscape(config: DictConfig) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "landscape.csv", landscape_csv(steps, losses_BE))
     relative_BE = [[loss / losses[0] for loss in losses[1:]] for losses in losses_BE]
-    arm = arm_of(checkpoint.config)
+    arm = arm_of_config(checkpoint.config)
     step = checkpoint.content["global_step"]
     caption = f"{label_of(arm)}, step {step:,}, {len(losses_BE)} batches"
     figure = landscape_figure(steps[1:], relative_BE, arm, caption)
-    save(figure, folder_in(directory) / "landscape")
+    save(figure, figures_folder(directory) / "landscape")
     print(describe(steps[1:], relative_BE))
     print(directory / "figures" / "landscape.png")
     print(directory)
     return directory
+
+
+def landscape_figure(
+    steps: Sequence[float], relative_BE: Sequence[Sequence[float]], arm: str, caption: str
+) -> Figure:
+    """Describe the relative loss against the step size.
+
+    The line is the median over batches. The band reaches from the lowest to the highest. Values
+    that are not finite are above the axes.
+
+    Args:
+        steps: (E,) step sizes above 0.
+        relative_BE: (B, E), the relative loss of each batch.
+        arm: the arm whose color is used.
+        caption: what was measured.
+    """
+    values_BE = np.nan_to_num(np.asarray(relative_BE, dtype=float), nan=_ABOVE, posinf=_ABOVE)
+    low, high = values_BE.min(axis=0), values_BE.max(axis=0)
+    style = style_of(arm)
+    bounds = float(min(low.min(), 0.5) * 0.9), float(min(max(high.max(), 2), 1e3))
+    panel = Panel(
+        "landscape",
+        caption,
+        Axis("step size η along the gradient", "log"),
+        Axis("loss(w − ηg) / loss(w)", "log", bounds),
+        [
+            Band(steps, low.tolist(), high.tolist(), style.color),
+            Line(steps, np.median(values_BE, axis=0).tolist(), "", style),
+            Rule(1),
+        ],
+    )
+    return Figure([panel], (5, 3.5))
 
 
 def describe(steps: Sequence[float], relative_BE: Sequence[Sequence[float]]) -> str:

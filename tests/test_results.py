@@ -27,12 +27,12 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 @pytest.mark.skipif(not FOLDERS, reason=f"no sweep is committed under {RESULTS.name} yet")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_a_committed_report_is_made_again_from_its_table(folder: Path, tmp_path: Path) -> None:
-    from bn_lightning.report import report
+    from bn_lightning.sweeps.report.write_report import write_report
 
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2e6
     for name in ("trials.csv", "summary.json"):
         shutil.copy(folder / name, tmp_path)
-    report([str(tmp_path)])
+    write_report([str(tmp_path)])
     assert (tmp_path / "trials.csv").read_bytes() == (folder / "trials.csv").read_bytes()
     now, before = (json.loads((place / "summary.json").read_text()) for place in (tmp_path, folder))
     assert differences(now, before) == []

@@ -1,4 +1,4 @@
-"""The arms of a comparison: what they are called, and the colours they keep in every picture."""
+"""The arms of a comparison: their labels, order, colors and line styles."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 BASELINE = "none"
 """The arm that the others are compared with."""
 
-# Okabe & Ito's colours, told apart by the colour-blind and by their lightness in grey, with a grey
-# for their black, which a dark page would hide.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
+# Okabe & Ito's colors, distinct for color-blind readers and in grayscale. Gray takes the place of
+# their black, which is invisible on a dark page.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D")
 
@@ -21,45 +21,45 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Style:
-    """How an arm is drawn, in matplotlib's words.
+    """The color, line and marker of an arm.
 
-    Args:
-        colour: hexadecimal.
-        line: style of its lines.
-        marker: symbol of its points.
+    Attributes:
+        color: hexadecimal.
+        line: matplotlib's name of a line style.
+        marker: matplotlib's name of a marker.
     """
 
-    colour: str
-    line: str
-    marker: str
+    color: str
+    line: str = "-"
+    marker: str = "o"
 
 
 def label_of(arm: str) -> str:
-    """What an arm is called in sentences and legends."""
+    """Return the name of an arm in sentences and legends."""
     return _LABELS.get(arm, arm)
 
 
 def ordered(arms: Iterable[str]) -> list[str]:
-    """The arms without repetition: those of `norm` in a fixed order, then others by name."""
+    """Return the distinct arms: those of `norm` in a fixed order, then the others by name."""
     known = list(_LABELS)
     found = set(arms)
     return [arm for arm in known if arm in found] + sorted(found.difference(known))
 
 
 def style_of(arm: str, arms: Iterable[str] = (), turn: int = 0) -> Style:
-    """The style of an arm, whatever else is drawn beside it and in whatever order.
+    """Return the style of an arm, which does not depend on the order of `arms`.
 
     Args:
         arm: its name.
-        arms: all that are drawn; those unknown here take colours in the order of their names.
-        turn: 1, 2, ... for the second, third... line of this arm: another line style.
+        arms: all arms of the figure; unknown ones get colors in the order of their names.
+        turn: 1, 2, ... for the second, third, ... line of this arm, which gets another line style.
     """
     known = list(_LABELS)
     others = [name for name in ordered([*arms, arm]) if name not in known]
     place = known.index(arm) if arm in known else len(known) + others.index(arm)
-    style = place // len(COLOURS) if arm not in known else place
+    style = place // len(COLORS) if arm not in known else place
     return Style(
-        COLOURS[place % len(COLOURS)],
+        COLORS[place % len(COLORS)],
         LINES[(style + turn) % len(LINES)],
         MARKERS[(place + turn) % len(MARKERS)],
     )

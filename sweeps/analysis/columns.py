@@ -1,32 +1,31 @@
-"""Which parameters of a study are the learning rate, the initialisation, the arm and the seed."""
+"""Which parameters of a study are the learning rate, the initialization, the arm and the seed."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite, nan
 
-from bn_lightning.sweeps.analysis.tolerance import Trial
-from bn_lightning.sweeps.analysis.trials import Cell, Row, Table, is_diverged
+from bn_lightning.sweeps.analysis.tolerance import GridTrial
+from bn_lightning.sweeps.analysis.trials import Cell, TrialRow, TrialTable, is_diverged
 
 AS_CONFIGURED = "as configured"
-"""The name of what a study does not vary."""
+"""The value of an initialization or arm that the study does not vary."""
 
 _SPLITS = ("test", "val")
 
 
 class NoGrid(ValueError):
-    """The study varies something else than learning rates, initialisations, arms and seeds."""
+    """The study varies more than learning rate, initialization, arm and seed."""
 
 
 @dataclass(frozen=True)
-class Roles:
-    """Parameters by the part they play, empty where the study has none.
+class Columns:
+    """The parameters that span a grid, empty for what the study does not vary.
 
-    Args:
+    Attributes:
         lr: the learning rate.
         init: name or standard deviation of the initial weights.
-        arm: what tells the networks apart that are compared; several are put together.
-        seed: of weights and batches.
+        arm: the parameters that tell the compared networks apart.
+        seed: the seed of weights and batches.
     """
 
     lr: str = ""
@@ -35,18 +34,20 @@ class Roles:
     seed: str = ""
 
     @classmethod
-    def of(cls, table: Table, given: "Roles | None" = None) -> "Roles":
-        """The roles of a table's parameters, by their names.
+    def of(cls, table: TrialTable, given: "Columns | None" = None) -> "Columns":
+        """Return the columns of a table, recognized by the names of its parameters.
 
-        A learning rate is called `lr` or `learning_rate`, an initialisation `init` or `init.`
-        something, an arm `norm`, a seed `seed`, each behind any prefix (`optimizer.lr`).
+        A learning rate is named `lr` or `learning_rate`, an initialization `init` or `init.*`, an
+        arm `norm`, a seed `seed`, each with any prefix (`optimizer.lr`).
 
         Args:
-            given: takes the place of what the names say.
+            table: the trials.
+            given: columns that override what the names say.
 
         Raises:
-            ValueError: `given` names what is no parameter.
-            NoGrid: no learning rate, two parameters for one role, or others that vary as well.
+            ValueError: `given` names something that is not a parameter.
+            NoGrid: there is no learning rate, there are two parameters for one column, or other
+                parameters vary too.
         """
         given = given or cls()
         names = list(dict.fromkeys(name for row in table.rows for name in row.params))
@@ -54,51 +55,49 @@ class Roles:
             for name in [chosen] if isinstance(chosen, str) else chosen:
                 if name and name not in names:
                     raise ValueError(
-                        f"`--{option}` expected one of the study's parameters, "
-                        f"{', '.join(names) or 'of which it has none'}, got {name}"
+                        f"expected `--{option}` to be one of the study's parameters, "
+                        f"{', '.join(names) or 'but it has none'}, got {name}"
                     )
         taken = {given.lr, given.init, given.seed, *given.arm}
         free = [name for name in names if name not in taken]
-        roles = cls(
+        columns = cls(
             given.lr or _one("--lr", [n for n in free if _last(n) in ("lr", "learning_rate")]),
             given.init or _one("--init", [n for n in free if _words(n)[0] == "init"]),
             given.arm or tuple(n for n in free if _last(n) == "norm"),
             given.seed or _one("--seed", [n for n in free if _last(n) == "seed"]),
         )
-        if not roles.lr:
+        if not columns.lr:
             raise NoGrid("it varies no learning rate")
-        used = {roles.lr, roles.init, roles.seed, *roles.arm}
+        used = {columns.lr, columns.init, columns.seed, *columns.arm}
         others = [name for name in names if name not in used and _varies(table.rows, name)]
         if others:
             raise NoGrid(f"it also varies {', '.join(others)}")
-        return roles
+        return columns
 
 
 @dataclass(frozen=True)
-class Scored:
+class GridTrials:
     """The complete trials of a study as trials of a grid.
 
-    Args:
-        trials: one for each place.
-        numbers: number in the study -> trial.
-        metric: what their accuracy is, "test/accuracy" for instance.
-        repeated: how many more there were for a place that had one; the first counts.
+    Attributes:
+        numbers: number in the study -> trial, one for each place of the grid.
+        metric: the metric that is their accuracy, "test/accuracy" for instance.
+        repeated: number of further trials of these places, which are ignored.
     """
 
-    trials: tuple[Trial, ...]
-    numbers: Mapping[int, Trial]
+    numbers: Mapping[int, GridTrial]
     metric: str
     repeated: int
 
 
-def scored(table: Table, roles: Roles) -> Scored:
-    """Turn the complete trials of a table into trials of a grid.
+def grid_trials(table: TrialTable, columns: Columns) -> GridTrials:
+    """Return the complete trials of a table as trials of a grid.
 
-    Accuracy and loss are those on the test set, else on the validation set, else accuracy is the
-    value that the study maximised.
+    Accuracy and loss are those on the test set, otherwise those on the validation set, otherwise
+    accuracy is the value that the study maximized.
 
     Raises:
-        NoGrid: a value that is no accuracy in [0, 1], or a learning rate that is no number above 0.
+        NoGrid: a value is not an accuracy in [0, 1], or a learning rate is not a number above 0.
     """
     complete = [row for row in table.rows if row.is_complete]
     split = next(
@@ -109,44 +108,39 @@ def scored(table: Table, roles: Roles) -> Scored:
     taken: set[tuple[str, Cell, float, int]] = set()
     numbers = {}
     for row in complete:
-        trial = _trial(row, roles, split)
+        trial = _grid_trial(row, columns, split)
         place = (trial.arm, trial.init, trial.lr, trial.seed)
         if place not in taken:
             taken.add(place)
             numbers[row.number] = trial
-    return Scored(tuple(numbers.values()), numbers, metric, len(complete) - len(numbers))
+    return GridTrials(numbers, metric, len(complete) - len(numbers))
 
 
-def arm_of(row: Row, roles: Roles) -> str:
-    """The arm of a trial, in any state."""
-    return ", ".join(_name(row.params.get(name)) for name in roles.arm) or AS_CONFIGURED
-
-
-def _trial(row: Row, roles: Roles, split: str | None) -> Trial:
+def _grid_trial(row: TrialRow, columns: Columns, split: str | None) -> GridTrial:
     accuracy = _number(row, f"{split}/accuracy") if split else row.values[0]
     if accuracy is None or not 0 <= accuracy <= 1:
         raise NoGrid(f"trial {row.number} has no accuracy in [0, 1], but {accuracy}")
     loss = _number(row, f"{split}/loss") if split else None
-    lr = row.params.get(roles.lr)
+    lr = row.params.get(columns.lr)
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0 or not isfinite(lr):
         raise NoGrid(f"trial {row.number} has a learning rate that is no number above 0: {lr}")
-    init = row.params.get(roles.init) if roles.init else AS_CONFIGURED
-    seed = row.params.get(roles.seed, 0)
+    init = row.params.get(columns.init) if columns.init else AS_CONFIGURED
+    seed = row.params.get(columns.seed, 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise NoGrid(f"trial {row.number} has a seed that is no integer: {seed}")
-    return Trial(
-        arm_of(row, roles),
-        float(init) if isinstance(init, int | float) else _name(init),
-        float(lr),
-        seed,
-        float(accuracy),
-        nan if loss is None else loss,
-        is_diverged(row),
+    return GridTrial(
+        arm=", ".join(_name(row.params.get(name)) for name in columns.arm) or AS_CONFIGURED,
+        init=float(init) if isinstance(init, int | float) else _name(init),
+        lr=float(lr),
+        seed=seed,
+        accuracy=float(accuracy),
+        loss=nan if loss is None else loss,
+        diverged=is_diverged(row),
     )
 
 
-def _number(row: Row, name: str) -> float | None:
-    """A number among the attributes; where JSON has none for it, its sweeper wrote "nan"."""
+def _number(row: TrialRow, name: str) -> float | None:
+    """Return an attribute as a number; a sweeper stores NaN as the text "nan"."""
     value = row.attributes.get(name)
     try:
         return None if value is None or isinstance(value, bool) else float(value)
@@ -172,5 +166,5 @@ def _one(option: str, names: list[str]) -> str:
     return names[0] if names else ""
 
 
-def _varies(rows: Iterable[Row], name: str) -> bool:
-    return len(Counter(row.params.get(name) for row in rows)) > 1
+def _varies(rows: Iterable[TrialRow], name: str) -> bool:
+    return len({row.params.get(name) for row in rows}) > 1

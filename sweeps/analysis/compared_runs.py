@@ -1,4 +1,4 @@
-"""Runs to put side by side: what each is called, which arm it is, what it logged."""
+"""Runs side by side: their labels, arms and metrics."""
 
 import json
 from collections import Counter
@@ -14,9 +14,9 @@ from bn_lightning.runs.metrics_csv import read_metrics
 from bn_lightning.runs.record import read_run
 from bn_lightning.sweeps.analysis.arms import BASELINE, label_of
 from bn_lightning.sweeps.analysis.provenance import BUDGET, DATA, facts_of
-from bn_lightning.sweeps.analysis.trials import Cell, Row
+from bn_lightning.sweeps.analysis.trials import Cell, TrialRow
 
-# What may tell runs of one arm apart, and what it is called.
+# Configuration key that may differ among runs of one arm -> its name in labels.
 _DIFFERENCES = {
     "optimizer.lr": "lr",
     "init.std": "std",
@@ -25,18 +25,17 @@ _DIFFERENCES = {
     "data.batch_size": "batch",
 }
 
-# Of an override in a label.
-MOST_CHARACTERS = 60
+MOST_CHARACTERS = 60  # of an override in a label
 
 OVERRIDES_FILE = ".hydra/overrides.yaml"
 
-# Beginnings of overrides that do not change what a run trains, or are its arm.
-_BESIDE = ("ckpt_path", "extras", "hydra", "logger", "norm", "paths", "resume", "task_name")
+# First words of overrides that do not change what a run trains, or that set its arm.
+_NOT_IN_LABELS = ("ckpt_path", "extras", "hydra", "logger", "norm", "paths", "resume", "task_name")
 
-# Keys by which runs of one kind may differ.
+# Keys that may differ among runs of the same configuration.
 _OF_ONE_RUN = ("ckpt_path", "logger", "paths", "resume", "seed", "task_name")
 
-# The callables of conf/norm/, by the arm that they are: BatchNorm over all ranks is BatchNorm.
+# The callables of conf/norm/ -> arm. Synchronized BatchNorm belongs to the same arm.
 _ARMS = {
     "bn_lightning.models.normalization.batch_norm": "batch",
     "bn_lightning.models.normalization.sync_batch_norm": "batch",
@@ -45,14 +44,14 @@ _ARMS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """One run.
 
-    Args:
-        directory: where it lies.
-        label: what it is called; no two runs that are read together have the same.
-        arm: which network, as `arms.py` names them.
-        record: its run.json.
+    Attributes:
+        directory: of the run.
+        label: its name, unique among the runs that are read together.
+        arm: its arm, as in arms.py.
+        record: the content of its run.json.
         metrics: metric -> (step, value) pairs.
     """
 
@@ -62,8 +61,8 @@ class Run:
     record: Mapping[str, Any]
     metrics: Mapping[str, Sequence[tuple[int, float]]]
 
-    def as_row(self, number: int) -> Row:
-        """The run as a line of a table of trials."""
+    def as_row(self, number: int) -> TrialRow:
+        """Return the run as a row of a table of trials."""
         facts = facts_of(self.record)
         record = self.record
         attributes: dict[str, Cell] = {
@@ -71,6 +70,7 @@ class Run:
             **{key: record[key] for key in ("status", "steps", "seconds") if key in record},
             **{key: record[key] for key in ("steps_per_second", "diverged_at") if key in record},
             "label": self.label,
+            "directory": str(self.directory),
             "commit": record.get("commit"),
             DATA: facts.get("data"),
             BUDGET: _selected(record["config"], "trainer.max_steps"),
@@ -82,14 +82,14 @@ class Run:
             if _selected(record["config"], key) is not None
         }
         state = states.get(record["status"], "FAIL")
-        return Row(number, state, (), {"norm": self.arm, **params}, attributes)
+        return TrialRow(number, state, (), {"norm": self.arm, **params}, attributes)
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """Read runs that trained with and without normalisation.
+def read_runs(directories: Sequence[Path]) -> list[ComparedRun]:
+    """Read runs that trained with and without normalization.
 
     Raises:
-        ValueError: a directory is no run's, or its run did not log what Figure 1 shows.
+        ValueError: a directory does not hold a run, or its run lacks a metric of Figure 1.
     """
     records = [read_run(directory) for directory in directories]
     metrics = [read_metrics(directory) for directory in directories]
@@ -98,21 +98,21 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
         missing = sorted(wanted - logged.keys())
         if "norm" not in record["config"] or missing:
             raise ValueError(
-                f"{directory} expected a run of bn_lightning.train and its metrics.csv, got one "
-                f"without {', '.join(missing) or 'norm'}; run it with data.test_curve=true and "
-                "callbacks.activation_percentiles"
+                f"expected `{directory}` to be a run of bn_lightning.train with its metrics.csv, "
+                f"got one without {', '.join(missing) or 'norm'}; run it with "
+                "data.test_curve=true and callbacks.activation_percentiles"
             )
-    arms = [arm_of(record["config"]) for record in records]
+    arms = [arm_of_config(record["config"]) for record in records]
     return [
-        Run(directory, label, arm, record, logged)
+        ComparedRun(directory, label, arm, record, logged)
         for directory, label, arm, record, logged in zip(
             directories, _labels(arms, records, directories), arms, records, metrics, strict=True
         )
     ]
 
 
-def arm_of(config: Mapping[str, Any]) -> str:
-    """The arm of a run, from its configuration's `norm`; one of another kind by its own name."""
+def arm_of_config(config: Mapping[str, Any]) -> str:
+    """Return the arm of a run's `norm`: one of arms.py, or the name of its callable."""
     norm = config["norm"]
     if norm is None:
         return BASELINE
@@ -120,13 +120,13 @@ def arm_of(config: Mapping[str, Any]) -> str:
     return _ARMS.get(name, name)
 
 
-def width_growth(run: Run) -> float | None:
-    """How much wider the 15th to 85th percentile of one unit's inputs became.
+def width_growth(run: ComparedRun) -> float | None:
+    """Return how much wider the 15th to 85th percentile of a unit's inputs became.
 
         growth = (p85 - p15 at the end) / (p85 - p15 at the start)
 
-    Of each percentile the median over the layer's units, where the run logged it; None if the first
-    width is 0.
+    The percentiles are medians over the units of the layer if the run logged them, else those of
+    one unit. None if the first width is 0.
     """
     names = [f"activation/p{number}" for number in (15, 85)]
     medians = [f"{name}_median" for name in names]
@@ -136,11 +136,11 @@ def width_growth(run: Run) -> float | None:
     return last / first if first > 0 else None
 
 
-def runtimes(runs: Sequence[Run]) -> dict[str, float]:
-    """Arm -> seconds of training, evaluations included, the mean over its runs.
+def runtimes(runs: Sequence[ComparedRun]) -> dict[str, float]:
+    """Return arm -> seconds of training with evaluations, the mean over its runs.
 
-    Of completed runs that were never interrupted; empty unless all of them took as many steps, and
-    those of one arm differ by their seeds alone.
+    Only completed runs that were never resumed count. The result is empty unless all of them took
+    the same number of steps and runs of one arm differ in their seeds only.
     """
     whole = [
         run
@@ -160,10 +160,10 @@ def runtimes(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def runtime_sentences(times: Mapping[str, float]) -> list[str]:
-    """The seconds of each arm, and of each arm with normalisation how many times those without.
+    """Return a sentence with the seconds of each arm and their ratios to the baseline.
 
     Args:
-        times: from `runtimes`.
+        times: as `runtimes` returns them.
     """
     if not times:
         return []
@@ -178,7 +178,10 @@ def runtime_sentences(times: Mapping[str, float]) -> list[str]:
 def _labels(
     arms: Sequence[str], records: Sequence[Mapping[str, Any]], directories: Sequence[Path]
 ) -> list[str]:
-    """The arm, and for runs of one arm what tells them apart: the task's name, else all else."""
+    """Return unique labels: the arm, and the differences among runs of one arm.
+
+    If the task's name differs, it is the label; otherwise all differences are listed.
+    """
     labels = list(map(label_of, arms))
     for arm in set(arms):
         places = [i for i, other in enumerate(arms) if other == arm]
@@ -213,22 +216,22 @@ def _known_differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _typed(directory: Path) -> list[str]:
-    """The overrides of a run that change what it trains and have no word of their own."""
+    """Return the overrides that change what a run trains and are not in `_DIFFERENCES`."""
     try:
         overrides: Any = OmegaConf.to_container(OmegaConf.load(directory / OVERRIDES_FILE))
-    except Exception:  # copied without it, or whatever else another program may have put there
+    except Exception:  # no such file, or the file of another program
         return []
     texts = [text for text in overrides if isinstance(text, str)]
     keys = [text.partition("=")[0].lstrip("+~") for text in texts]
     return [
         text.lstrip("+")[:MOST_CHARACTERS]
         for text, key in zip(texts, keys, strict=True)
-        if key not in _DIFFERENCES and key.partition(".")[0] not in _BESIDE
+        if key not in _DIFFERENCES and key.partition(".")[0] not in _NOT_IN_LABELS
     ]
 
 
 def _trained(record: Mapping[str, Any]) -> str:
-    """All that a run's configuration says but for its seed, its name and its places, as text."""
+    """Return the configuration of a run as text, without its seed, name and directories."""
     config = record["config"]
     place = str(_selected(config, "paths.output_dir"))
 

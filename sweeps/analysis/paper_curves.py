@@ -1,7 +1,7 @@
-"""The paper's own curves, to draw beside ours.
+"""The accuracy curves of the BatchNorm paper.
 
-Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1(a), digitised from the vector paths of the
-PDF; paper_figure1a.json holds every point.
+Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Figure 1(a), digitized from the vector paths of the
+PDF; paper_figure1a.json has all points.
 """
 
 import json
@@ -17,24 +17,20 @@ _ARMS = {"bn": "batch", "nobn": "none"}
 
 @cache
 def paper_accuracy() -> dict[str, tuple[tuple[int, float], ...]]:
-    """Arm -> the (step, test accuracy) points of the paper's Figure 1(a)."""
-    text = (
-        files("bn_lightning.sweeps.analysis")
-        .joinpath("paper_figure1a.json")
-        .read_text(encoding="utf-8")
-    )
-    curves = json.loads(text)["acc"]
+    """Return arm -> (step, test accuracy) points of the paper's Figure 1(a)."""
+    file = files("bn_lightning.sweeps.analysis").joinpath("paper_figure1a.json")
+    curves = json.loads(file.read_text(encoding="utf-8"))["acc"]
     return {arm: tuple((step, value) for step, value in curves[key]) for key, arm in _ARMS.items()}
 
 
 def is_paper_experiment(record: Mapping[str, Any]) -> bool:
-    """Whether a run is the experiment of the paper's Figure 1.
+    """Return whether a run repeats the experiment of the paper's Figure 1.
 
-    MNIST, three hidden layers of 100 sigmoid units, 60 examples a step, and BatchNorm, if any,
-    before the sigmoids.
+    That is MNIST, three hidden layers of 100 sigmoid units, 60 examples a step, and BatchNorm, if
+    any, before the sigmoids.
 
     Args:
-        record: the run's run.json.
+        record: the content of the run's run.json.
     """
     config = record.get("config") or {}
     network = (config.get("model") or {}).get("network") or {}

@@ -1,4 +1,4 @@
-"""How the trials of a table were run, from what their runs left on disk."""
+"""How the trials of a table were run, from the files of their runs."""
 
 import math
 import shlex
@@ -11,29 +11,29 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bn_lightning.runs.record import number_of_classes, read_run
-from bn_lightning.sweeps.analysis.trials import Cell, Row, Table, is_diverged
+from bn_lightning.sweeps.analysis.trials import Cell, TrialRow, TrialTable, is_diverged
 from bn_lightning.sweeps.engine.sampling import PLANNED
 from bn_lightning.sweeps.engine.stored_names import CONFIGURATION_FILE
 
 DATA, BUDGET = "run/data", "run/max_steps"
-"""Attributes of a trial: the data set's name, and the steps that it was given."""
+"""Attributes of a trial: the name of its data set, and its budget in steps."""
 
-# By their names: a report imports no class that a configuration names.
+# A report compares names, because it does not import the class that a configuration names.
 _PLANNED = tuple(kind.__name__ for kind in PLANNED)
 
 
-def with_provenance(table: Table, base: Path, is_of_sweep: bool = True) -> Table:
-    """Add what the runs and the sweep's configuration say; directories become relative to `base`.
+def with_provenance(table: TrialTable, base: Path, is_of_sweep: bool = True) -> TrialTable:
+    """Return the table with data, budget, hardware and versions from the files of its runs.
 
-    `about` gets `runs`: for each of data, budget, hardware, versions..., what was found and in how
-    many finished runs; and, from the sweep's configuration, `sampler`, and `command` where the
-    study did not keep it and it is known.
+    `about` gets `runs`, which has for each of data, budget, hardware, versions, ... the values and
+    the number of finished runs with each. From the sweep's configuration it gets `sampler`, and
+    `command` if the study has none. Directories become relative to `base`.
 
     Args:
-        table: from a study; one read from trials.csv has all of it already.
+        table: from a study. A table from trials.csv has all of this already.
         base: the sweep's directory.
-        is_of_sweep: whether the configuration in `base` is this sweep's; not so where the study was
-            given by the address of its storage, and `base` is where the command runs.
+        is_of_sweep: whether the configuration in `base` belongs to this sweep; false for a study
+            given by the URL of its storage.
     """
     found: dict[str, Counter[str]] = {}
     times: list[str] = []
@@ -51,9 +51,9 @@ def with_provenance(table: Table, base: Path, is_of_sweep: bool = True) -> Table
                 times += [str(record[key]) for key in ("started", "ended") if record.get(key)]
                 attributes |= {DATA: facts.get("data"), BUDGET: _budget(record)}
         if record is None and row.is_complete:
-            # The run is on another machine: what it returned says less.
+            # The run is on another machine, so only what it returned to the study is known.
             facts = {key: str(attributes[key]) for key in ("data", "commit") if key in attributes}
-            if type(attributes.get("classes")) is int:  # another program may return a text
+            if type(attributes.get("classes")) is int:  # another program may return a string
                 facts["classes"] = str(attributes["classes"])
             if "steps" in attributes and not is_diverged(row):
                 facts["steps"] = str(attributes["steps"])
@@ -74,29 +74,29 @@ def with_provenance(table: Table, base: Path, is_of_sweep: bool = True) -> Table
 
 
 def is_planned(about: Mapping[str, Any]) -> bool | None:
-    """Whether the points were chosen before any result was known; None if that is not known."""
+    """Return whether the points were chosen before any result was known, None if unknown."""
     sampler = about.get("sampler")
     return None if sampler is None else str(sampler).rpartition(".")[2] in _PLANNED
 
 
-def mixed(rows: Iterable[Row]) -> dict[str, list[Cell]]:
-    """Attribute -> its values, of those of data and budget that have several among these trials."""
+def mixed(rows: Iterable[TrialRow]) -> dict[str, list[Cell]]:
+    """Return attribute -> values, for each of data and budget that has several among the rows."""
     found: dict[str, set[Cell]] = {DATA: set(), BUDGET: set()}
     for row in rows:
         for name, values in found.items():
             if row.attributes.get(name) is not None:
                 values.add(row.attributes[name])
     return {
-        name: sorted(values, key=_in_order) for name, values in found.items() if len(values) > 1
+        name: sorted(values, key=_sort_key) for name, values in found.items() if len(values) > 1
     }
 
 
-def _in_order(value: Cell) -> tuple[float, str]:
+def _sort_key(value: Cell) -> tuple[float, str]:
     return (value if isinstance(value, int | float) else math.inf, str(value))
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """What a run.json says of how it was run, as texts that can be counted and shown."""
+    """Return data, budget, hardware and versions of a run.json as strings."""
     config, hardware = record.get("config") or {}, record.get("hardware") or {}
     facts = {
         "data": (record.get("data") or {}).get("source"),
@@ -117,7 +117,7 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def classes_of(about: Mapping[str, Any]) -> int | None:
-    """How many classes the runs told apart; None where that is not known."""
+    """Return the number of classes of the runs' data, None if unknown."""
     found = next(iter((about.get("runs") or {}).get("classes") or ()), None)
     return None if found is None else int(found)
 
@@ -129,14 +129,14 @@ def _budget(record: Mapping[str, Any]) -> Cell:
 def _record(directory: Path) -> dict[str, Any] | None:
     try:
         return read_run(directory)
-    except ValueError:  # another program's run, or of another version
+    except ValueError:  # a run of another program or of another version
         return None
 
 
 def _relative(directory: str, base: Path) -> str:
-    """A path below the sweep's directory as one relative to it, wherever the sweep was moved to.
+    """Return a path below the sweep's directory relative to that directory.
 
-    A sweep copied from another machine has the paths of that machine, whose end is still right.
+    A sweep that was moved or copied has the old paths, of which only the last part is right.
     """
     path = Path(directory)
     if path.is_relative_to(base.absolute()):
@@ -160,14 +160,14 @@ def _configuration(path: Path) -> dict[str, Any]:
             about["command"] = shlex.join(command)
         sampler = (hydra["sweeper"].get("sampler") or {}).get("_target_")
         return about | ({"sampler": sampler} if sampler else {})
-    except Exception:  # absent, or whatever else another program may have put there
+    except Exception:  # no such file, or the file of another program
         return {}
 
 
 def _is_of_train(hydra: Mapping[str, Any]) -> bool:
-    """Whether `python -m bn_lightning.train` swept, without a `--config-dir`.
+    """Return whether `python -m bn_lightning.train` ran the sweep, without `--config-dir`.
 
-    For studies whose sweeper did not keep its command yet.
+    This serves studies of older versions, which do not contain their command.
     """
     sources = hydra["runtime"]["config_sources"]
     main = [f"{s['schema']}://{s['path']}" for s in sources if s["provider"] == "main"]

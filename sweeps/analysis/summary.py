@@ -1,31 +1,32 @@
-"""What a tolerance grid says: every number with its interval and count, and the sentences."""
+"""The numbers of a tolerance grid, each with its interval, and the sentences that report them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from bn_lightning.sweeps.analysis import tolerance
+from bn_lightning.sweeps.analysis import intervals, tolerance
 from bn_lightning.sweeps.analysis.arms import BASELINE, label_of, ordered
+from bn_lightning.sweeps.analysis.importances import importances
+from bn_lightning.sweeps.analysis.intervals import Estimate
 from bn_lightning.sweeps.analysis.tolerance import (
     TEN_CLASSES,
     TRAINED,
     Arm,
-    Estimate,
     Grid,
+    GridOutcome,
+    GridTrial,
     Levels,
-    Outcome,
-    Trial,
 )
 
 SHARE, WIDTH, INITS = "share_trained", "mean_width", "inits_that_train"
 
 
 def measures_of(levels: Levels) -> dict[str, str]:
-    """Measure -> what it is. The first three are shares; for each the functions of tolerance.py."""
+    """Return measure -> its description; functions of tolerance.py compute them."""
     return {
         SHARE: f"share of cells with accuracy ≥ {levels.trained:.2f}",
         "share_at_chance": f"share of cells at chance, accuracy < {levels.at_chance:.2f}",
@@ -36,8 +37,15 @@ def measures_of(levels: Levels) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class InitFindings:
-    """One arm at one initialisation: widths in decades, rates, and sensitivity in nats."""
+class InitSummary:
+    """The numbers of one arm at one initialization.
+
+    Attributes:
+        init: name or standard deviation.
+        width: of the learning rates that train, in decades.
+        largest_rate: that trains, the geometric mean over seeds.
+        rate_sensitivity: in nats.
+    """
 
     init: str | float
     width: Estimate
@@ -46,15 +54,15 @@ class InitFindings:
 
 
 @dataclass(frozen=True)
-class ArmFindings:
-    """One arm.
+class ArmSummary:
+    """The numbers of one arm.
 
-    Args:
-        label: what it is called.
-        trials: how many its numbers come from.
-        outcomes: trials by what became of them.
-        measures: of `measures_of`; no width where there is one rate only.
-        inits: in the grid's order.
+    Attributes:
+        label: its name in sentences.
+        trials: number of its trials.
+        outcomes: outcome -> number of trials.
+        measures: those of `measures_of`, without the width if there is one rate only.
+        inits: in the order of the grid.
         importances: parameter -> share of the variance of accuracy.
     """
 
@@ -62,22 +70,23 @@ class ArmFindings:
     trials: int
     outcomes: dict[str, int]
     measures: dict[str, Estimate]
-    inits: tuple[InitFindings, ...]
+    inits: tuple[InitSummary, ...]
     importances: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm minus another.
+    """The differences between two arms.
 
-    Args:
-        first: arm.
-        second: arm, the one without normalisation where there is one.
-        is_paired: whether both have the same seeds, so that seeds were compared one by one.
-        cells: initialisations x rates that count; for a pair, those that both arms have.
-        differences: of `measures_of`.
+    Attributes:
+        first: name of an arm.
+        second: name of the arm that is subtracted, the one without normalization if there is one.
+        is_paired: whether both arms have the same seeds, which are then compared one by one.
+        cells: number of (initialization, rate) pairs with trials of both arms.
+        differences: of the measures.
         ratio: of the shares that train.
-        headroom: at the initialisation where `second` does best: (it, ratio of the largest rates).
+        headroom: (initialization, ratio of the largest rates), at the initialization where the most
+            rates train `second`.
     """
 
     first: str
@@ -90,22 +99,23 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All of a grid's numbers.
+class Summary:
+    """All numbers of a grid.
 
-    Args:
-        arms: name -> findings, in the order in which arms are shown.
-        comparisons: of the other arms with the one without normalisation, or with the first.
-        notes: what a reader must know before believing them.
+    Attributes:
+        grid: the accuracies.
+        arms: name -> numbers, in the order of the report.
+        comparisons: each arm with the one without normalization, or else with the last.
+        notes: caveats, in sentences.
     """
 
     grid: Grid
-    arms: dict[str, ArmFindings]
+    arms: dict[str, ArmSummary]
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The content of summary.json."""
+        """Return the part of summary.json that depends on the grid."""
         return {
             "grid": {
                 "inits": list(self.grid.inits),
@@ -119,25 +129,25 @@ class Findings:
         }
 
 
-def findings(
-    trials: Mapping[int, Trial] | list[Trial],
+def summarize(
+    trials: Iterable[GridTrial],
     chance_loss: float,
     is_planned: bool | None = None,
     levels: Levels = TEN_CLASSES,
-) -> Findings:
+) -> Summary:
     """Compute all numbers of a grid.
 
     Args:
         trials: one for each place.
-        chance_loss: of a guess, in nats.
-        is_planned: whether the points were chosen before any result; None if not known, and then
-            importances are given for grids only.
-        levels: what accuracies mean.
+        chance_loss: the loss of a guess, in nats.
+        is_planned: whether the points were chosen before any result; None if unknown, so that
+            importances are computed for full grids only.
+        levels: the accuracies between outcomes.
 
     Raises:
         ValueError: there is no trial.
     """
-    trials = list(trials.values()) if isinstance(trials, Mapping) else trials
+    trials = list(trials)
     grid = Grid.of(trials, levels)
     names = ordered(grid.arms)
     grid = replace(grid, arms={name: grid.arms[name] for name in names})
@@ -151,22 +161,18 @@ def findings(
             if is_planned is False:
                 raise ValueError("an adaptive sampler chose the points")
             of_arm = [trial for trial in trials if trial.arm == name]
-            shares = {
-                key: float(value)
-                for key, value in sorted(
-                    tolerance.importances(of_arm, random_sample=is_planned is True).items()
-                )
-            }
+            found = importances(of_arm, random_sample=is_planned is True)
+            shares = {key: float(value) for key, value in sorted(found.items())}
         except ValueError as error:
             notes.append(f"No importances of {label_of(name)}: {error}.")
         arms[name] = _of_arm(grid, name, chance_loss, shares)
     baseline = BASELINE if BASELINE in names else names[-1]
     comparisons = tuple(_compare(grid, name, baseline) for name in names if name != baseline)
-    return Findings(grid, arms, comparisons, (*_notes(grid, comparisons), *notes))
+    return Summary(grid, arms, comparisons, (*_notes(grid, comparisons), *notes))
 
 
 def measure(grid: Grid, arm: Arm) -> tuple[dict[str, Float[np.ndarray, "S"]], bool]:
-    """The measures of an arm for each seed, and whether the grid's edge cuts its widths off."""
+    """Return the measures for each seed, and whether the edge of the grid cuts off a width."""
     accuracy, trained = arm.accuracy, grid.levels.trained
     values = {
         SHARE: tolerance.share_trained(accuracy, trained),
@@ -181,8 +187,8 @@ def measure(grid: Grid, arm: Arm) -> tuple[dict[str, Float[np.ndarray, "S"]], bo
     return values, censored
 
 
-def sentences(found: Findings) -> list[str]:
-    """What the numbers say, in words."""
+def sentences(found: Summary) -> list[str]:
+    """Return the results of a grid in sentences."""
     texts = []
     for pair in found.comparisons:
         first, second = found.arms[pair.first], found.arms[pair.second]
@@ -198,38 +204,38 @@ def sentences(found: Findings) -> list[str]:
 
 
 def percent(found: Estimate) -> str:
-    """A share as text: 46% [44, 48]."""
+    """Return a share as text: 46% [44, 48]."""
     return _with_interval(found, lambda value: f"{100 * value:.0f}", "%")
 
 
 def points(found: Estimate) -> str:
-    """A difference of shares as text: 35 points [32, 37]."""
+    """Return a difference of shares as text: 35 points [32, 37]."""
     return _with_interval(found, lambda value: f"{100 * value:.0f}", " points")
 
 
 def decades(found: Estimate) -> str:
-    """A width as text: ≥ 2.5 decades [2.4, 2.6]."""
+    """Return a width as text: ≥ 2.5 decades [2.4, 2.6]."""
     return _with_interval(found, lambda value: f"{value:.2f}", " decades")
 
 
 def plain(found: Estimate) -> str:
-    """A number as text: 4.1 [3.9, 4.4]."""
+    """Return a number as text: 4.1 [3.9, 4.4]."""
     return _with_interval(found, lambda value: f"{value:.3g}", "")
 
 
 def shown(name: str, found: Estimate, is_difference: bool = False) -> str:
-    """An estimate of one of `measures_of` as text."""
+    """Return an estimate of one of `measures_of` as text."""
     if name.startswith("share"):
         return points(found) if is_difference else percent(found)
     return decades(found) if name == WIDTH else plain(found)
 
 
 def capital(text: str) -> str:
-    """The text as a sentence or a title begins."""
+    """Return the text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
-def _with_interval(found: Estimate, number: Any, unit: str) -> str:
+def _with_interval(found: Estimate, number: Callable[[float], str], unit: str) -> str:
     if math.isnan(found.value):
         return "not known"
     if math.isinf(found.value):
@@ -240,16 +246,16 @@ def _with_interval(found: Estimate, number: Any, unit: str) -> str:
     return f"{text} [{number(found.low)}, {number(found.high)}]"
 
 
-def _of_arm(grid: Grid, name: str, chance_loss: float, shares: dict[str, float]) -> ArmFindings:
+def _of_arm(grid: Grid, name: str, chance_loss: float, shares: dict[str, float]) -> ArmSummary:
     arm = grid.arms[name]
     values, censored = measure(grid, arm)
     outcomes = arm.outcomes()
-    return ArmFindings(
+    return ArmSummary(
         label_of(name),
         int((~np.isnan(arm.accuracy)).sum()),
-        {str(outcome): int((outcomes == outcome).sum()) for outcome in Outcome},
+        {str(outcome): int((outcomes == outcome).sum()) for outcome in GridOutcome},
         {
-            key: tolerance.estimate(value_S, at_least=censored and key == WIDTH)
+            key: intervals.estimate(value_S, at_least=censored and key == WIDTH)
             for key, value_S in values.items()
         },
         _of_inits(grid, arm, chance_loss),
@@ -257,7 +263,7 @@ def _of_arm(grid: Grid, name: str, chance_loss: float, shares: dict[str, float])
     )
 
 
-def _of_inits(grid: Grid, arm: Arm, chance_loss: float) -> tuple[InitFindings, ...]:
+def _of_inits(grid: Grid, arm: Arm, chance_loss: float) -> tuple[InitSummary, ...]:
     nothing = np.full((len(grid.inits), len(grid.seeds)), np.nan)
     width_IS, censored_IS = nothing, np.zeros(nothing.shape, bool)
     if len(grid.rates) > 1:
@@ -266,11 +272,11 @@ def _of_inits(grid: Grid, arm: Arm, chance_loss: float) -> tuple[InitFindings, .
     at_edge_I = (rate_IS == grid.rates[-1]).any(axis=1)
     sensitivity_IS = tolerance.rate_sensitivity(arm.loss, chance_loss)
     return tuple(
-        InitFindings(
+        InitSummary(
             init,
-            tolerance.estimate(width_IS[i], at_least=bool(censored_IS[i].any())),
-            tolerance.estimate_rate(rate_IS[i], at_least=bool(at_edge_I[i])),
-            tolerance.estimate(sensitivity_IS[i]),
+            intervals.estimate(width_IS[i], at_least=bool(censored_IS[i].any())),
+            intervals.estimate_rate(rate_IS[i], at_least=bool(at_edge_I[i])),
+            intervals.estimate(sensitivity_IS[i]),
         )
         for i, init in enumerate(grid.inits)
     )
@@ -281,13 +287,13 @@ def _compare(grid: Grid, first: str, second: str) -> Comparison:
     has_seed = [~np.isnan(arm.accuracy).all(axis=(0, 1)) for arm in (one, other)]
     is_paired = bool((has_seed[0] == has_seed[1]).all())
     if is_paired:
-        # What only one arm has says nothing of their difference.
+        # A trial that only one arm has is left out of both.
         lacking = np.isnan(one.accuracy) | np.isnan(other.accuracy)
         one, other = (
             replace(arm, accuracy=np.where(lacking, np.nan, arm.accuracy)) for arm in (one, other)
         )
     (values, censored), (other_values, other_censored) = measure(grid, one), measure(grid, other)
-    difference = tolerance.paired_difference if is_paired else tolerance.unpaired_difference
+    difference = intervals.paired_difference if is_paired else intervals.unpaired_difference
     there = ~np.isnan(one.accuracy).all(axis=2) & ~np.isnan(other.accuracy).all(axis=2)
     return Comparison(
         first,
@@ -298,12 +304,12 @@ def _compare(grid: Grid, first: str, second: str) -> Comparison:
             key: difference(
                 values[key],
                 other_values[key],
-                # Only the wider one's being cut off makes the difference a lower bound.
+                # The difference is a lower bound if only the first width is cut off.
                 at_least=key == WIDTH and censored and not other_censored,
             )
             for key in values
         },
-        tolerance.ratio(values[SHARE], other_values[SHARE]),
+        intervals.ratio(values[SHARE], other_values[SHARE]),
         _headroom(grid, one, other),
     )
 
@@ -314,7 +320,7 @@ def _headroom(grid: Grid, one: Arm, other: Arm) -> tuple[str | float, float] | N
     trained = grid.levels.trained
     width_I = np.nan_to_num(tolerance.widths(other.accuracy, grid.rates, trained)[0]).mean(axis=1)
     best = int(width_I.argmax())
-    # A rate counts if all seeds that were tried train at it.
+    # A rate trains if all of its seeds train.
     largest = []
     for arm in (one, other):
         accuracy_RS = arm.accuracy[best]
@@ -359,7 +365,7 @@ def _notes(grid: Grid, comparisons: tuple[Comparison, ...]) -> list[str]:
 
 
 def _comparison_sentences(
-    grid: Grid, pair: Comparison, first: ArmFindings, second: ArmFindings
+    grid: Grid, pair: Comparison, first: ArmSummary, second: ArmSummary
 ) -> list[str]:
     one, other = first.label, second.label
     share = pair.differences[SHARE]

@@ -1,6 +1,7 @@
-"""The trials of a study as a table, from its storage or from the trials.csv made of it.
+"""The trials of a study as a table, read from its storage or from a trials.csv.
 
-A study is only ever read. Of a journal that was cut off, what is whole is taken, and said.
+Nothing is written to the study. A damaged journal is read up to its first incomplete record, and
+the table has a note that says so.
 """
 
 import csv
@@ -24,22 +25,22 @@ from bn_lightning.sweeps.engine.journal_file import parse_record
 from bn_lightning.sweeps.engine.passwords import redacted, refuse_several_ats
 from bn_lightning.sweeps.engine.stored_names import COMMAND, DESCRIPTION, DIVERGED
 
-TABLE = "trials.csv"
+TABLE_FILE = "trials.csv"
 DATABASES = ("*.db", "*.sqlite", "*.sqlite3")
 
 Cell = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """One trial.
 
-    Args:
+    Attributes:
         number: in its study.
         state: the name of an `optuna.trial.TrialState`.
-        values: one for each direction; none of a trial without a result.
+        values: one for each direction; empty without a result.
         params: override key, such as `optimizer.lr`, -> value.
-        attributes: what the trial returned and what its sweeper said of it.
+        attributes: what the trial returned, and what its sweeper stored with it.
     """
 
     number: int
@@ -50,37 +51,38 @@ class Row:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has a result."""
+        """Whether the trial has a result."""
         return self.state == TrialState.COMPLETE.name
 
 
 @dataclass(frozen=True)
-class Table:
+class TrialTable:
     """The trials of a study, in the order of their numbers.
 
-    Args:
+    Attributes:
         name: of the study.
         directions: "maximize" or "minimize", one for each value.
-        rows: all trials, whatever their state.
-        about: how they were made, as far as it is known: plain JSON.
-        notes: what is wrong with them, in sentences.
+        rows: all trials, in any state.
+        about: how the trials were made, as plain JSON.
+        notes: what is wrong with the trials, in sentences.
     """
 
     name: str
     directions: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TrialRow, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def optuna_directions(self) -> list[StudyDirection]:
-        """The directions as Optuna has them."""
+        """The directions as Optuna's enum."""
         return [StudyDirection[name.upper()] for name in self.directions]
 
     def counts(self) -> dict[str, int]:
-        """How many trials there are of each state; `retried` failed and were followed by another.
+        """Return the number of trials in each state, and of the following.
 
-        `lost` points have failed trials and no other.
+        `retried` trials failed and were followed by another trial of the same point. `lost` points
+        have failed trials only. `diverged` trials are complete.
         """
         states = Counter(row.state for row in self.rows)
         failed = [row for row in self.rows if row.state == TrialState.FAIL.name]
@@ -96,35 +98,37 @@ class Table:
         }
 
 
-def is_diverged(row: Row) -> bool:
-    """Whether the trial said that its run diverged."""
+def is_diverged(row: TrialRow) -> bool:
+    """Return whether the run of a trial diverged."""
     return row.attributes.get(DIVERGED) in (True, 1, "true", "True")
 
 
-def read_study(storage: str | Path, name: str | None = None) -> Table:
+def read_study(storage: str | Path, name: str | None = None) -> TrialTable:
     """Read a study.
 
     Args:
-        storage: path of a journal file or of a database (`DATABASES`), or the URL of a storage as
-            Optuna takes it, or `journal:///PATH` or `grpc://HOST:PORT`.
-        name: of the study; None where the storage holds one only.
+        storage: path of a journal file or of a database (`DATABASES`), or a URL: one of Optuna's,
+            `journal:///PATH` or `grpc://HOST:PORT`.
+        name: of the study; may be None if the storage has one study.
 
     Raises:
-        ValueError: there is no such storage, it holds no such study, or several and none is named.
+        ValueError: there is no such storage or no such study, or several studies and no name.
     """
     opened, notes = _open(storage)
     names = sorted(summary.study_name for summary in optuna.get_all_study_summaries(opened))
     shown = redacted(str(storage), str(storage))
     if name is None and len(names) != 1:
         raise ValueError(
-            f"{shown} expected one study, or `--study NAME`, got "
-            f"{', '.join(names) or 'a storage without studies'}"
+            f"expected `{shown}` to have one study, got {', '.join(names) or 'none'}; name one by "
+            "`--study NAME`"
         )
     if name is not None and name not in names:
-        raise ValueError(f"`--study` expected one of {', '.join(names)} in {shown}, got {name}")
+        raise ValueError(
+            f"expected `--study` to be one of {', '.join(names) or 'none'} in {shown}, got {name}"
+        )
     study = optuna.load_study(study_name=name or names[0], storage=opened)
     trials = study.get_trials(deepcopy=False)
-    return Table(
+    return TrialTable(
         study.study_name,
         tuple(direction.name.lower() for direction in study.directions),
         tuple(map(row_of, trials)),
@@ -133,12 +137,12 @@ def read_study(storage: str | Path, name: str | None = None) -> Table:
     )
 
 
-def to_csv(table: Table) -> str:
-    """The table as the text of trials.csv: a line for each trial.
+def to_csv(table: TrialTable) -> str:
+    """Return the table as the text of trials.csv, a line for each trial.
 
     Columns are `number`, `state`, `value` (or `value/0`, `value/1`, ...), `params/KEY`,
-    `attributes/KEY`. A cell is a JSON scalar, a text that reads as none stands without quotation
-    marks, and an empty cell is what the trial does not have.
+    `attributes/KEY`. A cell is a JSON scalar. A string that cannot be read as another scalar has
+    no quotation marks. An empty cell means that the trial does not have the value.
     """
     values = _value_columns(max((len(row.values) for row in table.rows), default=1))
     params = list(dict.fromkeys(key for row in table.rows for key in row.params))
@@ -160,32 +164,32 @@ def to_csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-def rows_from_csv(text: str, path: str | Path = TABLE) -> tuple[Row, ...]:
-    """The rows that `to_csv` wrote.
+def rows_from_csv(text: str, path: str | Path = TABLE_FILE) -> tuple[TrialRow, ...]:
+    """Return the rows that `to_csv` wrote.
 
     Args:
         text: of the file.
-        path: named in errors.
+        path: of the file, for errors.
 
     Raises:
-        ValueError: it is no such table, or a line of it is cut off.
+        ValueError: the text is another table, or one of its lines is incomplete.
     """
     lines = csv.DictReader(io.StringIO(text))
     columns = lines.fieldnames or []
     if list(columns[:2]) != ["number", "state"]:
         raise ValueError(
-            f"{path} expected a table of trials, whose first columns are number and state, got "
-            f"{', '.join(columns[:2]) or 'an empty file'}"
+            f"expected `{path}` to begin with the columns number and state, got "
+            f"{', '.join(columns[:2]) or 'an empty file'}; report the study again"
         )
     rows = []
     for line in lines:
         if None in line or None in line.values() or line["state"] not in TrialState.__members__:
             raise ValueError(
-                f"{path} expected {len(columns)} cells and a state of Optuna's in each line, got "
-                f"another in line {lines.line_num}; write it again by the report of the study"
+                f"expected `{path}` to have {len(columns)} cells and a state of Optuna's in each "
+                f"line, got another in line {lines.line_num}; report the study again"
             )
         rows.append(
-            Row(
+            TrialRow(
                 int(line["number"]),
                 line["state"],
                 tuple(
@@ -199,7 +203,7 @@ def rows_from_csv(text: str, path: str | Path = TABLE) -> tuple[Row, ...]:
 
 
 class _WholeRecords(BaseJournalBackend):
-    """A journal file's records up to the first that is cut off or damaged; never written to."""
+    """The records of a journal file up to the first that is incomplete or damaged, read-only."""
 
     def __init__(self, path: Path) -> None:
         self.records: list[dict[str, Any]] = []
@@ -216,7 +220,7 @@ class _WholeRecords(BaseJournalBackend):
         yield from self.records[log_number_from:]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        raise ValueError("a report does not write to the study")
+        raise ValueError("expected a report to read the study only, got a record to write")
 
 
 def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
@@ -243,19 +247,19 @@ def _open(storage: str | Path) -> tuple[BaseStorage, tuple[str, ...]]:
             refuse_several_ats(url)
             return RDBStorage(url, skip_table_creation=True), ()
     except Exception as error:
-        # Here, as it imports SQLAlchemy, which journals do without.
+        # Imported here, because it imports SQLAlchemy, which journals do not need.
         from bn_lightning.sweeps.engine.storage import reason_of
 
         raise ValueError(
-            f"expected a storage of Optuna's that answers, got {redacted(url, url)}: "
+            f"expected `{redacted(url, url)}` to be a storage of Optuna's that answers, got: "
             f"{redacted(reason_of(error), url)}"
         ) from None
 
 
 def _open_sqlite(path: Path) -> RDBStorage:
-    """From a path, as in a URL ? and % mean something else; a database is not written to."""
+    """Open a database read-only, from a path, because ? and % have a meaning in a URL."""
     if not path.is_file():
-        raise FileNotFoundError(f"no such file as {path}")
+        raise FileNotFoundError(f"no such file: {path}")
     address = f"{path.absolute().as_uri()}?mode=ro"
     return RDBStorage(
         "sqlite://",
@@ -266,11 +270,11 @@ def _open_sqlite(path: Path) -> RDBStorage:
 
 def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:
     if not path.is_file():
-        raise ValueError(f"expected a journal file, got {path}: no such file")
+        raise ValueError(f"expected `{path}` to be a journal file, got no such file")
     backend = _WholeRecords(path)
     if not backend.records:
         raise ValueError(
-            f"{path} expected a journal of Optuna's, got a file without a whole record"
+            f"expected `{path}` to be a journal of Optuna's, got a file without a whole record"
         )
     notes: tuple[str, ...] = ()
     if backend.lost:
@@ -282,11 +286,11 @@ def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:
     try:
         return JournalStorage(backend), notes
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} expected a journal of Optuna's, got {error!r}") from error
+        raise ValueError(f"expected `{path}` to be a journal of Optuna's, got {error!r}") from error
 
 
 def _description(study: optuna.Study) -> dict[str, Any]:
-    """What the sweeper wrote of the study's space and fixed overrides, and its command."""
+    """Return the space, the fixed overrides and the command that the sweeper stored."""
     found, command = (study.user_attrs.get(name) for name in (DESCRIPTION, COMMAND))
     if isinstance(found, dict):
         found = {key: found[key] for key in ("space", "overrides") if key in found}
@@ -296,9 +300,9 @@ def _description(study: optuna.Study) -> dict[str, Any]:
     }
 
 
-def row_of(trial: FrozenTrial) -> Row:
-    """A trial of Optuna's; attributes that are no scalars become the text of their JSON."""
-    return Row(
+def row_of(trial: FrozenTrial) -> TrialRow:
+    """Return one of Optuna's trials as a row; attributes that are not scalars become JSON text."""
+    return TrialRow(
         trial.number,
         trial.state.name,
         tuple(trial.values or ()) if trial.state == TrialState.COMPLETE else (),
@@ -343,5 +347,5 @@ def _is_value(column: str) -> bool:
     return column == "value" or column.startswith("value/")
 
 
-def _point(row: Row) -> frozenset[tuple[str, Cell]]:
+def _point(row: TrialRow) -> frozenset[tuple[str, Cell]]:
     return frozenset(row.params.items())

@@ -18,8 +18,8 @@ from optuna.visualization import (
     plot_slice,
 )
 
-from bn_lightning.sweeps.analysis.trials import Cell, Row, Table
-from bn_lightning.sweeps.report.memory_study import memory_study
+from bn_lightning.sweeps.analysis.memory_study import memory_study
+from bn_lightning.sweeps.analysis.trials import Cell, TrialRow, TrialTable
 from bn_lightning.sweeps.report.page_skeleton import Plot
 
 MOST_TRIALS = 1000
@@ -35,7 +35,7 @@ _OF_A_VALUE: tuple[tuple[str, str, _Draw], ...] = (
 )
 
 
-def optuna_plots(table: Table) -> tuple[list[Plot], int]:
+def optuna_plots(table: TrialTable) -> tuple[list[Plot], int]:
     """History, slices and parallel coordinates; of several values, their Pareto front.
 
     Returns:
@@ -53,7 +53,7 @@ def optuna_plots(table: Table) -> tuple[list[Plot], int]:
     return [_plot(name, title, draw, study) for name, title, draw in made], len(chosen)
 
 
-def study_of(table: Table, rows: Sequence[Row]) -> optuna.Study:
+def study_of(table: TrialTable, rows: Sequence[TrialRow]) -> optuna.Study:
     """A study in memory with these complete trials."""
     study = memory_study(table.optuna_directions)
     names = list(dict.fromkeys(name for row in rows for name in row.params))

@@ -104,7 +104,7 @@ def tag(name: str, *content: Content, **attributes: str) -> Html:
     return Html(f"<{name}{shown}>{inner}</{name}>")
 
 
-def table(
+def html_table(
     head: Sequence[Content], rows: Iterable[Sequence[Content]], caption: str = "", last: str = ""
 ) -> Html:
     """A table that scrolls by itself where it is too wide; `last` is its last column's class."""
@@ -137,7 +137,7 @@ def definitions(items: Mapping[str, Content]) -> Html:
     return tag("dl", *parts)
 
 
-def figures(plots: Sequence[Plot], least: str = "24rem") -> Html:
+def places_for(plots: Sequence[Plot], least: str = "24rem") -> Html:
     """Places for plots, side by side where there is room.
 
     Args:

@@ -1,17 +1,17 @@
-"""The pages of a report: of a tolerance grid, of another study, of runs."""
+"""The text of a report's pages: of a grid, of another study, and of runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bn_lightning.sweeps.analysis.compared_runs import (
-    Run,
+    ComparedRun,
     runtime_sentences,
     runtimes,
     width_growth,
 )
 from bn_lightning.sweeps.analysis.paper_curves import SOURCE
 from bn_lightning.sweeps.analysis.summary import (
-    Findings,
+    Summary,
     decades,
     measures_of,
     plain,
@@ -19,49 +19,49 @@ from bn_lightning.sweeps.analysis.summary import (
     shown,
 )
 from bn_lightning.sweeps.analysis.tolerance import Levels
-from bn_lightning.sweeps.analysis.trials import Row, Table
+from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
 from bn_lightning.sweeps.engine.best import best_trials
-from bn_lightning.sweeps.report import grid_plotly as grid_plots
-from bn_lightning.sweeps.report.grid_matplotlib import init_label, init_name
+from bn_lightning.sweeps.report.figure import Figure
+from bn_lightning.sweeps.report.grid_figures import init_label, init_name
 from bn_lightning.sweeps.report.page_skeleton import (
     Content,
     Html,
     Plot,
     definitions,
-    figures,
+    html_table,
     page,
-    table,
+    places_for,
     tag,
 )
-from bn_lightning.sweeps.report.run_plotly import run_plots
+from bn_lightning.sweeps.report.plotly_renderer import plots_of
 
+# Rows of the page's tables: failed trials, trials of a study that is not a grid, and its best.
 MOST_FAILED = 50
-"""Failed trials, trials of a study that is no grid, and its best, that have a line of the page."""
 MOST_LISTED = 500
 MOST_BEST = 10
 
-_SCREEN = "Point at a cell, click it, or reach a map by the tab key and move by the arrow keys."
+_HELP = "Point at a cell, click it, or reach a map by the tab key and move by the arrow keys."
 
 
 def grid_page(
-    study: Table, found: Findings, metric: str, cells: Mapping[str, Any], notes: Sequence[str]
+    study: TrialTable,
+    found: Summary,
+    figures: Mapping[str, Figure],
+    cells: Mapping[str, Any],
+    notes: Sequence[str],
 ) -> str:
-    """The page of a study of learning rates and initialisations.
+    """Return the page of a study of learning rates and initializations.
 
     Args:
         study: its trials.
         found: its numbers.
-        metric: what accuracy is, "test/accuracy" for instance.
-        cells: from `grid_plots.cells_json`.
-        notes: what a reader must know first.
+        figures: file name -> figure, as `grid_figures` returns them.
+        cells: as `cells_json` returns them.
+        notes: shown first.
     """
-    name = metric.replace("/", " ")
-    has_widths = len(found.grid.rates) > 1
-    maps = grid_plots.heatmaps(found, name)
-    outcomes = grid_plots.outcomes(found)
-    rates = grid_plots.rates(found, name) if has_widths else []
-    width = [grid_plots.widths(found)] if has_widths else []
-    shares = grid_plots.importances(found)
+    plots = {name: plots_of(figure) for name, figure in figures.items()}
+    rates, shares = plots.get("rates", []), plots.get("importances", [])
+    widths = plots.get("widths", [])
     body = [
         tag("h1", f"What trains: {study.name}"),
         *[tag("p", text, class_="lead") for text in sentences(found)],
@@ -69,35 +69,35 @@ def grid_page(
         tag("p", _budget_line(study, found), class_="soft"),
         _measures(found),
         tag("h2", "Accuracy over learning rate and initialisation"),
-        tag("p", _SCREEN, class_="soft screen"),
-        figures(maps),
-        tag("div", tag("span", _SCREEN), id="cell", aria_live="polite", class_="screen"),
+        tag("p", _HELP, class_="soft screen"),
+        places_for(plots["accuracy"]),
+        tag("div", tag("span", _HELP), id="cell", aria_live="polite", class_="screen"),
         tag("h2", "What became of the trials"),
-        figures(outcomes),
+        places_for(plots["outcomes"]),
         *([tag("h2", "Accuracy against learning rate")] if rates else []),
-        *([_rates_note(found, rates), figures(rates, "17rem")] if rates else []),
-        *([tag("h2", "Tolerance"), figures(width)] if width else []),
-        _inits(found, has_widths),
-        *([tag("h2", "Importances"), figures(shares)] if shares else []),
+        *([_rates_note(found, rates), places_for(rates, "17rem")] if rates else []),
+        *([tag("h2", "Tolerance"), places_for(widths)] if widths else []),
+        _inits(found, bool(widths)),
+        *([tag("h2", "Importances"), places_for(shares)] if shares else []),
         *_counts(study),
         _all_trials(found),
         *_measured(study, found.grid.levels),
     ]
-    drawn = [*maps, *outcomes, *rates, *width, *shares]
+    drawn = [plot for several in plots.values() for plot in several]
     return page(f"What trains: {study.name}", body, drawn, cells)
 
 
 def study_page(
-    study: Table, reason: str, drawn: Sequence[Plot], counts: int, notes: Sequence[str]
+    study: TrialTable, reason: str, drawn: Sequence[Plot], counts: int, notes: Sequence[str]
 ) -> str:
-    """The page of a study that is no grid: its trials, and Optuna's own plots.
+    """Return the page of a study that is not a grid: its trials and Optuna's plots.
 
     Args:
         study: its trials.
-        reason: why it is no grid.
+        reason: why it is not a grid.
         drawn: Optuna's plots.
-        counts: how many trials they show.
-        notes: what a reader must know first.
+        counts: number of trials in these plots.
+        notes: shown first.
     """
     complete = [row for row in study.rows if row.is_complete]
     lead = (
@@ -112,7 +112,7 @@ def study_page(
         *_notes(notes),
         *([tag("h2", "Best trials"), _trials(study, _best(study, complete))] if complete else []),
         *([tag("h2", "Optuna's plots"), _plots_note(counts, len(complete))] if drawn else []),
-        *([figures(drawn, "32rem")] if drawn else []),
+        *([places_for(drawn, "32rem")] if drawn else []),
         *_counts(study),
         *([tag("h2", "Trials"), _trials(study, study.rows)] if study.rows else []),
         *_measured(study),
@@ -120,16 +120,23 @@ def study_page(
     return page(f"Study {study.name}", body, drawn)
 
 
-def runs_page(runs: Sequence[Run], study: Table, with_paper: bool, notes: Sequence[str]) -> str:
-    """The page of runs side by side.
+def runs_page(
+    runs: Sequence[ComparedRun],
+    study: TrialTable,
+    figures: Mapping[str, Figure],
+    with_paper: bool,
+    notes: Sequence[str],
+) -> str:
+    """Return the page of runs side by side.
 
     Args:
         runs: at least one.
-        study: the same as a table.
-        with_paper: draw the paper's curves, too.
-        notes: what a reader must know first.
+        study: the runs as a table.
+        figures: file name -> figure.
+        with_paper: whether the paper's curves are in the figures.
+        notes: shown first.
     """
-    drawn = run_plots(runs, with_paper)
+    drawn = [plot for figure in figures.values() for plot in plots_of(figure)]
     rows: list[list[Content]] = []
     for run in runs:
         record, metrics = run.record, run.record.get("metrics") or {}
@@ -153,7 +160,7 @@ def runs_page(runs: Sequence[Run], study: Table, with_paper: bool, notes: Sequen
         tag("h1", "Runs side by side"),
         *_notes(notes),
         *([tag("p", f"The small circles are the paper's: {SOURCE}, digitised.")] * with_paper),
-        table(
+        html_table(
             head,
             rows,
             "Loss in nats; width ×: how much wider the 15th to 85th percentile of the last "
@@ -161,7 +168,7 @@ def runs_page(runs: Sequence[Run], study: Table, with_paper: bool, notes: Sequen
             "text",
         ),
         *[tag("p", text) for text in runtime_sentences(runtimes(runs))],
-        figures(drawn, "26rem"),
+        places_for(drawn, "26rem"),
         *_measured(study),
     ]
     return page("Runs side by side", body, drawn)
@@ -171,7 +178,7 @@ def _notes(notes: Sequence[str]) -> list[Html]:
     return [tag("p", text, class_="note") for text in notes]
 
 
-def _budget_line(study: Table, found: Findings) -> str:
+def _budget_line(study: TrialTable, found: Summary) -> str:
     runs = study.about.get("runs") or {}
     budget = f"{' and '.join(runs['steps'])} steps a trial" if "steps" in runs else "budget unknown"
     data = " and ".join(runs["data"]) if "data" in runs else "data unknown"
@@ -185,7 +192,7 @@ def _budget_line(study: Table, found: Findings) -> str:
     )
 
 
-def _measures(found: Findings) -> Html:
+def _measures(found: Summary) -> Html:
     rows: list[list[Content]] = []
     names = list(next(iter(found.arms.values())).measures)
     texts = measures_of(found.grid.levels)
@@ -203,10 +210,10 @@ def _measures(found: Findings) -> Html:
         heads.append(
             f"{found.arms[pair.first].label} minus {found.arms[pair.second].label} ({how})"
         )
-    return table(["", *heads], rows, "The measures of tolerance")
+    return html_table(["", *heads], rows, "The measures of tolerance")
 
 
-def _inits(found: Findings, has_widths: bool) -> Html:
+def _inits(found: Summary, has_widths: bool) -> Html:
     rows: list[list[Content]] = []
     for i, init in enumerate(found.grid.inits):
         cells: list[Content] = [init_name(init)]
@@ -221,14 +228,14 @@ def _inits(found: Findings, has_widths: bool) -> Html:
     for arm in found.arms.values():
         heads += [f"width, {arm.label}"] if has_widths else []
         heads += [f"largest rate that trains, {arm.label}", f"sensitivity (nats), {arm.label}"]
-    return table(
+    return html_table(
         heads,
         rows,
         "Each initialisation by itself; the largest rate is the geometric mean of seeds that train",
     )
 
 
-def _rates_note(found: Findings, drawn: Sequence[Plot]) -> Html:
+def _rates_note(found: Summary, drawn: Sequence[Plot]) -> Html:
     text = (
         "Mean over seeds, and the band from the lowest seed to the highest; dotted: "
         f"{found.grid.levels.trained:g}."
@@ -247,7 +254,7 @@ def _plots_note(counted: int, complete: int) -> Html:
     return tag("p", text, class_="soft")
 
 
-def _counts(study: Table) -> list[Html]:
+def _counts(study: TrialTable) -> list[Html]:
     counts = study.counts()
     failed = [row for row in study.rows if row.state == "FAIL"]
     rows = [
@@ -260,7 +267,7 @@ def _counts(study: Table) -> list[Html]:
     ]
     parts = [
         tag("h2", "How many trials, and how they ended"),
-        table(list(counts), [[f"{count:,}" for count in counts.values()]]),
+        html_table(list(counts), [[f"{count:,}" for count in counts.values()]]),
         tag(
             "p",
             "Retried: failed, and followed by another trial of the same point. Lost: points with "
@@ -270,20 +277,20 @@ def _counts(study: Table) -> list[Html]:
     ]
     if rows:
         more = f" The first {MOST_FAILED} of {len(failed):,}." if len(failed) > MOST_FAILED else ""
-        parts.append(table(["trial", "point", "error"], rows, f"Failed trials.{more}", "text"))
+        parts.append(html_table(["trial", "point", "error"], rows, f"Failed trials.{more}", "text"))
     return parts
 
 
-def _all_trials(found: Findings) -> Html:
+def _all_trials(found: Summary) -> Html:
     head = ["trial", "arm", init_label(found.grid), "learning rate", "seed", "accuracy", ""]
-    empty = table(head, [], "All trials of the grid")
+    empty = html_table(head, [], "All trials of the grid")
     more = tag("button", "200 more", type="button")
     return tag(
         "details", tag("summary", "All trials"), empty, more, id="all-trials", class_="screen"
     )
 
 
-def _trials(study: Table, rows: Sequence[Row]) -> Html:
+def _trials(study: TrialTable, rows: Sequence[TrialRow]) -> Html:
     values = len(study.directions)
     names = list(dict.fromkeys(key for row in study.rows for key in row.params))
     made: list[list[Content]] = []
@@ -295,17 +302,17 @@ def _trials(study: Table, rows: Sequence[Row]) -> Html:
         ["value"] if values == 1 else [f"value {i} ({d})" for i, d in enumerate(study.directions)]
     )
     more = f"The first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
-    return table(["trial", "state", *heads, *names], made, more)
+    return html_table(["trial", "state", *heads, *names], made, more)
 
 
-def _best(study: Table, complete: Sequence[Row]) -> list[Row]:
+def _best(study: TrialTable, complete: Sequence[TrialRow]) -> list[TrialRow]:
     if len(study.directions) > 1:
         return best_trials(complete, study.optuna_directions)[:MOST_BEST]
     sign = -1 if study.directions[0] == "maximize" else 1
     return sorted(complete, key=lambda row: (sign * row.values[0], row.number))[:MOST_BEST]
 
 
-def _measured(study: Table, levels: Levels | None = None) -> list[Html]:
+def _measured(study: TrialTable, levels: Levels | None = None) -> list[Html]:
     about = study.about
     items: dict[str, Content] = {}
     for name, counts in (about.get("runs") or {}).items():
@@ -350,7 +357,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
-def _params(row: Row) -> str:
+def _params(row: TrialRow) -> str:
     return ", ".join(f"{key}={value}" for key, value in row.params.items())
 
 

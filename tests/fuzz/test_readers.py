@@ -27,9 +27,9 @@ from bn_lightning.data.csv_table import parse_csv
 from bn_lightning.data.errors import DataError
 from bn_lightning.data.idx import LARGEST, idx_payload, parse_idx
 from bn_lightning.data.image_file import ImageFileError, read_image
-from bn_lightning.report import Options, report
 from bn_lightning.runs.checkpoint import CheckpointError, load_checkpoint, trusted_config
 from bn_lightning.runs.trust import UntrustedError
+from bn_lightning.sweeps.report.write_report import ReportOptions, write_report
 
 COUNTS: Counter[str] = Counter()
 
@@ -219,7 +219,7 @@ def sweep(tmp_path: Path, make_study: Callable[..., Path]) -> dict[str, bytes]:
     """The files of a report of few trials, and of its journal."""
     space = {"optimizer.lr": [0.1, 1.0], "norm": ["none", "batch"]}
     folder = make_study(tmp_path / "made", space=space)
-    report([str(folder)])
+    write_report([str(folder)])
     names = ("journal.log", "trials.csv", "summary.json")
     return {name: (folder / name).read_bytes() for name in names}
 
@@ -241,7 +241,7 @@ def check_report(folder: Path, files: dict[str, bytes], kind: str, data: st.Data
         (folder / name).write_bytes(files[name])
     (folder / first).write_bytes(data.draw(damaged(files[first])))
     try:
-        report([str(folder)], Options(folder / "out"))
+        write_report([str(folder)], ReportOptions(folder / "out"))
         COUNTS[f"report of {kind}: read"] += 1
     except ValueError as error:
         assert str(error)
@@ -262,8 +262,7 @@ class TestReport:
         self, tmp_path: Path, sweep: Any, make_run: Any, monkeypatch: Any
     ) -> dict[str, bytes]:
         # Pictures cost seconds, and are drawn of what was read.
-        for name in ("_draw_grid", "_draw_runs"):
-            monkeypatch.setattr(f"bn_lightning.report.{name}", lambda *_: None, raising=False)
+        monkeypatch.setattr(f"{write_report.__module__}.save", lambda *_: None)
         run = make_run(tmp_path / "run", {"_target_": "x"})
         return sweep | {name: (run / name).read_bytes() for name in REPORTED["run"]}
 

@@ -5,40 +5,40 @@ from typing import Any
 
 import pytest
 
-from bn_lightning.sweeps.analysis.columns import AS_CONFIGURED, NoGrid, Roles, scored
-from bn_lightning.sweeps.analysis.trials import Row, Table
+from bn_lightning.sweeps.analysis.columns import AS_CONFIGURED, Columns, NoGrid, grid_trials
+from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
 
 
-def table(*rows: dict[str, Any], **attributes: Any) -> Table:
+def table(*rows: dict[str, Any], **attributes: Any) -> TrialTable:
     given = {"test/accuracy": 0.9, "test/loss": 0.3} | attributes
-    return Table(
+    return TrialTable(
         "t",
         ("maximize",),
-        tuple(Row(i, "COMPLETE", (0.8,), params, given) for i, params in enumerate(rows)),
+        tuple(TrialRow(i, "COMPLETE", (0.8,), params, given) for i, params in enumerate(rows)),
     )
 
 
 @pytest.mark.parametrize(
-    ("params", "roles"),
+    ("params", "columns"),
     [
         (
             {"optimizer.lr": 1.0, "init.std": 0.1, "norm": "batch", "seed": 1},
-            Roles("optimizer.lr", "init.std", ("norm",), "seed"),
+            Columns("optimizer.lr", "init.std", ("norm",), "seed"),
         ),
         (
             {"init": "he", "+model.optimizer.learning_rate": 1.0},
-            Roles("+model.optimizer.learning_rate", "init"),
+            Columns("+model.optimizer.learning_rate", "init"),
         ),
-        ({"lr": 1.0}, Roles("lr")),
+        ({"lr": 1.0}, Columns("lr")),
     ],
     ids=["grid", "schemes", "line"],
 )
-def test_roles_by_name(params: dict[str, Any], roles: Roles) -> None:
-    assert Roles.of(table(params, params)) == roles
+def test_columns_by_name(params: dict[str, Any], columns: Columns) -> None:
+    assert Columns.of(table(params, params)) == columns
 
 
 def test_a_parameter_that_has_one_value_is_no_matter() -> None:
-    assert Roles.of(table({"lr": 1.0, "width": 8}, {"lr": 0.1, "width": 8})).lr == "lr"
+    assert Columns.of(table({"lr": 1.0, "width": 8}, {"lr": 0.1, "width": 8})).lr == "lr"
 
 
 @pytest.mark.parametrize(
@@ -52,47 +52,49 @@ def test_a_parameter_that_has_one_value_is_no_matter() -> None:
 )
 def test_what_is_no_grid(rows: list[dict[str, Any]], words: str) -> None:
     with pytest.raises(NoGrid, match=words):
-        Roles.of(table(*rows))
+        Columns.of(table(*rows))
 
 
-def test_given_roles_come_first() -> None:
+def test_given_columns_come_first() -> None:
     params = {"a": 1.0, "b": 2.0, "width": 8}
-    found = Roles.of(table(params, {**params, "width": 9}), Roles("a", "b", ("width",)))
-    assert found == Roles("a", "b", ("width",), "")
-    with pytest.raises(ValueError, match="`--lr` expected one of the study's parameters, a, b, wi"):
-        Roles.of(table(params), Roles("c"))
+    found = Columns.of(table(params, {**params, "width": 9}), Columns("a", "b", ("width",)))
+    assert found == Columns("a", "b", ("width",), "")
+    with pytest.raises(ValueError, match="`--lr` to be one of the study's parameters, a, b, wi"):
+        Columns.of(table(params), Columns("c"))
 
 
-class TestScored:
-    ROLES = Roles("lr", "init", ("norm", "act"), "seed")
+class TestGridTrials:
+    COLUMNS = Columns("lr", "init", ("norm", "act"), "seed")
     PARAMS = {"lr": 1, "init": 0.1, "norm": None, "act": "relu", "seed": 2}
 
     def test_a_trial(self) -> None:
-        found = scored(table(self.PARAMS, diverged=True), self.ROLES)
-        (trial,) = found.trials
+        found = grid_trials(table(self.PARAMS, diverged=True), self.COLUMNS)
+        (trial,) = found.numbers.values()
         assert (trial.arm, trial.init, trial.lr, trial.seed) == ("none, relu", 0.1, 1.0, 2)
         assert (trial.accuracy, trial.loss, trial.diverged) == (0.9, 0.3, True)
         assert found.metric == "test/accuracy" and found.numbers == {0: trial}
 
     def test_what_is_not_varied(self) -> None:
-        (trial,) = scored(table({"lr": 1.0}), Roles("lr")).trials
+        (trial,) = grid_trials(table({"lr": 1.0}), Columns("lr")).numbers.values()
         assert (trial.arm, trial.init, trial.seed) == (AS_CONFIGURED, AS_CONFIGURED, 0)
 
     def test_one_metric_for_all(self) -> None:
         rows = (
-            Row(0, "COMPLETE", (0.8,), {"lr": 1.0}, {"test/accuracy": 0.9, "val/accuracy": 0.7}),
-            Row(1, "COMPLETE", (0.8,), {"lr": 2.0}, {"val/accuracy": 0.6, "val/loss": "nan"}),
-            Row(2, "FAIL", (), {"lr": 3.0}, {}),
+            TrialRow(
+                0, "COMPLETE", (0.8,), {"lr": 1.0}, {"test/accuracy": 0.9, "val/accuracy": 0.7}
+            ),
+            TrialRow(1, "COMPLETE", (0.8,), {"lr": 2.0}, {"val/accuracy": 0.6, "val/loss": "nan"}),
+            TrialRow(2, "FAIL", (), {"lr": 3.0}, {}),
         )
-        found = scored(Table("t", ("maximize",), rows), Roles("lr"))
+        found = grid_trials(TrialTable("t", ("maximize",), rows), Columns("lr"))
         assert found.metric == "val/accuracy"
-        assert [trial.accuracy for trial in found.trials] == [0.7, 0.6]
-        assert all(math.isnan(trial.loss) for trial in found.trials)
-        plain = Table("t", ("maximize",), (Row(0, "COMPLETE", (0.8,), {"lr": 1.0}),))
-        assert scored(plain, Roles("lr")).trials[0].accuracy == 0.8
+        assert [trial.accuracy for trial in found.numbers.values()] == [0.7, 0.6]
+        assert all(math.isnan(trial.loss) for trial in found.numbers.values())
+        plain = TrialTable("t", ("maximize",), (TrialRow(0, "COMPLETE", (0.8,), {"lr": 1.0}),))
+        assert grid_trials(plain, Columns("lr")).numbers[0].accuracy == 0.8
 
     def test_of_repeated_points_the_first_counts(self) -> None:
-        found = scored(table(self.PARAMS, self.PARAMS), self.ROLES)
+        found = grid_trials(table(self.PARAMS, self.PARAMS), self.COLUMNS)
         assert list(found.numbers) == [0] and found.repeated == 1
 
     @pytest.mark.parametrize(
@@ -106,8 +108,8 @@ class TestScored:
     )
     def test_what_is_no_place(self, change: dict[str, Any], words: str) -> None:
         with pytest.raises(NoGrid, match=words):
-            scored(table(self.PARAMS | change), self.ROLES)
+            grid_trials(table(self.PARAMS | change), self.COLUMNS)
 
     def test_a_value_that_is_no_accuracy(self) -> None:
         with pytest.raises(NoGrid, match="no accuracy in"):
-            scored(table(self.PARAMS, **{"test/accuracy": 93.0}), self.ROLES)
+            grid_trials(table(self.PARAMS, **{"test/accuracy": 93.0}), self.COLUMNS)

@@ -1,6 +1,5 @@
 """Runs side by side: their labels, their arms, how much wider their inputs became."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,17 @@ import pytest
 from bn_lightning.runs.atomic_write import write_json
 from bn_lightning.runs.record import read_run
 from bn_lightning.sweeps.analysis.compared_runs import (
-    arm_of,
+    ComparedRun,
+    arm_of_config,
     read_runs,
     runtime_sentences,
     runtimes,
     width_growth,
 )
+from bn_lightning.sweeps.report.page_skeleton import Plot
 from bn_lightning.sweeps.report.page_text import _duration
-from bn_lightning.sweeps.report.run_plotly import _log_ticks, run_plots
+from bn_lightning.sweeps.report.plotly_renderer import log_ticks, plots_of
+from bn_lightning.sweeps.report.write_report import figures_of_runs
 
 BATCH = {"_target_": "bn_lightning.models.normalization.batch_norm"}
 SYNC = {"_target_": "bn_lightning.models.normalization.sync_batch_norm"}
@@ -35,7 +37,7 @@ ARMS: dict[str, list[Any]] = {
 
 
 def test_arms() -> None:
-    arms = {arm: [arm_of({"norm": norm}) for norm in norms] for arm, norms in ARMS.items()}
+    arms = {arm: [arm_of_config({"norm": norm}) for norm in norms] for arm, norms in ARMS.items()}
     assert arms == {arm: [arm] * len(norms) for arm, norms in ARMS.items()}
 
 
@@ -111,15 +113,19 @@ def timed(make_run: Callable[..., Path], directory: Path, norm: Any, **record: A
     return run
 
 
+def plots_of_runs(runs: list[ComparedRun]) -> dict[str, Plot]:
+    figures = figures_of_runs(runs, with_paper=False).values()
+    return {plot.id: plot for figure in figures for plot in plots_of(figure)}
+
+
 def test_nothing_lies_on_the_curves(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     """Plotly's buttons have the margin above, the legend the one below; the last tick is whole."""
-    plots = {
-        plot.id: plot for plot in run_plots(read_runs([make_run(tmp_path / "a", None)]), False)
-    }
+    plots = plots_of_runs(read_runs([make_run(tmp_path / "a", None)]))
     for name in ("accuracy", "loss", "percentiles-0"):
         layout = plots[name].layout
         assert layout["margin"]["t"] >= 40 and layout["margin"]["r"] >= 30
-        assert layout["legend"]["y"] < 0 and layout["legend"]["yanchor"] == "top"
+        if layout["showlegend"]:
+            assert layout["legend"]["y"] < 0 and layout["legend"]["yanchor"] == "top"
     assert not plots["throughput"].has_tools
 
 
@@ -129,22 +135,22 @@ def test_a_single_evaluation_is_seen(
 ) -> None:
     (read,) = read_runs([make_run(tmp_path / "a", None)])
     metrics = {name: series[:1] * points for name, series in read.metrics.items()}
-    accuracy, loss, *_ = run_plots([replace(read, metrics=metrics)], False)
-    assert [accuracy.traces[0]["mode"], loss.traces[0]["mode"]] == [mode, mode]
+    plots = plots_of_runs([replace(read, metrics=metrics)])
+    assert [plots[name].traces[0]["mode"] for name in ("accuracy", "loss")] == [mode, mode]
 
 
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [
         ([1000, 2000], {}),
-        ([0, 0.1, math.nan, 1.0], {"dtick": "D2"}),
+        ([0.1, 1.0], {"dtick": "D2"}),
         ([1, 50_000], {"dtick": 1}),
         ([1000, 1000], {"dtick": 1}),
-        ([0], {"dtick": 1}),
+        ([], {"dtick": 1}),
     ],
 )
 def test_ticks_of_a_logarithmic_axis(values: list[float], ticks: dict[str, Any]) -> None:
-    assert _log_ticks([{"x": values}], "x") == ticks
+    assert log_ticks(values) == ticks
 
 
 @pytest.mark.parametrize(

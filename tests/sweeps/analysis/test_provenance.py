@@ -14,7 +14,7 @@ from bn_lightning.sweeps.analysis.provenance import (
     mixed,
     with_provenance,
 )
-from bn_lightning.sweeps.analysis.trials import Row, Table
+from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
 
 MULTIRUN = """
 hydra:
@@ -33,8 +33,8 @@ hydra:
 """
 
 
-def row(number: int, directory: Path | str) -> Row:
-    return Row(number, "COMPLETE", (0.5,), {}, {"directory": str(directory)})
+def row(number: int, directory: Path | str) -> TrialRow:
+    return TrialRow(number, "COMPLETE", (0.5,), {}, {"directory": str(directory)})
 
 
 def run(directory: Path, source: str = "mnist", steps: int = 2000) -> Path:
@@ -47,7 +47,7 @@ def run(directory: Path, source: str = "mnist", steps: int = 2000) -> Path:
 def test_facts_are_counted_and_directories_are_relative(tmp_path: Path) -> None:
     base = tmp_path / "sweep"
     rows = (row(0, run(base / "0")), row(1, run(base / "1")), row(2, base / "2"))
-    table = with_provenance(Table("t", ("maximize",), rows), base)
+    table = with_provenance(TrialTable("t", ("maximize",), rows), base)
     assert [r.attributes["directory"] for r in table.rows] == ["0", "1", "2"]
     assert table.rows[0].attributes[DATA] == "mnist"
     assert table.rows[0].attributes[BUDGET] == 2000
@@ -70,7 +70,7 @@ def test_the_data_know_their_classes_where_the_model_does_not(tmp_path: Path) ->
 def test_a_sweep_that_was_moved(tmp_path: Path) -> None:
     base = tmp_path / "sweep"
     run(base / "7")
-    table = with_provenance(Table("t", ("maximize",), (row(7, "/elsewhere/sweep/7"),)), base)
+    table = with_provenance(TrialTable("t", ("maximize",), (row(7, "/elsewhere/sweep/7"),)), base)
     assert table.rows[0].attributes["directory"] == "7"
     assert table.rows[0].attributes[BUDGET] == 2000
 
@@ -79,13 +79,13 @@ def test_runs_on_another_machine(tmp_path: Path) -> None:
     attributes = {"directory": "/there/0", "data": "mnist", "steps": 2000, "commit": "abc"}
     attributes |= {"classes": 2}
     rows = (
-        Row(0, "COMPLETE", (0.5,), {}, attributes),
-        Row(
+        TrialRow(0, "COMPLETE", (0.5,), {}, attributes),
+        TrialRow(
             1, "COMPLETE", (0.1,), {}, attributes | {"diverged": True, "steps": 7, "classes": "a b"}
         ),
-        Row(2, "FAIL", (), {}, attributes | {"steps": 9}),
+        TrialRow(2, "FAIL", (), {}, attributes | {"steps": 9}),
     )
-    table = with_provenance(Table("t", ("maximize",), rows), tmp_path)
+    table = with_provenance(TrialTable("t", ("maximize",), rows), tmp_path)
     assert table.about["runs"] == {
         "classes": {"2": 1},
         "commit": {"abc": 2},
@@ -103,21 +103,21 @@ def test_runs_on_another_machine(tmp_path: Path) -> None:
 def test_a_run_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "0/run.json").write_text(text)
-    rows = (Row(0, "COMPLETE", (0.5,), {}, {"directory": "0", "data": "mnist"}),)
-    table = with_provenance(Table("t", ("maximize",), rows), tmp_path)
+    rows = (TrialRow(0, "COMPLETE", (0.5,), {}, {"directory": "0", "data": "mnist"}),)
+    table = with_provenance(TrialTable("t", ("maximize",), rows), tmp_path)
     assert table.about["runs"] == {"data": {"mnist": 1}}  # what the trial itself says
 
 
 def test_the_command_and_the_sampler(tmp_path: Path) -> None:
     (tmp_path / "multirun.yaml").write_text(MULTIRUN)
-    about = with_provenance(Table("t", ("maximize",), ()), tmp_path).about
+    about = with_provenance(TrialTable("t", ("maximize",), ()), tmp_path).about
     assert about["command"] == (
         "python -m bn_lightning.train -m +experiment=mnist_bn +sweep=lr_init 'name=it'\"'\"'s' "
         "hydra.sweeper.n_jobs=2"
     )
     assert is_planned(about) is True
     kept = {"command": "bn-train -m +sweep=lr"}
-    assert with_provenance(Table("t", ("maximize",), (), kept), tmp_path).about["command"] == (
+    assert with_provenance(TrialTable("t", ("maximize",), (), kept), tmp_path).about["command"] == (
         "bn-train -m +sweep=lr"
     )
 
@@ -137,7 +137,7 @@ def test_the_command_is_said_only_where_it_is_known(
 ) -> None:
     assert MULTIRUN.count(before) == 1
     (tmp_path / "multirun.yaml").write_text(MULTIRUN.replace(before, after))
-    assert "command" not in with_provenance(Table("t", ("maximize",), ()), tmp_path).about
+    assert "command" not in with_provenance(TrialTable("t", ("maximize",), ()), tmp_path).about
 
 
 def test_samplers_that_plan() -> None:
@@ -148,10 +148,10 @@ def test_samplers_that_plan() -> None:
 @pytest.mark.parametrize("text", ["", "a: [", "hydra: 3"], ids=["empty", "no YAML", "another"])
 def test_a_configuration_that_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "multirun.yaml").write_text(text)
-    assert "command" not in with_provenance(Table("t", ("maximize",), ()), tmp_path).about
+    assert "command" not in with_provenance(TrialTable("t", ("maximize",), ()), tmp_path).about
 
 
 def test_different_data_and_budgets(tmp_path: Path) -> None:
     rows = (row(0, run(tmp_path / "0")), row(1, run(tmp_path / "1", "digits", 20)))
-    table = with_provenance(Table("t", ("maximize",), rows), tmp_path)
+    table = with_provenance(TrialTable("t", ("maximize",), rows), tmp_path)
     assert mixed(table.rows) == {DATA: ["digits", "mnist"], BUDGET: [20, 2000]}

@@ -10,22 +10,24 @@ from hypothesis import strategies as st
 
 from bn_lightning.runs.atomic_write import json_values
 from bn_lightning.sweeps.analysis import tolerance
+from bn_lightning.sweeps.analysis.importances import importances
+from bn_lightning.sweeps.analysis.intervals import Estimate, estimate, unpaired_difference
 from bn_lightning.sweeps.analysis.summary import (
     SHARE,
     WIDTH,
-    Findings,
+    Summary,
     decades,
-    findings,
     percent,
     points,
     sentences,
+    summarize,
 )
-from bn_lightning.sweeps.analysis.tolerance import Estimate, Grid, Levels, Trial
+from bn_lightning.sweeps.analysis.tolerance import Grid, GridTrial, Levels
 
 INITS, RATES, SEEDS = (0.01, 0.1), (0.01, 0.1, 1.0, 10.0), (1, 2, 3)
 
 
-def grid_trials(seeds=SEEDS, arms=("batch", "none")) -> list[Trial]:
+def grid_trials(seeds=SEEDS, arms=("batch", "none")) -> list[GridTrial]:
     trials = []
     for init in INITS:
         for lr in RATES:
@@ -35,21 +37,21 @@ def grid_trials(seeds=SEEDS, arms=("batch", "none")) -> list[Trial]:
                     accuracy = 0.95 if trains else 0.1
                     loss = 0.2 if trains else 2.3
                     diverged = arm == "none" and lr == 10
-                    trials.append(Trial(arm, init, lr, seed, accuracy, loss, diverged))
+                    trials.append(GridTrial(arm, init, lr, seed, accuracy, loss, diverged))
     return trials
 
 
 @pytest.fixture(scope="module")
-def found() -> Findings:
-    return findings(grid_trials(), math.log(10))
+def found() -> Summary:
+    return summarize(grid_trials(), math.log(10))
 
 
-def test_numbers_are_those_of_tolerance(found: Findings) -> None:
+def test_numbers_are_those_of_tolerance(found: Summary) -> None:
     grid = Grid.of(grid_trials())
     assert list(found.arms) == ["batch", "none"]
     for name, arm in found.arms.items():
         accuracy = grid.arms[name].accuracy
-        assert arm.measures[SHARE] == tolerance.estimate(tolerance.share_trained(accuracy))
+        assert arm.measures[SHARE] == estimate(tolerance.share_trained(accuracy))
         assert arm.measures[WIDTH].value == tolerance.mean_width(accuracy, RATES).mean()
         assert arm.trials == 24
     assert found.arms["batch"].measures[SHARE].value == 0.75
@@ -65,7 +67,7 @@ def test_numbers_are_those_of_tolerance(found: Findings) -> None:
     }
 
 
-def test_the_difference_is_paired(found: Findings) -> None:
+def test_the_difference_is_paired(found: Summary) -> None:
     (pair,) = found.comparisons
     assert (pair.first, pair.second, pair.is_paired, pair.cells) == ("batch", "none", True, 8)
     # .625 for seeds 1 and 2, .75 for seed 3: of 27 resamples one has each end.
@@ -76,7 +78,7 @@ def test_the_difference_is_paired(found: Findings) -> None:
     assert pair.headroom is None  # without BatchNorm no rate trains every seed
 
 
-def test_sentences_say_the_numbers(found: Findings) -> None:
+def test_sentences_say_the_numbers(found: Summary) -> None:
     text = " ".join(sentences(found))
     assert (
         "With BatchNorm 75% [75, 75] of the grid trains, without BatchNorm 8% [0, 12]: a "
@@ -88,11 +90,11 @@ def test_sentences_say_the_numbers(found: Findings) -> None:
 
 def test_headroom_is_where_the_other_arm_does_best() -> None:
     trials = [t for t in grid_trials() if t.seed < 3]
-    (pair,) = findings(trials, 2.3).comparisons
+    (pair,) = summarize(trials, 2.3).comparisons
     assert pair.headroom == (0.1, 1.0)
 
 
-def test_json_has_all_of_it(found: Findings) -> None:
+def test_json_has_all_of_it(found: Summary) -> None:
     content = json.loads(json.dumps(json_values(found.as_json())))
     share = content["arms"]["batch"]["measures"][SHARE]
     assert share == {"value": 0.75, "low": 0.75, "high": 0.75, "seeds": 3, "at_least": False}
@@ -102,11 +104,11 @@ def test_json_has_all_of_it(found: Findings) -> None:
 
 def test_arms_of_unequal_seeds_are_not_paired() -> None:
     trials = grid_trials((1, 2), ("batch",)) + grid_trials((1, 2, 3), ("none",))
-    found = findings(trials, 2.3)
+    found = summarize(trials, 2.3)
     (pair,) = found.comparisons
     assert not pair.is_paired
     one, other = (found.grid.arms[name].accuracy for name in ("batch", "none"))
-    assert pair.differences[SHARE] == tolerance.unpaired_difference(
+    assert pair.differences[SHARE] == unpaired_difference(
         tolerance.share_trained(one), tolerance.share_trained(other)
     )
     assert pair.differences[WIDTH].value == pytest.approx(3 - 1 / 3)
@@ -116,7 +118,7 @@ def test_arms_of_unequal_seeds_are_not_paired() -> None:
 
 def test_a_pair_is_compared_where_both_have_trials() -> None:
     trials = [t for t in grid_trials() if not (t.arm == "none" and t.lr == 0.01)]
-    found = findings(trials, 2.3)
+    found = summarize(trials, 2.3)
     (pair,) = found.comparisons
     assert pair.is_paired and pair.cells == 6
     # Of the six cells left 4 train with: .01 is left out of both.
@@ -125,37 +127,37 @@ def test_a_pair_is_compared_where_both_have_trials() -> None:
 
 
 def test_one_seed_has_no_interval() -> None:
-    found = findings(grid_trials((1,)), 2.3)
+    found = summarize(grid_trials((1,)), 2.3)
     assert percent(found.arms["batch"].measures[SHARE]) == "75%"
     assert any("One seed" in note for note in found.notes)
 
 
 def test_one_arm_and_one_rate() -> None:
     trials = [t for t in grid_trials(arms=("batch",)) if t.lr == 1.0]
-    found = findings(trials, 2.3)
+    found = summarize(trials, 2.3)
     assert found.comparisons == () and WIDTH not in found.arms["batch"].measures
     assert sentences(found) == ["With BatchNorm 100% [100, 100] of the grid trains."]
 
 
 def test_one_initialisation_is_not_averaged_over() -> None:
     trials = [t for t in grid_trials() if t.init == 0.1 and t.seed < 3]
-    text = " ".join(sentences(findings(trials, 2.3)))
+    text = " ".join(sentences(summarize(trials, 2.3)))
     assert "With BatchNorm ≥ 3.00 decades [3.00, 3.00] of learning rate train, without" in text
     assert "The largest rate that trains is the same with BatchNorm." in text
     assert "initialisation" not in text
     one_arm = [t for t in trials if t.arm == "batch"]
-    assert sentences(findings(one_arm, 2.3))[1] == (
+    assert sentences(summarize(one_arm, 2.3))[1] == (
         "≥ 3.00 decades [3.00, 3.00] of learning rate train."
     )
 
 
 def test_another_level_is_in_every_number_and_said() -> None:
     trials = [
-        Trial(t.arm, t.init, t.lr, t.seed, 0.8 if t.accuracy > 0.9 else 0.5, t.loss, t.diverged)
+        GridTrial(t.arm, t.init, t.lr, t.seed, 0.8 if t.accuracy > 0.9 else 0.5, t.loss, t.diverged)
         for t in grid_trials()
     ]
     levels = Levels.of(2, 0.75)
-    found, usual = findings(trials, 0.7, levels=levels), findings(grid_trials(), 0.7)
+    found, usual = summarize(trials, 0.7, levels=levels), summarize(grid_trials(), 0.7)
     for name in ("batch", "none"):
         assert found.arms[name].measures == usual.arms[name].measures
         assert found.arms[name].outcomes == usual.arms[name].outcomes
@@ -167,17 +169,17 @@ def test_another_level_is_in_every_number_and_said() -> None:
 
 
 def test_when_no_cell_trains_it_says_how_far_they_came() -> None:
-    trials = [Trial(t.arm, t.init, t.lr, t.seed, 0.6, t.loss) for t in grid_trials()]
-    (note,) = (note for note in findings(trials, 2.3).notes if "No cell trains" in note)
+    trials = [GridTrial(t.arm, t.init, t.lr, t.seed, 0.6, t.loss) for t in grid_trials()]
+    (note,) = (note for note in summarize(trials, 2.3).notes if "No cell trains" in note)
     assert "the best accuracy is 0.600, and 0.90 is asked for. `--threshold`" in note
 
 
 def test_an_arm_that_diverged_everywhere() -> None:
     trials = [
-        Trial(t.arm, t.init, t.lr, t.seed, 0.1, 2.3, True) if t.arm == "none" else t
+        GridTrial(t.arm, t.init, t.lr, t.seed, 0.1, 2.3, True) if t.arm == "none" else t
         for t in grid_trials()
     ]
-    found = findings(trials, 2.3)
+    found = summarize(trials, 2.3)
     none = found.arms["none"].measures
     assert none[SHARE].value == 0 and none[WIDTH].value == 0 and none["share_diverged"].value == 1
     text = " ".join(sentences(found))
@@ -185,10 +187,10 @@ def test_an_arm_that_diverged_everywhere() -> None:
 
 
 def test_importances_are_refused_for_adaptive_samplers() -> None:
-    found = findings(grid_trials(), 2.3, is_planned=False)
+    found = summarize(grid_trials(), 2.3, is_planned=False)
     assert not found.arms["batch"].importances
     assert any("No importances of with BatchNorm: an adaptive sampler" in n for n in found.notes)
-    shares = findings(grid_trials(), 2.3, is_planned=True).arms["batch"].importances
+    shares = summarize(grid_trials(), 2.3, is_planned=True).arms["batch"].importances
     assert shares["lr"] > 0.9 and sum(shares.values()) == pytest.approx(1)
 
 
@@ -197,15 +199,19 @@ def test_importances_are_refused_for_adaptive_samplers() -> None:
 def test_names_of_seeds_and_worse_cells(seeds, data) -> None:
     names = dict(zip(SEEDS, seeds, strict=True))
     trials = grid_trials()
-    renamed = [Trial(t.arm, t.init, t.lr, names[t.seed], t.accuracy, t.loss) for t in trials]
+    renamed = [GridTrial(t.arm, t.init, t.lr, names[t.seed], t.accuracy, t.loss) for t in trials]
     of = {"is_planned": False}
-    one, two = (findings(ts, 2.3, **of).arms["batch"].measures[SHARE] for ts in (trials, renamed))
+    one, two = (summarize(ts, 2.3, **of).arms["batch"].measures[SHARE] for ts in (trials, renamed))
     assert one.value == pytest.approx(two.value)
     place = data.draw(st.integers(0, len(trials) - 1))
     t = trials[place]
-    worse = [*trials[:place], Trial(t.arm, t.init, t.lr, t.seed, 0.1, 2.3), *trials[place + 1 :]]
-    after = findings(worse, 2.3, **of).arms[t.arm].measures
-    before = findings(trials, 2.3, **of).arms[t.arm].measures
+    worse = [
+        *trials[:place],
+        GridTrial(t.arm, t.init, t.lr, t.seed, 0.1, 2.3),
+        *trials[place + 1 :],
+    ]
+    after = summarize(worse, 2.3, **of).arms[t.arm].measures
+    before = summarize(trials, 2.3, **of).arms[t.arm].measures
     assert after[SHARE].value <= before[SHARE].value + 1e-12
     assert after[WIDTH].value <= before[WIDTH].value + 1e-12
 
@@ -228,7 +234,7 @@ def test_numbers_as_text(text: str, expected: str) -> None:
 def test_coverage() -> None:
     trials = grid_trials()
     assert tolerance.coverage(trials) == 1
-    drawn = [Trial("batch", 10.0**x, 10.0**-x, 1, 0.5, 1.0) for x in np.linspace(0.1, 1, 10)]
+    drawn = [GridTrial("batch", 10.0**x, 10.0**-x, 1, 0.5, 1.0) for x in np.linspace(0.1, 1, 10)]
     assert tolerance.coverage(drawn) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="share no rates"):
-        tolerance.importances(drawn)
+        importances(drawn)

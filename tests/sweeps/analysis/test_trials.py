@@ -14,8 +14,8 @@ from optuna.trial import TrialState, create_trial
 
 from bn_lightning.sweeps.analysis.sources import read_sweep
 from bn_lightning.sweeps.analysis.trials import (
-    Row,
-    Table,
+    TrialRow,
+    TrialTable,
     read_study,
     row_of,
     rows_from_csv,
@@ -113,10 +113,10 @@ class TestRead:
         url = f"sqlite:///{tmp_path}/study.db"
         for name in ("one", "two"):
             optuna.create_study(storage=url, study_name=name)
-        with pytest.raises(ValueError, match="expected one study, or `--study NAME`, got one, two"):
+        with pytest.raises(ValueError, match="got one, two; name one by `--study"):
             read_study(url)
         assert read_study(url, "two").rows == ()
-        with pytest.raises(ValueError, match="`--study` expected one of one, two"):
+        with pytest.raises(ValueError, match="`--study` to be one of one, two"):
             read_study(url, "three")
 
     @pytest.mark.parametrize(
@@ -139,10 +139,9 @@ class TestRead:
         "url",
         [
             "postgresql+nothing://me:sec:r@et@host/db",
-            "sqlite://me:sec:r@et@host/db",
             "grpc://me:sec:r@et@127.0.0.1:1",
         ],
-        ids=["no driver", "no file", "no answer"],
+        ids=["no driver", "no answer"],
     )
     def test_no_password_is_shown(self, url: str) -> None:
         with pytest.raises(ValueError) as caught:
@@ -152,7 +151,7 @@ class TestRead:
 
     def test_a_part_of_a_password_is_not_taken_for_the_host(self) -> None:
         """A driver would say that it cannot find the host `cret@127.0.0.1`."""
-        with pytest.raises(ValueError, match="@ is written %40") as caught:
+        with pytest.raises(ValueError, match="write %40 for @") as caught:
             read_study("postgresql+psycopg://me:se@cret@127.0.0.1:1/db")
         assert "cret" not in str(caught.value)
 
@@ -186,10 +185,10 @@ class TestTable:
     @given(st.lists(st.tuples(st.dictionaries(names, cells), st.dictionaries(names, cells))))
     def test_csv_gives_back_what_it_was_given(self, given_rows) -> None:
         rows = tuple(
-            Row(i, "COMPLETE", (i / 7,), params, attributes)
+            TrialRow(i, "COMPLETE", (i / 7,), params, attributes)
             for i, (params, attributes) in enumerate(given_rows)
         )
-        read = rows_from_csv(to_csv(Table("t", ("maximize",), rows)))
+        read = rows_from_csv(to_csv(TrialTable("t", ("maximize",), rows)))
         assert read == rows
         kinds = [[type(v) for v in (*r.params.values(), *r.attributes.values())] for r in rows]
         # A table has its columns in one order.
@@ -199,16 +198,16 @@ class TestTable:
         ] == [sorted(map(str, row)) for row in kinds]
 
     def test_each_trial_is_a_line(self) -> None:
-        row = Row(3, "FAIL", (), {"a": "x"}, {"error": "one\ntwo", "loss": math.inf})
-        text = to_csv(Table("t", ("maximize",), (row,)))
+        row = TrialRow(3, "FAIL", (), {"a": "x"}, {"error": "one\ntwo", "loss": math.inf})
+        text = to_csv(TrialTable("t", ("maximize",), (row,)))
         assert text.splitlines() == [
             "number,state,value,params/a,attributes/error,attributes/loss",
             '3,FAIL,,x,"""one\\ntwo""",Infinity',
         ]
 
     def test_several_values(self) -> None:
-        rows = (Row(0, "COMPLETE", (1.0, 2.5)), Row(1, "FAIL"))
-        text = to_csv(Table("t", ("maximize", "minimize"), rows))
+        rows = (TrialRow(0, "COMPLETE", (1.0, 2.5)), TrialRow(1, "FAIL"))
+        text = to_csv(TrialTable("t", ("maximize", "minimize"), rows))
         assert text.startswith("number,state,value/0,value/1\n0,COMPLETE,1.0,2.5\n")
         assert rows_from_csv(text) == rows
 
@@ -218,7 +217,7 @@ class TestTable:
         ids=["empty", "another table", "a short line", "another state"],
     )
     def test_what_is_no_table(self, text: str) -> None:
-        with pytest.raises(ValueError, match="trials.csv expected"):
+        with pytest.raises(ValueError, match="`trials.csv` to"):
             rows_from_csv(text)
 
     def test_attributes_of_other_types_are_kept_as_json(self) -> None:

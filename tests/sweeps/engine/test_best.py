@@ -6,7 +6,7 @@ import pytest
 from optuna.study import StudyDirection
 from optuna.trial import create_trial
 
-from bn_lightning.sweeps.analysis.trials import Row
+from bn_lightning.sweeps.analysis.trials import TrialRow
 from bn_lightning.sweeps.engine.best import best_trials
 
 MIN, MAX = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
@@ -19,7 +19,7 @@ def optunas(number, values):
 
 
 def row(number, values):
-    return Row(number, "COMPLETE", tuple(values))
+    return TrialRow(number, "COMPLETE", tuple(values))
 
 
 @pytest.mark.parametrize("make", [optunas, row])

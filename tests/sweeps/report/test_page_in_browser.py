@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from bn_lightning.report import Options, report
-from bn_lightning.sweeps.analysis.columns import Roles
+from bn_lightning.sweeps.analysis.columns import Columns
+from bn_lightning.sweeps.report.write_report import ReportOptions, write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
 
@@ -81,7 +81,7 @@ def sweep_page(tmp_path: Path, make_study: Callable[..., Path]) -> Path:
     """Of a grid, of which trial 7 has its directory."""
     sweep = make_study(tmp_path / "sweep")
     (sweep / "7").mkdir()
-    return report([str(sweep)])
+    return write_report([str(sweep)])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -159,8 +159,10 @@ def test_names_with_html_run_nothing(
         tmp_path / "s", name=HOSTILE, space=space, change=lambda n, p: [failed, {}] if not n else {}
     )
     pages = [
-        report([str(sweep)], Options(tmp_path / "grid", roles=Roles(arm=(HOSTILE,)))),
-        report([str(sweep)], Options(tmp_path / "study")),
+        write_report(
+            [str(sweep)], ReportOptions(tmp_path / "grid", columns=Columns(arm=(HOSTILE,)))
+        ),
+        write_report([str(sweep)], ReportOptions(tmp_path / "study")),
     ]
     for page in pages:
         opened = open_page(page)
@@ -182,7 +184,9 @@ def test_runs_are_drawn(
     runs = [
         make_run(tmp_path / name, norm) for name, norm in (("a", {"_target_": "x"}), ("b", None))
     ]
-    opened = open_page(report([*map(str, runs)], Options(tmp_path / "out")), width=width)
+    opened = open_page(
+        write_report([*map(str, runs)], ReportOptions(tmp_path / "out")), width=width
+    )
     opened.check()
     ids = [plot.get_attribute("id") for plot in opened.page.locator(".plot").all()]
     assert ids == ["accuracy", "loss", "percentiles-0", "percentiles-1", "throughput"]
@@ -192,5 +196,5 @@ def test_a_page_without_figures(
     open_page: Any, tmp_path: Path, make_study: Callable[..., Path]
 ) -> None:
     sweep = make_study(tmp_path, change=lambda n, p: {"state": TrialState.WAITING})
-    opened = open_page(report([str(sweep)]))
+    opened = open_page(write_report([str(sweep)]))
     assert opened.said == [] and opened.asked == [opened.page.url]

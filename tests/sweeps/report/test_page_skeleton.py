@@ -7,21 +7,22 @@ from typing import Any
 import pytest
 
 from bn_lightning.sweeps.analysis.arms import label_of
-from bn_lightning.sweeps.analysis.summary import findings
-from bn_lightning.sweeps.analysis.tolerance import Trial
-from bn_lightning.sweeps.analysis.trials import Row, Table
-from bn_lightning.sweeps.report.grid_plotly import cells_json, heatmaps, rates
+from bn_lightning.sweeps.analysis.summary import summarize
+from bn_lightning.sweeps.analysis.tolerance import GridTrial
+from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
+from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures
 from bn_lightning.sweeps.report.optuna_plotly import optuna_plots
 from bn_lightning.sweeps.report.page_skeleton import (
     Html,
     Plot,
-    figures,
+    html_table,
     json_block,
     page,
-    table,
+    places_for,
     tag,
 )
 from bn_lightning.sweeps.report.page_text import grid_page, study_page
+from bn_lightning.sweeps.report.plotly_renderer import plots_of
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{plotly}}"
 
@@ -30,8 +31,8 @@ def test_text_is_escaped_and_html_is_not() -> None:
     assert (
         tag("p", "<b>", Html("<i></i>"), title='"').text == '<p title="&quot;">&lt;b&gt;<i></i></p>'
     )
-    assert "&lt;b&gt;" in table(["<b>"], [["<b>", "x"]], "<b>").text
-    assert "<b>" not in table(["<b>"], [["<b>", "x"]], "<b>").text
+    assert "&lt;b&gt;" in html_table(["<b>"], [["<b>", "x"]], "<b>").text
+    assert "<b>" not in html_table(["<b>"], [["<b>", "x"]], "<b>").text
 
 
 def test_json_cannot_end_its_element() -> None:
@@ -42,7 +43,7 @@ def test_json_cannot_end_its_element() -> None:
 
 def test_nothing_of_a_hostile_name_becomes_html() -> None:
     plot = Plot("plot", HOSTILE, [{"type": "bar", "x": [1], "y": [HOSTILE]}], {}, HOSTILE)
-    text = page(HOSTILE, [tag("h1", HOSTILE), figures([plot])], [plot])
+    text = page(HOSTILE, [tag("h1", HOSTILE), places_for([plot])], [plot])
     assert "<img" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert len(re.findall(r"<script[ >]", without_plotly(text))) == 3
     assert text.count("{{plotly}}") >= 3  # as text, not as the field it names
@@ -63,7 +64,7 @@ def without_plotly(text: str) -> str:
     return text[:start] + text[text.index("</script>", start) :]
 
 
-def big_grid(inits: int, rates: int) -> dict[int, Trial]:
+def big_grid(inits: int, rates: int) -> dict[int, GridTrial]:
     points = [
         (arm, 1.1**i, 1.1**r, seed)
         for arm in ("batch", "none")
@@ -72,7 +73,7 @@ def big_grid(inits: int, rates: int) -> dict[int, Trial]:
         for seed in (1, 2, 3)
     ]
     return {
-        n: Trial(arm, init, lr, seed, ((n * 37) % 1000) / 1000, 1.0)
+        n: GridTrial(arm, init, lr, seed, ((n * 37) % 1000) / 1000, 1.0)
         for n, (arm, init, lr, seed) in enumerate(points)
     }
 
@@ -80,12 +81,12 @@ def big_grid(inits: int, rates: int) -> dict[int, Trial]:
 @pytest.mark.parametrize(("inits", "rates"), [(8, 11), (41, 41)], ids=["528", "10,086"])
 def test_the_page_of_a_grid_is_small_enough(inits: int, rates: int) -> None:
     trials = big_grid(inits, rates)
-    rows = tuple(Row(n, "COMPLETE", (t.accuracy,), {"lr": t.lr}) for n, t in trials.items())
-    found = findings(trials, 2.3, is_planned=False)
+    rows = tuple(TrialRow(n, "COMPLETE", (t.accuracy,), {"lr": t.lr}) for n, t in trials.items())
+    found = summarize(trials.values(), 2.3, is_planned=False)
     links = {number: str(number) for number in trials}
     cells = cells_json(found.grid, trials, links, ".")
-    study = Table("big", ("maximize",), rows)
-    text = grid_page(study, found, "test/accuracy", cells, [])
+    study = TrialTable("big", ("maximize",), rows)
+    text = grid_page(study, found, grid_figures(found, "test accuracy", ""), cells, [])
     assert len(text.encode()) <= 6e6
     assert len(cells["trials"]) == len(trials) == 6 * inits * rates
     data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)
@@ -101,22 +102,25 @@ def test_the_page_of_a_grid_is_small_enough(inits: int, rates: int) -> None:
 
 @pytest.mark.parametrize(("count", "angle"), [(4, 0), (5, -90)])
 def test_few_learning_rates_are_labelled_level(count: int, angle: int) -> None:
-    found = findings(big_grid(2, count), 2.3, is_planned=False)
-    plots = [*heatmaps(found, "test/accuracy"), *rates(found, "test/accuracy")]
+    found = summarize(big_grid(2, count).values(), 2.3, is_planned=False)
+    figures = grid_figures(found, "test accuracy", "")
+    plots = [*plots_of(figures["accuracy"]), *plots_of(figures["rates"])]
     axes = {plot.id: plot.layout["xaxis"] for plot in plots}
     assert axes["accuracy-0"]["tickangle"] == angle
     assert (axes["rates-0"].get("tickvals") == list(found.grid.rates)) == (count == 4)
 
 
 class TestOtherStudies:
-    def rows(self, count: int = 5, **attributes: Any) -> tuple[Row, ...]:
+    def rows(self, count: int = 5, **attributes: Any) -> tuple[TrialRow, ...]:
         return tuple(
-            Row(i, "COMPLETE", (i / 7,), {"width": 2**i % 1024, "kind": f"k{i % 2}"}, attributes)
+            TrialRow(
+                i, "COMPLETE", (i / 7,), {"width": 2**i % 1024, "kind": f"k{i % 2}"}, attributes
+            )
             for i in range(count)
         )
 
     def test_tables_and_optunas_plots(self) -> None:
-        study = Table("s", ("minimize",), self.rows())
+        study = TrialTable("s", ("minimize",), self.rows())
         drawn, count = optuna_plots(study)
         assert [plot.id for plot in drawn] == ["optuna-history", "optuna-slice", "optuna-parallel"]
         assert count == 5
@@ -126,18 +130,18 @@ class TestOtherStudies:
         assert text.index("0.142857", best) > text.index(">0<", best)  # the smallest first
 
     def test_a_large_study_is_small_enough(self) -> None:
-        study = Table("s", ("minimize",), self.rows(10_000))
+        study = TrialTable("s", ("minimize",), self.rows(10_000))
         drawn, count = optuna_plots(study)
         assert count == 1000
         assert len(study_page(study, "", drawn, count, []).encode()) <= 6e6
 
     def test_several_values(self) -> None:
         rows = (
-            Row(0, "COMPLETE", (1.0, 1.0), {"a": 1}),
-            Row(1, "COMPLETE", (2.0, 2.0), {"a": 2}),
-            Row(2, "COMPLETE", (0.5, 3.0), {"a": 3}),
+            TrialRow(0, "COMPLETE", (1.0, 1.0), {"a": 1}),
+            TrialRow(1, "COMPLETE", (2.0, 2.0), {"a": 2}),
+            TrialRow(2, "COMPLETE", (0.5, 3.0), {"a": 3}),
         )
-        study = Table("s", ("maximize", "minimize"), rows)
+        study = TrialTable("s", ("maximize", "minimize"), rows)
         drawn, count = optuna_plots(study)
         assert [plot.id for plot in drawn] == ["optuna-pareto"]
         text = study_page(study, "", drawn, count, [])
@@ -146,8 +150,8 @@ class TestOtherStudies:
 
     @pytest.mark.parametrize("states", [(), ("FAIL", "WAITING")], ids=["none", "unfinished"])
     def test_no_finished_trial(self, states: tuple[str, ...]) -> None:
-        rows = tuple(Row(i, state) for i, state in enumerate(states))
-        study = Table("s", ("maximize",), rows)
+        rows = tuple(TrialRow(i, state) for i, state in enumerate(states))
+        study = TrialTable("s", ("maximize",), rows)
         assert optuna_plots(study) == ([], 0)
         text = study_page(study, "", [], 0, [])
         assert f"No trial has finished: of {len(states)} trials none" in text

@@ -8,17 +8,18 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
+from bn_lightning.landscape import landscape_figure
 from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
 from bn_lightning.sweeps.analysis.paper_curves import paper_accuracy
-from bn_lightning.sweeps.report.run_matplotlib import (
+from bn_lightning.sweeps.report.figure import Figure
+from bn_lightning.sweeps.report.matplotlib_renderer import draw, save
+from bn_lightning.sweeps.report.run_figures import (
     accuracy_figure,
     batch_norm_figure,
     comparison_figure,
     draw_run,
-    landscape_figure,
     loss_figure,
     percentiles_figure,
-    save,
     throughput_figure,
 )
 
@@ -64,10 +65,15 @@ def filled(axes: Axes) -> tuple[np.ndarray, np.ndarray]:
     return vertices.min(0), vertices.max(0)
 
 
+def compared(labels: list[str]) -> Figure:
+    accuracy = accuracy_figure(dict.fromkeys(labels, ACCURACY))
+    return comparison_figure(accuracy, percentiles_figure(dict.fromkeys(labels, RUN)))
+
+
 class TestAccuracy:
     def test_a_line_for_each_run(self) -> None:
         other = [(1, 0.2), (50_000, 0.9)]
-        (axes,) = accuracy_figure({"with": ACCURACY, "without": other}).axes
+        (axes,) = draw(accuracy_figure({"with": ACCURACY, "without": other})).axes
         assert lines(axes) == [ACCURACY, other]
         assert legend(axes) == ["with", "without"]
         styles = {(line.get_linestyle(), line.get_color()) for line in axes.get_lines()}
@@ -77,25 +83,25 @@ class TestAccuracy:
         assert axes.get_ylim()[1] == 1
 
     def test_one_run_needs_no_legend(self) -> None:
-        (axes,) = accuracy_figure({"": ACCURACY}).axes
+        (axes,) = draw(accuracy_figure({"": ACCURACY})).axes
         assert lines(axes) == [ACCURACY]
         assert axes.get_legend() is None
 
     def test_a_single_evaluation_is_seen(self) -> None:
         """A line through one point has no ink."""
-        (axes,) = accuracy_figure({"": ACCURACY[:1]}).axes
+        (axes,) = draw(accuracy_figure({"": ACCURACY[:1]})).axes
         (line,) = axes.get_lines()
         assert line.get_marker() not in ("", "None", None)
 
     def test_many_runs_are_told_apart(self) -> None:
-        (axes,) = accuracy_figure({str(i): ACCURACY for i in range(28)}).axes
+        (axes,) = draw(accuracy_figure({str(i): ACCURACY for i in range(28)})).axes
         styles = {(line.get_linestyle(), line.get_color()) for line in axes.get_lines()}
         assert len(styles) == 28
 
 
 class TestPercentiles:
     def test_three_lines_and_the_band_between(self) -> None:
-        (axes,) = percentiles_figure({"": PERCENTILES}).axes
+        (axes,) = draw(percentiles_figure({"": PERCENTILES})).axes
         assert sorted(lines(axes)) == sorted(PERCENTILES.values())
         low, high = filled(axes)
         assert low.tolist() == [0, -2]
@@ -105,7 +111,7 @@ class TestPercentiles:
 
     def test_a_panel_for_each_run_on_one_scale(self) -> None:
         wide = {name: [(s, 10 * v) for s, v in points] for name, points in PERCENTILES.items()}
-        first, second = percentiles_figure({"with": PERCENTILES, "without": wide}).axes
+        first, second = draw(percentiles_figure({"with": PERCENTILES, "without": wide})).axes
         assert (first.get_title(), second.get_title()) == ("with", "without")
         assert first.get_ylim() == second.get_ylim()
         assert first.get_ylim()[1] >= 30
@@ -118,36 +124,36 @@ class TestArms:
     def test_colours_are_the_arms_in_any_order(self) -> None:
         colours = []
         for labels in (list(self.ARMS), list(self.ARMS)[::-1]):
-            (axes,) = accuracy_figure(dict.fromkeys(labels, ACCURACY), self.ARMS).axes
+            (axes,) = draw(accuracy_figure(dict.fromkeys(labels, ACCURACY), self.ARMS)).axes
             colours.append({line.get_label(): line.get_color() for line in axes.get_lines()})
         assert colours[0] == colours[1]
         assert colours[0]["a run"] == colours[0]["a third"] != colours[0]["another"]
 
     def test_runs_of_one_arm_have_lines_of_their_own(self) -> None:
-        (axes,) = accuracy_figure(dict.fromkeys(self.ARMS, ACCURACY), self.ARMS).axes
+        (axes,) = draw(accuracy_figure(dict.fromkeys(self.ARMS, ACCURACY), self.ARMS)).axes
         styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
         assert len(styles) == 3
 
     def test_the_papers_points_have_the_arms_colours(self) -> None:
-        (axes,) = accuracy_figure({"ours": ACCURACY}, {"ours": "batch"}, with_paper=True).axes
+        (axes,) = draw(accuracy_figure({"ours": ACCURACY}, {"ours": "batch"}, with_paper=True)).axes
         ours, with_, without = axes.get_lines()
         assert with_.get_label() == "the paper's, with BatchNorm"
         assert ours.get_color() == with_.get_color() != without.get_color()
         assert lines(axes)[1] == [tuple(map(float, p)) for p in paper_accuracy()["batch"]]
 
     def test_loss_is_drawn_on_a_logarithmic_axis(self) -> None:
-        (axes,) = loss_figure({"with": [(1, 2.3), (100, 0.1)]}).axes
+        (axes,) = draw(loss_figure({"with": [(1, 2.3), (100, 0.1)]})).axes
         assert lines(axes) == [[(1, 2.3), (100, 0.1)]]
         assert axes.get_yscale() == "log" and "nats" in axes.get_ylabel()
 
     def test_throughput_has_a_bar_for_each_run(self) -> None:
-        (axes,) = throughput_figure({"a run": 300.0, "another": 200.0}, self.ARMS).axes
+        (axes,) = draw(throughput_figure({"a run": 300.0, "another": 200.0}, self.ARMS)).axes
         assert [bar.get_width() for bar in axes.patches] == [300, 200]
         assert [label.get_text() for label in axes.get_yticklabels()] == ["a run", "another"]
 
     def test_landscape_is_the_median_and_keeps_what_overflows_above(self) -> None:
         relative = [[0.9, 0.5, 4.0], [0.7, 0.4, float("inf")], [0.8, 0.6, float("nan")]]
-        (axes,) = landscape_figure([0.1, 1.0, 10.0], relative, "none", "caption").axes
+        (axes,) = draw(landscape_figure([0.1, 1.0, 10.0], relative, "none", "caption")).axes
         median, _ = axes.get_lines()
         assert median.get_ydata()[:2].tolist() == [0.8, 0.5]
         assert median.get_ydata()[2] > axes.get_ylim()[1]
@@ -159,13 +165,16 @@ class TestArms:
 class TestSteps:
     def test_equal_ratios_are_equally_far_apart(self) -> None:
         """Most of what normalisation changes happens early."""
-        for figure in (accuracy_figure({"": ACCURACY}), percentiles_figure({"": PERCENTILES})):
+        for figure in (
+            draw(accuracy_figure({"": ACCURACY})),
+            draw(percentiles_figure({"": PERCENTILES})),
+        ):
             (axes,) = figure.axes
             places = axes.transData.transform([(step, 0.5) for step in (10, 100, 1000)])[:, 0]
             assert places[1] - places[0] == pytest.approx(places[2] - places[1])
 
     def test_step_0_has_its_place(self) -> None:
-        (axes,) = percentiles_figure({"": PERCENTILES}).axes
+        (axes,) = draw(percentiles_figure({"": PERCENTILES})).axes
         assert axes.get_xlim()[0] <= 0
         zero, one = axes.transData.transform([(0, 0.5), (1, 0.5)])[:, 0]
         assert np.isfinite(zero)
@@ -175,7 +184,7 @@ class TestSteps:
 class TestComparison:
     @pytest.mark.parametrize("labels", [["with"], ["with", "without"]], ids=["one", "two"])
     def test_accuracy_of_all_then_percentiles_of_each(self, labels: list[str]) -> None:
-        accuracy, *panels = comparison_figure({label: RUN for label in labels}).axes
+        accuracy, *panels = draw(compared(labels)).axes
         assert lines(accuracy) == [ACCURACY] * len(labels)
         assert legend(accuracy) == labels
         assert [panel.get_title() for panel in panels] == labels
@@ -186,7 +195,7 @@ class TestComparison:
 class TestBatchNorm:
     def test_a_panel_for_each_number_a_line_for_each_layer(self) -> None:
         metrics = monitored()
-        panels = batch_norm_figure({"train/loss": ACCURACY, **metrics}).axes
+        panels = draw(batch_norm_figure({"train/loss": ACCURACY, **metrics})).axes
         assert len(panels) == len(NUMBERS)
         for panel, number in zip(panels, NUMBERS, strict=True):
             expected = [metrics[f"batch_norm/network.{layer}/{number}"] for layer in range(2)]
@@ -204,18 +213,18 @@ class TestBatchNorm:
 
     @pytest.mark.parametrize("layers", [1, 2, 12])
     def test_layers_are_named_in_their_order(self, layers: int) -> None:
-        (found,) = batch_norm_figure(monitored(layers)).legends
+        (found,) = draw(batch_norm_figure(monitored(layers))).legends
         names = [text.get_text() for text in found.get_texts()]
         assert names == [f"network.{layer}" for layer in range(layers)]
 
     def test_too_many_layers_are_not_named(self) -> None:
-        figure = batch_norm_figure(monitored(13))
+        figure = draw(batch_norm_figure(monitored(13)))
         assert not figure.legends
         assert [len(panel.get_lines()) for panel in figure.axes] == [13] * len(NUMBERS)
 
     @pytest.mark.parametrize("layers", [2, 30])
     def test_the_darkest_is_nearest_to_the_input(self, layers: int) -> None:
-        for panel in batch_norm_figure(monitored(layers)).axes:
+        for panel in draw(batch_norm_figure(monitored(layers))).axes:
             colours = [to_rgb(line.get_color()) for line in panel.get_lines()]
             brightness = [0.3 * red + 0.6 * green + 0.1 * blue for red, green, blue in colours]
             assert brightness == sorted(set(brightness))
@@ -225,14 +234,14 @@ class TestBatchNorm:
         metrics = monitored(3)
         for number in ("mean_distance", "log_std_distance"):
             del metrics[f"batch_norm/network.0/{number}"]
-        scale, _, mean, *_ = batch_norm_figure(metrics).axes
+        scale, _, mean, *_ = draw(batch_norm_figure(metrics)).axes
         colours = {line.get_label(): line.get_color() for line in scale.get_lines()}
         assert len(mean.get_lines()) == 2
         for line in mean.get_lines():
             assert line.get_color() == colours[line.get_label()]
 
     def test_a_compiled_network_logs_two_numbers(self) -> None:
-        figure = batch_norm_figure(monitored(2, ("scale", "shift")))
+        figure = draw(batch_norm_figure(monitored(2, ("scale", "shift"))))
         assert [len(panel.get_lines()) for panel in figure.axes] == [2, 2, 0, 0, 0]
         assert [text.get_text() for text in figure.legends[0].get_texts()] == [
             "network.0",
@@ -240,12 +249,12 @@ class TestBatchNorm:
         ]
 
     def test_a_single_look_is_seen(self) -> None:
-        for panel in batch_norm_figure(monitored(steps=(1,))).axes:
-            assert all(line.get_marker() == "." for line in panel.get_lines())
+        for panel in draw(batch_norm_figure(monitored(steps=(1,)))).axes:
+            assert all(line.get_marker() not in ("", "None") for line in panel.get_lines())
 
     def test_a_layer_with_slashes_in_its_name(self) -> None:
         series = [(1, 0.5), (2, 0.25)]
-        figure = batch_norm_figure({"batch_norm/a/b/scale": series})
+        figure = draw(batch_norm_figure({"batch_norm/a/b/scale": series}))
         assert lines(figure.axes[0]) == [series]
         assert figure.legends[0].get_texts()[0].get_text() == "a/b"
 
@@ -271,11 +280,11 @@ class TestSave:
     def test_the_same_figure_gives_the_same_bytes(
         self, tmp_path: Path, suffix: str, twice: str
     ) -> None:
-        figure: Any = comparison_figure({"with": RUN, "without": RUN})
+        figure: Any = compared(["with", "without"])
         for name in ("first", "second"):
             save(figure, tmp_path / name)
             if twice == "drawing":
-                figure = comparison_figure({"with": RUN, "without": RUN})
+                figure = compared(["with", "without"])
         first, second = (tmp_path / f"{name}.{suffix}" for name in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
 

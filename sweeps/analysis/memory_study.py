@@ -1,4 +1,4 @@
-"""A study of Optuna's in memory, for what it computes and draws of trials that are read."""
+"""An Optuna study in memory."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,7 +10,7 @@ Direction = StudyDirection | Literal["minimize", "maximize"]
 
 
 def memory_study(directions: Sequence[Direction]) -> optuna.Study:
-    """An empty study, made without the line that Optuna logs of it.
+    """Create an empty study without Optuna's log message.
 
     Args:
         directions: one for each value of its trials.

@@ -3,7 +3,7 @@
 import optuna
 import pytest
 
-from bn_lightning.sweeps.report.memory_study import memory_study
+from bn_lightning.sweeps.analysis.memory_study import memory_study
 
 
 @pytest.mark.parametrize("direction", ["maximize", "neither"])

@@ -1,0 +1,317 @@
+"""Write the report of a sweep or of runs: its page, numbers, table and pictures."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bn_lightning.runs.atomic_write import write_atomically, write_json
+from bn_lightning.sweeps.analysis.columns import Columns, GridTrials, NoGrid, grid_trials
+from bn_lightning.sweeps.analysis.compared_runs import (
+    ComparedRun,
+    read_runs,
+    runtime_sentences,
+    runtimes,
+    width_growth,
+)
+from bn_lightning.sweeps.analysis.paper_curves import is_paper_experiment
+from bn_lightning.sweeps.analysis.provenance import (
+    classes_of,
+    is_planned,
+    mixed,
+    with_provenance,
+)
+from bn_lightning.sweeps.analysis.sources import (
+    SUMMARY_FILE,
+    SUMMARY_SCHEMA_VERSION,
+    read_sweep,
+    runs_in,
+)
+from bn_lightning.sweeps.analysis.summary import Summary, sentences, summarize
+from bn_lightning.sweeps.analysis.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
+from bn_lightning.sweeps.analysis.trials import TABLE_FILE, Cell, TrialRow, TrialTable, to_csv
+from bn_lightning.sweeps.engine.passwords import redacted
+from bn_lightning.sweeps.report.figure import Figure
+from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures
+from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
+from bn_lightning.sweeps.report.optuna_plotly import optuna_plots
+from bn_lightning.sweeps.report.page_text import grid_page, runs_page, study_page
+from bn_lightning.sweeps.report.run_figures import (
+    accuracy_figure,
+    comparison_figure,
+    loss_figure,
+    percentiles_figure,
+    throughput_figure,
+)
+
+PAGE_FILE = "report.html"
+MOST_PLACES = 2
+"""Runs that an error names for each budget."""
+
+_CLASSES = 10  # of the digits, if the runs do not record their number of classes
+_THRESHOLD = "threshold"  # key in the `about` of a summary
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """The options of a report.
+
+    Attributes:
+        output: the folder to write to; None for the sweep's directory, or this one for runs.
+        study: name of the study, if a storage has several.
+        columns: parameters that are not found by their names.
+        allow_mixed: whether trials of different data or budgets are reported together.
+        threshold: accuracy at which a cell of a sweep has trained; None for that of the earlier
+            report if there is one, else .90.
+    """
+
+    output: Path | None = None
+    study: str | None = None
+    columns: Columns = Columns()
+    allow_mixed: bool = False
+    threshold: float | None = None
+
+
+def write_report(sources: Sequence[str], options: ReportOptions = ReportOptions()) -> Path:
+    """Write the report of a sweep or of runs, and return the path of its page.
+
+    The same data give the same files, byte for byte.
+
+    Args:
+        sources: one sweep, or runs.
+        options: what to write, and where.
+
+    Raises:
+        ValueError: a source is neither, or its content cannot be reported together.
+    """
+    runs = {source: runs_in(source) for source in sources}
+    if all(runs.values()):
+        return _report_runs([run for found in runs.values() for run in found], options)
+    if len(sources) > 1:
+        others = [redacted(source, source) for source in sources if not runs[source]]
+        raise ValueError(
+            f"expected one sweep, or runs, got {len(sources)} places, and no run in "
+            f"{', '.join(others)}; report a sweep by itself"
+        )
+    base, table = read_sweep(sources[0], options.study)
+    return _report_study(table, base, options)
+
+
+def _report_study(table: TrialTable, base: Path, options: ReportOptions) -> Path:
+    output = options.output or base
+    if options.threshold is not None:
+        table = replace(table, about={**table.about, _THRESHOLD: options.threshold})
+    counts = table.counts()
+    complete = [row for row in table.rows if row.is_complete]
+    notes = [*table.notes, *_mixture_notes(complete, options.allow_mixed)]
+    unfinished = counts["running"] + counts["waiting"]
+    if unfinished:
+        notes.append(f"The sweep is not over: {unfinished:,} trials run or wait.")
+    content = _content("study", table) | {"counts": counts, "notes": notes}
+    output.mkdir(parents=True, exist_ok=True)
+    if not complete:
+        page = study_page(table, "", [], 0, notes)
+        return _write(
+            output, table, content, page, [f"no trial of {len(table.rows):,} has finished"]
+        )
+    try:
+        columns, trials, found = _grid_of(table, options.columns)
+    except NoGrid as reason:
+        plots, count = optuna_plots(table)
+        page = study_page(table, str(reason), plots, count, notes)
+        content["reason"] = str(reason)
+        return _write(output, table, content, page, [f"no map of what trains: {reason}"])
+    if trials.repeated:
+        notes.append(f"{trials.repeated:,} trials repeat a point of another: the first counts.")
+    if classes_of(table.about) is None:
+        notes.append(
+            "The runs do not say how many classes they told apart: what is at chance, and "
+            f"the loss of a guess, are those of {_CLASSES}."
+        )
+    content |= {
+        "kind": "grid",
+        "roles": asdict(columns),
+        "metric": trials.metric,
+        **found.as_json(),
+        "notes": [*notes, *found.notes],
+    }
+    metric = trials.metric.replace("/", " ")
+    figures = grid_figures(found, metric, _caption(table, found, metric))
+    _save_all(figures, output)
+    cells = cells_json(found.grid, trials.numbers, _links(table, base), _relative(base, output))
+    page = grid_page(table, found, figures, cells, notes)
+    lines = [
+        *sentences(found),
+        f"A cell trains from an accuracy of {found.grid.levels.trained:.2f} on; "
+        "--threshold asks for another.",
+    ]
+    return _write(output, table, content, page, lines)
+
+
+def _grid_of(table: TrialTable, given: Columns) -> tuple[Columns, GridTrials, Summary]:
+    columns = Columns.of(table, given)
+    trials = grid_trials(table, columns)
+    filled = coverage(trials.numbers.values())
+    if filled < FULL_ENOUGH:
+        raise NoGrid(
+            f"its {len(trials.numbers):,} trials fill {filled:.1%} of a grid of "
+            "their learning rates, initialisations and seeds"
+        )
+    planned = is_planned(table.about)
+    if planned is False:
+        raise NoGrid(
+            "its sampler chose the points by their results, so that their share says little"
+        )
+    classes = classes_of(table.about) or _CLASSES
+    levels = Levels.of(classes, table.about.get(_THRESHOLD, TRAINED))
+    found = summarize(trials.numbers.values(), math.log(classes), planned, levels)
+    if found.comparisons and not any(pair.cells for pair in found.comparisons):
+        raise NoGrid("its arms have no learning rate and initialisation in common")
+    return columns, trials, found
+
+
+def _caption(table: TrialTable, found: Summary, metric: str) -> str:
+    runs = table.about.get("runs") or {}
+    data = [" and ".join(runs["data"])] if "data" in runs else []
+    steps = [f"{' and '.join(runs['steps'])} steps"] if "steps" in runs else []
+    seeds = len(found.grid.seeds)
+    return ", ".join([metric, *data, *steps, f"{seeds} seed{'s' * (seeds > 1)}"])
+
+
+def _links(table: TrialTable, base: Path) -> dict[int, str]:
+    """Return number of a trial -> its directory relative to `base`, if that exists."""
+    links = {}
+    for row in table.rows:
+        directory = row.attributes.get("directory")
+        if isinstance(directory, str) and directory and (base / directory).is_dir():
+            links[row.number] = _relative(base / directory, base)
+    return links
+
+
+def _relative(path: Path, base: Path) -> str:
+    return os.path.relpath(path, base).replace(os.sep, "/")
+
+
+def _report_runs(directories: list[Path], options: ReportOptions) -> Path:
+    output = options.output or Path(".")
+    runs = read_runs(directories)
+    rows = tuple(run.as_row(number) for number, run in enumerate(runs))
+    notes = _mixture_notes(rows, options.allow_mixed, [str(run.directory) for run in runs])
+    table = with_provenance(TrialTable("runs", (), rows), Path("."), is_of_sweep=False)
+    content = _content("runs", table) | {
+        "runs": [
+            {
+                "label": run.label,
+                "arm": run.arm,
+                "status": run.record["status"],
+                "seed": run.record.get("seed"),
+                "steps": run.record.get("steps"),
+                "metrics": run.record.get("metrics") or {},
+                "width_growth": width_growth(run),
+                "seconds": run.record.get("seconds"),
+                "steps_per_second": run.record.get("steps_per_second"),
+            }
+            for run in runs
+        ],
+        "seconds": runtimes(runs),
+        "notes": notes,
+    }
+    with_paper = any(is_paper_experiment(run.record) for run in runs)
+    figures = figures_of_runs(runs, with_paper)
+    _save_all(figures, output)
+    comparison = comparison_figure(figures["accuracy"], figures["percentiles"])
+    save(comparison, output / "comparison")
+    page = runs_page(runs, table, figures, with_paper, notes)
+    lines = [*runtime_sentences(runtimes(runs)), str(output / "comparison.png")]
+    return _write(output, table, content, page, lines)
+
+
+def figures_of_runs(runs: Sequence[ComparedRun], with_paper: bool) -> dict[str, Figure]:
+    """Return file name -> figure, in the order of the page."""
+    arms = {run.label: run.arm for run in runs}
+    metrics = {run.label: run.metrics for run in runs}
+    accuracy = {label: logged["test/accuracy"] for label, logged in metrics.items()}
+    losses = {
+        label: logged["test/loss"] for label, logged in metrics.items() if "test/loss" in logged
+    }
+    key = "steps_per_second"
+    speeds = {run.label: run.record[key] for run in runs if key in run.record}
+    return {
+        "accuracy": accuracy_figure(accuracy, arms, with_paper),
+        **({"loss": loss_figure(losses, arms)} if losses else {}),
+        "percentiles": percentiles_figure(metrics, arms),
+        **({"throughput": throughput_figure(speeds, arms)} if speeds else {}),
+    }
+
+
+def _mixture_notes(
+    rows: Sequence[TrialRow], allow_mixed: bool, places: Sequence[str] = ()
+) -> list[str]:
+    """Return a note for each of data and budget that differs among the rows.
+
+    Raises:
+        ValueError: something differs, and `allow_mixed` is false.
+    """
+    found = {
+        name.removeprefix("run/").replace("max_steps", "budgets in steps"): (name, values)
+        for name, values in mixed(rows).items()
+    }
+    if found and not allow_mixed:
+        texts = [
+            f"{shown}: " + "; ".join(f"{value}{_at(value, name, rows, places)}" for value in values)
+            if places
+            else f"{shown}: {', '.join(map(str, values))}"
+            for shown, (name, values) in found.items()
+        ]
+        raise ValueError(
+            f"expected results of the same data and budget, got {'; '.join(texts)}; report them by "
+            "themselves, or together with --allow-mixed"
+        )
+    return [
+        "Results of different data or budgets stand side by side "
+        f"({shown}: {', '.join(map(str, values))})."
+        for shown, (_, values) in found.items()
+    ]
+
+
+def _at(value: Cell, name: str, rows: Sequence[TrialRow], places: Sequence[str]) -> str:
+    """Return the places of the rows with this value, the first of them by name."""
+    found = [
+        place for row, place in zip(rows, places, strict=True) if row.attributes.get(name) == value
+    ]
+    more = f" and {len(found) - MOST_PLACES:,} more" if len(found) > MOST_PLACES else ""
+    return f" in {', '.join(found[:MOST_PLACES])}{more}"
+
+
+def _content(kind: str, table: TrialTable) -> dict[str, Any]:
+    """Return what each summary.json begins with."""
+    return {
+        "schema_version": SUMMARY_SCHEMA_VERSION,
+        "kind": kind,
+        "study": {
+            "name": table.name,
+            "directions": table.directions,
+            "about": table.about,
+            "notes": table.notes,
+        },
+    }
+
+
+def _save_all(figures: Mapping[str, Figure], output: Path) -> None:
+    folder = figures_folder(output)
+    for name, figure in figures.items():
+        save(figure, folder / name)
+
+
+def _write(
+    output: Path, table: TrialTable, content: dict[str, Any], page: str, lines: Sequence[str]
+) -> Path:
+    """Write the files of a report, and print what it says."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / TABLE_FILE, to_csv(table))
+    write_json(output / SUMMARY_FILE, content)
+    write_atomically(output / PAGE_FILE, page)
+    print(*lines, output / PAGE_FILE, sep="\n")
+    return output / PAGE_FILE
