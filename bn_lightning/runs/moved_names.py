@@ -2,14 +2,17 @@
 
 _MOVED = {
     "batch_norm": "modules.batch_norm",
+    "callbacks.steps": "callbacks.training_loop",
     "checkpoint_file": "plugins.checkpoint_io",
     "class_swap": "conversion.class_swap",
     "convert": "conversion.convert",
+    "data.given_images": "data.prediction_images",
     "fold": "conversion.fold",
     "fusion": "conversion.fusion",
     "layer_sync": "plugins.layer_sync",
     "metrics_logger": "plugins.metrics_logger",
     "mlflow_logger": "plugins.mlflow_logger",
+    "models.convolution": "models.layers",
     "no_profiler": "plugins.no_profiler",
     "run_lock": "cli.run_lock",
     "sync": "modules.sync_batch_norm",
@@ -19,11 +22,11 @@ _MOVED = {
 
 def moved_hint(name: str) -> str:
     """Return what to do about a dotted name of version 0.1.0, "" for any other name."""
-    package, _, rest = name.partition(".")
-    module, _, attribute = rest.partition(".")
-    if package != "bn_lightning" or module not in _MOVED:
-        return ""
-    return (
-        f"; bn_lightning 0.1.0 wrote that name: use version 0.1.0, or write"
-        f" {package}.{_MOVED[module]}.{attribute}, where version 0.2.0 has it"
-    )
+    for old, new in _MOVED.items():
+        if name.startswith(f"bn_lightning.{old}."):
+            moved = name.replace(old, new, 1)
+            return (
+                f"; bn_lightning 0.1.0 wrote that name: use version 0.1.0, or write {moved}, where"
+                " version 0.2.0 has it"
+            )
+    return ""
