@@ -27,7 +27,7 @@ class _BackendMixin(_BatchNorm):
     """The constructor's checks, the freezing of statistics and the forward of all our modules."""
 
     # Class attributes, so that modules pickled by an older version and modules whose class was
-    # exchanged have them too.
+    # swapped have them too.
     activation = "identity"
     negative_slope = 0.01
     backend = "auto"
