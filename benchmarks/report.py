@@ -1,14 +1,18 @@
-"""What a report costs: seconds, memory, size of its page, and how soon a browser has drawn it.
+"""Measure the cost of a report: seconds, memory, size of its page, and the time to draw it.
 
     python benchmarks/report.py [--inits 8 41] [--rates 11 41]
 
-Makes studies of inits x rates x 2 arms x 3 seeds with made-up accuracies, reports each by the
-command in a process of its own, and opens the page in headless Chromium (playwright, and Chromium
-in the PATH; else those columns are empty). Appends a row for each study to results/report.csv:
-`wall_s` and `cpu_s` of the command, Python's start included, `peak_mib` its largest resident set,
-`page_mb` in 10^6 bytes, `drawn_ms` from the start of loading until every figure is drawn, and
-`drawn_cpu_ms` what the page's main thread computed in that time: on a machine that others use,
-only the times of the processor mean something.
+Makes studies of inits x rates x 2 arms x 3 seeds with synthetic accuracies, reports each in a
+separate process, and opens the page in headless Chromium. The columns of drawing are empty without
+playwright or without Chromium in the PATH. Appends a row for each study to results/report.csv:
+
+    wall_s, cpu_s    seconds of the command, including the start of Python
+    peak_mib         largest resident set of the command, MiB
+    page_mb          size of the page, 10^6 bytes
+    drawn_ms         milliseconds from the start of loading until all figures are drawn
+    drawn_cpu_ms     milliseconds of CPU time of the page's main thread in that time
+
+On a shared machine only the CPU times are comparable.
 """
 
 import argparse
@@ -37,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "report.csv"
 
 
 def make_study(directory: Path, n_inits: int, n_rates: int) -> int:
-    """Write the journal of a made-up sweep; return its number of trials."""
+    """Write the journal of a synthetic sweep, and return its number of trials."""
     space: dict[str, list[Any]] = {
         "optimizer.lr": [float(f"{x:.4g}") for x in np.logspace(-3, 2, n_rates)],
         "init.std": [float(f"{x:.4g}") for x in np.logspace(-3, 1, n_inits)],
@@ -77,20 +81,20 @@ def make_study(directory: Path, n_inits: int, n_rates: int) -> int:
 
 
 def made_up_accuracy(lr: float, std: float, norm: str) -> float:
-    """High on a band of rates, a narrower one without normalisation and far from a good std."""
+    """Return an accuracy that is high on a band of rates, a narrower one without normalization."""
     middle, half = (0.0, 1.6) if norm == "batch" else (-0.3, 0.9 - 0.3 * abs(math.log10(std) + 1))
     return 0.97 / (1 + math.exp(8 * (abs(math.log10(lr) - middle) - half)))
 
 
 def measured_report(directory: Path) -> dict[str, float]:
-    """Seconds and memory of the command."""
+    """Return seconds and memory of the command, and the size of its page."""
     command = [sys.executable, "-m", "bn_lightning.report", str(directory)]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"the report ended with {process.returncode}")
+        raise SystemExit(f"expected the report to exit with 0, got {process.returncode}")
     return {
         "wall_s": round(time.perf_counter() - started, 1),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
@@ -100,7 +104,7 @@ def measured_report(directory: Path) -> dict[str, float]:
 
 
 def measured_drawing(page: Path) -> dict[str, float]:
-    """Milliseconds until the page is drawn, of three times the least; {} without a browser."""
+    """Return the least milliseconds of three until the page is drawn; {} without a browser."""
     chromium = shutil.which("chromium")
     try:
         from playwright.sync_api import sync_playwright
@@ -128,7 +132,7 @@ def measured_drawing(page: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inits", type=int, nargs="+", default=[8, 41])
     parser.add_argument("--rates", type=int, nargs="+", default=[11, 41])

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.runs.atomic_write import write_atomically
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
-from bn_lightning.sweeps.analysis.arms import label_of, style_of
+from bn_lightning.sweeps.analysis.arms import Style, label_of, style_of
 from bn_lightning.sweeps.analysis.compared_runs import arm_of_config
 from bn_lightning.sweeps.report.figure import Axis, Band, Figure, Line, Panel, Rule
 from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
@@ -99,7 +99,7 @@ def landscape_figure(
     """
     values_BE = np.nan_to_num(np.asarray(relative_BE, dtype=float), nan=_ABOVE, posinf=_ABOVE)
     low, high = values_BE.min(axis=0), values_BE.max(axis=0)
-    style = style_of(arm)
+    style = Style(style_of(arm).color)
     bounds = float(min(low.min(), 0.5) * 0.9), float(min(max(high.max(), 2), 1e3))
     panel = Panel(
         "landscape",

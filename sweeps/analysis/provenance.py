@@ -1,7 +1,6 @@
 """How the trials of a table were run, from the files of their runs."""
 
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -26,8 +25,8 @@ def with_provenance(table: TrialTable, base: Path, is_of_sweep: bool = True) -> 
     """Return the table with data, budget, hardware and versions from the files of its runs.
 
     `about` gets `runs`, which has for each of data, budget, hardware, versions, ... the values and
-    the number of finished runs with each. From the sweep's configuration it gets `sampler`, and
-    `command` if the study has none. Directories become relative to `base`.
+    the number of finished runs with each, and `sampler` from the sweep's configuration. Directories
+    become relative to `base`.
 
     Args:
         table: from a study. A table from trials.csv has all of this already.
@@ -64,7 +63,7 @@ def with_provenance(table: TrialTable, base: Path, is_of_sweep: bool = True) -> 
             found.setdefault(name, Counter())[value] += 1
         rows.append(replace(row, attributes=attributes))
     about = {
-        **(_configuration(base / CONFIGURATION_FILE) if is_of_sweep else {}),
+        **(_sampler(base / CONFIGURATION_FILE) if is_of_sweep else {}),
         **table.about,
         "runs": {name: dict(sorted(counts.items())) for name, counts in sorted(found.items())},
     }
@@ -146,34 +145,11 @@ def _relative(directory: str, base: Path) -> str:
     return directory
 
 
-def _configuration(path: Path) -> dict[str, Any]:
+def _sampler(path: Path) -> dict[str, str]:
+    """Return the sampler of a sweep's configuration as an entry of `about`, if there is one."""
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        hydra = config["hydra"]
-        overrides = [
-            *hydra["overrides"]["task"],
-            *(text for text in hydra["overrides"]["hydra"] if text != "hydra.mode=MULTIRUN"),
-        ]
-        about = {}
-        if _is_of_train(hydra):
-            command = ["python", "-m", "bn_lightning.train", "-m", *overrides]
-            about["command"] = shlex.join(command)
-        sampler = (hydra["sweeper"].get("sampler") or {}).get("_target_")
-        return about | ({"sampler": sampler} if sampler else {})
+        sampler = (config["hydra"]["sweeper"].get("sampler") or {}).get("_target_")
+        return {"sampler": sampler} if sampler else {}
     except Exception:  # no such file, or the file of another program
         return {}
-
-
-def _is_of_train(hydra: Mapping[str, Any]) -> bool:
-    """Return whether `python -m bn_lightning.train` ran the sweep, without `--config-dir`.
-
-    This serves studies of older versions, which do not contain their command.
-    """
-    sources = hydra["runtime"]["config_sources"]
-    main = [f"{s['schema']}://{s['path']}" for s in sources if s["provider"] == "main"]
-    is_complete = not any(source["provider"] == "command-line" for source in sources)
-    return (
-        main == ["pkg://bn_lightning.conf"]
-        and hydra["job"]["config_name"] == "train"
-        and is_complete
-    )

@@ -42,8 +42,7 @@ class Line:
     """A curve.
 
     Attributes:
-        x: (P,).
-        y: (P,), NaN for a gap.
+        x, y: (P,), NaN for a gap.
         name: its entry in the legend, "" for none.
         style: color, line and marker.
         shows: the curve, the curve with its points, or small open circles.
@@ -63,9 +62,7 @@ class Band:
     """The area between two curves.
 
     Attributes:
-        x: (P,).
-        low: (P,).
-        high: (P,).
+        x, low, high: (P,).
         color: hexadecimal.
     """
 
@@ -87,10 +84,8 @@ class Intervals:
     """Points with horizontal intervals.
 
     Attributes:
-        x: (P,).
-        low: (P,), NaN for no interval.
-        high: (P,), NaN for no interval.
-        y: (P,).
+        x, y: (P,).
+        low, high: (P,), NaN for no interval.
         texts: (P,), the values with their units.
         at_least: (P,), whether the value is a lower bound, shown by an arrow.
         name: the entry in the legend.

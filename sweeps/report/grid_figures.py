@@ -59,8 +59,8 @@ def grid_figures(found: Summary, metric: str, caption: str) -> dict[str, Figure]
         caption: data, budget and number of seeds, for the pictures.
     """
     figures = {
-        "accuracy": accuracy_figure(found, metric, caption),
-        "outcomes": outcomes_figure(found, caption),
+        "accuracy": accuracy_map_figure(found, metric, caption),
+        "outcomes": outcome_map_figure(found, caption),
     }
     if len(found.grid.rates) > 1:
         figures["rates"] = rates_figure(found, metric, caption)
@@ -70,7 +70,7 @@ def grid_figures(found: Summary, metric: str, caption: str) -> dict[str, Figure]
     return figures
 
 
-def accuracy_figure(found: Summary, metric: str, caption: str) -> Figure:
+def accuracy_map_figure(found: Summary, metric: str, caption: str) -> Figure:
     """Describe the mean accuracy of each cell, a panel for each arm and for each comparison.
 
     Cells in which a seed diverged are hatched. Missing cells are empty.
@@ -95,7 +95,7 @@ def accuracy_figure(found: Summary, metric: str, caption: str) -> Figure:
     return Figure(panels, _inches(found.grid, len(panels)), caption=caption)
 
 
-def outcomes_figure(found: Summary, caption: str) -> Figure:
+def outcome_map_figure(found: Summary, caption: str) -> Figure:
     """Describe the most common outcome of each cell, of a tie the worse, a panel for each arm."""
     kinds = list(OUTCOMES)
     panels = []
@@ -165,14 +165,14 @@ def widths_figure(found: Summary, caption: str) -> Figure:
         estimates = [of_init.width for of_init in arm.inits]
         series.append(
             Intervals(
-                [e.value for e in estimates],
-                [e.low for e in estimates],
-                [e.high for e in estimates],
-                [i + shift for i in range(len(estimates))],
-                [decades(e) for e in estimates],
-                [e.at_least for e in estimates],
-                arm.label,
-                style_of(name, found.arms),
+                x=[e.value for e in estimates],
+                low=[e.low for e in estimates],
+                high=[e.high for e in estimates],
+                y=[i + shift for i in range(len(estimates))],
+                texts=[decades(e) for e in estimates],
+                at_least=[e.at_least for e in estimates],
+                name=arm.label,
+                style=style_of(name, found.arms),
             )
         )
     label = f"decades of learning rate that reach {grid.levels.trained:.2f}"

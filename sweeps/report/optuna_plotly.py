@@ -1,4 +1,4 @@
-"""Optuna's own plots of a study that is no grid."""
+"""Optuna's plots of a study that is not a grid."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,8 +23,7 @@ from bn_lightning.sweeps.analysis.trials import Cell, TrialRow, TrialTable
 from bn_lightning.sweeps.report.page_skeleton import Plot
 
 MOST_TRIALS = 1000
-"""Of more complete trials, as many evenly chosen ones are drawn: a page has its size."""
-
+"""Of more trials, evenly spaced ones are drawn, to keep the page small."""
 
 _Draw = Callable[[optuna.Study], Any]
 _OF_VALUES: tuple[tuple[str, str, _Draw], ...] = (("pareto", "Pareto front", plot_pareto_front),)
@@ -36,10 +35,10 @@ _OF_A_VALUE: tuple[tuple[str, str, _Draw], ...] = (
 
 
 def optuna_plots(table: TrialTable) -> tuple[list[Plot], int]:
-    """History, slices and parallel coordinates; of several values, their Pareto front.
+    """Return history, slices and parallel coordinates, or the Pareto front of several values.
 
     Returns:
-        The plots, and the number of trials they show.
+        The plots, and the number of trials in them.
     """
     complete = [row for row in table.rows if row.is_complete]
     chosen = complete[:: -(-len(complete) // MOST_TRIALS)] if complete else []
@@ -54,7 +53,7 @@ def optuna_plots(table: TrialTable) -> tuple[list[Plot], int]:
 
 
 def study_of(table: TrialTable, rows: Sequence[TrialRow]) -> optuna.Study:
-    """A study in memory with these complete trials."""
+    """Return a study in memory with these complete trials."""
     study = memory_study(table.optuna_directions)
     names = list(dict.fromkeys(name for row in rows for name in row.params))
     distributions = {
@@ -97,7 +96,7 @@ def _plot(name: str, title: str, draw: _Draw, study: optuna.Study) -> Plot:
 
 
 def _plain(content: Any) -> Any:
-    """Lists and numbers of Python in place of tuples and of NumPy's."""
+    """Return the content with Python's lists and numbers instead of tuples and NumPy's types."""
     if isinstance(content, dict):
         return {key: _plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):

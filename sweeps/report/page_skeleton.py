@@ -1,8 +1,8 @@
-"""One HTML page that needs nothing beside it: the skeleton, and the escaping of all that is put in.
+"""The skeleton of a report's page, one HTML file without other files, and the escaping of its text.
 
-Names and errors of trials come from configurations, which anybody may have written. Text is escaped
-where it becomes HTML; data stand in a block of JSON in which no tag can begin or end; and the page
-allows no script but the two whose hashes its head names.
+Names and errors of trials come from configurations, which anybody may have written. So all text is
+escaped when it becomes HTML, the data are a block of JSON in which no tag can begin or end, and the
+page's policy allows only the two scripts whose hashes it contains.
 """
 
 import base64
@@ -23,7 +23,7 @@ from bn_lightning.runs.atomic_write import json_values
 
 @dataclass(frozen=True)
 class Html:
-    """Text that is HTML already."""
+    """Text that is HTML and is not escaped again."""
 
     text: str
 
@@ -32,14 +32,14 @@ class Html:
 class Plot:
     """A plotly figure.
 
-    Args:
-        id: of its element; letters, digits and hyphens.
-        title: in words.
-        traces: plotly's.
-        layout: plotly's, without colours of paper and ink, which the page chooses.
+    Attributes:
+        id: of its element: letters, digits and hyphens.
+        title: shown above it.
+        traces: plotly's traces.
+        layout: plotly's layout, without the colors of paper and ink, which the page chooses.
         caption: after the title.
-        arms: of a figure whose cells are those of the grid: places of the arms that a cell shows.
-        has_tools: whether plotly's buttons to zoom and to save are shown.
+        arms: positions of the arms whose trials a cell lists, for a figure with the grid's cells.
+        has_tools: whether plotly's buttons for zooming and saving are shown.
     """
 
     id: str
@@ -51,7 +51,7 @@ class Plot:
     has_tools: bool = True
 
     def as_json(self) -> dict[str, Any]:
-        """What page.js draws it from."""
+        """Return the input of page.js."""
         content = {
             "id": self.id,
             "traces": self.traces,
@@ -64,16 +64,16 @@ class Plot:
 Content = str | Html
 
 
-def page(
+def render_page(
     title: str, body: Iterable[Html], plots: Sequence[Plot], grid: Mapping[str, Any] | None = None
 ) -> str:
-    """The whole page as text.
+    """Return the whole page as HTML.
 
     Args:
         title: of the page.
-        body: its sections, in which `figure` has made a place for each plot.
-        plots: what is drawn.
-        grid: the trials of the cells (see grid_plots.cells_json).
+        body: its sections, with the places of the plots, which `places_for` makes.
+        plots: the plots.
+        grid: the trials of the cells, as `cells_json` returns them.
     """
     scripts = {"plotly": _one_line_end(get_plotlyjs()), "script": _file("page.js")}
     fields = {
@@ -83,19 +83,19 @@ def page(
         "hashes": " ".join(_hash(text) for text in scripts.values()),
         **scripts,
     }
-    # In one pass: what is put in is not looked through for fields again.
+    # In one pass, so that fields in inserted text are not replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], _file("page.html"))
 
 
 def json_block(content: Any) -> str:
-    """JSON that may stand in a <script> element; numbers that JSON lacks become null."""
+    """Return JSON for a <script> element; NaN and infinity become null."""
     text = json.dumps(json_values(content), separators=(",", ":"))
-    # json.dumps leaves no other character that HTML or JavaScript would take for their own.
+    # json.dumps escapes all other characters with a meaning in HTML or JavaScript.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def tag(name: str, *content: Content, **attributes: str) -> Html:
-    """An element; `class_` is its class, and text in it is escaped."""
+    """Return an element with its text escaped; `class_` is its class."""
     shown = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
         for key, value in attributes.items()
@@ -107,7 +107,7 @@ def tag(name: str, *content: Content, **attributes: str) -> Html:
 def html_table(
     head: Sequence[Content], rows: Iterable[Sequence[Content]], caption: str = "", last: str = ""
 ) -> Html:
-    """A table that scrolls by itself where it is too wide; `last` is its last column's class."""
+    """Return a table that scrolls if it is too wide; `last` is the class of its last column."""
     made = []
     for row in rows:
         first, *others = row
@@ -132,16 +132,17 @@ def html_table(
 
 
 def definitions(items: Mapping[str, Content]) -> Html:
-    """A list of terms, each with what it is."""
+    """Return a list of terms with their definitions."""
     parts = [part for term, what in items.items() for part in (tag("dt", term), tag("dd", what))]
     return tag("dl", *parts)
 
 
 def places_for(plots: Sequence[Plot], least: str = "24rem") -> Html:
-    """Places for plots, side by side where there is room.
+    """Return elements for plots, side by side if there is room.
 
     Args:
-        least: width of a plot from which on two stand beside each other, in CSS.
+        plots: the plots.
+        least: the least width of a plot beside another one, in CSS.
     """
     return tag("div", *map(_figure, plots), class_="plots", style=f"--least: {least}")
 
@@ -171,7 +172,7 @@ def _file(name: str) -> str:
 
 
 def _one_line_end(text: str) -> str:
-    """With the line ends for which a browser takes all others, also before it hashes a script."""
+    """Return the text with the line ends that a browser uses, also when it hashes a script."""
     return text.replace("\r\n", "\n")
 
 

@@ -29,8 +29,8 @@ from bn_lightning.sweeps.report.page_skeleton import (
     Plot,
     definitions,
     html_table,
-    page,
     places_for,
+    render_page,
     tag,
 )
 from bn_lightning.sweeps.report.plotly_renderer import plots_of
@@ -84,7 +84,7 @@ def grid_page(
         *_measured(study, found.grid.levels),
     ]
     drawn = [plot for several in plots.values() for plot in several]
-    return page(f"What trains: {study.name}", body, drawn, cells)
+    return render_page(f"What trains: {study.name}", body, drawn, cells)
 
 
 def study_page(
@@ -117,7 +117,7 @@ def study_page(
         *([tag("h2", "Trials"), _trials(study, study.rows)] if study.rows else []),
         *_measured(study),
     ]
-    return page(f"Study {study.name}", body, drawn)
+    return render_page(f"Study {study.name}", body, drawn)
 
 
 def runs_page(
@@ -171,7 +171,7 @@ def runs_page(
         places_for(drawn, "26rem"),
         *_measured(study),
     ]
-    return page("Runs side by side", body, drawn)
+    return render_page("Runs side by side", body, drawn)
 
 
 def _notes(notes: Sequence[str]) -> list[Html]:
@@ -351,7 +351,7 @@ def _measured(study: TrialTable, levels: Levels | None = None) -> list[Html]:
 
 
 def _duration(seconds: float) -> str:
-    """In the unit that leaves two digits before the point, or fewer."""
+    """Return a time in seconds, minutes or hours, with at most two digits before the point."""
     if seconds < 100:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

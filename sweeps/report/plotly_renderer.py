@@ -23,10 +23,10 @@ from bn_lightning.sweeps.report.figure import (
 from bn_lightning.sweeps.report.matplotlib_renderer import colormap_of
 from bn_lightning.sweeps.report.page_skeleton import Plot
 
-MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
-DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
-MODES = {"line": "lines", "line and points": "markers+lines", "circles": "markers"}
-LEGENDS = {"above": {"y": 1.02, "yanchor": "bottom"}, "below": {"y": -0.25, "yanchor": "top"}}
+_MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
+_DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+_MODES = {"line": "lines", "line and points": "markers+lines", "circles": "markers"}
+_LEGENDS = {"above": {"y": 1.02, "yanchor": "bottom"}, "below": {"y": -0.25, "yanchor": "top"}}
 
 # At most this many learning rates have horizontal labels below a small plot.
 MOST_LEVEL_LABELS = 4
@@ -55,7 +55,7 @@ def _plot(panel: Panel) -> Plot:
         "shapes": [_rule(series.y) for series in panel.series if isinstance(series, Rule)],
     }
     if panel.page_legend:
-        layout["legend"] = {"orientation": "h", **LEGENDS[panel.page_legend]}
+        layout["legend"] = {"orientation": "h", **_LEGENDS[panel.page_legend]}
     if heatmaps:
         longest = max((len(text) for text in (panel.y.ticks or {}).values()), default=0)
         # From the length of the names: measuring them in the browser doubles the time to draw.
@@ -92,17 +92,17 @@ def _traces(series: Series) -> list[dict[str, Any]]:
 
 def _line(line: Line) -> dict[str, Any]:
     style = line.style
-    marker: dict[str, Any] = {"symbol": MARKERS[style.marker], "size": 6}
+    marker: dict[str, Any] = {"symbol": _MARKERS[style.marker], "size": 6}
     if line.shows == "circles":
         marker = {"symbol": "circle-open", "size": 4}
     return {
         "type": "scatter",
-        "mode": MODES[line.shows],
+        "mode": _MODES[line.shows],
         "name": line.name,
         **({} if line.name else {"showlegend": False}),
         "x": list(map(rounded, line.x)),
         "y": list(map(rounded, line.y)),
-        "line": {"color": style.color, "dash": DASHES[style.line], "width": 2 * line.width},
+        "line": {"color": style.color, "dash": _DASHES[style.line], "width": 2 * line.width},
         "marker": {"color": style.color, **marker},
     }
 
@@ -124,7 +124,7 @@ def _band(band: Band) -> dict[str, Any]:
 def _intervals(found: Intervals) -> dict[str, Any]:
     above = [rounded(high - x) for x, high in zip(found.x, found.high, strict=True)]
     below = [rounded(x - low) for x, low in zip(found.x, found.low, strict=True)]
-    symbol = MARKERS[found.style.marker]
+    symbol = _MARKERS[found.style.marker]
     return {
         "type": "scatter",
         "mode": "markers",

@@ -43,9 +43,6 @@ HOSTILE = "</script><script>window.hacked=1</script>"
 
 ANOTHER_SWEEP = """
 hydra:
-  overrides: {task: [], hydra: []}
-  runtime: {config_sources: []}
-  job: {config_name: another}
   sweeper: {sampler: {_target_: optuna.samplers.GridSampler}}
 """
 

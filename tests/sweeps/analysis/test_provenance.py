@@ -18,15 +18,6 @@ from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
 
 MULTIRUN = """
 hydra:
-  job: {config_name: train}
-  runtime:
-    config_sources:
-    - {path: hydra.conf, schema: pkg, provider: hydra}
-    - {path: bn_lightning.conf, schema: pkg, provider: main}
-    - {path: /there/bn_optuna/conf, schema: file, provider: bn_optuna}
-  overrides:
-    task: [+experiment=mnist_bn, +sweep=lr_init, "name=it's"]
-    hydra: [hydra.mode=MULTIRUN, hydra.sweeper.n_jobs=2]
   sweeper:
     storage: ${oc.env:NOWHERE}
     sampler: {_target_: optuna.samplers.GridSampler}
@@ -108,36 +99,12 @@ def test_a_run_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     assert table.about["runs"] == {"data": {"mnist": 1}}  # what the trial itself says
 
 
-def test_the_command_and_the_sampler(tmp_path: Path) -> None:
+def test_the_sampler_is_that_of_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "multirun.yaml").write_text(MULTIRUN)
-    about = with_provenance(TrialTable("t", ("maximize",), ()), tmp_path).about
-    assert about["command"] == (
-        "python -m bn_lightning.train -m +experiment=mnist_bn +sweep=lr_init 'name=it'\"'\"'s' "
-        "hydra.sweeper.n_jobs=2"
-    )
-    assert is_planned(about) is True
     kept = {"command": "bn-train -m +sweep=lr"}
-    assert with_provenance(TrialTable("t", ("maximize",), (), kept), tmp_path).about["command"] == (
-        "bn-train -m +sweep=lr"
-    )
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("{path: bn_lightning.conf, schema: pkg", "{path: /there/conf, schema: file"),
-        ("config_name: train", "config_name: other"),
-        ("provider: bn_optuna", "provider: command-line"),
-        ("  runtime:", "  another:"),
-    ],
-    ids=["another program", "another command", "a folder of configurations", "not known"],
-)
-def test_the_command_is_said_only_where_it_is_known(
-    tmp_path: Path, before: str, after: str
-) -> None:
-    assert MULTIRUN.count(before) == 1
-    (tmp_path / "multirun.yaml").write_text(MULTIRUN.replace(before, after))
-    assert "command" not in with_provenance(TrialTable("t", ("maximize",), ()), tmp_path).about
+    about = with_provenance(TrialTable("t", ("maximize",), (), kept), tmp_path).about
+    assert about["command"] == "bn-train -m +sweep=lr"
+    assert is_planned(about) is True
 
 
 def test_samplers_that_plan() -> None:
@@ -148,7 +115,7 @@ def test_samplers_that_plan() -> None:
 @pytest.mark.parametrize("text", ["", "a: [", "hydra: 3"], ids=["empty", "no YAML", "another"])
 def test_a_configuration_that_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "multirun.yaml").write_text(text)
-    assert "command" not in with_provenance(TrialTable("t", ("maximize",), ()), tmp_path).about
+    assert "sampler" not in with_provenance(TrialTable("t", ("maximize",), ()), tmp_path).about
 
 
 def test_different_data_and_budgets(tmp_path: Path) -> None:

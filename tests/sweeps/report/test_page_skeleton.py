@@ -17,8 +17,8 @@ from bn_lightning.sweeps.report.page_skeleton import (
     Plot,
     html_table,
     json_block,
-    page,
     places_for,
+    render_page,
     tag,
 )
 from bn_lightning.sweeps.report.page_text import grid_page, study_page
@@ -43,14 +43,14 @@ def test_json_cannot_end_its_element() -> None:
 
 def test_nothing_of_a_hostile_name_becomes_html() -> None:
     plot = Plot("plot", HOSTILE, [{"type": "bar", "x": [1], "y": [HOSTILE]}], {}, HOSTILE)
-    text = page(HOSTILE, [tag("h1", HOSTILE), places_for([plot])], [plot])
+    text = render_page(HOSTILE, [tag("h1", HOSTILE), places_for([plot])], [plot])
     assert "<img" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert len(re.findall(r"<script[ >]", without_plotly(text))) == 3
     assert text.count("{{plotly}}") >= 3  # as text, not as the field it names
 
 
 def test_only_its_own_scripts_may_run() -> None:
-    text = page("t", [], [])
+    text = render_page("t", [], [])
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
     assert policy is not None
     assert policy[1].startswith("default-src 'none'")
