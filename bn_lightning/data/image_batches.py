@@ -209,12 +209,6 @@ class ImageBatches(Batches):
         return [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
 
     def _new_loader(self) -> DataLoader[Decoded]:
-        workers: dict[str, Any] = {}
-        if self.num_workers:
-            workers = {
-                "persistent_workers": self.keep_workers,
-                "worker_init_fn": _ignore_signals,
-            }
         return DataLoader(
             self.decoded,
             sampler=self._keys,
@@ -222,7 +216,8 @@ class ImageBatches(Batches):
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its unused seed is not drawn from the run's
-            **workers,
+            persistent_workers=self.keep_workers and self.num_workers > 0,
+            worker_init_fn=_ignore_signals,
         )
 
 

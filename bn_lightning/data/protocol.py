@@ -8,7 +8,8 @@ targets)`. These members are optional:
 - `input_shape`: `export` reads it unless `input_shape` is configured; `train` reads it to explain
   a failure.
 - `num_classes`: `models.Classifier` compares it with the number of outputs.
-- `prediction_inputs`: `predict` requires it.
+- `prediction_inputs`: `predict` requires it. Neither it nor `sample_inputs` can rely on `setup`:
+  before them, commands only call `load_state_dict`, if the checkpoint has a state.
 - `sample_inputs`: `export` compares the program with the network on these inputs instead of
   standard normal ones.
 - `state_dict()["classes"]`: `predict` labels the outputs with these names instead of numbers.
@@ -90,14 +91,7 @@ class PredictionData(Protocol):
     """A data module that loads other samples for its network."""
 
     def prediction_inputs(self, path: Path, on_failures: OnFailures) -> PredictionInputs:
-        """Load the samples at `path`, preprocessed like test samples.
-
-        `setup` has not run, but `load_state_dict` has, if the checkpoint has a state.
-
-        Args:
-            path: the file or folder.
-            on_failures: receives the samples that cannot be used.
-        """
+        """Load the samples of a file or folder, preprocessed like test samples."""
 
 
 @runtime_checkable
@@ -105,10 +99,7 @@ class SampledData(ShapedData, Protocol):
     """A data module that generates inputs similar to its own."""
 
     def sample_inputs(self, samples: int) -> Float[Tensor, "N ..."]:
-        """Return random inputs (samples, *input_shape) float32, the same in each call.
-
-        `setup` has not run, but `load_state_dict` has, if the checkpoint has a state.
-        """
+        """Return random inputs (samples, *input_shape) float32, the same in each call."""
 
 
 def check_data_module(datamodule: object, *members: str) -> None:

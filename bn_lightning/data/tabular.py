@@ -17,13 +17,12 @@ from bn_lightning.data.batches import check_integer
 from bn_lightning.data.csv_table import parse_csv, parse_features
 from bn_lightning.data.errors import DataError, DataUnavailableError
 from bn_lightning.data.protocol import OnFailures, PredictionInputs
-from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule
+from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule, split_samples
 
 LAWS = ("linear", "nonlinear")
 _PLACEMENT = ("not placed", "placed")  # the classes of the generated table
 
-# The generated table and the test split are the same in all runs.
-_LAW_SEED = _CUT_SEED = 0
+_LAW_SEED = 0  # the same table in all runs
 
 
 class TabularDataModule(TensorDataModule):
@@ -130,14 +129,7 @@ class TabularDataModule(TensorDataModule):
             inputs, targets, classes = parse_csv(payload, self.features, self.target, self.path)
             source, root = self.path.name, str(self.path.parent)
             sha256 = {self.path.name: hashlib.sha256(payload).hexdigest()}
-        count = round(len(inputs) * self.test_fraction)
-        if not 0 < count < len(inputs):
-            raise DataError(
-                "expected `test_fraction` to leave rows for training and for the test, got"
-                f" {self.test_fraction} of {len(inputs)} rows, which is {count}"
-            )
-        order = np.random.default_rng(_CUT_SEED).permutation(len(inputs))
-        train, test = np.sort(order[count:]), np.sort(order[:count])
+        train, test = split_samples(len(inputs), self.test_fraction, "test_fraction")
         self._state = {
             "classes": list(classes),
             "mean": inputs[train].mean(axis=0).tolist(),

@@ -16,7 +16,7 @@ from bn_lightning.data.errors import DataError
 from bn_lightning.data.prediction_images import find_images, fixed_size_batches, names_for_csv
 from bn_lightning.data.protocol import OnFailures, PredictionInputs
 
-# The same validation samples in all runs, whatever their `seed`, so that runs can be compared.
+# The same splits in all runs, whatever their `seed`, so that runs can be compared.
 _SPLIT_SEED = 0
 
 
@@ -155,7 +155,9 @@ class TensorDataModule(LoadedDataModule, ABC):
         arrays = self.load()
         check_arrays(arrays)
         self._check_same_on_all_ranks(arrays.source, arrays.root, arrays.sha256)
-        train, validation = split_validation(len(arrays.train_inputs), self.validation_fraction)
+        train, validation = split_samples(
+            len(arrays.train_inputs), self.validation_fraction, "validation_fraction"
+        )
         parts = {
             "train": (arrays.train_inputs[train], arrays.train_targets[train]),
             "validation": (arrays.train_inputs[validation], arrays.train_targets[validation]),
@@ -214,24 +216,25 @@ class TensorDataModule(LoadedDataModule, ABC):
         )
 
 
-def split_validation(samples: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split validation from training, always at the same samples.
+def split_samples(samples: int, fraction: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Split samples into two parts, the same in each call.
 
     Args:
-        samples: number of training samples before the split.
-        fraction: share of validation, in (0, 1); rounded to a whole number of samples.
+        samples: number of samples.
+        fraction: share of the second part, in (0, 1); rounded to a whole number of samples.
+        name: of the argument that has the fraction, for the error message.
 
     Returns:
-        Indices of training and of validation, both ascending.
+        Indices of the first and the second part, both ascending.
 
     Raises:
-        DataError: one of the two would be empty.
+        DataError: one of the parts would be empty.
     """
     count = round(samples * fraction)
     if not 0 < count < samples:
         raise DataError(
-            "expected `validation_fraction` to leave samples for training and for validation,"
-            f" got {fraction} of {samples} samples, which is {count}"
+            f"expected `{name}` to leave samples in both parts, got {fraction} of {samples}"
+            f" samples, which is {count}; set another fraction, or give more samples"
         )
     order = np.random.default_rng(_SPLIT_SEED).permutation(samples)
     return np.sort(order[count:]), np.sort(order[:count])

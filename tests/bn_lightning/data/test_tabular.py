@@ -155,7 +155,7 @@ class TestFile:
     def test_too_few_rows_for_a_test(self, tmp_path: Path) -> None:
         path = tmp_path / "few.csv"
         path.write_text(HEADER + rows(2))
-        with pytest.raises(DataError, match="`test_fraction`.* 0.2 of 2 rows"):
+        with pytest.raises(DataError, match="`test_fraction`.* 0.2 of 2 samples"):
             ready(path=path)
 
     def test_a_feature_that_does_not_vary(self, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from bn_lightning.data.errors import DataError
-from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule, split_validation
+from bn_lightning.data.tensor_data_module import Arrays, TensorDataModule, split_samples
 
 TRAIN, TEST = 48, 10
 
@@ -61,16 +61,23 @@ def samples(inputs: Tensor) -> list[int]:
 
 class TestSplit:
     def test_it_divides_the_training_set(self) -> None:
-        train, validation = split_validation(60_000, 1 / 12)
+        train, validation = split_samples(60_000, 1 / 12, "validation_fraction")
         assert (len(train), len(validation)) == (55_000, 5_000)
         assert np.array_equal(np.sort(np.concatenate([train, validation])), np.arange(60_000))
 
     def test_it_never_moves(self) -> None:
         # Pinned: with another cut, runs of different versions could not be compared.
-        assert split_validation(60_000, 1 / 12)[1][:5].tolist() == [9, 24, 49, 60, 65]
+        assert split_samples(60_000, 1 / 12, "validation_fraction")[1][:5].tolist() == [
+            9,
+            24,
+            49,
+            60,
+            65,
+        ]
         # The fraction as the configs round it.
         assert np.array_equal(
-            split_validation(60_000, 0.0833333333)[1], split_validation(60_000, 1 / 12)[1]
+            split_samples(60_000, 0.0833333333, "validation_fraction")[1],
+            split_samples(60_000, 1 / 12, "validation_fraction")[1],
         )
 
     def test_the_seed_of_a_run_does_not_change_it(self) -> None:
