@@ -1,24 +1,25 @@
 """Batch Normalization in Triton, and the custom ops that make it part of PyTorch.
 
-Reading order, each file resting on the ones before it:
+The files in reading order:
 
-    reference.py    the definition in plain torch: forward, and a backward that is differentiable
-    activations.py  the table of activations, and what the gradient of each needs
-    schedule.py     shape, dtype, layout, device -> regime, tiles, splits: pure functions
-    calls.py        what one forward and one backward hand to the kernels
-    elements.py     one tile: where its elements lie, and the arithmetic of each
-    statistics.py   per-channel mean and rstd from (n, mean, M2) partials, running statistics
-    normalize.py    y = act((x - mean) * rstd * weight + bias + residual)
-    backward.py     dweight and dbias, then dx and dresidual
-    small.py        all of it in one launch, for small tensors
-    resident.py     all of it in one launch that reads each element from memory once
-    checks.py       what is wrong with the arguments
-    dispatch.py     from a tensor to the kernels: choice of backend, layout in memory, schedule
-    ops.py          the ops, their fakes, gradients and vmap
+    activations.py    the table of activations, and what the gradient of each needs
+    schedule.py       shape, dtype, layout, device -> regime, tiles, splits: pure functions
+    dispatch.py       the backend of a tensor, its layout in memory, its schedule
+    arguments.py      the arguments of a forward and a backward, also those of the kernels
+    reference.py      the definition in plain torch: forward, and a differentiable backward
+    tile.py           one tile: where its elements are, and the arithmetic of each
+    stats.py          per-channel mean and rstd from (n, mean, M2) partials, running statistics
+    normalize.py      y = act((x - mean) * rstd * weight + bias + residual)
+    backward.py       dweight and dbias, then dx and dresidual
+    single_launch.py  a forward or a backward in one launch, for small tensors
+    persistent.py     the same in one launch that reads each element from memory once
+    launch.py         a forward or a backward in the regime of its schedule
+    checks.py         errors for wrong arguments
+    ops.py            the ops, their fakes, gradients and vmap
     sync_ops.py       the stages of a batch on several ranks, under ATen's names
     sync_autograd.py  the stages with the communication between ranks, and the gradient
 
-Triton is imported by the files with kernels only, and those only when a kernel runs.
+Only files with kernels import Triton, and they are imported when a kernel runs.
 """
 
 from bn_lightning.kernels.ops import batch_norm

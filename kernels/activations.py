@@ -1,16 +1,15 @@
-"""The activations a BatchNorm can end in: one table, name -> value, and what its gradient needs.
+"""The activations that can follow a BatchNorm: a table from name to value and gradient.
 
     y = act(z),  z = bn(x) + residual
 
 The backward needs act'(z). Without a residual, z is recomputed from x, which is saved anyway. With
-one, the smallest thing that is right is saved beside x:
+one, the smallest sufficient tensor is saved beside x:
 
-    MASK      act' takes two values: one bit an element says which
+    MASK      act' has two values, and one bit per element says which
     OUTPUT    act' is a function of y, which exists anyway
-    RESIDUAL  neither serves: the residual, which in a network lives on as its block's input
+    RESIDUAL  otherwise the residual, which exists anyway as the input of its block
 
-The Triton side, `activate` and `multiply_derivative`, is in elements.py under the same names; a
-test holds the two against each other.
+The Triton implementation is in tile.py; a test compares the two.
 """
 
 from collections.abc import Callable
@@ -33,13 +32,13 @@ class Saves(Enum):
 
 
 @dataclass(frozen=True)
-class Activation:
+class ActivationFunction:
     """An activation in torch.
 
     Attributes:
-        value: z -> act(z), differentiable as often as torch's own; leaky_relu's takes the slope.
-        saves: what the gradient needs beside x when there is a residual.
-        derivative_of_output: y -> act'(z), where `saves` is OUTPUT.
+        value: z -> act(z), differentiable as often as torch's; leaky_relu also takes the slope.
+        saves: what the gradient needs beside x if there is a residual.
+        derivative_of_output: y -> act'(z) if `saves` is OUTPUT, else None.
     """
 
     value: Callable[..., Tensor]
@@ -47,46 +46,46 @@ class Activation:
     derivative_of_output: Callable[[Tensor], Tensor] | None = None
 
 
-ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(lambda z: z, Saves.NOTHING),
-    "relu": Activation(F.relu, Saves.MASK),
-    "relu6": Activation(F.relu6, Saves.MASK),
-    "leaky_relu": Activation(F.leaky_relu, Saves.MASK),
-    "elu": Activation(F.elu, Saves.OUTPUT, lambda y: torch.where(y > 0, 1.0, y + 1)),
-    "silu": Activation(F.silu, Saves.RESIDUAL),
-    "gelu": Activation(F.gelu, Saves.RESIDUAL),
-    "gelu_tanh": Activation(partial(F.gelu, approximate="tanh"), Saves.RESIDUAL),
-    "hardswish": Activation(F.hardswish, Saves.RESIDUAL),
-    "mish": Activation(F.mish, Saves.RESIDUAL),
-    "sigmoid": Activation(torch.sigmoid, Saves.OUTPUT, lambda y: y * (1 - y)),
-    "tanh": Activation(torch.tanh, Saves.OUTPUT, lambda y: 1 - y * y),
+ACTIVATIONS: dict[str, ActivationFunction] = {
+    "identity": ActivationFunction(lambda z: z, Saves.NOTHING),
+    "relu": ActivationFunction(F.relu, Saves.MASK),
+    "relu6": ActivationFunction(F.relu6, Saves.MASK),
+    "leaky_relu": ActivationFunction(F.leaky_relu, Saves.MASK),
+    "elu": ActivationFunction(F.elu, Saves.OUTPUT, lambda y: torch.where(y > 0, 1.0, y + 1)),
+    "silu": ActivationFunction(F.silu, Saves.RESIDUAL),
+    "gelu": ActivationFunction(F.gelu, Saves.RESIDUAL),
+    "gelu_tanh": ActivationFunction(partial(F.gelu, approximate="tanh"), Saves.RESIDUAL),
+    "hardswish": ActivationFunction(F.hardswish, Saves.RESIDUAL),
+    "mish": ActivationFunction(F.mish, Saves.RESIDUAL),
+    "sigmoid": ActivationFunction(torch.sigmoid, Saves.OUTPUT, lambda y: y * (1 - y)),
+    "tanh": ActivationFunction(torch.tanh, Saves.OUTPUT, lambda y: 1 - y * y),
 }
 
 
 def recomputes_z(activation: str, has_residual: bool) -> bool:
-    """Says whether the gradient computes z again: from x, bias and, if there is one, residual."""
+    """Return whether the gradient recomputes z, from x, bias and the residual if there is one."""
     if activation == "identity":
         return False
     return not has_residual or ACTIVATIONS[activation].saves is Saves.RESIDUAL
 
 
 def saves_mask(activation: str, has_residual: bool) -> bool:
-    """Says whether the forward writes a bit an element for the gradient."""
+    """Return whether the forward writes the mask of the derivative for the gradient."""
     return has_residual and ACTIVATIONS[activation].saves is Saves.MASK
 
 
 def saves_output(activation: str, has_residual: bool) -> bool:
-    """Says whether the gradient reads y."""
+    """Return whether the gradient reads y."""
     return has_residual and ACTIVATIONS[activation].saves is Saves.OUTPUT
 
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """Computes act(z).
+    """Compute act(z).
 
     Args:
         z: any shape, any float dtype.
         activation: a key of `ACTIVATIONS`.
-        negative_slope: of leaky_relu below zero; the others do not read it.
+        negative_slope: of leaky_relu for z < 0; the others ignore it.
 
     Returns:
         act(z), with the shape and dtype of `z`.
@@ -97,7 +96,7 @@ def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
 
 
 def derivative(z: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """Computes act'(z) by torch's own derivative, differentiable in `z`.
+    """Compute act'(z) by autograd, differentiable in `z`.
 
     Args:
         z: any shape, any float dtype.
@@ -115,11 +114,11 @@ def derivative(z: Tensor, activation: str, negative_slope: float) -> Tensor:
 
 
 def upper_branch(z: Tensor, activation: str) -> Tensor:
-    """Says, where `saves` is MASK, at which z the derivative is 1: the bit that is saved."""
+    """Return where the derivative is 1: the mask, for an activation whose `saves` is MASK."""
     above = z > 0
     return above & (z < 6) if activation == "relu6" else above
 
 
 def lower_derivative(activation: str, negative_slope: float) -> float:
-    """Returns the derivative where `upper_branch` is false."""
+    """Return the derivative where `upper_branch` is False."""
     return negative_slope if activation == "leaky_relu" else 0.0

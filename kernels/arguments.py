@@ -1,4 +1,7 @@
-"""What a forward and a backward hand to the kernels, whatever the regime.
+"""The arguments of a forward and a backward: those of the ops, and those of the Triton kernels.
+
+NamedTuples, which Triton takes as arguments of kernels and between their functions. In a kernel a
+tensor is a pointer, and a field in capitals is a `tl.constexpr`.
 
 Shapes: x is (N, C, ...), dense; residual, y, dy and the results have its shape, dtype and strides.
 Per-channel tensors are (C,).
@@ -14,7 +17,7 @@ from bn_lightning.kernels.schedule import Schedule, as_constexpr
 
 
 class Forward(NamedTuple):
-    """The inputs of y = act((x - mean) * rstd * weight + bias + residual), but for mean and rstd.
+    """The inputs of y = act((x - mean) * rstd * weight + bias + residual), without mean and rstd.
 
     Attributes:
         x: fp32, fp16 or bf16.
@@ -44,7 +47,7 @@ class Forward(NamedTuple):
         )
 
     def tensors(self, y: Tensor, mask: Tensor | None) -> "ForwardTensors":
-        """Return what a kernel that writes `y` reads and writes."""
+        """Return the argument of a kernel that writes `y`."""
         activation = as_constexpr(self.activation)
         return ForwardTensors(self.x, self.residual, y, mask, self.negative_slope, activation)
 
@@ -53,7 +56,7 @@ class Forward(NamedTuple):
         return ChannelTensors(mean, rstd, self.weight, self.bias)
 
     def new_outputs(self) -> tuple[Tensor, Tensor | None]:
-        """Allocate y and, if it is written, the mask of the derivative: one bit per element."""
+        """Allocate y and, if `writes_mask`, the mask of the derivative: one bit per element."""
         x = self.x
         if not self.writes_mask:
             return torch.empty_like(x), None
@@ -61,7 +64,7 @@ class Forward(NamedTuple):
 
 
 class RunningStatistics(NamedTuple):
-    """What training updates.
+    """The statistics that training updates; the tensors are pointers in a kernel.
 
     Attributes:
         mean: any float dtype, or None together with `var`.
@@ -81,7 +84,7 @@ class RunningStatistics(NamedTuple):
         return self._replace(mean=contiguous(self.mean), var=contiguous(self.var))
 
     def take(self, updated: "RunningStatistics") -> None:
-        """Copy back what `contiguous` copied, and tell autograd that all of it has changed."""
+        """Copy back what `contiguous` copied, and tell autograd that the tensors have changed."""
         for old, new in ((self.mean, updated.mean), (self.var, updated.var)):
             if old is not None and new is not None and new is not old:
                 old.copy_(new)
@@ -90,7 +93,7 @@ class RunningStatistics(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """The statistics of each split of each channel, (S, C) fp32 each; pointers in a kernel.
+    """The statistics of each split of each channel, (S, C) fp32 each.
 
     Attributes:
         count_ptr: values.
@@ -116,7 +119,7 @@ BACKWARD_SCHEMA = (
 
 
 class Backward(NamedTuple):
-    """The inputs of every backward, and of each stage of a backward across ranks.
+    """The inputs of a backward, on one device or across ranks.
 
     Attributes:
         dy: gradient of y.
@@ -165,19 +168,19 @@ class Backward(NamedTuple):
         inverse_count: float = 0.0,
         training: bool = False,
     ) -> "BackwardTensors":
-        """Return what a kernel of the backward reads and writes; by default it writes no dx."""
+        """Return the argument of a kernel of the backward; by default it writes no dx."""
         return BackwardTensors(
-            self.dy,
-            self.x,
-            self.residual,
-            self.y,
-            self.mask,
-            dx,
-            dresidual,
-            inverse_count,
-            self.negative_slope,
-            as_constexpr(self.activation),
-            as_constexpr(training),
+            dy_ptr=self.dy,
+            x_ptr=self.x,
+            residual_ptr=self.residual,
+            y_ptr=self.y,
+            mask_ptr=self.mask,
+            dx_ptr=dx,
+            dresidual_ptr=dresidual,
+            inverse_count=inverse_count,
+            negative_slope=self.negative_slope,
+            ACTIVATION=as_constexpr(self.activation),
+            TRAINING=as_constexpr(training),
         )
 
     @property
@@ -218,7 +221,7 @@ def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ForwardTensors(NamedTuple):
-    """What a kernel that writes y takes; tensors are pointers there.
+    """The argument of a kernel that writes y.
 
     Attributes:
         x_ptr: (N, C, L).
@@ -238,7 +241,7 @@ class ForwardTensors(NamedTuple):
 
 
 class BackwardTensors(NamedTuple):
-    """What a kernel of the backward takes; tensors are pointers there.
+    """The argument of a kernel of the backward.
 
     Attributes:
         dy_ptr: (N, C, L).
@@ -268,7 +271,7 @@ class BackwardTensors(NamedTuple):
 
 
 class ChannelTensors(NamedTuple):
-    """The per-channel tensors of a kernel, (C,) each; pointers there.
+    """The per-channel tensors of a kernel, (C,) each.
 
     Attributes:
         mean_ptr: fp32.

@@ -25,10 +25,9 @@ from bn_lightning.kernels.arguments import Backward, BackwardNeeds, BackwardTens
 from bn_lightning.kernels.normalize import locate_block
 from bn_lightning.kernels.schedule import Flat, Schedule, Tiling, cdiv
 from bn_lightning.kernels.tile import (
-    Channels,
+    ChannelValues,
     Tile,
     as_tile,
-    channel_sum,
     channels_as_tile,
     count_tiles,
     load_channels,
@@ -36,6 +35,7 @@ from bn_lightning.kernels.tile import (
     load_tile,
     locate_tile,
     store_tile,
+    sum_channels,
 )
 
 
@@ -54,7 +54,7 @@ class Sums(NamedTuple):
 @triton.jit
 def walk_sums(
     tensors: BackwardTensors,
-    channels: Channels,  # (BLOCK_C,)
+    channels: ChannelValues,  # (BLOCK_C,)
     offs_c: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
@@ -76,7 +76,7 @@ def walk_sums(
         g = tl.where(tile.inside, g, 0.0)
         dweight = tl.fma(g, (x - as_tile(channels.mean)) * as_tile(unit), dweight)
         dbias += g
-    return Sums(channel_sum(dweight) * (channels.rstd / unit), channel_sum(dbias))
+    return Sums(sum_channels(dweight) * (channels.rstd / unit), sum_channels(dbias))
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def sum_partials(
 def store_gradients(
     g: tl.tensor,  # fp32
     x: tl.tensor,  # fp32, used in training only
-    channels: Channels,  # of a shape that broadcasts to g
+    channels: ChannelValues,  # of a shape that broadcasts to g
     sums: Sums,  # likewise, used in training only
     tensors: BackwardTensors,
     tile: Tile,
@@ -183,7 +183,7 @@ def _bn_backward_input_kernel(
 @triton.jit
 def walk_gradients(
     tensors: BackwardTensors,
-    channels: Channels,  # (BLOCK_C,)
+    channels: ChannelValues,  # (BLOCK_C,)
     sums: Sums,  # (BLOCK_C,)
     offs_c: tl.tensor,
     first: tl.tensor,

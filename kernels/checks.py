@@ -1,4 +1,7 @@
-"""What is wrong with the arguments of a BatchNorm, said before anything is allocated or written."""
+"""Check the arguments of a BatchNorm before anything is allocated or written.
+
+Where ATen raises an error of its own, the exception and its words are ATen's.
+"""
 
 from torch import Tensor
 
@@ -8,31 +11,32 @@ BACKENDS = ("auto", "native", "triton")
 
 
 def check_backend(backend: str | None, may_be_none: bool = False) -> None:
-    """Raises a ValueError for an unknown backend."""
+    """Raise a ValueError for an unknown backend."""
     if backend not in BACKENDS and not (may_be_none and backend is None):
         choices = f"{'None or ' if may_be_none else ''}one of {BACKENDS}"
-        raise ValueError(f"expected `backend` to be {choices}, got {backend!r}")
+        raise ValueError(f"expected `backend` to be {choices}, got {backend!r}; choose one")
 
 
 def check_activation(activation: str) -> None:
-    """Raises a ValueError for an unknown activation."""
+    """Raise a ValueError for an unknown activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"expected `activation` to be one of {tuple(ACTIVATIONS)}, got {activation!r}"
+            f"expected `activation` to be one of {tuple(ACTIVATIONS)}, got {activation!r}; choose "
+            f"one"
         )
 
 
 def check_average(running_mean: Tensor | None, num_batches_tracked: Tensor | None) -> None:
-    """Raises a ValueError where an average over all batches, `momentum` None, lacks their count."""
+    """Raise a ValueError if a cumulative average (`momentum` None) lacks the number of batches."""
     if running_mean is not None and num_batches_tracked is None:
         raise ValueError(
-            "expected `num_batches_tracked` with `momentum`=None, which averages over the batches "
-            "it counts, got None"
+            "expected `num_batches_tracked` to be a tensor with `momentum`=None, which averages "
+            "over the batches it counts, got None; pass both, or a `momentum`"
         )
 
 
 def check_choices(x: Tensor, residual: Tensor | None, activation: str, backend: str) -> None:
-    """Checks what torch's BatchNorm does not have, or has no clear words for.
+    """Check the arguments that torch's BatchNorm does not have, and the dtype of `x`.
 
     Raises:
         ValueError: an unknown activation or backend; a residual of another shape or dtype.
@@ -42,24 +46,27 @@ def check_choices(x: Tensor, residual: Tensor | None, activation: str, backend: 
     check_backend(backend)
     check_activation(activation)
     if not x.is_floating_point():
-        raise NotImplementedError(f"expected `x` to be a tensor of floats, got {x.dtype}")
+        raise NotImplementedError(
+            f"expected `x` to be a tensor of floats, got {x.dtype}; convert it with x.float()"
+        )
     if residual is None:
         return
     if residual.shape != x.shape:
         raise ValueError(
             f"expected `residual` to have the shape of `x`, {tuple(x.shape)}, got "
-            f"{tuple(residual.shape)}"
+            f"{tuple(residual.shape)}; expand or project it first"
         )
     if residual.dtype != x.dtype:
         raise ValueError(
-            f"expected `residual` to have the dtype of `x`, {x.dtype}, got {residual.dtype}"
+            f"expected `residual` to have the dtype of `x`, {x.dtype}, got {residual.dtype}; "
+            f"convert one of them"
         )
     if residual.device != x.device:
         raise _on_another_device(x, "residual", residual)
 
 
 def check_batch(x: Tensor, training: bool) -> None:
-    """Raises torch's error, and what to do, where a channel has one value in training."""
+    """Raise torch's error, and what to do, if a channel has one value in training."""
     if training and x.dim() > 1 and x.numel() == x.shape[1]:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}; "
@@ -77,9 +84,9 @@ def check_like_aten(
     eps: float,
     is_whole_batch: bool = True,
 ) -> None:
-    """Checks what ATen would check, with its exceptions and in its words.
+    """Check what ATen checks, with its exceptions and in its words.
 
-    Without `is_whole_batch`, `x` is one rank's part, which may have one value per channel.
+    Without `is_whole_batch`, `x` is the batch of one rank, which may have one value per channel.
 
     Raises:
         ValueError: fewer than two dimensions; one value per channel in training; `eps` not
@@ -88,7 +95,9 @@ def check_like_aten(
             a per-channel tensor of another length than C or on another device.
     """
     if x.dim() < 2:
-        raise ValueError(f"expected `x` to be (N, C) or (N, C, ...), got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"expected `x` to be (N, C) or (N, C, ...), got shape {tuple(x.shape)}; add a dimension"
+        )
     if is_whole_batch:
         check_batch(x, training)
     if eps < 0 or (training and eps == 0):

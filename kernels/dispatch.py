@@ -1,6 +1,6 @@
-"""From a tensor to the kernels: which backend takes it, how it lies in memory, how it is cut.
+"""Choose the backend of a tensor, its layout in memory, and its schedule.
 
-Triton is looked for when this is imported, and imported only to see whether it interprets.
+This module looks for Triton when it is imported, and imports it only to see whether it interprets.
 """
 
 import importlib.util
@@ -13,19 +13,19 @@ from bn_lightning.kernels.schedule import INTERPRETER, Device, Schedule, make_sc
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Tells a backward pass from a forward one; its hooks are never entered.
+# It says whether a backward pass is running; it is not used as a context manager.
 _tracker = ModuleTracker()
 
 
 def uses_triton(x: Tensor, backend: str) -> bool:
-    """Says whether `x` goes to the Triton kernels; an empty `x` never does.
+    """Return whether the Triton kernels compute `x`; they never do if it is empty.
 
     Args:
         x: (N, C, ...).
         backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
 
     Raises:
-        ValueError: "triton" for a tensor it cannot take.
+        ValueError: "triton" for a tensor that the kernels do not support.
     """
     if backend == "triton":
         _check_triton_takes(x)
@@ -38,23 +38,23 @@ def _check_triton_takes(x: Tensor) -> None:
     advice = 'use backend="auto" or backend="native"'
     if not TRITON_INSTALLED:
         raise ValueError(
-            f'expected Triton to be installed for `backend`="triton", found none; {advice}, '
-            f"or pip install triton"
+            f'expected Triton to be installed for `backend`="triton", got no triton package; '
+            f"{advice}, or pip install triton"
         )
     if x.dtype not in _TRITON_DTYPES:
         raise ValueError(
-            f'expected `x` in fp32, fp16 or bf16 for `backend`="triton", got {x.dtype}; {advice}'
+            f'expected `x` to be fp32, fp16 or bf16 for `backend`="triton", got {x.dtype}; {advice}'
         )
-    # A compiler cannot look at the kernels; there the ops check by themselves.
+    # A compiler cannot trace the check; in compiled code the ops check.
     if not torch.compiler.is_compiling():
         check_device(x)
 
 
 def check_device(x: Tensor) -> None:
-    """Checks that the kernels reach `x`: they run on the CPU only when interpreted.
+    """Check that the kernels can read `x`; they run on the CPU only in the interpreter.
 
     Raises:
-        ValueError: an `x` on another device.
+        ValueError: an `x` on a device that they cannot read.
     """
     if x.is_cuda:
         return
@@ -63,40 +63,42 @@ def check_device(x: Tensor) -> None:
 
         from bn_lightning.kernels import stats
 
-        # What TRITON_INTERPRET was when the kernels were made is what counts.
+        # TRITON_INTERPRET takes effect when the kernels are defined, so they are asked.
         if not isinstance(stats._bn_forward_finish_statistics_kernel, JITFunction):
             return
     raise ValueError(
-        f'expected `x` on a CUDA or ROCm device for `backend`="triton", got one on {x.device}; '
+        f'expected `x` to be on a CUDA or ROCm device for `backend`="triton", got {x.device}; '
         f'use backend="auto" or backend="native", or, to run the kernels on CPU tensors under '
         f"Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
     )
 
 
 def is_recomputation() -> bool:
-    """Says whether a forward runs inside a backward pass, as one of a checkpoint does."""
+    """Return whether a backward pass is running, as when checkpointing re-runs a forward."""
     return not torch.compiler.is_compiling() and _tracker.is_bw
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Says whether the channels lie side by side in memory; a contiguous `x` is not meant."""
+    """Return whether the channels are neighbours in memory; False for a contiguous `x`."""
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def as_layout(value: Tensor, channels_last: bool) -> Tensor:
-    """Returns `value`, copied once if it does not lie in memory as wanted."""
+    """Return `value` in channels-last or contiguous memory, copied if it is in another layout."""
     if not channels_last:
         return value.contiguous()
     return value.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def contiguous(value: Tensor | None) -> Tensor | None:
-    """Returns a per-channel tensor, copied once if it is not contiguous; None for None."""
+    """Return a contiguous `value`, copied if it is not; None for None."""
     return None if value is None else value.contiguous()
 
 
-def schedule_of(x: Tensor, channels_last: bool, writes_mask: bool, cumulative: bool) -> Schedule:
-    """Returns how the kernels cut `x` on its device; the flags are those of `make_schedule`."""
+def schedule_of(
+    x: Tensor, channels_last: bool, *, writes_mask: bool = False, cumulative: bool = False
+) -> Schedule:
+    """Return the schedule of `x` on its device; the flags are those of `make_schedule`."""
     return make_schedule(
         x.shape,
         x.element_size(),
@@ -119,7 +121,7 @@ def _device(device: torch.device) -> Device:
             found.multi_processor_count,
             found.L2_cache_size,
             found.warp_size,
-            # torch's stubs do not name it.
+            # Missing in torch's stubs.
             0 if torch.version.hip else getattr(found, "regs_per_multiprocessor", 0),
         )
     return _devices[device]

@@ -1,21 +1,29 @@
-"""One forward or one backward on the Triton kernels, in the regime that the schedule chooses.
+"""Run a forward or a backward on the Triton kernels, in the regime that the schedule chooses.
 
-The regimes are those of schedule.py. Evaluation has no statistics to reduce, so its forward is the
-elementwise pass in every regime, and its backward too if weight and bias need no gradient.
+Evaluation reduces no statistics, so its forward is the elementwise pass in every regime, and so is
+its backward if weight and bias need no gradient.
 """
 
 import torch
 from torch import Tensor
 
-from bn_lightning.kernels import backward, normalize, persistent, single_launch, stats
 from bn_lightning.kernels.arguments import (
     Backward,
     BackwardNeeds,
     Forward,
     RunningStatistics,
 )
+from bn_lightning.kernels.backward import affine_gradients, input_gradients
 from bn_lightning.kernels.dispatch import check_device, is_channels_last, schedule_of
+from bn_lightning.kernels.normalize import launch_normalize
+from bn_lightning.kernels.persistent import backward_persistent, forward_persistent
 from bn_lightning.kernels.schedule import Regime
+from bn_lightning.kernels.single_launch import backward_single_launch, forward_single_launch
+from bn_lightning.kernels.stats import (
+    compute_partials,
+    finish_statistics,
+    load_running_statistics,
+)
 
 
 def run_forward(
@@ -33,7 +41,7 @@ def run_forward(
         y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
 
     Raises:
-        ValueError: an `x` on a device that the kernels do not reach.
+        ValueError: an `x` on a device that the kernels cannot read.
         RuntimeError: no running statistics in evaluation.
     """
     check_device(call.x)
@@ -41,7 +49,9 @@ def run_forward(
     call = call.in_layout(channels_last)
     dense = running.contiguous()
     cumulative = training and running.momentum is None
-    schedule = schedule_of(call.x, channels_last, call.writes_mask, cumulative)
+    schedule = schedule_of(
+        call.x, channels_last, writes_mask=call.writes_mask, cumulative=cumulative
+    )
     mask: Tensor | None
     with torch.cuda.device_of(call.x):
         if not training:
@@ -50,16 +60,16 @@ def run_forward(
                     "expected `running_mean` and `running_var` to be tensors in evaluation, got "
                     "None for at least one; pass both, or training=True"
                 )
-            mean, rstd = stats.load_running_statistics(dense.mean, dense.var, eps)
-            y, mask = normalize.launch_normalize(call, mean, rstd, schedule)
+            mean, rstd = load_running_statistics(dense.mean, dense.var, eps)
+            y, mask = launch_normalize(call, mean, rstd, schedule)
         elif schedule.regime is Regime.SINGLE_LAUNCH:
-            y, mask, mean, rstd = single_launch.forward(call, dense, eps, schedule)
+            y, mask, mean, rstd = forward_single_launch(call, dense, eps, schedule)
         elif schedule.regime is Regime.PERSISTENT:
-            y, mask, mean, rstd = persistent.forward(call, dense, eps, schedule)
+            y, mask, mean, rstd = forward_persistent(call, dense, eps, schedule)
         else:
-            partials = stats.compute_partials(call.x, schedule)
-            mean, rstd = stats.finish_statistics(partials, dense, eps, schedule)
-            y, mask = normalize.launch_normalize(call, mean, rstd, schedule)
+            partials = compute_partials(call.x, schedule)
+            mean, rstd = finish_statistics(partials, dense, eps, schedule)
+            y, mask = launch_normalize(call, mean, rstd, schedule)
     if training:
         running.take(dense)
     return y, mask, mean, rstd
@@ -78,18 +88,18 @@ def run_backward(
         dx, dresidual, dweight and dbias, each None if it is not needed; the last two (C,) fp32.
     """
     call = call.in_layout()
-    schedule = schedule_of(call.dy, call.channels_last, False, False)
+    schedule = schedule_of(call.dy, call.channels_last)
     dweight = dbias = None
     with torch.cuda.device_of(call.dy):
         if not (needs.affine or (needs.training and needs.dx)):
-            dx, dresidual = backward.input_gradients(call, needs, None, None, schedule)
+            dx, dresidual = input_gradients(call, needs, None, None, schedule)
         elif schedule.regime is Regime.SINGLE_LAUNCH:
-            dx, dresidual, dweight, dbias = single_launch.backward(call, needs, schedule)
+            dx, dresidual, dweight, dbias = backward_single_launch(call, needs, schedule)
         elif schedule.regime is Regime.PERSISTENT:
-            dx, dresidual, dweight, dbias = persistent.backward(call, needs, schedule)
+            dx, dresidual, dweight, dbias = backward_persistent(call, needs, schedule)
         else:
-            dweight, dbias = backward.affine_gradients(call, schedule)
-            dx, dresidual = backward.input_gradients(call, needs, dweight, dbias, schedule)
+            dweight, dbias = affine_gradients(call, schedule)
+            dx, dresidual = input_gradients(call, needs, dweight, dbias, schedule)
     if not needs.affine:
         dweight = dbias = None
     return dx, dresidual, dweight, dbias

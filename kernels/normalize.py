@@ -17,7 +17,7 @@ from torch import Tensor
 from bn_lightning.kernels.arguments import ChannelTensors, Forward, ForwardTensors
 from bn_lightning.kernels.schedule import Flat, Schedule, Tiling
 from bn_lightning.kernels.tile import (
-    Channels,
+    ChannelValues,
     Tile,
     channels_as_tile,
     load_channels,
@@ -63,7 +63,7 @@ def _bn_forward_normalize_kernel(
 @triton.jit
 def walk_normalize(
     tensors: ForwardTensors,
-    channels: Channels,  # (BLOCK_C,)
+    channels: ChannelValues,  # (BLOCK_C,)
     offs_c: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,

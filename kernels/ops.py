@@ -1,19 +1,22 @@
 """Batch Normalization as PyTorch ops: ATen's, or custom ones around the Triton kernels.
 
-Three ops in the namespace `bn_lightning`, each with its fake beside it:
+Three ops in the namespace `bn_lightning`, each with its fake:
 
-    batch_norm           what the public function calls; knows its gradient and vmap
+    batch_norm           called by the public function; it has a gradient and a vmap rule
     batch_norm_forward   x, parameters, statistics -> y, mean, rstd, mask; updates the statistics
     batch_norm_backward  dy and what was saved -> dx, dweight, dbias, dresidual
 
-PyTorch registers no gradient for an op that writes into its arguments, so `batch_norm` brings its
-own kernel for the Autograd key: an autograd function around `batch_norm_forward`, which has none.
-A compiler sees one op, AOTAutograd goes through it, and a statistic is written where it was read.
+PyTorch registers no gradient for an op that writes into its arguments. `batch_norm` therefore has
+its own kernel for the Autograd key: an autograd function around `batch_norm_forward`, which has no
+gradient. Dynamo sees one op, and AOTAutograd traces through it.
 
-What is saved for the backward: x, fp32 mean and rstd, weight and bias, and what activations.py says
-for a residual. In evaluation and frozen, x only where the activation or dweight needs it.
+For the backward are saved: x, fp32 mean and rstd, weight and bias, and with a residual what
+activations.py lists. In evaluation and with frozen statistics, x is saved only if the activation or
+dweight needs it.
 
-Triton is imported only inside the ops and the checks of dispatch.py.
+Compiled graphs in users' caches call the ops by position, so the order of their arguments stays.
+
+Triton is imported only inside the ops and by dispatch.py.
 """
 
 from typing import Any, NamedTuple
@@ -58,34 +61,34 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Normalises each channel of `x`, adds a residual and applies an activation.
+    """Normalize each channel of `x`, add a residual and apply an activation.
 
         y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     with the mean and the biased variance of the batch in training, the running ones in evaluation.
     In training `running = (1 - momentum) * running + momentum * batch`, in place, with the unbiased
-    variance of the batch. A training forward inside a backward pass is the recomputation of a
-    checkpoint: it leaves the statistics alone.
+    variance of the batch. When activation checkpointing re-runs a forward, the running statistics
+    are not updated again.
 
-    The Triton kernels read contiguous and channels-last memory, and y has the layout of `x`; an `x`
-    of other strides is copied once, and y is then contiguous. A residual or an upstream gradient
-    in another layout than `x` is copied once. They compute in fp32 and give the same bits for the
-    same inputs. An empty `x` always goes to ATen.
+    The Triton kernels read contiguous and channels-last memory, and y has the layout of `x`. An `x`
+    of other strides is copied once, and y is then contiguous. A residual or an upstream gradient in
+    another layout than `x` is copied once. The kernels compute in fp32 and return the same bits for
+    the same inputs. An empty `x` is always computed by ATen.
 
     Args:
         x: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
-        weight: (C,) on the device of `x`; None stands for ones.
-        bias: (C,) on the device of `x`; None stands for zeros.
-        running_mean: (C,) on the device of `x`; needed in evaluation.
-        running_var: (C,), unbiased, on the device of `x`; needed in evaluation.
-        training: normalise by the batch's statistics, and update the running ones if given.
+        weight: (C,) on the device of `x`, or None for ones.
+        bias: (C,) on the device of `x`, or None for zeros.
+        running_mean: (C,) on the device of `x`; required in evaluation.
+        running_var: (C,), unbiased, on the device of `x`; required in evaluation.
+        training: normalize by the statistics of the batch, and update the running ones if given.
         momentum: weight of the batch in the running statistics, in [0, 1]; None for the average
             over all batches, which `num_batches_tracked` counts.
         eps: added to the variance, > 0.
         activation: "identity", "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh",
             "hardswish", "mish", "sigmoid" or "tanh".
-        negative_slope: of "leaky_relu" below zero; the others do not read it.
-        residual: with the shape, dtype and device of `x`, added before the activation.
+        negative_slope: of "leaky_relu" below zero; the others ignore it.
+        residual: added before the activation; with the shape, dtype and device of `x`.
         num_batches_tracked: int64 scalar on the device of `x`, to which training adds one.
         backend: "native" for ATen; "triton" for the kernels: `x` in fp32, fp16 or bf16, parameters
             and statistics each in any float dtype; "auto" for the kernels where `x` is a CUDA or
@@ -95,7 +98,7 @@ def batch_norm(
         y, with the shape, dtype and device of `x`.
 
     Raises:
-        ValueError: an unknown backend or activation; "triton" for a tensor it cannot take; a
+        ValueError: an unknown backend or activation; "triton" for a tensor it does not support; a
             residual of another shape or dtype; one value per channel in training; one running
             statistic without the other; `eps` not positive in training; `momentum` None without
             `num_batches_tracked`.
@@ -111,7 +114,7 @@ def batch_norm(
         if momentum is None:
             check_average(running_mean, num_batches_tracked)
         if is_recomputation():
-            # Copies: what is saved must be as many tensors as the first time.
+            # Copies, because checkpointing needs as many saved tensors as the first time.
             momentum, num_batches_tracked = 0.0, None
             running_mean = None if running_mean is None else running_mean.clone()
             running_var = None if running_var is None else running_var.clone()
@@ -122,14 +125,14 @@ def batch_norm(
         residual,
         weight,
         bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        training,
-        momentum,
-        eps,
-        activation,
-        negative_slope,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+        negative_slope=negative_slope,
     )
     if not triton:
         return _composite(arguments)
@@ -140,7 +143,10 @@ def batch_norm(
 
 
 class BatchNormArguments(NamedTuple):
-    """The arguments of the op `batch_norm`, in the order of its schema; see `batch_norm`."""
+    """The arguments of the op `batch_norm`, in the order of its schema.
+
+    Attributes: see the function `batch_norm`.
+    """
 
     x: Tensor
     residual: Tensor | None
@@ -157,7 +163,7 @@ class BatchNormArguments(NamedTuple):
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What may need a gradient."""
+        """The tensors that may need a gradient."""
         return [t for t in (self.x, self.residual, self.weight, self.bias) if t is not None]
 
 

@@ -1,31 +1,32 @@
-"""Each element read from memory once: programs that stay, and take work items in order.
+"""Each element read from memory once, by programs that take work items in order.
 
-A block of channels (a group) has S statistics items, each the statistics of one split, and S apply
-items, each y of one split. The items stand in one order: the statistics of group g, then the apply
-items of group g - lag, then the statistics of group g + 1, and so on. A program takes the next item
-by a ticket, an atomic counter. When an apply item comes, its x was read `lag` groups ago and is in
-L2 still: the second reading never reaches memory. Backward the same, with sums for statistics.
+A block of channels (a group) has S statistics items, each of which computes the statistics of one
+split, and S apply items, each of which writes y of one split. The items have one order: the
+statistics items of group g, the apply items of group g - lag, the statistics items of group g + 1,
+and so on. A program takes the next item with a ticket, which is an atomic counter. The x of an
+apply item was read `lag` groups before and is still in L2, so the second reading does not reach
+memory. The backward has sums in place of statistics.
 
-Formulas and sources: statistics.py, normalize.py, backward.py; the order of items is our own.
+Formulas and sources: stats.py, normalize.py, backward.py. The order of items is our own.
 
 Shapes: N batch, C channels, L flattened space, M = N * L, S splits of a channel, G groups;
 channels-last is (N * L, C, 1).
 
-Why it ends. A statistics item waits for nothing. An apply item waits until the statistics items of
-its group are done; each of those has a smaller ticket, so a program took it before, and that
-program is running and does one item after another. So every wait ends, however many programs the
-device runs at once, and no cooperative launch is needed. One program alone, as in the interpreter,
-does all items in order and never waits.
+Termination. A statistics item waits for nothing. An apply item waits until the statistics items of
+its group are finished. Each of those has a smaller ticket, so a program has taken it before, and
+that program is running, because a program finishes its item before it takes another. Every wait
+therefore ends, however many programs run at once, and no cooperative launch is needed. A single
+program, as in the interpreter, takes all items in order and never waits.
 
-Why it is seen. A statistics item stores its partial and arrives at the group's counter with an
-acquire-release add, after a barrier of its threads. The last to arrive has acquired what all others
-released: it combines the S partials, in the order of the splits whoever comes last, stores the
-result and raises the group's flag with a release add. An apply item reads the flag with an acquire
-add, and past L1 what the others wrote.
+Visibility. A statistics item stores its partial and, after a barrier of its threads, increments the
+group's counter with an acquire-release add. The last to increment it has acquired what all others
+released. It combines the S partials in the order of the splits, stores the result, and sets the
+group's flag with a release add. An apply item reads the flag with an acquire add, and bypasses L1
+for what other programs wrote.
 
-The counters are zero at the end of every launch, as they must be at its start: the last program to
-leave writes the zeros, and adds the batch to num_batches_tracked, which nobody reads any more. Two
-launches that run at the same time need counters of their own (`_counters`).
+The counters are zero before and after every launch: the last program to leave sets them to zero,
+and adds the batch to num_batches_tracked, which no program reads any more. Launches that run at the
+same time need separate counters (`_counters`).
 """
 
 from typing import NamedTuple
@@ -77,7 +78,7 @@ def _take_ticket(counters_ptr: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _arrive(counters_ptr: tl.tensor, group: tl.tensor, S: tl.tensor) -> tl.tensor:
-    """Says that one split of the group is done, and returns whether it was the last one."""
+    """Count a finished split of the group, and return whether it was the last one."""
     tl.debug_barrier()
     return tl.atomic_add(counters_ptr + GROUPS + 2 * group, 1, sem="acq_rel") == S - 1
 
@@ -108,7 +109,7 @@ def _leave(counters_ptr: tl.tensor, groups: tl.tensor, tracked_ptr: tl.tensor) -
 
 
 class Queue(NamedTuple):
-    """What the programs need to take items in order.
+    """The argument with which programs take items in order.
 
     Attributes:
         counters_ptr: (2 + 2 G,) int32, zero before and after the launch.
@@ -224,10 +225,10 @@ _zeros: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _counters(x: Tensor, schedule: Schedule) -> Tensor:
-    """Returns counters that are zero, and that no launch running at the same time uses.
+    """Return counters that are zero and that no launch running at the same time uses.
 
-    Launches on one stream follow one another, so each stream has its own and none is ever cleared
-    from outside. A CUDA graph may be replayed beside anything: it gets its own, cleared in it.
+    Launches on one stream run one after another, so each stream has its own counters, which need no
+    clearing. A CUDA graph may be replayed at any time, so it gets counters that it clears itself.
     """
     wanted = 2 + 2 * schedule.channel_blocks
     if not x.is_cuda:
@@ -237,8 +238,8 @@ def _counters(x: Tensor, schedule: Schedule) -> Tensor:
     key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
     counters = _zeros.get(key)
     if counters is None or counters.numel() < wanted:
-        # Larger than asked for, so that it seldom grows; what a running launch holds lives on, for
-        # the allocator hands memory back in the order of the stream.
+        # Larger than needed, so that it seldom grows. A running launch can still use the old
+        # counters, because the allocator reuses memory in the order of the stream.
         counters = torch.zeros(2 * wanted, dtype=torch.int32, device=x.device)
         _zeros[key] = counters
     return counters
@@ -248,7 +249,7 @@ def _queue(x: Tensor, schedule: Schedule) -> Queue:
     return Queue(_counters(x, schedule), schedule.splits, schedule.lag, schedule.tiles_per_split)
 
 
-def forward(
+def forward_persistent(
     call: Forward, running: RunningStatistics, eps: float, schedule: Schedule
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Run a training forward that reads x from memory once.
@@ -279,7 +280,7 @@ def forward(
     return y, mask, mean_C, rstd_C
 
 
-def backward(
+def backward_persistent(
     call: Backward, needs: BackwardNeeds, schedule: Schedule
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Run a backward with all its sums that reads dy and x from memory once.

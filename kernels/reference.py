@@ -1,4 +1,4 @@
-"""Batch Normalization in plain torch: what every other implementation here is measured against.
+"""Batch Normalization in plain torch, with which every other implementation here is compared.
 
     mean = 1/M sum x,  var = 1/M sum (x - mean)^2,  rstd = 1/sqrt(var + eps)
     x_hat = (x - mean) * rstd,  y = weight * x_hat + bias
@@ -6,9 +6,9 @@
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167: Algorithm 1 (forward), section 3 (gradients),
 Algorithm 2 (running statistics).
 
-Shapes: N batch, C channels, L all that follows, M = N * L values per channel. Tensors called x, dy
-and dx are (N, C) or (N, C, ...), per-channel ones (C,). Any float dtype: fp16 and bf16 are computed
-in fp32, everything else in its own dtype. Only composite, differentiable torch operations.
+Shapes: N batch, C channels, L all other dimensions, M = N * L values per channel. Tensors called
+x, dy and dx are (N, C) or (N, C, ...), per-channel ones (C,). Any float dtype: fp16 and bf16 are
+computed in fp32, others in their own dtype. All operations are differentiable torch operations.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ from bn_lightning.kernels.arguments import Backward
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which a tensor of `dtype` is computed: fp32 or wider."""
+    """Return the dtype in which a tensor of `dtype` is computed: fp32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the mean and the biased variance of each channel, in two passes.
+    """Compute the mean and the biased variance of each channel, in two passes.
 
-    Two passes, because E[x^2] - E[x]^2 loses every digit once the mean is large.
+    In one pass E[x^2] - E[x]^2 would lose every digit when the mean is large.
 
     Args:
         x: (N, C, ...), any float dtype.
@@ -55,18 +55,18 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalises each channel of `x`, and in training updates the running statistics in place.
+    """Normalize each channel of `x`, and in training update the running statistics in place.
 
-    In training `running = (1 - momentum) * running + momentum * batch`, with the biased variance
-    for normalising and the unbiased one, M / (M - 1) times larger, for `running_var`.
+    In training `running = (1 - momentum) * running + momentum * batch`. The biased variance
+    normalizes, and the unbiased one, M / (M - 1) times larger, updates `running_var`.
 
     Args:
         x: (N, C, ...), any float dtype.
-        weight: (C,), the paper's gamma; None stands for ones.
-        bias: (C,), the paper's beta; None stands for zeros.
-        running_mean: (C,); needed in evaluation, updated in place in training.
-        running_var: (C,), unbiased; needed in evaluation, updated in place in training.
-        training: normalise by the batch's statistics, else by the running ones.
+        weight: (C,), the paper's gamma, or None for ones.
+        bias: (C,), the paper's beta, or None for zeros.
+        running_mean: (C,); required in evaluation, updated in place in training.
+        running_var: (C,), unbiased; required in evaluation, updated in place in training.
+        training: normalize by the statistics of the batch, else by the running ones.
         momentum: weight of the batch in the running statistics, in [0, 1].
         eps: added to the variance, > 0.
 
@@ -84,7 +84,7 @@ def batch_norm(
         if count < 2:
             raise ValueError(
                 f"expected `x` to have more than 1 value per channel when training, got shape "
-                f"{tuple(x.shape)}"
+                f"{tuple(x.shape)}; use a larger batch"
             )
         mean_C, var_C = batch_statistics(x)
         if running_mean is not None and running_var is not None:
@@ -94,17 +94,18 @@ def batch_norm(
     else:
         if running_mean is None or running_var is None:
             raise ValueError(
-                "expected `running_mean` and `running_var` in evaluation, got None for at least one"
+                "expected `running_mean` and `running_var` to be tensors in evaluation, got None "
+                "for at least one; pass both"
             )
         dtype = compute_dtype(x.dtype)
         mean_C, var_C = running_mean.to(dtype), running_var.to(dtype)
-    return normalize(x, mean_C, torch.rsqrt(var_C + eps), weight, bias)
+    return apply_normalization(x, mean_C, torch.rsqrt(var_C + eps), weight, bias)
 
 
-def normalize(
+def apply_normalization(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Computes (x - mean) * rstd * weight + bias in the dtype of `mean`, rounded to that of `x`.
+    """Compute (x - mean) * rstd * weight + bias in the dtype of `mean`, rounded to that of `x`.
 
     Args:
         x: (N, C, ...), any float dtype.
@@ -129,17 +130,17 @@ def normalize(
 def batch_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, *, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of x, weight and bias from that of y.
+    """Compute the gradients of x, weight and bias from that of y.
 
         dbias = sum dy,  dweight = sum dy * x_hat
         training:    dx = weight * rstd * (dy - dbias / M - x_hat * dweight / M)
         evaluation:  dx = weight * rstd * dy
 
-    The training form is the paper's three equations for dl/dvar, dl/dmean and dl/dx put into one;
-    in evaluation mean and rstd are constants, which leaves the first term.
+    The training form combines the paper's three equations for dl/dvar, dl/dmean and dl/dx. In
+    evaluation mean and rstd are constants, so only the first term remains.
 
     Args:
-        dy: (N, C, ...), any float dtype, gradient of y.
+        dy: (N, C, ...), any float dtype, the gradient of y.
         x: (N, C, ...), input of the forward.
         mean: (C,) in the compute dtype, as the forward used it.
         rstd: (C,) in the compute dtype, as the forward used it.
@@ -218,7 +219,7 @@ def gradient_of_z(call: Backward) -> Tensor:
         return g * of_output(call.y.to(dtype))
     if call.x is None:
         return g
-    z = normalize(call.x.to(dtype), call.mean, call.rstd, call.weight, call.bias)
+    z = apply_normalization(call.x.to(dtype), call.mean, call.rstd, call.weight, call.bias)
     z = z if call.residual is None else z + call.residual.to(dtype)
     return g * derivative(z, call.activation, call.negative_slope)
 
@@ -257,7 +258,7 @@ def vector_jacobian_product(
 
 
 def pack_mask(each: Tensor, channels_last: bool) -> Tensor:
-    """Returns eight bools in a byte, in the order of memory.
+    """Pack eight bools into a byte, in the order of memory.
 
     Args:
         each: (N, C, ...) bool.
@@ -273,7 +274,7 @@ def pack_mask(each: Tensor, channels_last: bool) -> Tensor:
 
 
 def unpack_mask(mask: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-    """Returns one bool for each element, from eight in a byte in the order of memory."""
+    """Return what `pack_mask` packed, as (N, C, ...) bool of shape `shape`."""
     each = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
     flat = each.flatten()[: shape.numel()] != 0
     if not channels_last:
@@ -282,7 +283,7 @@ def unpack_mask(mask: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
 
 
 def _project(g: Tensor, x_hat: Tensor) -> Tensor:
-    """Takes from g what mean and variance absorb: g - mean(g) - x_hat * mean(g * x_hat)."""
+    """Compute g - mean(g) - x_hat * mean(g * x_hat), the part of g that mean and var let pass."""
     mean_g = as_channels(_channel_mean(g), g)
     mean_gx = as_channels(_channel_mean(g * x_hat), g)
     return g - mean_g - x_hat * mean_gx
@@ -297,12 +298,12 @@ def _scale(rstd: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def as_channels(value_C: Tensor, x: Tensor) -> Tensor:
-    """Shapes a (C,) tensor so that it broadcasts against `x`."""
+    """Reshape a (C,) tensor so that it broadcasts to `x`."""
     return value_C.reshape(1, -1, *(1 for _ in range(x.dim() - 2)))
 
 
 def channel_sum(x: Tensor) -> Tensor:
-    """Sums (N, C, ...) to (C,), in its own dtype."""
+    """Sum (N, C, ...) to (C,), in its own dtype."""
     return x.sum(dim=[d for d in range(x.dim()) if d != 1])
 
 

@@ -1,18 +1,19 @@
-"""From shape, dtype, layout and device to regime, tiles, splits and warps: pure functions.
+"""Choose regime, tiles, splits and warps from shape, dtype, layout and device, by pure functions.
 
 Shapes: N batch, C channels, L flattened space, M = N * L values per channel. A channels-last tensor
-is (N * L, C, 1): its channels lie side by side, as those of a plain (N, C) do.
+is (N * L, C, 1): its channels are neighbours in memory, as those of a plain (N, C) are.
 
 Three regimes:
 
-    small     one launch forward, one backward; a program does all there is to do for its channels.
-              For tensors of which whole channels fit the L2 cache while programs work on them.
-    split     two passes over the tensor and a small kernel between; the second pass goes backwards,
-              so that it begins with what the first left in the cache.
-    resident  one launch of programs that stay; each element is read from memory once (resident.py).
+    single_launch  one launch forward, one backward; a program does all the work for its channels.
+                   For tensors whose channels fit the L2 cache while programs work on them.
+    two_pass       two passes over the tensor and a small kernel between; the second pass goes
+                   backwards, so it starts with what the first left in the cache.
+    persistent     one launch of programs that take work items one after another; each element is
+                   read from memory once (persistent.py).
 
-A reduction walks tiles of N x C x L, and a split is the run of tiles one program walks. The
-elementwise pass of `split` walks memory flat.
+A reduction goes through tiles of N x C x L, and a split is the run of tiles of one program. The
+elementwise pass of `two_pass` goes through memory in order.
 """
 
 import contextlib
@@ -23,37 +24,36 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
-# The sizes below follow from the hardware; none has been tuned by measurement yet: not measured on
-# a GPU.
+# The sizes below are derived from the hardware. None has been measured on a GPU.
 
-# 16 values of each tensor a thread: enough loads in flight, and no spill with the two tensors and
-# two accumulators of the backward.
+# 16 values of each tensor for each thread: enough loads in flight, and no spill with the two
+# tensors and two accumulators of the backward.
 TILE_ELEMENTS = 4096
-# The elementwise pass has no loop to feed: half of that leaves registers for twice the warps.
+# The elementwise pass has no loop, so half of that leaves registers for twice the warps.
 FLAT_ELEMENTS = 2048
 MAX_THREADS = 256
 # One cache line: narrower rows waste bandwidth, wider ones leave fewer programs across C.
 ROW_BYTES = 128
 # The share of a row of L that may be padding before a narrower tile is taken.
 MAX_PADDING = 1 / 8
-# Programs for each multiprocessor: of a reduction, and of those that stay (`resident`) or are at
-# work at once (`small`).
+# Programs for each multiprocessor: of a reduction, and those that run at once in `persistent` and
+# `single_launch`.
 PROGRAMS_PER_PROCESSOR = 8
 PROGRAMS_AT_WORK = 2
-# The finishing kernels hold all splits of some channels at once, so that their order is fixed.
+# The finishing kernels load all splits of some channels at once, so their order is fixed.
 MAX_SPLITS = 256
 FINISH_ELEMENTS = 2048
-# Below this a launch costs more than the bytes: 1 MB takes 0.5 us at an H200's 4.3 TB/s, a launch
-# some 3 us.
+# Below this a launch costs more than the traffic: 1 MB takes 0.5 us at an H200's 4.3 TB/s, and a
+# launch about 3 us.
 SINGLE_LAUNCH_BYTES = 1 << 20
-# The part of L2 that may hold what will be read again; the rest is for what passes through.
+# The share of L2 for data that will be read again; the rest is for data read or written once.
 CACHE_SHARE = 0.5
-# What one item of `resident` reads: long beside the cost of its ticket, short beside L2.
+# Bytes that one item of `persistent` reads: many for the cost of a ticket, few for the L2 cache.
 PERSISTENT_ITEM_BYTES = 1 << 15
 
 
 class Regime(Enum):
-    """How a BatchNorm is cut into launches."""
+    """How a BatchNorm is divided into launches; see the module's docstring."""
 
     SINGLE_LAUNCH = "single_launch"
     TWO_PASS = "two_pass"
@@ -62,13 +62,13 @@ class Regime(Enum):
 
 @dataclass(frozen=True)
 class Device:
-    """What the schedule knows of a device.
+    """The properties of a device that the schedule depends on.
 
     Attributes:
-        processors: multiprocessors, or compute units.
-        cache_bytes: of the L2 cache.
+        processors: number of multiprocessors or compute units.
+        cache_bytes: size of the L2 cache.
         warp_size: threads in a warp: 32, or 64 in AMD's wavefronts.
-        registers: of a processor, 32 bits each; 0 where no limit can be set (AMD).
+        registers: 32-bit registers of a processor; 0 if no limit can be set (AMD).
     """
 
     processors: int
@@ -77,30 +77,30 @@ class Device:
     registers: int = 0
 
 
-# What the interpreter runs on: few programs, so that it ends, and an H200's cache.
+# For the interpreter: few programs, because it is slow, and an H200's cache.
 INTERPRETER = Device(processors=2, cache_bytes=50 << 20)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the kernels cut a tensor.
+    """How the kernels divide a tensor.
 
     Attributes:
         regime: which kernels run.
-        N: samples; N * L of the tensor where it is channels-last.
+        N: samples; N * L of the tensor if it is channels-last.
         C: channels.
-        L: positions in space; 1 where the tensor is channels-last.
+        L: positions in space; 1 if the tensor is channels-last.
         block_n: samples in a tile, a power of two like the other two.
         block_c: channels in a tile.
         block_l: positions in a tile.
-        num_warps: of a program that walks tiles.
+        num_warps: of a program that goes through tiles.
         splits: programs or items that share a block of channels, in [1, MAX_SPLITS].
-        tiles_per_split: consecutive tiles one of them walks.
-        lag: `resident`: blocks of channels by which the second reading follows the first.
-        programs: `resident`: programs that stay.
-        wide: whether an offset may pass 2^31.
-        max_warps: of any program; a thread then has 16 bytes of a 16-bit dtype, or more.
-        max_registers: of a thread that walks tiles; None for the compiler's choice.
+        tiles_per_split: consecutive tiles of a split.
+        lag: of `persistent`: blocks of channels between the two readings of a block.
+        programs: of `persistent`.
+        wide: whether an offset may exceed 2^31.
+        max_warps: of any program; a thread then has at least 16 bytes of a 16-bit dtype.
+        max_registers: of a thread that goes through tiles; None for the compiler's choice.
     """
 
     regime: Regime
@@ -133,18 +133,18 @@ class Schedule:
 
     @property
     def channel_blocks(self) -> int:
-        """Blocks of `block_c` channels."""
+        """Number of blocks of `block_c` channels."""
         return cdiv(self.C, self.block_c)
 
     @property
     def finish_tile(self) -> tuple[int, int]:
-        """Tile of the kernels that combine the splits: all splits x some channels."""
+        """(splits, channels) of a tile of the kernels that combine the splits; all splits fit."""
         block_s = _next_power_of_2(self.splits)
         return block_s, min(FINISH_ELEMENTS // block_s, _next_power_of_2(self.C))
 
     @property
     def flat_elements(self) -> int:
-        """Elements one program of the elementwise pass does."""
+        """Elements of a program of the elementwise pass."""
         return min(FLAT_ELEMENTS, max(8, _next_power_of_2(self.N * self.C * self.L)))
 
     @property
@@ -159,26 +159,26 @@ class Schedule:
 
     @functools.cached_property
     def tiling(self) -> "Tiling":
-        """What a kernel that walks tiles reads."""
+        """The argument of kernels that go through tiles."""
         blocks = (self.block_n, self.block_c, self.block_l, self.wide)
         return Tiling(self.N, self.C, self.L, *map(as_constexpr, blocks))
 
     @functools.cached_property
     def flat(self) -> "Flat":
-        """What a kernel of the elementwise pass reads."""
+        """The argument of kernels of the elementwise pass."""
         constants = map(as_constexpr, (self.flat_elements, self.eights))
         return Flat(self.N * self.C * self.L, self.C, self.L, *constants)
 
     @functools.cached_property
     def walk_options(self) -> dict[str, int]:
-        """Launch options of a kernel that walks tiles."""
+        """Launch options of kernels that go through tiles."""
         # Not every backend accepts `maxnreg`.
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         return limit | {"num_warps": self.num_warps}
 
 
 class Tiling(NamedTuple):
-    """A tensor and its tiles, as kernels take them.
+    """The shape of a tensor and of its tiles.
 
     Attributes:
         N: samples.
@@ -200,7 +200,7 @@ class Tiling(NamedTuple):
 
 
 class Flat(NamedTuple):
-    """A tensor as the elementwise pass sees it: a run of elements in the order of memory.
+    """The shape of a tensor whose elements are taken in the order of memory.
 
     Attributes:
         numel: N * C * L.
@@ -227,14 +227,15 @@ def as_constexpr(value: bool | int | str) -> Any:
 
 
 def flatten(shape: Sequence[int], channels_last: bool) -> tuple[int, int, int]:
-    """Returns (N, C, L) of memory; a channels-last tensor is (N * L, C, 1).
+    """Return (N, C, L) in memory; a channels-last tensor is (N * L, C, 1).
 
     Raises:
         ValueError: fewer than two dimensions, or a dimension below 1.
     """
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(
-            f"expected `shape` to be (N, C) or (N, C, ...) and not empty, got {tuple(shape)}"
+            f"expected `shape` to be (N, C) or (N, C, ...) without a 0, got {tuple(shape)}; leave "
+            f"empty tensors to ATen"
         )
     N, C, L = shape[0], shape[1], math.prod(shape[2:])
     return (N * L, C, 1) if channels_last else (N, C, L)
@@ -245,10 +246,10 @@ _forced: Regime | None = None
 
 @contextlib.contextmanager
 def forced_regime(regime: Regime) -> Iterator[None]:
-    """Makes every BatchNorm inside run in `regime`, in all threads: for tests and benchmarks.
+    """Run every BatchNorm inside in `regime`, in all threads; for tests and benchmarks.
 
-    Two things `small` and `resident` cannot do still run as `split`: bits of a mask where eight
-    neighbours in memory may belong to different rows, and `small` with a cumulative average.
+    Two cases still run in `two_pass`: a mask whose groups of eight neighbours in memory may belong
+    to different rows, and `single_launch` with a cumulative average.
     """
     global _forced
     before, _forced = _forced, regime
@@ -267,17 +268,16 @@ def make_schedule(
     writes_mask: bool = False,
     cumulative: bool = False,
 ) -> Schedule:
-    """Chooses regime, tiles and splits for a dense tensor that is not empty.
+    """Choose regime, tiles and splits for a dense tensor that is not empty.
 
-    `resident` is never chosen by itself: it is right by its argument and under the interpreter, and
-    not measured on a GPU. `forced_regime` runs it.
+    `persistent` is used only inside `forced_regime`, because it has not been measured on a GPU.
 
     Args:
-        shape: (N, C) or (N, C, ...), hashable.
-        itemsize: bytes of one element.
-        channels_last: whether the channels lie side by side in memory.
-        device: where it runs.
-        writes_mask: whether the forward writes one bit an element.
+        shape: (N, C) or (N, C, ...).
+        itemsize: bytes of an element.
+        channels_last: whether the channels are neighbours in memory.
+        device: on which the kernels run.
+        writes_mask: whether the forward writes the mask of the derivative.
         cumulative: whether `momentum` is None in training.
 
     Returns:
@@ -287,7 +287,13 @@ def make_schedule(
         ValueError: fewer than two dimensions, or a dimension below 1.
     """
     return _make_schedule(
-        tuple(shape), itemsize, channels_last, device, writes_mask, cumulative, _forced
+        tuple(shape),
+        itemsize,
+        channels_last,
+        device,
+        writes_mask=writes_mask,
+        cumulative=cumulative,
+        forced=_forced,
     )
 
 
@@ -297,6 +303,7 @@ def _make_schedule(
     itemsize: int,
     channels_last: bool,
     device: Device,
+    *,
     writes_mask: bool,
     cumulative: bool,
     forced: Regime | None,
@@ -304,21 +311,21 @@ def _make_schedule(
     N, C, L = flatten(shape, channels_last)
     regime = forced or choose_regime(N, C, L, itemsize, device)
     if writes_mask and (C if L == 1 else L) % 8:
-        # Eight neighbours must lie in one row, or two programs would write one byte.
+        # Eight neighbours must belong to one row, or two programs would write the same byte.
         regime = Regime.TWO_PASS
     if cumulative and regime is Regime.SINGLE_LAUNCH:
-        # Its programs would read the count of batches while one of them writes it.
+        # Its programs would read the number of batches while one of them writes it.
         regime = Regime.TWO_PASS
 
-    # One launch holds the registers of both its passes; where rows of channels begin anywhere, a
-    # thread loads single values and holds their addresses. Half the values leave room for either.
+    # One launch needs the registers of both passes. If rows of channels start at any address, a
+    # thread loads single values and keeps their addresses. Half the values leave room for either.
     halved = regime is not Regime.TWO_PASS or (L == 1 and C % 16 != 0)
     tile_elements = TILE_ELEMENTS // 2 if halved else TILE_ELEMENTS
     block_l = min(_columns(L), tile_elements)
     row = max(1, ROW_BYTES // itemsize // block_l)
     block_c = min(_next_power_of_2(C), row)
     if regime is Regime.SINGLE_LAUNCH and N * L * block_c < tile_elements:
-        # Several channels a program, as many as a tile holds, where enough programs are left.
+        # Several channels for each program, as many as fit a tile, if enough programs are left.
         room = tile_elements // (_next_power_of_2(N) * block_l)
         share = 1 << max(0, (C // device.processors).bit_length() - 1)
         block_c = max(block_c, min(room, share, _next_power_of_2(C)))
@@ -338,12 +345,12 @@ def _make_schedule(
     else:
         splits = cdiv(PROGRAMS_PER_PROCESSOR * device.processors, blocks)
     tiles_per_split = cdiv(tiles, max(1, min(splits, tiles, MAX_SPLITS)))
-    # Counted anew, so that no split is empty.
+    # Counted again, so that no split is empty.
     splits = cdiv(tiles, tiles_per_split)
     programs = min(PROGRAMS_AT_WORK * device.processors, blocks * splits)
     max_registers = None
     if regime is Regime.PERSISTENT and device.registers:
-        # Left alone, ptxas saves registers for programs that do not exist, and spills a few.
+        # Without the limit ptxas saves registers for programs that do not exist, and spills some.
         max_registers = device.registers // (PROGRAMS_AT_WORK * MAX_THREADS)
     return Schedule(
         regime=regime,
@@ -356,7 +363,7 @@ def _make_schedule(
         num_warps=max(1, elements * max_warps // tile_elements),
         splits=splits,
         tiles_per_split=tiles_per_split,
-        # Far enough that the items waited for have ended when an item of the second reading begins.
+        # Large enough that an item of the second reading finds the items it waits for finished.
         lag=cdiv(programs, splits) + 1,
         programs=programs,
         wide=N * C * L >= 1 << 31,
@@ -366,10 +373,10 @@ def _make_schedule(
 
 
 def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regime:
-    """Chooses `small` for tensors one launch is enough for, else `split`.
+    """Choose `single_launch` if one launch is enough, else `two_pass`.
 
-    That is: tensors below `SINGLE_LAUNCH_BYTES`, and those with a channel for each program at work and
-    channels so short that what those programs read twice fits their share of the L2 cache.
+    One launch is enough for tensors below `SINGLE_LAUNCH_BYTES`, and for those with a channel for
+    each program and channels so short that what the programs read twice fits `CACHE_SHARE` of L2.
     """
     if N * C * L * itemsize <= SINGLE_LAUNCH_BYTES:
         return Regime.SINGLE_LAUNCH
@@ -382,7 +389,7 @@ def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regi
 
 
 def _columns(L: int) -> int:
-    """Chooses the positions in a tile: as many as may be without much padding."""
+    """Choose the positions in a tile: as many as possible without much padding."""
     widest = min(_next_power_of_2(L), TILE_ELEMENTS)
     columns = widest
     while columns > 64:
@@ -393,7 +400,7 @@ def _columns(L: int) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Returns a / b, rounded up; `triton.cdiv` takes over 1 us, which every launch would pay."""
+    """Return a / b, rounded up; `triton.cdiv` takes over 1 us at every launch."""
     return -(-a // b)
 
 

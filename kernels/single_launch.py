@@ -65,7 +65,7 @@ def _bn_backward_single_launch_kernel(
     walk_gradients(tensors, values, found, offs_c, 0, tiles, tiling)
 
 
-def forward(
+def forward_single_launch(
     call: Forward, running: RunningStatistics, eps: float, schedule: Schedule
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Run a training forward in one launch.
@@ -93,7 +93,7 @@ def forward(
     return y, mask, mean_C, rstd_C
 
 
-def backward(
+def backward_single_launch(
     call: Backward, needs: BackwardNeeds, schedule: Schedule
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Run a backward with all its sums in one launch.

@@ -30,7 +30,7 @@ from bn_lightning.kernels.arguments import (
     new_statistics,
 )
 from bn_lightning.kernels.schedule import Schedule, Tiling, cdiv
-from bn_lightning.kernels.tile import count_tiles, load_tile, locate_tile, row_sum
+from bn_lightning.kernels.tile import count_tiles, load_tile, locate_tile, sum_rows
 
 
 class Moments(NamedTuple):
@@ -144,11 +144,11 @@ def _walk_once(
         x = load_tile(x_ptr, tile, "")
         if number == first:
             # Close enough to the mean that the sum of the differences has small errors.
-            mean = row_sum(x) / tile_count
+            mean = sum_rows(x) / tile_count
         x = tl.where(tile.inside, x - mean[:, None, None], 0.0)
-        tile_mean = row_sum(x) / tile_count
+        tile_mean = sum_rows(x) / tile_count
         centred = tl.where(tile.inside, (x - tile_mean[:, None, None]) * scale, 0.0)
-        tile_m2 = row_sum(centred * centred)
+        tile_m2 = sum_rows(centred * centred)
         partial = Partial(count, mean, low, m2)
         count, mean, low, m2 = _add_tile(partial, tile_count, tile_mean, tile_m2, scale)
     return Partial(count, mean, low, m2)

@@ -115,7 +115,7 @@ def batch_norm_elemt(
     if triton:
         return torch.ops.bn_lightning.batch_norm_elemt(mean, rstd, *call)
     x, activation = call.x, call.activation
-    z = reference.normalize(x.to(mean.dtype), mean, rstd, call.weight, call.bias)
+    z = reference.apply_normalization(x.to(mean.dtype), mean, rstd, call.weight, call.bias)
     if call.residual is not None:
         z = z + call.residual.to(mean.dtype)
     y = z if activation == "identity" else activate(z, activation, call.negative_slope)
@@ -174,7 +174,7 @@ def batch_norm_backward_elemt(
 
 def _x_hat(call: Backward) -> Tensor:
     x: Any = call.x
-    return reference.normalize(x.to(call.mean.dtype), call.mean, call.rstd, None, None)
+    return reference.apply_normalization(x.to(call.mean.dtype), call.mean, call.rstd, None, None)
 
 
 def _stats(x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def _stats(x: Tensor) -> Tensor:
     check_device(x)
     channels_last = is_channels_last(x)
     x = as_layout(x, channels_last)
-    schedule = schedule_of(x, channels_last, writes_mask=False, cumulative=False)
+    schedule = schedule_of(x, channels_last)
     packed = _fake_stats(x)
     mean, root, *halves = packed.split([schedule.C, schedule.C, 1, 1])
     for half, value in zip(halves, divmod(schedule.values_per_channel, _HALF), strict=True):
@@ -204,7 +204,7 @@ def _elemt(mean: Tensor, rstd: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
     check_device(call.x)
     channels_last = is_channels_last(call.x)
     call = call.in_layout(channels_last)
-    schedule = schedule_of(call.x, channels_last, writes_mask=call.writes_mask, cumulative=False)
+    schedule = schedule_of(call.x, channels_last, writes_mask=call.writes_mask)
     with torch.cuda.device_of(call.x):
         y, mask = launch_normalize(call, mean, rstd, schedule)
     return y, or_empty(mask, y)
@@ -221,7 +221,7 @@ def _backward_reduce(*arguments: Any) -> Tensor:
 
     call = Backward(*arguments).in_layout()
     check_device(call.dy)
-    schedule = schedule_of(call.dy, call.channels_last, writes_mask=False, cumulative=False)
+    schedule = schedule_of(call.dy, call.channels_last)
     with torch.cuda.device_of(call.dy):
         dweight_C, dbias_C = affine_gradients(call, schedule)
     return torch.stack([dbias_C, dweight_C])
@@ -239,7 +239,7 @@ def _backward_elemt(
 
     call = Backward(*arguments).in_layout()
     check_device(call.dy)
-    schedule = schedule_of(call.dy, call.channels_last, writes_mask=False, cumulative=False)
+    schedule = schedule_of(call.dy, call.channels_last)
     needs = BackwardNeeds(training=True, dx=needs_dx, affine=False, dresidual=needs_dresidual)
     # The kernel divides by the count of this rank's part.
     dbias_C, dweight_C = (means * schedule.values_per_channel).unbind()

@@ -38,7 +38,7 @@ class Tile(NamedTuple):
     inside: tl.tensor
 
 
-class Channels(NamedTuple):
+class ChannelValues(NamedTuple):
     """The per-channel values that an element needs, fp32, of a shape that broadcasts to the tile.
 
     Attributes:
@@ -87,20 +87,20 @@ def count_tiles(tiling: Tiling) -> tl.tensor:
 
 
 @triton.jit
-def row_sum(values: tl.tensor) -> tl.tensor:
+def sum_rows(values: tl.tensor) -> tl.tensor:
     """Sum a tile that has its channels first to (BLOCK_C,), in one reduction."""
     BLOCK_C: tl.constexpr = values.shape[0]
     return tl.sum(values.reshape((BLOCK_C, values.numel // BLOCK_C)), axis=1)
 
 
 @triton.jit
-def channel_sum(values: tl.tensor) -> tl.tensor:
+def sum_channels(values: tl.tensor) -> tl.tensor:
     """Sum a tile to (BLOCK_C,)."""
     if values.shape[2] == 1:
         # Keeps the layout of the tile's channels across threads.
         return tl.sum(tl.sum(values, axis=2), axis=0)
     else:
-        return row_sum(tl.permute(values, (1, 0, 2)))
+        return sum_rows(tl.permute(values, (1, 0, 2)))
 
 
 @triton.jit
@@ -110,9 +110,9 @@ def as_tile(value_C: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def channels_as_tile(channels: Channels) -> Channels:
+def channels_as_tile(channels: ChannelValues) -> ChannelValues:
     """Reshape (BLOCK_C,) values so that they broadcast to a tile."""
-    return Channels(
+    return ChannelValues(
         as_tile(channels.mean),
         as_tile(channels.rstd),
         as_tile(channels.scale),
@@ -121,7 +121,7 @@ def channels_as_tile(channels: Channels) -> Channels:
 
 
 @triton.jit
-def load_channels(tensors: ChannelTensors, offs_c: tl.tensor, mask_c: tl.tensor) -> Channels:
+def load_channels(tensors: ChannelTensors, offs_c: tl.tensor, mask_c: tl.tensor) -> ChannelValues:
     """Load the values of some channels."""
     mean = tl.load(tensors.mean_ptr + offs_c, mask=mask_c, other=0.0)
     rstd = tl.load(tensors.rstd_ptr + offs_c, mask=mask_c, other=0.0)
@@ -135,7 +135,7 @@ def make_channels(
     tensors: ChannelTensors,
     offs_c: tl.tensor,
     mask_c: tl.tensor,
-) -> Channels:
+) -> ChannelValues:
     """Load weight and bias, and put them together with the mean and rstd at hand."""
     scale = rstd
     shift = tl.zeros_like(rstd)
@@ -144,7 +144,7 @@ def make_channels(
         scale = rstd * weight.to(tl.float32)
     if tensors.bias_ptr is not None:
         shift = tl.load(tensors.bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    return Channels(mean, rstd, scale, shift)
+    return ChannelValues(mean, rstd, scale, shift)
 
 
 @triton.jit
@@ -162,7 +162,9 @@ def store_tile(ptr: tl.tensor, tile: Tile, values: tl.tensor) -> None:
 
 
 @triton.jit
-def write_output(x: tl.tensor, channels: Channels, tensors: ForwardTensors, tile: Tile) -> None:
+def write_output(
+    x: tl.tensor, channels: ChannelValues, tensors: ForwardTensors, tile: Tile
+) -> None:
     """Store y and, if there is a `mask_ptr`, the mask of the derivative.
 
     Bit i of byte b of the mask belongs to the element at offset 8 b + i. With a mask, eight
@@ -173,10 +175,10 @@ def write_output(x: tl.tensor, channels: Channels, tensors: ForwardTensors, tile
     if tensors.residual_ptr is not None:
         shift += load_tile(tensors.residual_ptr, tile, "evict_first")
     z = tl.fma(x - channels.mean, channels.scale, shift)
-    store_tile(tensors.y_ptr, tile, activate(z, tensors.negative_slope, tensors.ACTIVATION))
+    store_tile(tensors.y_ptr, tile, apply_activation(z, tensors.negative_slope, tensors.ACTIVATION))
     if tensors.mask_ptr is not None:
         groups: tl.constexpr = z.numel // 8
-        upper = upper_branch(z, tensors.ACTIVATION).to(tl.int32).reshape((groups, 8))
+        upper = on_upper_branch(z, tensors.ACTIVATION).to(tl.int32).reshape((groups, 8))
         packed = tl.sum(upper << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
         first = tl.min(tile.offsets.broadcast_to(z.shape).reshape((groups, 8)), axis=1)
         inside = tile.inside.broadcast_to(z.shape).to(tl.int32).reshape((groups, 8))
@@ -187,7 +189,7 @@ def write_output(x: tl.tensor, channels: Channels, tensors: ForwardTensors, tile
 @triton.jit
 def load_gradient(
     x: tl.tensor,  # fp32; not used if z is not needed
-    channels: Channels,
+    channels: ChannelValues,
     tensors: BackwardTensors,
     tile: Tile,
     EVICTION: tl.constexpr,
@@ -214,7 +216,7 @@ def load_gradient(
 
 @triton.jit
 def expm1(z: tl.tensor) -> tl.tensor:
-    """exp(z) - 1; near 0, where that cancels, its Taylor series: 0.5^8 / 9! is 1e-8."""
+    """Return exp(z) - 1, near 0 by its Taylor series, whose error is 0.5^8 / 9! = 1e-8."""
     series = tl.fma(z, 1.0 / 40320.0, 1.0 / 5040.0)
     series = tl.fma(series, z, 1.0 / 720.0)
     series = tl.fma(series, z, 1.0 / 120.0)
@@ -226,8 +228,10 @@ def expm1(z: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def tanh(z: tl.tensor) -> tl.tensor:
-    """1 - 2 / (e^2z + 1); near 0, where that cancels, Lambert's continued fraction, cut after
-    z^2 / 9: what is left is below 3e-10."""
+    """Return tanh(z) = 1 - 2 / (e^2z + 1), near 0 by Lambert's continued fraction up to z^2 / 9.
+
+    The error of the continued fraction is below 3e-10.
+    """
     square = z * z
     small = square * (315.0 + 14.0 * square) / (945.0 + square * (420.0 + 15.0 * square))
     large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(z)) + 1.0)
@@ -236,8 +240,8 @@ def tanh(z: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def tanh_softplus(z: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """tanh(log(1 + n)) = n (n + 2) / (n (n + 2) + 2) with n = e^z, and its 1 - t^2."""
-    # Cut at 20, where the result is 1 in fp32 and n^4 is finite.
+    """Return t = tanh(log(1 + n)) = n (n + 2) / (n (n + 2) + 2) with n = e^z, and 1 - t^2."""
+    # From 20 on the result is 1 in fp32; n^4 must be finite.
     n = tl.exp(tl.where(z > 20.0, 20.0, z))
     d = n * (n + 2.0) + 2.0
     cosine = 2.0 * (n + 1.0) / d
@@ -246,19 +250,19 @@ def tanh_softplus(z: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def gelu_tanh_argument(z: tl.tensor) -> tl.tensor:
-    """Twice the argument u of the tanh: (1 + tanh u) / 2 is sigmoid(2 u), without a difference."""
+    """Return twice the argument u of the tanh: (1 + tanh u) / 2 = sigmoid(2 u) cancels nothing."""
     u = 1.5957691216057308 * (z + 0.044715 * z * z * z)  # 2 sqrt(2 / pi)
-    # Cut where the sigmoid is 0 or 1 in fp32 and e^u is finite.
+    # Beyond 80 the sigmoid is 0 or 1 in fp32; e^u must be finite.
     return tl.where(u > 80.0, 80.0, tl.where(u < -80.0, -80.0, u))
 
 
 @triton.jit
-def activate(
+def apply_activation(
     z: tl.tensor,
     negative_slope: tl.tensor,
     ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
-    """act(z); a NaN stays one."""
+    """Return act(z); NaN stays NaN."""
     if ACTIVATION == "relu":
         return tl.where(z < 0.0, 0.0, z)
     elif ACTIVATION == "relu6":
@@ -295,9 +299,9 @@ def multiply_derivative(
     negative_slope: tl.tensor,
     ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
-    """dy * act'(z), with torch's choice at the kinks."""
+    """Return dy * act'(z), where act has a kink as torch does."""
     if ACTIVATION == "relu" or ACTIVATION == "relu6" or ACTIVATION == "leaky_relu":
-        return choose_branch(dy, upper_branch(z, ACTIVATION), negative_slope, ACTIVATION)
+        return choose_branch(dy, on_upper_branch(z, ACTIVATION), negative_slope, ACTIVATION)
     elif ACTIVATION == "elu":
         return tl.where(z > 0.0, dy, dy * tl.exp(z))
     elif ACTIVATION == "silu":
@@ -319,7 +323,7 @@ def multiply_derivative(
         return dy * (tl.sigmoid(z) * tl.sigmoid(-z))
     else:
         tl.static_assert(ACTIVATION == "tanh")
-        # 1 - tanh^2, without a difference.
+        # 1 - tanh^2, in a form that cancels nothing.
         e = tl.exp(-2.0 * tl.abs(z))
         return dy * (4.0 * e / ((1.0 + e) * (1.0 + e)))
 
@@ -328,7 +332,7 @@ def multiply_derivative(
 def multiply_derivative_of_output(
     dy: tl.tensor, y: tl.tensor, ACTIVATION: tl.constexpr
 ) -> tl.tensor:
-    """dy * act'(z) for an activation whose derivative is a function of y."""
+    """Return dy * act'(z) for an activation whose derivative is a function of y."""
     if ACTIVATION == "elu":
         return tl.where(y > 0.0, dy, dy * (y + 1.0))
     elif ACTIVATION == "sigmoid":
@@ -339,8 +343,8 @@ def multiply_derivative_of_output(
 
 
 @triton.jit
-def upper_branch(z: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Where the derivative of a piecewise linear activation is 1."""
+def on_upper_branch(z: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """Return where the derivative of a piecewise linear activation is 1."""
     if ACTIVATION == "relu6":
         return (z > 0.0) & (z < 6.0)
     else:
@@ -354,8 +358,8 @@ def choose_branch(
     negative_slope: tl.tensor,
     ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
-    """dy * act'(z) for a piecewise linear activation: dy on the upper branch, less on the lower."""
-    # Not a product with 0: an infinite dy must not become NaN.
+    """Return dy * act'(z) for a piecewise linear activation."""
+    # Not a product with 0, because an infinite dy must not become NaN.
     if ACTIVATION == "leaky_relu":
         return tl.where(upper, dy, dy * negative_slope)
     else:

@@ -15,6 +15,7 @@ from bn_lightning.kernels.schedule import (
     Device,
     Regime,
     Schedule,
+    as_constexpr,
     choose_regime,
     forced_regime,
     make_schedule,
@@ -219,35 +220,28 @@ def test_how_a_tensor_is_cut(
     ],
     ids=str,
 )
-def test_how_it_is_finished_and_passed_over(shape, channels_last, finish, flat, eights) -> None:
+def test_finishing_and_elementwise_tiles(shape, channels_last, finish, flat, eights) -> None:
     s = make_schedule(shape, 2, channels_last, H200)
     if math.prod(shape) > 1 << 19:
         assert s.regime is Regime.TWO_PASS
     assert s.finish_tile == finish
     assert (s.flat_elements, *s.flat_grid, s.flat_warps) == flat
     assert s.eights == eights
-    elements, programs, warps = flat
-    assert s.flat == {
-        "numel": math.prod(shape),
-        "C": s.C,
-        "L": s.L,
-        "BLOCK": elements,
-        "EIGHTS": eights,
-        "num_warps": warps,
-    }
-    assert s.walk == {
-        "N": s.N,
-        "C": s.C,
-        "L": s.L,
-        "BLOCK_N": s.block_n,
-        "BLOCK_C": s.block_c,
-        "BLOCK_L": s.block_l,
-        "WIDE": False,
-        "num_warps": s.num_warps,
-    }
+    assert s.walk_options == {"num_warps": s.num_warps}
 
 
-def test_where_small_ends() -> None:
+def test_kernels_take_constants_in_named_tuples() -> None:
+    pytest.importorskip("triton")
+    s = make_schedule((2, 3, 100), 4, False, H200)
+    values = [getattr(v, "value", v) for v in s.flat]
+    assert values == [600, 3, 100, s.flat_elements, s.eights]
+    values = [getattr(v, "value", v) for v in s.tiling]
+    assert values == [2, 3, 100, s.block_n, s.block_c, s.block_l, False]
+    # Triton keeps True and 1 apart, and so does the cache of constants.
+    assert as_constexpr(True).value is True and type(as_constexpr(1).value) is int
+
+
+def test_where_single_launch_ends() -> None:
     # 1 MiB is small whatever the shape, and one row more has too few channels to be.
     assert choose_regime(1 << 18, 1, 1, 4, H200) is Regime.SINGLE_LAUNCH
     assert choose_regime((1 << 18) + 1, 1, 1, 4, H200) is Regime.TWO_PASS
@@ -285,7 +279,7 @@ def test_regime(shape: tuple[int, ...], channels_last: bool, regime: Regime) -> 
         assert in_flight <= CACHE_SHARE * H200.cache_bytes
 
 
-def test_what_a_regime_cannot_do_is_split() -> None:
+def test_what_a_regime_does_not_support_runs_in_two_passes() -> None:
     for regime in Regime:
         with forced_regime(regime):
             assert (
@@ -310,7 +304,7 @@ def test_few_channels_are_split_and_many_are_not() -> None:
         assert make_schedule((256, 2048, 7, 7), 4, False, H200).splits == 1
 
 
-def test_resident_keeps_its_blocks_in_the_cache() -> None:
+def test_persistent_keeps_its_blocks_in_the_cache() -> None:
     with forced_regime(Regime.PERSISTENT):
         s = make_schedule((256, 64, 56, 56), 2, False, H200)
     assert s.programs == 2 * H200.processors
@@ -321,15 +315,15 @@ def test_resident_keeps_its_blocks_in_the_cache() -> None:
     assert (s.lag + 1) * block == 12_845_056 <= CACHE_SHARE * H200.cache_bytes
 
 
-def test_programs_that_stay_share_the_registers() -> None:
+def test_persistent_programs_share_the_registers() -> None:
     device = dataclasses.replace(H200, registers=1 << 16)
     with forced_regime(Regime.PERSISTENT):
         s = make_schedule((256, 64, 56, 56), 2, False, device)
-        assert "maxnreg" not in make_schedule((256, 64, 56, 56), 2, False, H200).walk
+        assert "maxnreg" not in make_schedule((256, 64, 56, 56), 2, False, H200).walk_options
     per_processor = s.programs // H200.processors
-    assert s.walk["maxnreg"] * s.num_warps * 32 * per_processor == device.registers
+    assert s.walk_options["maxnreg"] * s.num_warps * 32 * per_processor == device.registers
     # Elsewhere the compiler weighs registers against programs.
-    assert "maxnreg" not in make_schedule((256, 64, 56, 56), 2, False, device).walk
+    assert "maxnreg" not in make_schedule((256, 64, 56, 56), 2, False, device).walk_options
 
 
 def test_threads_that_load_single_values_have_half_of_them() -> None:
@@ -359,5 +353,5 @@ def test_schedule_is_frozen() -> None:
     "shape", [(), (3,), (0, 3), (2, 3, 0)], ids=["scalar", "1d", "empty_batch", "empty_space"]
 )
 def test_shapes_without_values_raise(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"`shape` to be \(N, C\) .* and not empty, got \("):
+    with pytest.raises(ValueError, match="`shape`"):
         make_schedule(shape, 4, False, H200)

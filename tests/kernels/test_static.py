@@ -173,7 +173,7 @@ def _record(warp_size: int, everything: bool) -> list[_Launch]:
                 _run(wanted, layout)
         x = torch.empty(layout.shape, dtype=wanted.dtype, device="meta")
         per_channel = torch.empty(layout.shape[1], device="meta")
-        schedule = dispatch.schedule_of(x, layout.channels_last, False, False)
+        schedule = dispatch.schedule_of(x, layout.channels_last)
         partials = stats.compute_partials(x, schedule)
         stats.merge_partials(partials, per_channel, per_channel, schedule)
         aligned = layout.aligned and wanted.dtype is torch.bfloat16

@@ -185,7 +185,7 @@ def test_several_splits_of_a_channel(regime, device):
     t = _tensors(device, torch.float32)
     t |= {k: t[k].repeat(29, 1, 4, 4) for k in ("x", "residual", "dy")}
     with forced_regime(regime):
-        schedule = dispatch.schedule_of(t["x"], False, False, False)
+        schedule = dispatch.schedule_of(t["x"], channels_last=False)
         found = _run(t, "relu", True, triton=True)
     assert (schedule.splits > 1) == (regime is not Regime.SINGLE_LAUNCH)
     for value, expected in zip(found, _true(t, "relu", True), strict=True):

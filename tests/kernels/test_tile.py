@@ -37,7 +37,7 @@ def _evaluate_kernel(
 ) -> None:
     offsets = tl.arange(0, 128)
     z = tl.load(z_ptr + offsets)
-    y = tile.activate(z, negative_slope, ACTIVATION)
+    y = tile.apply_activation(z, negative_slope, ACTIVATION)
     tl.store(value_ptr + offsets, y)
     one = tl.zeros_like(z) + 1.0
     if ACTIVATION != "identity":
