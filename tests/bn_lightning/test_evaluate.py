@@ -143,7 +143,10 @@ def test_classes_of_images(command, tmp_path):
         (folder / split / "dog").rename(folder / split / "wolf")
     result = command(evaluate.main, checkpoint)
     assert result.code == 1
-    assert "expected the classes of the checkpoint, got without dog and with wolf" in result.err
+    assert (
+        "expected the classes of the checkpoint, got classes without dog and with wolf"
+        in result.err
+    )
 
     for split in ("train", "val"):
         shutil.copytree(folder / split / "wolf", folder / split / "dog")
