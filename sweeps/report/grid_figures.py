@@ -316,7 +316,7 @@ def _numbers(values_IR: Float[np.ndarray, "I R"]) -> list[list[str]] | None:
 
 def _cells(grid: Grid, id: str, title: str, heatmap: Heatmap, page_caption: str) -> Panel:
     """Return a panel with the cells of the grid."""
-    rates = {i: short_number(grid.rates[i]) for i in labeled(len(grid.rates))}
+    rates: dict[float, str] = {i: short_number(grid.rates[i]) for i in labeled(len(grid.rates))}
     return Panel(
         id,
         title,

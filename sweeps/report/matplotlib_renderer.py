@@ -128,6 +128,11 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
                 _draw_heatmap(axes, series)
     _draw_axis(axes.xaxis, axes.set_xscale, panel.x)
     _draw_axis(axes.yaxis, axes.set_yscale, panel.y)
+    # After the scales; setting a limit to None would keep the limit of the linear scale.
+    if panel.x.bounds != (None, None):
+        axes.set_xlim(panel.x.bounds)
+    if panel.y.bounds != (None, None):
+        axes.set_ylim(panel.y.bounds)
     if any(isinstance(series, Heatmap) for series in panel.series):
         axes.tick_params(length=0, labelsize="small")
         axes.tick_params(axis="x", rotation=90)
@@ -218,8 +223,6 @@ def _draw_axis(drawn: MatplotlibAxis, set_scale: Callable[..., None], axis: Axis
         set_scale("log")
     elif axis.scale == "symlog":
         set_scale("symlog", linthresh=1, linscale=0.3)
-    if axis.bounds != (None, None):
-        drawn.axes.set(**{f"{drawn.axis_name}lim": axis.bounds})
     if axis.ticks is not None:
         drawn.set_ticks(list(axis.ticks), labels=list(map(_shortened, axis.ticks.values())))
         drawn.set_ticks([], minor=True)
@@ -252,10 +255,10 @@ def _draw_legend(drawn: matplotlib.figure.Figure, figure: Figure) -> None:
         found = [axes.get_legend_handles_labels() for axes in drawn.axes]
         by_name = {n: h for handles, names in found for h, n in zip(handles, names, strict=True)}
         handles = list(by_name.values())
-    columns = len(handles) if figure.legend == "above" else 3
+    is_above = figure.legend == "above"
     drawn.legend(
         handles=handles,
-        loc=f"outside {'upper' if figure.legend == 'above' else 'lower'} center",
-        ncols=columns,
+        loc="outside upper center" if is_above else "outside lower center",
+        ncols=len(handles) if is_above else 3,
         frameon=False,
     )

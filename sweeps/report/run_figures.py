@@ -111,7 +111,7 @@ def percentiles_figure(
         _, middle = zip(*metrics["activation/p50"], strict=True)
         _, high = zip(*metrics["activation/p85"], strict=True)
         style = Style(styles[label].color)
-        series = [
+        series: list[Series] = [
             Band(steps, low, high, style.color),
             Line(steps, low, "", style, width=0.5),
             Line(steps, high, "", style, width=0.5),
@@ -184,8 +184,8 @@ def batch_norm_figure(metrics: Mapping[str, Points]) -> Figure:
         )
         for name, title in _MONITORED.items()
     ]
-    legend = "below" if len(layers) <= _MOST_IN_LEGEND else ""
-    return Figure(panels, (3.2 * len(panels), 3.3), legend=legend)
+    inches = (3.2 * len(panels), 3.3)
+    return Figure(panels, inches, legend="below" if len(layers) <= _MOST_IN_LEGEND else "")
 
 
 def run_styles(labels: Iterable[str], arms: Arms | None = None) -> dict[str, Style]:

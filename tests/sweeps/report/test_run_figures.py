@@ -163,6 +163,12 @@ class TestArms:
 
 
 class TestSteps:
+    def test_a_logarithmic_axis_ends_near_its_points(self) -> None:
+        for figure in (accuracy_figure({"": ACCURACY}), loss_figure({"": ACCURACY})):
+            (axes,) = draw(figure).axes
+            low, high = axes.get_xlim()
+            assert 0.1 < low <= 1 and 50_000 <= high < 500_000
+
     def test_equal_ratios_are_equally_far_apart(self) -> None:
         """Most of what normalisation changes happens early."""
         for figure in (
