@@ -40,7 +40,9 @@ def format_error(error: BaseException) -> str:
     Errors that Hydra or OmegaConf wrap are unwrapped. An unknown key comes with the nearest known
     one.
     """
-    return _message(error).translate(_ESCAPED)
+    message = _message(error)
+    hint = moved_hint(message)
+    return (message if hint in message else message + hint).translate(_ESCAPED)
 
 
 def _message(error: BaseException) -> str:
@@ -58,10 +60,11 @@ def _message(error: BaseException) -> str:
             # The message of what a resolver raised follows OmegaConf's.
             return text.partition("raised while resolving interpolation: ")[2] or text
         case ImportError() if target := re.match(r"Error loading '(.+?)'", text):
-            name = target[1]
-            hint = moved_hint(name) or f": {error.__cause__}; correct it, or install its package"
             key = f"{built}._target_".removeprefix(".")
-            return f"expected `{key}` to be a name that can be found, got {name}{hint}"
+            return (
+                f"expected `{key}` to be a name that can be found, got {target[1]}:"
+                f" {error.__cause__}; correct it, or install its package"
+            )
         case OSError(filename=str() | bytes() as name):
             return f"{os.fsdecode(name)}: {error.strerror}; repair this place or choose another"
         case OSError(strerror=str()):
@@ -119,7 +122,7 @@ def _nearest(error: OmegaConfBaseException) -> str:
         return f"; did you mean `{path}.{name}`?" if path else f"; did you mean `{name}`?"
     if not path and (places := list(_places(error.parent_node, str(error.key)))):
         return f"; did you mean `{min(places, key=len)}`?"
-    return f"; there are {', '.join(names)}"
+    return f"; there are {', '.join(names)}" if names else ""
 
 
 def _places(node: Any, key: str, path: str = "") -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Where the modules of version 0.1.0 are now, for messages about files that still name them."""
 
+import re
+
 _MOVED = {
     "batch_norm": "modules.batch_norm",
     "callbacks.steps": "callbacks.training_loop",
@@ -20,13 +22,14 @@ _MOVED = {
 }
 
 
-def moved_hint(name: str) -> str:
-    """Return what to do about a dotted name of version 0.1.0, "" for any other name."""
-    for old, new in _MOVED.items():
-        if name.startswith(f"bn_lightning.{old}."):
-            moved = name.replace(old, new, 1)
-            return (
-                f"; bn_lightning 0.1.0 wrote that name: use version 0.1.0, or write {moved}, where"
-                " version 0.2.0 has it"
-            )
+def moved_hint(text: str) -> str:
+    """Return what to do about the first name of version 0.1.0 in a text, "" if there is none."""
+    for name in re.findall(r"\bbn_lightning\.[\w.]+", text):
+        for old, new in _MOVED.items():
+            if name.startswith(f"bn_lightning.{old}."):
+                moved = name.replace(old, new, 1).rstrip(".")
+                return (
+                    f"; bn_lightning 0.1.0 wrote that name, which is {moved} now: change the name,"
+                    " or use version 0.1.0"
+                )
     return ""

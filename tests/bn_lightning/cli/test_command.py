@@ -132,6 +132,11 @@ LINES = {
         (target("bn_lightning.Nothing"),),
         ["expected `_target_`", "got bn_lightning.Nothing", "correct it"],
     ),
+    "text_of_version_0.1.0": (
+        ValueError,
+        ('the study has a._target_="bn_lightning.no_profiler.NoProfiler"',),
+        ["0.1.0 wrote that name, which is bn_lightning.plugins.no_profiler.NoProfiler now"],
+    ),
     "target_of_version_0.1.0": (
         instantiate,
         ({"csv": target("bn_lightning.metrics_logger.MetricsCSVLogger", save_dir=".")},),

@@ -59,7 +59,7 @@ def test_classes_and_functions_of_models(name):
         # Of version 0.1.0, and moved since.
         (
             "bn_lightning.batch_norm.BatchNorm1d",
-            "write bn_lightning.modules.batch_norm.BatchN",
+            "is bn_lightning.modules.batch_norm.BatchNorm1",
         ),
         ("bn_lightning.sync.SyncBatchNorm", "bn_lightning.modules.sync_batch_norm.SyncBatchNorm"),
     ],
