@@ -1,4 +1,4 @@
-"""What is committed under docs/results is what its trials say."""
+"""The reports in docs/results can be rebuilt from their trials."""
 
 import json
 import math
@@ -13,7 +13,7 @@ FOLDERS = sorted(path.parent for path in RESULTS.glob("*/trials.csv"))
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Places where two JSON documents differ, numbers by more than rounding."""
+    """Return the places where two JSON documents differ, numbers by more than rounding."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return [d for key in one for d in differences(one[key], other[key], f"{where}/{key}")]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
@@ -24,6 +24,7 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if same else [f"{where}: {one!r}, {other!r}"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FOLDERS, reason=f"no sweep is committed under {RESULTS.name} yet")
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_a_committed_report_is_made_again_from_its_table(folder: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""From a study or runs to numbers."""
+"""Compute the numbers of a report from a study or from runs."""

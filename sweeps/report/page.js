@@ -57,7 +57,7 @@
       .replaceChildren(element("strong", place(init, rate)), ...lists.flat());
   }
 
-  // A heatmap is reached by the tab key; arrows move a frame from cell to cell.
+  // The tab key selects a heatmap; arrow keys move a frame from cell to cell.
   function followKeys(div, { arms }) {
     const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowDown: [-1, 0], ArrowUp: [1, 0] };
     const at = [0, 0];
@@ -93,7 +93,7 @@
       modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: ink },
     };
     for (const axis of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
-      // To look which labels would reach beyond the figure takes a quarter of the time to draw.
+      // Searching for labels beyond the figure would take a quarter of the time to draw.
       const fixed = { gridcolor: line, zerolinecolor: line, linecolor: line, ticklabeloverflow: "allow" };
       made[axis] = { ...fixed, ...layout[axis] };
     }
@@ -139,7 +139,7 @@
     details.addEventListener("toggle", () => details.open && next === 0 && add());
   }
 
-  // On paper the figures are as wide as it, one below the other.
+  // In print, figures have the width of the paper, one below the other.
   function redraw(isDark, width) {
     for (const { id, layout } of plots) {
       Plotly.update(id, {}, { ...themed(layout, isDark), width, autosize: width === undefined });

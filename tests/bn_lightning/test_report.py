@@ -1,4 +1,4 @@
-"""Reports: of sweeps from their journals and tables, of runs, and of what is neither."""
+"""Reports of sweeps from their journals and tables, of runs, and of other places."""
 
 import contextlib
 import json
@@ -98,6 +98,7 @@ class TestSweep:
         )
         assert content["sentences"][0] in page.read_text()
 
+    @pytest.mark.slow
     def test_a_second_time_the_same_bytes_and_from_the_table_alone(
         self, tmp_path: Path, make_study: Callable[..., Path]
     ) -> None:
@@ -128,6 +129,7 @@ class TestSweep:
         assert grid["base"] == "../../sweep/"
         assert {trial[0]: trial[7] for trial in grid["trials"] if trial[7]} == {5: 1}
 
+    @pytest.mark.slow
     def test_a_url(
         self, tmp_path: Path, make_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -173,6 +175,7 @@ class TestSweep:
         assert HOSTILE not in page
         assert summary(sweep)["counts"]["retried"] == 1
 
+    @pytest.mark.slow
     def test_rates_alone_of_two_classes_at_another_threshold(
         self, tmp_path: Path, make_study: Callable[..., Path]
     ) -> None:
@@ -213,6 +216,7 @@ class TestSweep:
         write_report([str(table)])
         assert summary(table) == content
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("classes", [None, 2])
     def test_chance_where_the_runs_lie_elsewhere(
         self, tmp_path: Path, make_study: Callable[..., Path], classes: int | None
@@ -234,6 +238,7 @@ class TestSweep:
         assert summary(sweep)["counts"]["waiting"] == 48
         assert not (sweep / "figures").exists()
 
+    @pytest.mark.slow
     def test_names_that_look_like_mathematics(
         self, tmp_path: Path, make_study: Callable[..., Path]
     ) -> None:
@@ -276,7 +281,7 @@ class TestSweep:
     def test_arms_without_a_point_in_common(
         self, tmp_path: Path, make_study: Callable[..., Path]
     ) -> None:
-        """As TPE and random points of an interval are: each rate was tried with one arm."""
+        """Each rate was tried with one arm, as TPE and random samplers do."""
         space = {"optimizer.lr": [0.01, 0.02, 0.05, 0.1], "norm": ["none", "batch"]}
         arms = {0.01: "none", 0.02: "batch", 0.05: "none", 0.1: "batch"}
         sweep = make_study(
@@ -320,7 +325,7 @@ class TestSweep:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What was given to be drawn."""
+    """Return the metrics of the runs of each report."""
     given: list[dict[str, Any]] = []
 
     def recording(runs: list[ComparedRun], with_paper: bool) -> Any:
@@ -342,7 +347,7 @@ def linked(folder: Path, names: set[str]) -> Path:
 
 
 class TestLinks:
-    """A directory of somebody else's does not say what is overwritten."""
+    """Links in someone else's directory do not decide which files are overwritten."""
 
     def test_files_of_a_sweep(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweep = make_study(tmp_path / "sweep")
@@ -439,6 +444,7 @@ class TestRuns:
         assert line in page
         assert summary(tmp_path / "out")["seconds"] == {"batch": 37.5, "none": 28.55}
 
+    @pytest.mark.slow
     def test_a_folder_of_runs_also_the_second_time(self, tmp_path: Path, drawn: list[Any]) -> None:
         for name in ("0", "1", "10", "2"):
             run(tmp_path / "job" / name)

@@ -1,4 +1,4 @@
-"""An arm keeps its name and its colour, whatever stands beside it."""
+"""An arm keeps its name and its color, whatever it is compared with."""
 
 from bn_lightning.sweeps.analysis.arms import label_of, ordered, style_of
 

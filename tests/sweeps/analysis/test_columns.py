@@ -1,4 +1,4 @@
-"""Which parameter is what, and complete trials as trials of a grid."""
+"""The columns of a study, and complete trials as trials of a grid."""
 
 import math
 from typing import Any

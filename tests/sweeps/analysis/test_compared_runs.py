@@ -1,4 +1,4 @@
-"""Runs side by side: their labels, their arms, how much wider their inputs became."""
+"""Runs side by side: labels, arms, width of activations, and time."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A study in memory is made without a word, and leaves Optuna's words as they were."""
+"""A study in memory is created without a log message, and Optuna's verbosity is restored."""
 
 import optuna
 import pytest

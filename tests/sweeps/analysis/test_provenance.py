@@ -1,4 +1,4 @@
-"""What the runs of a sweep say of how they were run."""
+"""Data, budget, hardware and versions of a sweep, from the files of its runs."""
 
 from pathlib import Path
 

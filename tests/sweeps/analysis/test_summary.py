@@ -1,4 +1,4 @@
-"""The numbers of a report are those of tolerance.py, and its sentences say them."""
+"""The numbers of a report are those of tolerance.py, and its sentences contain them."""
 
 import json
 import math

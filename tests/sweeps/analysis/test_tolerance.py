@@ -1,4 +1,4 @@
-"""Tolerance beside tables computed by hand, and what must hold of any grid."""
+"""Tolerance, intervals and importances: numbers computed by hand, and properties of any grid."""
 
 import itertools
 import math

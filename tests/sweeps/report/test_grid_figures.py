@@ -1,4 +1,4 @@
-"""Every figure of a grid says what the grid says: in its cells, its hatching, its captions."""
+"""The figures of a grid show its numbers: in cells, hatching and captions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -171,3 +171,15 @@ def test_captions_and_labels_are_no_mathematics(found, name):
         picture = drawn(named, figure, name)
         picture.draw_without_rendering()
         assert name.replace("$", r"\$") in words(picture)
+
+
+def test_one_seed_and_an_initialisation_without_trials():
+    trials = [
+        GridTrial(arm, init, lr, 1, 0.95, 1.0)
+        for arm in ("a", "b", "none")
+        for init in (0.1, 1.0)
+        for lr in (0.1, 1.0, 10.0)
+        if (arm, init) != ("b", 1.0)
+    ]
+    for figure in grid_figures(summary_of(trials), "test accuracy", CAPTION).values():
+        draw(figure).draw_without_rendering()

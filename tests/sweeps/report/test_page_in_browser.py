@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws everything, asks nobody, and can be pointed at.
+"""The page in a browser: all figures are drawn, nothing is requested, cells can be selected.
 
 Needs playwright and a Chromium of the system (`apt install chromium`); no browser is downloaded.
 """
@@ -39,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 
 class Opened:
-    """A page that was opened, and what it said and asked for meanwhile."""
+    """An open page, with its console messages and its requests."""
 
     def __init__(self, browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
         viewport = {"width": width, "height": 900}
@@ -53,12 +53,12 @@ class Opened:
         self.page.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
 
     def check(self) -> None:
-        """Every figure is drawn, no message, no request but for the page itself."""
+        """Check that all figures are drawn, without a message or a request but for the page."""
         assert self.said == []
         assert self.asked == [self.page.url]
         plots = self.page.locator(".plot")
         assert self.page.locator(".plot .main-svg").count() >= plots.count() > 0
-        # Nothing is wider than the window: what is, scrolls by itself.
+        # What is wider than the window scrolls by itself.
         width = self.page.evaluate("document.documentElement.scrollWidth")
         assert width <= self.page.viewport_size["width"]
 
@@ -78,7 +78,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
 
 @pytest.fixture
 def sweep_page(tmp_path: Path, make_study: Callable[..., Path]) -> Path:
-    """Of a grid, of which trial 7 has its directory."""
+    """Write the page of a grid whose trial 7 has a directory, and return its path."""
     sweep = make_study(tmp_path / "sweep")
     (sweep / "7").mkdir()
     return write_report([str(sweep)])

@@ -1,4 +1,4 @@
-"""The page: everything is escaped, nothing is fetched, and its size has a bound."""
+"""The page: all text is escaped, nothing is fetched, and its size is bounded."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_only_its_own_scripts_may_run() -> None:
 
 
 def without_plotly(text: str) -> str:
-    """plotly's own code names tags in its strings."""
+    """Remove plotly's code, whose strings contain tags."""
     start = text.index("</script>\n<script>") + len("</script>\n<script>")
     return text[:start] + text[text.index("</script>", start) :]
 

@@ -1,4 +1,4 @@
-"""The pictures of runs: what is drawn, what is written, the same bytes twice."""
+"""The figures of runs: what they show, which files are written, and that the bytes repeat."""
 
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class TestAccuracy:
         assert axes.get_legend() is None
 
     def test_a_single_evaluation_is_seen(self) -> None:
-        """A line through one point has no ink."""
+        """A line through one point would be invisible."""
         (axes,) = draw(accuracy_figure({"": ACCURACY[:1]})).axes
         (line,) = axes.get_lines()
         assert line.get_marker() not in ("", "None", None)
@@ -236,7 +236,7 @@ class TestBatchNorm:
             assert brightness == sorted(set(brightness))
 
     def test_layers_keep_their_colour_in_each_panel(self) -> None:
-        """Also where one of them has no running statistics."""
+        """Also if one of them has no running statistics."""
         metrics = monitored(3)
         for number in ("mean_distance", "log_std_distance"):
             del metrics[f"batch_norm/network.0/{number}"]
