@@ -115,6 +115,7 @@ def test_the_paper_experiment_is_the_paper(tmp_path):
     assert config.trainer.max_steps == 50_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_takes_the_sweep_of_learning_rates(tmp_path, experiment):
     overrides = [f"+experiment={experiment}", "+sweep=lr"]

@@ -98,6 +98,7 @@ def test_it_runs_goes_on_and_is_evaluated(
     assert "test/loss (log loss)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_norm_changes_nothing_but_normalisation(tmp_path: Path, experiment: str) -> None:
     """The arms start from the same weights, and one of them has no normalisation at all."""

@@ -65,6 +65,7 @@ def check_trains_resumes_and_evaluates(command, *overrides: str) -> Path:
     return whole.directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_of_inception(command, image_root, variant):
     options = short(image_root, "imagenet_inception")

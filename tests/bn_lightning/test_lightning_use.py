@@ -195,7 +195,10 @@ def test_an_exception_in_training_restores_the_classes(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "variants"),
     # Spawning two processes takes seconds, so ddp_spawn runs fewer variants.
-    [("ddp_spawn", ["plain", "fused+sync"]), ("ddp_fork", ["plain", "fused", "fused+sync"])],
+    [
+        pytest.param("ddp_spawn", ["plain", "fused+sync"], marks=pytest.mark.slow),
+        ("ddp_fork", ["plain", "fused", "fused+sync"]),
+    ],
     ids=["ddp_spawn", "ddp_fork"],
 )
 def test_two_processes(tmp_path, strategy, variants):

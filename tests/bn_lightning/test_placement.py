@@ -69,6 +69,7 @@ def test_a_file_of_ones_own(command) -> None:
     assert "got grade, score, hired" in result.err and "`data.features`" in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["linear", "nonlinear"])
 def test_auroc_beside_logistic_regression(command, law) -> None:
     """Within .01 of it on its own law, and far above on the other.

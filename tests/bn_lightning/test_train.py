@@ -91,6 +91,7 @@ def test_the_arms_start_from_the_same_weights_and_see_the_same_batches(command):
         assert torch.equal(weight, first_losses["torch"][name])
 
 
+@pytest.mark.slow
 def test_norm_batch_is_norm_torch_step_by_step(command, mnist_root):
     """On the real MNIST, the losses of 200 steps agree to 1e-6."""
     losses = {}
@@ -164,7 +165,9 @@ def unstopped(tmp_path_factory) -> Path:
 
 # SIGKILL, which leaves no word, is in tests/faults/test_kill.py.
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+    ("signum", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+    ids=["SIGINT", "SIGTERM"],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, unstopped, command, signum, code):
     process = subprocess.Popen(STOPPED, cwd=tmp_path, stdout=subprocess.DEVNULL)
@@ -257,6 +260,7 @@ def read_trials(sweep):
     return [outcome["attributes"] for outcome in outcomes]
 
 
+@pytest.mark.slow
 def test_all_ranks_of_a_trial_share_its_configuration(tmp_path):
     here = Path(__file__)
     checkout = [
@@ -392,6 +396,7 @@ def refuse_cpu(x: torch.Tensor) -> None:
     raise ValueError("on cpu; set TRITON_INTERPRET=1")
 
 
+@pytest.mark.slow
 def test_triton_on_cpu_tensors_is_refused_in_a_fresh_process(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("the kernels run on this machine")
@@ -498,6 +503,7 @@ def test_inputs_that_are_not_numbers_are_an_error_of_the_data(command, monkeypat
     assert "NaN" in result.err
 
 
+@pytest.mark.slow
 def test_two_ranks_on_a_cpu_train_as_one_with_the_double_batch(tmp_path, command):
     options = ("+experiment=mnist_bn", *BARE, "data=digits", "trainer.max_steps=20")
     # The ranks run the command again, so that it is one of its own.

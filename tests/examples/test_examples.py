@@ -26,6 +26,7 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_own_module_trains_faster_with_batch_norm(tmp_path):
     with_it, without = (
         float(re.search(r"test accuracy ([\d.]+) after 200 steps", output)[1])
@@ -43,6 +44,7 @@ def test_swap_resnet_trains_fused_and_reverts(tmp_path):
     assert "after the run: torch.nn.modules.batchnorm.BatchNorm2d" in output
 
 
+@pytest.mark.slow
 def test_lightning_cli_takes_callback_and_plugin(tmp_path):
     pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse")
     output = run(

@@ -11,6 +11,7 @@ from bn_lightning.runs.record import read_run
 from bn_lightning.train import main
 
 pytestmark = [
+    pytest.mark.slow,
     # Lightning 2.6 calls what torch 2.13 calls deprecated.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),

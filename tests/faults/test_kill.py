@@ -18,7 +18,7 @@ from bn_lightning.runs.record import read_run
 from bn_lightning.train import main
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*LeafSpec.*")]
 
 STEPS = 200
 ARGUMENTS = (*SMALL, f"trainer.max_steps={STEPS}")

@@ -16,6 +16,7 @@ from bn_lightning.train import main
 
 # Lightning 2.6 calls what torch 2.13 calls deprecated.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]

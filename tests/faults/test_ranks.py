@@ -13,7 +13,10 @@ ARGUMENTS = (*SMALL, "trainer=ddp_sim", "norm=sync", "data.batch_size=30", "trai
 ARGUMENTS += ("trainer.val_check_interval=10",)
 LONGEST = 60  # seconds until all ranks have exited, on a busy machine
 
-pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc"),
+]
 
 
 def processes_of(session: int) -> list[int]:

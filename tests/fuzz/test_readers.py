@@ -266,6 +266,7 @@ class TestReport:
         run = make_run(tmp_path / "run", {"_target_": "x"})
         return sweep | {name: (run / name).read_bytes() for name in REPORTED["run"]}
 
+    @pytest.mark.slow
     @settings(max_examples=8, derandomize=True, **QUICK)
     @given(data=st.data())
     def test_damaged(self, tmp_path: Path, files: Any, kind: str, data: st.DataObject) -> None:

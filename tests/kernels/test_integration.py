@@ -42,7 +42,7 @@ def _module(device: str, activation: str = "relu", **kwargs: Any) -> BatchNorm2d
 
 
 def _saved_bytes(function: Callable[[], Tensor]) -> dict[int, int]:
-    """Returns the bytes of each storage that a forward saves for its backward."""
+    """Return the bytes of each storage that a forward saves for its backward."""
     storages: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
@@ -116,6 +116,7 @@ def test_double_backward(activation: str, device: str) -> None:
 
 
 # torch's own, at the first import of Inductor.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("activation", "compiler"),

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 
 @pytest.fixture(autouse=True)
 def nan_in_empty_tensors() -> Iterator[None]:
-    """Fills what torch.empty returns with NaN."""
+    """Fill what torch.empty returns with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -83,7 +83,7 @@ def _tensors(
 def _run(
     function: Callable[..., Tensor], t: dict[str, Tensor], dy: Tensor, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Returns y, the three gradients and the running statistics, on copies of `t`."""
+    """Return y, the three gradients and the running statistics, on copies of `t`."""
     # clone keeps the strides of x.
     c = {k: v.detach().clone() for k, v in t.items()}
     inputs = [c[k].requires_grad_() for k in ("x", "weight", "bias")]
@@ -515,7 +515,7 @@ def test_the_op_alone_raises_without_running_statistics_in_evaluation(device: st
 
 
 def _python(code: str) -> str:
-    """Runs `code` in a new process without TRITON_INTERPRET and returns what it printed."""
+    """Run `code` in a new process without TRITON_INTERPRET and return what it printed."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     result = subprocess.run(
@@ -525,6 +525,7 @@ def _python(code: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_on_cpu_tensors_without_the_interpreter_raises() -> None:
     message = _python(

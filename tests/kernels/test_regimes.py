@@ -41,7 +41,7 @@ cases = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def small_tiles_and_nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Cuts tiles to 128 elements or 64, and fills what torch.empty returns with NaN."""
+    """Cut tiles to 128 elements or 64, and fill what torch.empty returns with NaN."""
     sizes = {
         "TILE_ELEMENTS": 128,
         "FLAT_ELEMENTS": 128,
@@ -78,7 +78,7 @@ def _tensors(
 
 
 def _composite(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes what `batch_norm` computes out of a plain BatchNorm."""
+    """Return what `batch_norm` computes, from a plain BatchNorm."""
 
     def fused(
         x: Tensor, *tensors: Tensor, residual: Tensor | None, activation: str, **kwargs: Any
@@ -161,6 +161,7 @@ def test_add_relu(
 
 
 # `single_launch` computes an activation as `persistent` does.
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", [Regime.TWO_PASS, Regime.PERSISTENT], ids=lambda r: r.value)
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -170,6 +171,7 @@ def test_activations(activation: str, has_residual: bool, regime: Regime, device
         _assert_three_way(t, has_residual, training=True, activation=activation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_in_evaluation(activation: str, has_residual: bool, device: str) -> None:
@@ -177,6 +179,7 @@ def test_activations_in_evaluation(activation: str, has_residual: bool, device: 
     _assert_three_way(t, has_residual, training=False, activation=activation)
 
 
+@pytest.mark.slow
 @regimes
 def test_repeats_give_the_same_bits(regime: Regime, device: str) -> None:
     t = _tensors((6, 2, 4, 4), False, torch.float32, device)

@@ -425,6 +425,7 @@ class TestGoingOn:
         assert load(tmp_path, "best")["global_step"] == 4
         assert load(tmp_path)["global_step"] == 10
 
+    @pytest.mark.slow
     def test_a_script_in_its_own_process(self, tmp_path: Path) -> None:
         """The script makes its exit code from the exception."""
         script = f"""

@@ -302,6 +302,7 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_does_not_grow(folder: Path) -> None:
     """5,000 images, at most 50 MiB; a batch has 2 MiB of floats."""

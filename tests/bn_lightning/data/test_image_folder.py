@@ -345,6 +345,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
     )
 
 
+@pytest.mark.slow
 class TestRuns:
     @pytest.mark.parametrize("shuffle", ["samples", "batches"])
     def test_killed_and_resumed_it_ends_in_the_same_bits(
@@ -447,6 +448,7 @@ class TestRuns:
 ARCHIVE = Path(os.environ.get("BN_LIGHTNING_DATA", "data")) / "cifar10_imagefolder.tar.gz"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE} is absent (BN_LIGHTNING_DATA)")
 def test_real_photographs(tmp_path: Path) -> None:
     for size in (32, 64, 224):

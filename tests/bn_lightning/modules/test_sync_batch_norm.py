@@ -403,6 +403,7 @@ def rank_compiled(backend: str) -> None:
     dist.destroy_process_group(pair)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_in_one_graph(ranks, backend):
     ranks(rank_compiled, backend)
@@ -537,6 +538,7 @@ def rank_three() -> None:
     _assert_equal(found, whole, parts[rank], 1e-12)
 
 
+@pytest.mark.slow
 def test_three_ranks(three_ranks):
     three_ranks(rank_three)
 

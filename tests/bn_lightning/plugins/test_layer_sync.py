@@ -222,6 +222,7 @@ def rank_ten_steps(tmp_path: str) -> None:
             torch.testing.assert_close(module.state_dict()[name], value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_ten_steps_of_ddp_equal_one_process_with_the_double_batch(ranks, tmp_path):
     ranks(rank_ten_steps, str(tmp_path))
 

@@ -18,9 +18,12 @@ from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 
 REPETITIONS = int(os.environ.get("FAULT_REPETITIONS", "1"))
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="finds worker processes in Linux's /proc"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux"), reason="finds worker processes in Linux's /proc"
+    ),
+]
 
 
 def workers_of(pid: int) -> list[int]:

@@ -69,6 +69,7 @@ class TestASweep:
         trials = study_in(program.folder / "sweep").trials
         assert len({tuple(trial.params.values()) for trial in trials}) == 6
 
+    @pytest.mark.slow
     def test_fresh_makes_another_study_beside(self, program):
         program.run(*GRID)
         assert program.run(*GRID, "hydra.sweeper.restart=fresh").returncode == 0
@@ -152,6 +153,7 @@ class TestFailures:
         assert done.returncode == 0, done.stderr
         assert "1 complete (0 of them diverged), 0 pruned, 1 failed" in done.stdout
 
+    @pytest.mark.slow
     def test_a_worker_that_dies_of_its_trial(self, program):
         """The trial is lost after its retries, and the other trials complete."""
         done = program.run(
@@ -162,6 +164,7 @@ class TestFailures:
         found = states(program.folder / "sweep")
         assert (found.count("COMPLETE"), found.count("FAIL")) == (2, 4)
 
+    @pytest.mark.slow
     def test_workers_that_cannot_start(self, program):
         done = program.run(*GRID, "hydra.sweeper.n_jobs=2", NO_WORKER_STARTS="1")
         assert done.returncode == 1
@@ -197,6 +200,7 @@ class TestBadInput:
         assert "restart=fresh" in done.stderr
         assert states(program.folder / "sweep") == ["COMPLETE"] * 2
 
+    @pytest.mark.slow
     def test_an_edited_file_of_the_configuration(self, program):
         """All trials of a study have the same configuration, typed or from a file."""
         kept = program.folder / "kept" / "sweep" / "mine.yaml"
@@ -213,6 +217,7 @@ class TestBadInput:
         assert "has y=1, this command y=2; repeat" in done.stderr
         assert program.run(*arguments, "hydra.sweeper.restart=fresh").returncode == 0
 
+    @pytest.mark.slow
     def test_a_torn_journal(self, program):
         program.run(*GRID)
         journal = program.folder / "sweep" / "journal.log"
@@ -257,6 +262,7 @@ class TestParallel:
         logs = sorted(path.name for path in (program.folder / "sweep" / "workers").iterdir())
         assert logs == ["0.log", "1.log"]
 
+    @pytest.mark.slow
     def test_several_commands(self, program):
         """Started at the same time, before the study exists."""
         commands = [program.start(*GRID, "seconds=0.2") for _ in range(3)]
@@ -266,6 +272,7 @@ class TestParallel:
         assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
         assert len({tuple(trial.params.values()) for trial in trials}) == 6
 
+    @pytest.mark.slow
     def test_a_grpc_proxy(self, program):
         pytest.importorskip("grpc", reason="needs grpcio")
         pytest.importorskip("google.protobuf", reason="needs protobuf")
@@ -294,6 +301,7 @@ class TestParallel:
         assert done.returncode == 0, done.stdout + done.stderr
         assert "6 of 6 trials: 6 complete" in done.stdout
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
     def test_launchers(self, program, launcher):
         pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
@@ -324,6 +332,7 @@ class TestParallel:
         assert len({t.user_attrs["pid"] for t in here}) == 1
         assert (program.folder / "sweep" / "1" / "process.log").exists()
 
+    @pytest.mark.slow
     def test_an_isolated_trial_that_fails(self, program):
         done = program.run(
             "-m", "act=raise,exit,none", "hydra/sweeper/sampler=grid", "hydra.sweeper.isolate=true",
@@ -346,6 +355,7 @@ def wait_until_one_runs(program, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 class TestCtrlC:
     def test_once_lets_running_trials_end(self, program):
         arguments = (*GRID, "seconds=1", "hydra.sweeper.n_jobs=2")

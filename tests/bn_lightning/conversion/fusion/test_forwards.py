@@ -90,6 +90,7 @@ class TestWholeNetworks:
 
 
 # DenseNet only in evaluation: its dropout draws other numbers when compiled.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "training"),
     [("mlp", True), ("resnet18", True), ("densenet", False)],
