@@ -139,7 +139,7 @@
     details.addEventListener("toggle", () => details.open && next === 0 && add());
   }
 
-  // In print, figures have the width of the paper, one below the other.
+  // In print, figures have the width of a sheet, one below the other.
   function redraw(isDark, width) {
     for (const { id, layout } of plots) {
       Plotly.update(id, {}, { ...themed(layout, isDark), width, autosize: width === undefined });
