@@ -1,17 +1,17 @@
-"""BatchNorm: ours against eager torch, torch.compile and a copy of the same bytes, in one run.
+"""Time our BatchNorm, eager torch's, torch.compile's and a copy of the same bytes, in one run.
 
     python benchmarks/batch_norm.py [--quick] [--picture] [--output results/batch_norm.csv]
 
-On a GPU: for each shape, dtype, layout and fusion (BN, +ReLU, +add+ReLU) the device time of the
-forward, the backward, both, and inference, by events around replays of a CUDA graph, with the L2
-cache overwritten before each; the host time of an eager call; saved and peak memory. On a CPU: the
-native path against `nn.BatchNorm2d`, interleaved, which is all there is to compare.
+On a GPU, for each shape, dtype, layout and fusion (BN, +ReLU, +add+ReLU): the device time of the
+forward, the backward, both, and inference, measured by events around replays of a CUDA graph, with
+the L2 cache overwritten before each; the host time of an eager call; saved and peak memory. On a
+CPU: the native backend and `nn.BatchNorm2d` in alternation.
 
-Bytes counted, in tensors T of the activation's size (ours, whatever the others move): BN and
-BN+ReLU forward 2T where each element is read once and 3T in two passes, backward 3T and 5T;
-+add+ReLU one T and a bit mask more forward, backward one T (dresidual) and the mask twice (two
-passes) more; inference 2T, with a residual 3T. `copy_ms` is a copy_ of the same bytes. Needs torch,
-and Triton on a GPU; matplotlib for --picture.
+Bytes are those that our kernels move, in tensors T of the activation's size. BN and BN+ReLU:
+forward 2T if each element is read once and 3T in two passes, backward 3T and 5T. +add+ReLU: one T
+and a bit mask more in the forward; one T (dresidual) and the mask, twice in two passes, more in the
+backward. Inference: 2T, with a residual 3T. The rows of `copy` are a copy_ of the same bytes.
+Requires torch, Triton on a GPU, and matplotlib for --picture.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CPU_SHAPE = (32, 64, 56, 56)
 
 
 def resnet50(N: int) -> list[tuple[int, ...]]:
-    """The inputs of ResNet-50's BatchNorms, each once."""
+    """Return the input shapes of ResNet-50's BatchNorms, each once."""
     sides = {
         112: (64,),
         56: (64, 256, 128),
@@ -60,7 +60,14 @@ ROWS = [(60, 100), (1024, 1024), (8192, 4096), (65536, 4096)]
 
 @dataclass(frozen=True)
 class Case:
-    """One BatchNorm to time."""
+    """One BatchNorm to time.
+
+    Attributes:
+        shape: of x.
+        dtype: a key of `DTYPES`.
+        channels_last: whether x is channels-last.
+        fusion: one of `FUSIONS`.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -68,7 +75,7 @@ class Case:
     fusion: str
 
     def inputs(self, device: str) -> list[Tensor]:
-        """Makes x and, where it is added, a residual."""
+        """Return x and, if one is added, a residual."""
         count = 2 if self.fusion == "bn_add_relu" else 1
         tensors = []
         for _ in range(count):
@@ -79,7 +86,7 @@ class Case:
         return tensors
 
     def bytes(self, direction: str, read_once: bool) -> float:
-        """Counts what ours moves; the module's docstring says how."""
+        """Return the bytes that our kernels move; see the module's docstring."""
         numel = torch.Size(self.shape).numel()
         T = numel * DTYPES[self.dtype].itemsize
         mask = numel / 8
@@ -92,7 +99,7 @@ class Case:
 
 
 def make_modules(case: Case, device: str) -> dict[str, Callable[..., Tensor]]:
-    """Makes ours, eager torch's and, on a GPU, the compiled one, each with its own state."""
+    """Return our module, eager torch's and, on a GPU, the compiled one."""
     dimensions = max(1, len(case.shape) - 2)
     ours = (BatchNorm1d, BatchNorm2d, BatchNorm3d)[dimensions - 1]
     theirs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
@@ -109,7 +116,7 @@ def make_modules(case: Case, device: str) -> dict[str, Callable[..., Tensor]]:
 
 
 class _Eager(nn.Module):
-    """The same in torch: a BatchNorm, an addition, a ReLU."""
+    """A BatchNorm, an addition and a ReLU in torch."""
 
     def __init__(self, norm: nn.Module, activation: str) -> None:
         super().__init__()
@@ -123,7 +130,7 @@ class _Eager(nn.Module):
 
 
 def steps(module: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Callable[[], Any]]:
-    """Makes what is timed; `backward` keeps one graph and goes back through it again and again."""
+    """Return the functions to time; `backward` uses one retained graph every time."""
     wanted = [*inputs, *module.parameters()]
     y = module(*inputs)
 
@@ -146,7 +153,7 @@ def steps(module: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Callable[[
 
 
 def device_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
-    """Times replays of a CUDA graph of `step`, the L2 cache overwritten before each."""
+    """Time replays of a CUDA graph of `step`, with the L2 cache overwritten before each."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -170,7 +177,7 @@ def device_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def host_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
-    """Times the calls themselves; on a GPU they return before the device is done."""
+    """Time the calls; on a GPU they return before the device has finished."""
     cuda = torch.cuda.is_available()
     times = []
     for _ in range(repeats + 3):
@@ -183,13 +190,13 @@ def host_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
-    """Returns the 20th, 50th and 80th percentile."""
+    """Return the 20th, 50th and 80th percentile."""
     cuts = statistics.quantiles(times, n=10, method="inclusive")
     return cuts[1], statistics.median(times), cuts[7]
 
 
 def saved_bytes(module: Any, inputs: list[Tensor]) -> int:
-    """Counts what a forward keeps for its backward, each storage once, parameters too."""
+    """Return the bytes a forward saves for its backward, each storage once, with parameters."""
     kept: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
@@ -202,7 +209,7 @@ def saved_bytes(module: Any, inputs: list[Tensor]) -> int:
 
 
 def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -> dict[str, Any]:
-    """Makes one line of the table."""
+    """Return one row of the table."""
     low, median, high = percentiles(times)
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
@@ -230,20 +237,16 @@ def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -
 
 
 def time_on_gpu(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Times one case; `ours_resident` is ours with that regime forced, which auto never takes."""
+    """Time one case; `ours_persistent` forces that regime, which is never chosen otherwise."""
     torch.compiler.reset()
     inputs = case.inputs("cuda")
     dy = torch.randn_like(inputs[0])
     rows = []
     modules = make_modules(case, "cuda")
-    regimes = {"ours_resident": Regime.PERSISTENT}
-    for who in (*modules, *regimes):
-        module: Any = modules[who.removesuffix("_resident")]
-        if who in regimes:
-            with forced_regime(regimes[who]):
-                rows += _time_steps(case, who, module, inputs, dy, repeats)
-        else:
-            rows += _time_steps(case, who, module, inputs, dy, repeats)
+    for who, module in modules.items():
+        rows += _time_steps(case, who, module, inputs, dy, repeats)
+    with forced_regime(Regime.PERSISTENT):
+        rows += _time_steps(case, "ours_persistent", modules["ours"], inputs, dy, repeats)
     for direction in ("forward", "backward", "both", "inference"):
         # A copy reads half of the bytes and writes half.
         source = torch.randn(int(case.bytes(direction, False)) // 8, device="cuda")
@@ -263,7 +266,7 @@ def _time_steps(
         peak = torch.cuda.max_memory_allocated()
         host = percentiles(host_milliseconds(step, repeats))[1]
         times = device_milliseconds(step, repeats)
-        counted = case.bytes(direction, read_once=who == "ours_resident")
+        counted = case.bytes(direction, read_once=who == "ours_persistent")
         rows.append(
             row(
                 case,
@@ -280,7 +283,7 @@ def _time_steps(
 
 
 def time_on_cpu(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Times ours and eager in turn: where others run too, only ratios in a round mean much."""
+    """Time ours and eager in alternation, because other load changes both in the same round."""
     inputs = case.inputs("cpu")
     dy = torch.randn_like(inputs[0])
     by_who = {who: steps(m, inputs, dy) for who, m in make_modules(case, "cpu").items()}
@@ -288,7 +291,7 @@ def time_on_cpu(case: Case, rounds: int) -> list[dict[str, Any]]:
     for direction in ("forward", "backward", "both", "inference"):
         times: dict[str, list[float]] = {who: [] for who in by_who}
         for number in range(rounds + 2):
-            # Each goes first in half of the rounds.
+            # Each is first in half of the rounds.
             for who in sorted(by_who, reverse=number % 2 == 1):
                 begin = time.perf_counter()
                 by_who[who][direction]()
@@ -301,7 +304,7 @@ def time_on_cpu(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Lists what runs on a GPU; --quick is a tenth of it, for five minutes."""
+    """Return the cases for a GPU; --quick takes a tenth of them, about five minutes."""
     shapes = [*resnet50(64), *resnet50(256), *MOBILENETV2, *UNET3D, *ROWS]
     dtypes = list(DTYPES)
     if quick:
@@ -316,7 +319,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the medians of forward + backward, a bar for each contender."""
+    """Draw the medians of forward + backward, a bar for each contender."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -342,7 +345,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs the cases, prints the medians and appends the rows."""
+    """Run the cases, print the medians and append the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--picture", action="store_true", help="also draw OUTPUT.png (matplotlib)")
@@ -359,7 +362,7 @@ def main() -> None:
                 print(*(r[k] for k in ("shape", "dtype", "layout", "fusion", "direction", "who")),
                       r["ms_50"], "ms", r["gb_per_s"], "GB/s", flush=True)  # fmt: skip
     else:
-        print("No GPU: the native path against torch's; the kernels are not measured on a GPU.")
+        print("No GPU: the native backend and torch's are timed; the kernels are not.")
         for fusion in FUSIONS:
             rounds = arguments.repeats or (20 if arguments.quick else 60)
             rows += time_on_cpu(Case(CPU_SHAPE, "fp32", False, fusion), rounds)

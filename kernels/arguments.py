@@ -39,11 +39,14 @@ class Forward(NamedTuple):
 
     def in_layout(self, channels_last: bool) -> "Forward":
         """Return the same with dense tensors in one layout, each copied at most once."""
-        return self._replace(
-            x=as_layout(self.x, channels_last),
-            residual=None if self.residual is None else as_layout(self.residual, channels_last),
-            weight=contiguous(self.weight),
-            bias=contiguous(self.bias),
+        return Forward(
+            as_layout(self.x, channels_last),
+            None if self.residual is None else as_layout(self.residual, channels_last),
+            contiguous(self.weight),
+            contiguous(self.bias),
+            self.activation,
+            self.negative_slope,
+            self.writes_mask,
         )
 
     def tensors(self, y: Tensor, mask: Tensor | None) -> "ForwardTensors":
@@ -81,7 +84,8 @@ class RunningStatistics(NamedTuple):
 
     def contiguous(self) -> "RunningStatistics":
         """Return the same with contiguous `mean` and `var`, each copied at most once."""
-        return self._replace(mean=contiguous(self.mean), var=contiguous(self.var))
+        mean, var = contiguous(self.mean), contiguous(self.var)
+        return RunningStatistics(mean, var, self.num_batches_tracked, self.momentum)
 
     def take(self, updated: "RunningStatistics") -> None:
         """Copy back what `contiguous` copied, and tell autograd that the tensors have changed."""

@@ -264,7 +264,7 @@ def _unpack_backward(*arguments: Any) -> tuple[Backward, BackwardNeeds, float]:
     *tensors, channels_last, training, eps, activation, negative_slope, dx, affine, dresidual = (
         arguments
     )
-    call = Backward(*tensors, channels_last, activation, negative_slope)
+    call = Backward._make((*tensors, channels_last, activation, negative_slope))
     return call, BackwardNeeds(training, dx=dx, affine=affine, dresidual=dresidual), eps
 
 
@@ -356,7 +356,7 @@ class _BatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        def composite(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        def composite(*tensors: Any) -> tuple[Tensor | None, ...]:
             call = Backward(*tensors, *ctx.options)
             return reference.fused_backward(call, training=ctx.needs.training, eps=ctx.eps)
 
@@ -396,7 +396,8 @@ def _without_gradient(*arguments: Any) -> Tensor:
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
     """Fold the mapped dimension into C: B BatchNorms of C channels are one of B * C."""
-    a, dims = BatchNormArguments(*arguments), BatchNormArguments(*in_dims)
+    a: Any = BatchNormArguments(*arguments)
+    dims: Any = BatchNormArguments(*in_dims)
     B = info.batch_size
 
     def fold(value: Tensor | None, dim: int | None) -> Any:
@@ -415,7 +416,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor,
         )
     if updates and a.momentum is None:
         raise RuntimeError("expected `momentum` to be a number under vmap, got None; pass one")
-    folded = a._replace(
+    folded: Any = a._replace(
         x=fold(a.x, dims.x),
         residual=fold(a.residual, dims.residual),
         weight=fold(a.weight, dims.weight),

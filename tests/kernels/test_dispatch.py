@@ -1,4 +1,4 @@
-"""Which tensors go to Triton, and what is said of those that cannot."""
+"""Which tensors the Triton kernels compute, and the errors for the others."""
 
 from typing import Any
 

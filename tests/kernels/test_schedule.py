@@ -43,7 +43,7 @@ layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["ncl", "c
 
 
 def _schedules(shape: tuple[int, ...], itemsize: int, channels_last: bool) -> list[Schedule]:
-    """Makes the schedule of each regime."""
+    """Return the schedule of each regime."""
     schedules = []
     for regime in Regime:
         with forced_regime(regime):

@@ -239,7 +239,7 @@ def _specialize(backend: Any, launch: _Launch) -> tuple[Any, dict[str, Any], str
 
 
 def _resources(compiled: Any) -> dict[str, int]:
-    """Returns the size of the binary, the bytes or registers it spills, and its accesses."""
+    """Return the size of the binary, what it spills, and its memory accesses."""
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
         counts = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)

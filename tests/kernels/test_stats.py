@@ -42,7 +42,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 @pytest.fixture(autouse=True)
 def nan_in_empty_tensors() -> Iterator[None]:
-    """Fills what torch.empty returns with NaN."""
+    """Fill what torch.empty returns with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -72,7 +72,7 @@ def _statistics(
 
 
 def _many_tiles(shape: tuple[int, ...], tiles_per_split: int) -> Schedule:
-    """Returns a schedule with tiles of 2 x 2 x 4, so that a small tensor has many."""
+    """Return a schedule with tiles of 2 x 2 x 4, so that a small tensor has many."""
     s = _schedule(shape)
     block_l = 4 if s.L > 1 else 1
     tiles = -(-s.N // 2) * -(-s.L // block_l)
@@ -88,7 +88,7 @@ def _many_tiles(shape: tuple[int, ...], tiles_per_split: int) -> Schedule:
 
 
 def _assert_three_way(x: Tensor, schedule: Schedule) -> None:
-    """Compares mean, rstd and, with momentum 1, the running statistics, which are the batch's."""
+    """Compare mean, rstd and, with momentum 1, the running statistics, which are the batch's."""
     C, M = x.shape[1], x.numel() // x.shape[1]
     ours_mean, ours_var, torch_mean, torch_var = (torch.zeros(C, device=x.device) for _ in range(4))
     mean, rstd = _statistics(x, schedule, ours_mean, ours_var)

@@ -49,7 +49,7 @@ def _evaluate_kernel(
 
 
 def _points(device: str) -> Tensor:
-    """Makes 128 points: near 0 and far from it, on both sides, and where the pieces meet."""
+    """Return 128 points: near 0 and far from it, of both signs, and at the kinks."""
     magnitudes = torch.logspace(-6, 1.5, 60)
     kinks = torch.tensor([0.0, 6.0, 3.0, -3.0, 0.5, -0.5, 15.0, 20.0])
     return torch.cat([magnitudes, -magnitudes, kinks]).to(device)
