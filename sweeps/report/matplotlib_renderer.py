@@ -130,9 +130,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     _draw_axis(axes.yaxis, axes.set_yscale, panel.y)
     # After the scales; setting a limit to None would keep the limit of the linear scale.
     if panel.x.bounds != (None, None):
-        axes.set_xlim(panel.x.bounds)
+        axes.set_xlim(*panel.x.bounds)
     if panel.y.bounds != (None, None):
-        axes.set_ylim(panel.y.bounds)
+        axes.set_ylim(*panel.y.bounds)
     if any(isinstance(series, Heatmap) for series in panel.series):
         axes.tick_params(length=0, labelsize="small")
         axes.tick_params(axis="x", rotation=90)
