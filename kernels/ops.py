@@ -143,10 +143,7 @@ def batch_norm(
 
 
 class BatchNormArguments(NamedTuple):
-    """The arguments of the op `batch_norm`, in the order of its schema.
-
-    Attributes: see the function `batch_norm`.
-    """
+    """The arguments of the op `batch_norm`, in its order; described at the function."""
 
     x: Tensor
     residual: Tensor | None
@@ -238,25 +235,26 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bn_lightning.kernels.launch import run_backward
 
     call, needs, _ = _unpack_backward(*arguments)
-    dx, dresidual, dweight, dbias = run_backward(call, needs)
-    return (
-        or_empty(dx, call.dy),
-        or_empty(dweight, call.mean),
-        or_empty(dbias, call.mean),
-        or_empty(dresidual, call.dy),
-    )
+    return _backward_results(call, *run_backward(call, needs))
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call, needs, _ = _unpack_backward(*arguments)
-    dx, dresidual = call.in_layout().new_gradients(needs)
-    dweight, dbias = call.new_sums() if needs.affine else (None, None)
-    return (
-        or_empty(dx, call.dy),
-        or_empty(dweight, call.mean),
-        or_empty(dbias, call.mean),
-        or_empty(dresidual, call.dy),
-    )
+    sums = call.new_sums() if needs.affine else (None, None)
+    return _backward_results(call, *call.in_layout().new_gradients(needs), *sums)
+
+
+def _backward_results(
+    call: Backward,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of `batch_norm_backward`, in its order."""
+    likes = (call.dy, call.mean, call.mean, call.dy)
+    dx, dweight, dbias, dresidual = map(or_empty, (dx, dweight, dbias, dresidual), likes)
+    return dx, dweight, dbias, dresidual
 
 
 def _unpack_backward(*arguments: Any) -> tuple[Backward, BackwardNeeds, float]:
