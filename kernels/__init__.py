@@ -4,7 +4,8 @@ The files in reading order:
 
     activations.py    the table of activations, and what the gradient of each needs
     schedule.py       shape, dtype, layout, device -> regime, tiles, splits: pure functions
-    dispatch.py       the backend of a tensor, its layout in memory, its schedule
+    layout.py         contiguous and channels-last memory
+    dispatch.py       the backend of a tensor and its schedule
     arguments.py      the arguments of a forward and a backward, also those of the kernels
     reference.py      the definition in plain torch: forward, and a differentiable backward
     tile.py           one tile: where its elements are, and the arithmetic of each

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bn_lightning.kernels.dispatch import as_layout, contiguous
+from bn_lightning.kernels.layout import as_layout, contiguous
 from bn_lightning.kernels.schedule import Schedule, as_constexpr
 
 

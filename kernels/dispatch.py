@@ -1,4 +1,4 @@
-"""Choose the backend of a tensor, its layout in memory, and its schedule.
+"""Choose the backend of a tensor, and its schedule.
 
 This module looks for Triton when it is imported, and imports it only to see whether it interprets.
 """
@@ -76,23 +76,6 @@ def check_device(x: Tensor) -> None:
 def is_recomputation() -> bool:
     """Return whether a backward pass is running, as when checkpointing re-runs a forward."""
     return not torch.compiler.is_compiling() and _tracker.is_bw
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Return whether the channels are neighbours in memory; False for a contiguous `x`."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-
-
-def as_layout(value: Tensor, channels_last: bool) -> Tensor:
-    """Return `value` in channels-last or contiguous memory, copied if it is in another layout."""
-    if not channels_last:
-        return value.contiguous()
-    return value.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def contiguous(value: Tensor | None) -> Tensor | None:
-    """Return a contiguous `value`, copied if it is not; None for None."""
-    return None if value is None else value.contiguous()
 
 
 def schedule_of(

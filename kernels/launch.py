@@ -14,7 +14,8 @@ from bn_lightning.kernels.arguments import (
     RunningStatistics,
 )
 from bn_lightning.kernels.backward import affine_gradients, input_gradients
-from bn_lightning.kernels.dispatch import check_device, is_channels_last, schedule_of
+from bn_lightning.kernels.dispatch import check_device, schedule_of
+from bn_lightning.kernels.layout import is_channels_last
 from bn_lightning.kernels.normalize import launch_normalize
 from bn_lightning.kernels.persistent import backward_persistent, forward_persistent
 from bn_lightning.kernels.schedule import Regime

@@ -35,12 +35,8 @@ from bn_lightning.kernels.arguments import (
     RunningStatistics,
 )
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
-from bn_lightning.kernels.dispatch import (
-    as_layout,
-    is_channels_last,
-    is_recomputation,
-    uses_triton,
-)
+from bn_lightning.kernels.dispatch import is_recomputation, uses_triton
+from bn_lightning.kernels.layout import as_layout, is_channels_last
 
 __all__ = ["batch_norm"]
 

@@ -29,12 +29,8 @@ from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import recomputes_z, saves_mask, saves_output
 from bn_lightning.kernels.arguments import Backward, BackwardNeeds, Forward, RunningStatistics
 from bn_lightning.kernels.checks import check_average, check_choices, check_like_aten
-from bn_lightning.kernels.dispatch import (
-    as_layout,
-    is_channels_last,
-    is_recomputation,
-    uses_triton,
-)
+from bn_lightning.kernels.dispatch import is_recomputation, uses_triton
+from bn_lightning.kernels.layout import as_layout, is_channels_last
 from bn_lightning.kernels.sync_ops import (
     BatchStatistics,
     batch_norm_backward_elemt,

@@ -28,7 +28,8 @@ from torch import Tensor
 from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import activate, upper_branch
 from bn_lightning.kernels.arguments import BACKWARD_SCHEMA, Backward, BackwardNeeds, Forward
-from bn_lightning.kernels.dispatch import as_layout, check_device, is_channels_last, schedule_of
+from bn_lightning.kernels.dispatch import check_device, schedule_of
+from bn_lightning.kernels.layout import as_layout, is_channels_last
 from bn_lightning.kernels.ops import or_empty
 
 # A count travels as two numbers below 2^24, because fp32 holds each of them exactly.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bn_lightning.kernels import batch_norm, dispatch
+from bn_lightning.kernels.layout import as_layout, is_channels_last
 
 
 def test_which_tensors_go_to_triton(device: str) -> None:
@@ -30,7 +31,7 @@ def test_triton_where_it_is_not_installed_raises(monkeypatch: Any) -> None:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_a_layout_is_copied_to_where_it_differs_and_kept_where_not(channels_last: bool) -> None:
     plain = torch.randn(2, 3, 4, 5)
-    found = dispatch.as_layout(plain, channels_last)
-    assert torch.equal(found, plain) and dispatch.is_channels_last(found) is channels_last
+    found = as_layout(plain, channels_last)
+    assert torch.equal(found, plain) and is_channels_last(found) is channels_last
     assert (found.data_ptr() == plain.data_ptr()) is not channels_last
-    assert dispatch.as_layout(found, channels_last).data_ptr() == found.data_ptr()
+    assert as_layout(found, channels_last).data_ptr() == found.data_ptr()

@@ -8,6 +8,7 @@ from torch.library import opcheck
 from bn_lightning.kernels import dispatch, reference
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
 from bn_lightning.kernels.arguments import Backward, BackwardNeeds, Forward
+from bn_lightning.kernels.layout import is_channels_last
 from bn_lightning.kernels.schedule import Regime, forced_regime
 from bn_lightning.kernels.sync_ops import (
     batch_norm_backward_elemt,
@@ -142,7 +143,7 @@ def _run(
         rstd=rstd,
         weight=t["weight"],
         bias=t["bias"],
-        channels_last=dispatch.is_channels_last(x),
+        channels_last=is_channels_last(x),
         activation=activation,
         negative_slope=SLOPE,
     )
