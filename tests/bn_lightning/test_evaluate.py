@@ -86,7 +86,10 @@ def test_checkpoints_of_version_0_1_0(command, trained):
     layers = [{"_target_": "bn_lightning.batch_norm.BatchNorm1d", "num_features": 3}]
     own = {**config["model"], "network": {"_target_": "torch.nn.Sequential", "_args_": layers}}
     for changed, words in (
-        ({"model": own}, "0.1.0 wrote that name, which is bn_lightning.modules.batch_norm.BatchNorm1d"),
+        (
+            {"model": own},
+            "0.1.0 wrote that name, which is bn_lightning.modules.batch_norm.BatchNorm1d",
+        ),
         ({"data": {**config["data"], "gone": 1}}, "this version of bn_lightning knows"),
     ):
         checkpoint["hyper_parameters"]["config"] = config | changed

@@ -260,7 +260,12 @@ def serve() -> None:
     from bn_lightning.landscape import landscape
     from bn_lightning.train import train
 
-    tasks = {"train": train, "evaluate": evaluate, "landscape": landscape, "inspect": inspect_checkpoint}
+    tasks = {
+        "train": train,
+        "evaluate": evaluate,
+        "landscape": landscape,
+        "inspect": inspect_checkpoint,
+    }
     _import()
     _with_limits()
     warnings.simplefilter("ignore")
