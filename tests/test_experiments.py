@@ -78,7 +78,15 @@ def composed(folder: Path, experiment: str, *overrides: str) -> DictConfig:
     )
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("imagenet_inception", "cifar_resnet")
+        else name
+        for name in EXPERIMENTS
+    ],
+)
 def test_it_runs_goes_on_and_is_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], experiment: str
 ) -> None:

@@ -164,9 +164,10 @@ def unstopped(tmp_path_factory) -> Path:
 
 
 # SIGKILL, which leaves no word, is in tests/faults/test_kill.py.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
     ids=["SIGINT", "SIGTERM"],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, unstopped, command, signum, code):

@@ -38,6 +38,7 @@ def test_own_module_trains_faster_with_batch_norm(tmp_path):
     assert with_it > 0.8 and without < 0.5
 
 
+@pytest.mark.slow
 def test_swap_resnet_trains_fused_and_reverts(tmp_path):
     output = run("swap_resnet", "--max-steps", "60", cwd=tmp_path)
     assert "5 fused" in output

@@ -113,6 +113,7 @@ def runs() -> Iterator[Runs]:
     started.process.stdout.close()
 
 
+@pytest.mark.slow
 def test_what_is_not_touched_runs(runs: Runs) -> None:
     """So that no field is covered by another's error."""
     bases = sorted({(command, base) for command, base, _ in runs.fields})
@@ -121,6 +122,7 @@ def test_what_is_not_touched_runs(runs: Runs) -> None:
         assert runs(command, base, "", None) == (0, "")
 
 
+@pytest.mark.slow
 @settings(
     max_examples=70,
     deadline=None,
@@ -132,6 +134,7 @@ def test_any_value_in_any_field(runs: Runs, data: st.DataObject) -> None:
     runs.check(data.draw(st.sampled_from(runs.fields)), data.draw(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "field", "value"),
     [

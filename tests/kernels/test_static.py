@@ -54,7 +54,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     ("backend", "arch", "warp_size"),
-    [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)],
+    [
+        pytest.param("cuda", 80, 32, marks=pytest.mark.slow),
+        ("cuda", 90, 32),
+        pytest.param("hip", "gfx942", 64, marks=pytest.mark.slow),
+    ],
     ids=["sm_80", "sm_90", "gfx942"],
 )
 def test_kernels_compile_without_spills_and_with_wide_accesses(

@@ -34,6 +34,7 @@ WATCHED = {
 }
 
 
+@pytest.mark.slow
 def test_percentiles_and_batch_norm_statistics_arrive(command, monkeypatch):
     """Of two runs in one process, as two runs."""
     from mlflow.tracking import MlflowClient

@@ -318,6 +318,7 @@ class TestParallel:
             assert outcome["state"] == trial.state.name
         assert len({t.user_attrs["pid"] for t in trials if "pid" in t.user_attrs}) >= 2
 
+    @pytest.mark.slow
     def test_a_process_for_a_trial(self, program):
         """The trial's configuration selects it."""
         done = program.run(
