@@ -9,7 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
-from bn_lightning.cli.command import run_with_exit_code
+from bn_lightning.cli.command import format_versions, run_with_exit_code
 from bn_lightning.cli.error_line import FULL_ERROR
 from bn_lightning.sweeps.analysis.columns import Columns
 from bn_lightning.sweeps.analysis.tolerance import TRAINED
@@ -31,6 +31,7 @@ def main() -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=format_versions())
     parser.add_argument("sources", nargs="+", metavar="DIR", help="a sweep, or runs")
     parser.add_argument("--output", type=Path, help="folder to write to (default: the sweep's own)")
     parser.add_argument("--study", help="name of the study, where a storage holds several")

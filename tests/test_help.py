@@ -106,10 +106,11 @@ def test_a_command_runs_as_a_file(command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", HYDRA_COMMANDS)
+@pytest.mark.parametrize("command", [*HYDRA_COMMANDS, "report"])
 def test_versions(command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [command, "--version"])
-    import_module(f"bn_lightning.{command}").main()
+    with contextlib.suppress(SystemExit):  # argparse ends the process
+        import_module(f"bn_lightning.{command}").main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"bn-lightning {bn_lightning.__version__}"
     for name in ("torch", "lightning", "hydra-core", "optuna"):

@@ -62,7 +62,7 @@ def hydra_command(task: Callable[[DictConfig], Any], config_name: str) -> Callab
     @functools.wraps(task)
     def command() -> None:
         if "--version" in sys.argv[1:]:
-            print_versions()
+            print(format_versions())
             return
         full_error = os.environ.get(FULL_ERROR)
         is_wanted = full_error == "1" and _ONE_LINE not in os.environ
@@ -80,13 +80,11 @@ def hydra_command(task: Callable[[DictConfig], Any], config_name: str) -> Callab
     return command
 
 
-def print_versions() -> None:
-    """Print the versions of bn_lightning, Python and the packages it builds on, one a line."""
+def format_versions() -> str:
+    """Return the versions of bn_lightning, Python and the packages it builds on, one a line."""
     versions = package_versions()
-    print("bn-lightning", versions.pop("bn-lightning"))
-    for name, version in versions.items():
-        if version is not None:
-            print(name, version)
+    names = sorted(versions, key=lambda name: name != "bn-lightning")
+    return "\n".join(f"{name} {versions[name]}" for name in names if versions[name] is not None)
 
 
 def several_processes(devices: Any, strategy: str) -> bool:
