@@ -68,7 +68,7 @@ def run_forward(
         elif schedule.regime is Regime.PERSISTENT:
             y, mask, mean, rstd = forward_persistent(call, dense, eps, schedule)
         else:
-            partials = compute_partials(call.x, schedule)
+            partials = compute_partials(call.x, schedule, dense.num_batches_tracked)
             mean, rstd = finish_statistics(partials, dense, eps, schedule)
             y, mask = launch_normalize(call, mean, rstd, schedule)
     if training:

@@ -69,6 +69,7 @@ from bn_lightning.kernels.tile import count_tiles, load_channels, make_channels
 TICKET = tl.constexpr(0)
 LEFT = tl.constexpr(1)
 GROUPS = tl.constexpr(2)
+CLEARED = tl.constexpr(1024)  # counters set to zero at once, at least four by each thread
 
 
 @triton.jit
@@ -103,8 +104,9 @@ def _leave(counters_ptr: tl.tensor, groups: tl.tensor, tracked_ptr: tl.tensor) -
     tl.debug_barrier()
     left = tl.atomic_add(counters_ptr + LEFT, 1, sem="acq_rel")
     if left == tl.num_programs(0) - 1:
-        for counter in range(0, 2 * groups + GROUPS):
-            tl.store(counters_ptr + counter, 0)
+        for first in range(0, 2 * groups + GROUPS, CLEARED):
+            offs = first + tl.arange(0, CLEARED)
+            tl.store(counters_ptr + offs, 0, mask=offs < 2 * groups + GROUPS)
         count_batch(tracked_ptr, left == left)
 
 
@@ -155,7 +157,10 @@ def _bn_forward_persistent_kernel(
                 store_partial(partials, moments, split, offs_c, tiling.C)
                 if _arrive(counters_ptr, step, S):
                     whole = combine_partials(partials, offs_c, S, tiling.C, total, BLOCK_S)
-                    finish_channels(whole, channels, running, offs_c, offs_c < tiling.C, total, eps)
+                    mask_c = offs_c < tiling.C
+                    finish_channels(
+                        whole, channels, running, offs_c, mask_c, total, eps, COUNTED=False
+                    )
                     _raise_flag(counters_ptr, step)
         else:
             if step >= queue.lag:
@@ -224,18 +229,32 @@ def _bn_backward_persistent_kernel(
 _zeros: dict[tuple[torch.device, int], Tensor] = {}
 
 
+def is_torchs_stream(stream_id: int) -> bool:
+    """Return whether torch created a stream, which then exists as long as the process.
+
+    The id of the default stream is 0, and the ids of the streams in torch's pool are odd. The id of
+    any other stream is its handle: an even pointer, or 2 for CUDA's per-thread default stream.
+
+    Source: c10/cuda/CUDAStream.cpp of PyTorch, "Note [StreamId assignment]".
+    """
+    return stream_id == 0 or stream_id % 2 == 1
+
+
 def _counters(x: Tensor, schedule: Schedule) -> Tensor:
     """Return counters that are zero and that no launch running at the same time uses.
 
-    Launches on one stream run one after another, so each stream has its own counters, which need no
-    clearing. A CUDA graph may be replayed at any time, so it gets counters that it clears itself.
+    Launches on one stream run one after another, so each stream of torch has its own counters,
+    which need no clearing. A CUDA graph may be replayed at any time, and the handle of a stream
+    that torch did not create may name another stream later or in another thread: both get new
+    counters.
     """
     wanted = 2 + 2 * schedule.channel_blocks
-    if not x.is_cuda:
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return torch.zeros(wanted, dtype=torch.int32, device=x.device)
-    if torch.cuda.is_current_stream_capturing():
+    stream = torch.cuda.current_stream(x.device)
+    if not is_torchs_stream(stream.stream_id):
         return torch.zeros(wanted, dtype=torch.int32, device=x.device)
-    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+    key = (x.device, stream.stream_id)
     counters = _zeros.get(key)
     if counters is None or counters.numel() < wanted:
         # Larger than needed, so that it seldom grows. A running launch can still use the old

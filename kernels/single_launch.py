@@ -43,7 +43,7 @@ def _bn_forward_single_launch_kernel(
     mask_c = offs_c < tiling.C
     tiles = count_tiles(tiling)
     moments = walk_statistics(tensors.x_ptr, offs_c, 0, tiles, tiling)
-    rstd = finish_channels(moments, channels, running, offs_c, mask_c, total, eps)
+    rstd = finish_channels(moments, channels, running, offs_c, mask_c, total, eps, COUNTED=False)
     count_batch(running.num_batches_tracked, tl.program_id(0) == 0)
     values = make_channels(moments.mean, rstd, channels, offs_c, mask_c)
     walk_normalize(tensors, values, offs_c, 0, tiles, tiling)

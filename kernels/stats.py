@@ -236,6 +236,7 @@ def finish_channels(
     mask_c: tl.tensor,
     total: tl.tensor,  # M
     eps: tl.tensor,
+    COUNTED: tl.constexpr,  # whether num_batches_tracked includes this batch already
 ) -> tl.tensor:
     """Store mean and rstd, update the running statistics, and return rstd."""
     unit = moments.unit
@@ -244,7 +245,8 @@ def finish_channels(
     tl.store(channels.rstd_ptr + offs_c, rstd, mask=mask_c)
     if running.mean is not None:
         if running.momentum is None:
-            momentum = 1.0 / (tl.load(running.num_batches_tracked) + 1).to(tl.float32)
+            batches = tl.load(running.num_batches_tracked)
+            momentum = 1.0 / (batches if COUNTED else batches + 1).to(tl.float32)
         else:
             momentum = running.momentum
         old_mean = tl.load(running.mean + offs_c, mask=mask_c, other=0.0).to(tl.float32)
@@ -259,7 +261,7 @@ def finish_channels(
 
 @triton.jit
 def count_batch(tracked_ptr: tl.tensor, chosen: tl.tensor) -> None:
-    """Add one to num_batches_tracked in the chosen program, once no other program reads it."""
+    """Add one to num_batches_tracked in the chosen program, while no other thread reads it."""
     if tracked_ptr is not None:
         tl.store(tracked_ptr, tl.load(tracked_ptr, mask=chosen, other=0) + 1, mask=chosen)
 
@@ -268,9 +270,12 @@ def count_batch(tracked_ptr: tl.tensor, chosen: tl.tensor) -> None:
 def _bn_forward_partial_statistics_kernel(
     x_ptr: tl.tensor,  # (N, C, L)
     partials: Partials,  # written
+    tracked_ptr: tl.tensor,  # int64, incremented by one; or None
     tiles_per_split: tl.tensor,
     tiling: Tiling,
 ) -> None:
+    # No program of this launch reads it, and the launch that reads it begins after this one ended.
+    count_batch(tracked_ptr, (tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     offs_c = tl.program_id(0) * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
     split = tl.program_id(1)
     first = split * tiles_per_split
@@ -283,7 +288,7 @@ def _bn_forward_partial_statistics_kernel(
 def _bn_forward_finish_statistics_kernel(
     partials: Partials,
     channels: ChannelTensors,  # mean and rstd are written
-    running: RunningStatistics,  # pointers, read and written
+    running: RunningStatistics,  # pointers; the count is read, the others are read and written
     S: tl.tensor,
     C: tl.tensor,
     total: tl.tensor,  # M
@@ -291,13 +296,9 @@ def _bn_forward_finish_statistics_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    # For a cumulative average there is one program, which reads the number of batches before it
-    # writes it.
-    for block in range(tl.program_id(0), tl.cdiv(C, BLOCK_C), tl.num_programs(0)):
-        offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        moments = combine_partials(partials, offs_c, S, C, total, BLOCK_S)
-        finish_channels(moments, channels, running, offs_c, offs_c < C, total, eps)
-    count_batch(running.num_batches_tracked, tl.program_id(0) == 0)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    moments = combine_partials(partials, offs_c, S, C, total, BLOCK_S)
+    finish_channels(moments, channels, running, offs_c, offs_c < C, total, eps, COUNTED=True)
 
 
 @triton.jit
@@ -335,12 +336,13 @@ def _bn_forward_running_statistics_kernel(
     tl.store(rstd_ptr + offs_c, _rsqrt(var + eps), mask=mask_c)
 
 
-def compute_partials(x: Tensor, schedule: Schedule) -> Partials:
+def compute_partials(x: Tensor, schedule: Schedule, tracked: Tensor | None = None) -> Partials:
     """Compute the count, mean and sqrt(M2) of each split, with M2 = sum (x - mean)^2.
 
     Args:
         x: (N, C, ...), dense, fp32, fp16 or bf16.
         schedule: for the shape and layout of `x`.
+        tracked: num_batches_tracked, int64 scalar to which one is added, or None.
 
     Returns:
         The partials, on the device of `x`.
@@ -349,6 +351,7 @@ def compute_partials(x: Tensor, schedule: Schedule) -> Partials:
     _bn_forward_partial_statistics_kernel[(schedule.channel_blocks, schedule.splits)](
         x_ptr=x,
         partials=partials,
+        tracked_ptr=tracked,
         tiles_per_split=schedule.tiles_per_split,
         tiling=schedule.tiling,
         **schedule.walk_options,
@@ -363,7 +366,7 @@ def finish_statistics(
 
     Args:
         partials: of the whole batch.
-        running: updated in place.
+        running: mean and var are updated in place; the count includes this batch already.
         eps: added to the biased variance, > 0.
         schedule: that made the partials.
 
@@ -372,8 +375,7 @@ def finish_statistics(
     """
     mean_C, rstd_C = new_statistics(partials.mean_ptr)
     block_s, block_c = schedule.finish_tile
-    programs = 1 if running.momentum is None else cdiv(schedule.C, block_c)
-    _bn_forward_finish_statistics_kernel[(programs,)](
+    _bn_forward_finish_statistics_kernel[(cdiv(schedule.C, block_c),)](
         partials=partials,
         channels=ChannelTensors(mean_C, rstd_C, None, None),
         running=running,

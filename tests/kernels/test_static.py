@@ -49,6 +49,7 @@ LAYOUTS = {
     "rows": Layout((60, 100), False, False),
     "one_channel": Layout((16, 1, 64), False, True),
     "wide": Layout((4096, 64, 128, 128), False, True),
+    "many_channels": Layout((64, 2048, 7, 7), False, False),
 }
 
 
@@ -85,6 +86,7 @@ def test_kernels_compile_without_spills_and_with_wide_accesses(
         assert row["spills"] == 0, row
         if row["aligned"] and row["reads_tensors"]:
             assert row["loads_of_16_bytes"] > 0 and row["loads_of_2_bytes"] == 0, row
+        assert not row.get("races"), row
         if row["aligned"] and row["writes_tensors"]:
             assert row["stores_of_16_bytes"] > 0 and row["stores_of_2_bytes"] == 0, row
 
@@ -109,6 +111,8 @@ BRANCHES = (
     _Call("small_maps", torch.bfloat16, "leaky_relu", True, True, ("two_pass",)),
     _Call("rows", torch.float32, "sigmoid", False, True, ("single_launch",)),
     _Call("one_channel", torch.float16, "identity", True, False, ("two_pass",)),
+    # A cumulative average of channels that have one split each.
+    _Call("many_channels", torch.float16, "identity", False, True, ("two_pass", "persistent")),
 )
 
 
@@ -242,6 +246,18 @@ def _specialize(backend: Any, launch: _Launch) -> tuple[Any, dict[str, Any], str
     return ASTSource(kernel, signature, constants, attributes), options, key
 
 
+def _races(ptx: str) -> int:
+    """Count the writes of num_batches_tracked without a barrier after, or before, its use.
+
+    One thread writes it, and all warps use it, as the reciprocal of the momentum. Of all that is in
+    global memory it alone has 64 bits.
+    """
+    used, written, barrier = r"cvt\.rn\.f32\.[su]64", r"st\.global\S*\.[bsu]64", r"bar\.sync"
+    found = re.findall(rf"\b({used}|{written}|{barrier})\b", ptx)
+    order = "".join({"cvt": "u", "st.": "w", "bar": "|"}[text[:3]] for text in found)
+    return len(re.findall(r"uw|wu", order))
+
+
 def _resources(compiled: Any) -> dict[str, int]:
     """Return the size of the binary, what it spills, and its memory accesses."""
     if "cubin" not in compiled.asm:
@@ -278,6 +294,7 @@ def _resources(compiled: Any) -> dict[str, int]:
         "loads_of_2_bytes": len(re.findall(r"\bld\.global\S*\.\w16\b", ptx)),
         "stores_of_16_bytes": len(re.findall(r"\bst\.global\S*\.v4\.\w32\b", ptx)),
         "stores_of_2_bytes": len(re.findall(r"\bst\.global\S*\.\w16\b", ptx)),
+        "races": _races(ptx),
         "registers": max(map(int, re.findall(r"\bREG:(\d+)", usage))),
     }
 

@@ -67,7 +67,7 @@ def _statistics(
     tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     running = RunningStatistics(running_mean, running_var, tracked, momentum)
-    partials = stats.compute_partials(x, schedule)
+    partials = stats.compute_partials(x, schedule, tracked)
     return stats.finish_statistics(partials, running, EPS, schedule)
 
 
