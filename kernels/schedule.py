@@ -98,7 +98,7 @@ class Schedule:
         tiles_per_split: consecutive tiles of a split.
         lag: of `persistent`: blocks of channels between the two readings of a block.
         programs: of `persistent`.
-        wide: whether an offset may exceed 2^31.
+        wide: whether a position in a tile may exceed 2^31, in or beyond the tensor.
         max_warps: of any program; a thread then has at least 16 bytes of a 16-bit dtype.
         max_registers: of a thread that goes through tiles; None for the compiler's choice.
     """
@@ -187,7 +187,7 @@ class Tiling(NamedTuple):
         BLOCK_N: samples in a tile, constexpr like all that follow.
         BLOCK_C: channels in a tile.
         BLOCK_L: positions in a tile.
-        WIDE: whether an offset may exceed 2^31.
+        WIDE: whether a position in a tile may exceed 2^31, in or beyond the tensor.
     """
 
     N: Any
@@ -366,7 +366,7 @@ def _make_schedule(
         # Large enough that an item of the second reading finds the items it waits for finished.
         lag=cdiv(programs, splits) + 1,
         programs=programs,
-        wide=N * C * L >= 1 << 31,
+        wide=N * C * L + TILE_ELEMENTS > 1 << 31,
         max_warps=max_warps,
         max_registers=max_registers,
     )

@@ -55,6 +55,12 @@ class ChannelValues(NamedTuple):
 
 
 @triton.jit
+def _count_blocks(size: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Return size / BLOCK, rounded up; unlike in tl.cdiv, no intermediate exceeds `size`, >= 1."""
+    return (size - 1) // BLOCK + 1
+
+
+@triton.jit
 def locate_tile(
     number: tl.tensor,  # of the tile: blocks of positions within blocks of samples
     offs_c: tl.tensor,  # (BLOCK_C,)
@@ -62,9 +68,15 @@ def locate_tile(
     CHANNELS_FIRST: tl.constexpr,
 ) -> tuple[Tile, tl.tensor]:
     """Return the elements of a tile, and how many values of a channel it has."""
-    tiles_l = tl.cdiv(tiling.L, tiling.BLOCK_L)
-    start_n = number // tiles_l * tiling.BLOCK_N
-    start_l = number % tiles_l * tiling.BLOCK_L
+    tiles_l = _count_blocks(tiling.L, tiling.BLOCK_L)
+    start_n = number // tiles_l
+    start_l = number % tiles_l
+    if tiling.WIDE:
+        # Before the multiplication: the last tile may reach beyond 2^31.
+        start_n = start_n.to(tl.int64)
+        start_l = start_l.to(tl.int64)
+    start_n *= tiling.BLOCK_N
+    start_l *= tiling.BLOCK_L
     offs_n = start_n + tl.arange(0, tiling.BLOCK_N)
     offs_l = start_l + tl.arange(0, tiling.BLOCK_L)
     if CHANNELS_FIRST:
@@ -72,8 +84,6 @@ def locate_tile(
     else:
         n, c = offs_n[:, None, None], offs_c[None, :, None]
     inside = (n < tiling.N) & (c < tiling.C) & (offs_l < tiling.L)[None, None, :]
-    if tiling.WIDE:
-        n = n.to(tl.int64)
     offsets = (n * tiling.C + c) * tiling.L + offs_l[None, None, :]
     count_n = tl.minimum(tiling.N - start_n, tiling.BLOCK_N)
     count_l = tl.minimum(tiling.L - start_l, tiling.BLOCK_L)
@@ -83,7 +93,7 @@ def locate_tile(
 @triton.jit
 def count_tiles(tiling: Tiling) -> tl.tensor:
     """Return the number of tiles of a block of channels."""
-    return tl.cdiv(tiling.N, tiling.BLOCK_N) * tl.cdiv(tiling.L, tiling.BLOCK_L)
+    return _count_blocks(tiling.N, tiling.BLOCK_N) * _count_blocks(tiling.L, tiling.BLOCK_L)
 
 
 @triton.jit

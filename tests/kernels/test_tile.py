@@ -1,4 +1,4 @@
-"""The Triton side of the table of activations against the torch side, in fp64."""
+"""The elements of a tile; the Triton side of the table of activations against the torch side."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bn_lightning.kernels import tile
+from bn_lightning.kernels import dispatch, tile
 from bn_lightning.kernels.activations import (
     ACTIVATIONS,
     Saves,
@@ -18,6 +18,7 @@ from bn_lightning.kernels.activations import (
     lower_derivative,
     upper_branch,
 )
+from bn_lightning.kernels.schedule import Tiling, make_schedule
 
 SLOPE = 0.1
 # Relative, for values far from 0 and near it; absolute, where gelu and mish cancel below zero.
@@ -88,3 +89,37 @@ def test_the_mask_is_the_derivative(activation: str, device: str) -> None:
     lower = lower_derivative(activation, SLOPE)
     slope = torch.where(upper_branch(z, activation), 1.0, lower).double()
     torch.testing.assert_close(slope, derivative(z, activation, SLOPE).detach())
+
+
+@triton.jit
+def _last_tile_kernel(
+    first_ptr: tl.tensor,  # int64, offset of the first element
+    inside_ptr: tl.tensor,  # int64, number of elements inside
+    exact_ptr: tl.tensor,  # int64, number of elements inside whose offset is the right one
+    tiling: Tiling,
+) -> None:
+    offs_c = tl.arange(0, tiling.BLOCK_C)
+    number = tile.count_tiles(tiling) - 1
+    last, count = tile.locate_tile(number, offs_c, tiling, True)
+    inside = last.inside.broadcast_to((tiling.BLOCK_C, tiling.BLOCK_N, tiling.BLOCK_L))
+    offsets = last.offsets.broadcast_to(inside.shape).to(tl.int64).reshape((inside.numel,))
+    first = tl.min(offsets, axis=0)
+    right = offsets == first + tl.arange(0, inside.numel)
+    inside = inside.reshape((inside.numel,))
+    tl.store(first_ptr, first)
+    tl.store(inside_ptr, tl.sum(inside.to(tl.int64), axis=0))
+    tl.store(exact_ptr, tl.sum((inside & right).to(tl.int64), axis=0))
+
+
+# One channel, whose values are the positions of the tensor in memory.
+@pytest.mark.parametrize("beyond", [-5000, -5, -1, 3])
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+def test_the_last_tile_near_2_to_the_31(channels_last: bool, beyond: int, device: str) -> None:
+    values = (1 << 31) + beyond
+    found_on = dispatch._device(torch.device(device))
+    schedule = make_schedule((1, 1, values), 2, channels_last, found_on)
+    first, inside, exact = torch.full((3,), -1, dtype=torch.int64, device=device)
+    _last_tile_kernel[(1,)](first, inside, exact, schedule.tiling)
+    elements = schedule.block_n * schedule.block_l
+    start = (values - 1) // elements * elements
+    assert (first.item(), inside.item(), exact.item()) == (start, values - start, values - start)
