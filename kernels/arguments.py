@@ -16,6 +16,38 @@ from bn_lightning.kernels.layout import as_layout, contiguous
 from bn_lightning.kernels.schedule import Schedule, as_constexpr
 
 
+def split_residual(x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the residual as one to be fused, or as one to be added afterwards.
+
+    A residual of another dtype is added afterwards, so that the sum is promoted as in eager code.
+    """
+    if residual is None or residual.dtype == x.dtype:
+        return residual, None
+    return None, residual
+
+
+class BatchNormArguments(NamedTuple):
+    """The arguments of the op `batch_norm`, in its order; described at the function."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    training: bool
+    momentum: float | None
+    eps: float
+    activation: str
+    negative_slope: float
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that may need a gradient."""
+        return [t for t in (self.x, self.residual, self.weight, self.bias) if t is not None]
+
+
 class Forward(NamedTuple):
     """The inputs of y = act((x - mean) * rstd * weight + bias + residual), without mean and rstd.
 

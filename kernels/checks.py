@@ -39,7 +39,7 @@ def check_choices(x: Tensor, residual: Tensor | None, activation: str, backend: 
     """Check the arguments that torch's BatchNorm does not have, and the dtype of `x`.
 
     Raises:
-        ValueError: an unknown activation or backend; a residual of another shape or dtype.
+        ValueError: an unknown activation or backend; a residual of another shape.
         RuntimeError: a residual on another device.
         NotImplementedError: an `x` of integers.
     """
@@ -55,11 +55,6 @@ def check_choices(x: Tensor, residual: Tensor | None, activation: str, backend: 
         raise ValueError(
             f"expected `residual` to have the shape of `x`, {tuple(x.shape)}, got "
             f"{tuple(residual.shape)}; expand or project it first"
-        )
-    if residual.dtype != x.dtype:
-        raise ValueError(
-            f"expected `residual` to have the dtype of `x`, {x.dtype}, got {residual.dtype}; "
-            f"convert one of them"
         )
     if residual.device != x.device:
         raise _on_another_device(x, "residual", residual)

@@ -19,7 +19,7 @@ Compiled graphs in users' caches call the ops by position, so the order of their
 Triton is imported only inside the ops and by dispatch.py.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +31,10 @@ from bn_lightning.kernels.activations import activate, recomputes_z, saves_mask,
 from bn_lightning.kernels.arguments import (
     Backward,
     BackwardNeeds,
+    BatchNormArguments,
     Forward,
     RunningStatistics,
+    split_residual,
 )
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import is_recomputation, uses_triton
@@ -84,18 +86,19 @@ def batch_norm(
         activation: "identity", "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh",
             "hardswish", "mish", "sigmoid" or "tanh".
         negative_slope: of "leaky_relu" below zero; the others ignore it.
-        residual: added before the activation; with the shape, dtype and device of `x`.
+        residual: added before the activation; with the shape and device of `x`. If its dtype is
+            another one, sum and activation are not fused, and have the promoted dtype.
         num_batches_tracked: int64 scalar on the device of `x`, to which training adds one.
         backend: "native" for ATen; "triton" for the kernels: `x` in fp32, fp16 or bf16, parameters
             and statistics each in any float dtype; "auto" for the kernels where `x` is a CUDA or
             ROCm tensor of such a dtype and Triton is installed, else ATen.
 
     Returns:
-        y, with the shape, dtype and device of `x`.
+        y, with the shape and device of `x`, and its dtype or that of `x + residual`.
 
     Raises:
         ValueError: an unknown backend or activation; "triton" for a tensor it does not support; a
-            residual of another shape or dtype; one value per channel in training; one running
+            residual of another shape; one value per channel in training; one running
             statistic without the other; `eps` not positive in training; `momentum` None without
             `num_batches_tracked`.
         RuntimeError: running statistics missing in evaluation; a per-channel tensor of another
@@ -105,6 +108,7 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2.
     """
     check_choices(x, residual, activation, backend)
+    fused, added = split_residual(x, residual)
     triton = uses_triton(x, backend)
     if training:
         if momentum is None:
@@ -118,7 +122,7 @@ def batch_norm(
         num_batches_tracked = None
     arguments = BatchNormArguments(
         x,
-        residual,
+        fused,
         weight,
         bias,
         running_mean=running_mean,
@@ -127,37 +131,17 @@ def batch_norm(
         training=training,
         momentum=momentum,
         eps=eps,
-        activation=activation,
+        activation=activation if added is None else "identity",
         negative_slope=negative_slope,
     )
-    if not triton:
-        return _composite(arguments)
-    check_like_aten(x, weight, bias, running_mean, running_var, training, eps)
-    if running_mean is None:
-        arguments = arguments._replace(momentum=momentum or 0.0)
-    return torch.ops.bn_lightning.batch_norm(*arguments)
-
-
-class BatchNormArguments(NamedTuple):
-    """The arguments of the op `batch_norm`, in its order; described at the function."""
-
-    x: Tensor
-    residual: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    training: bool
-    momentum: float | None
-    eps: float
-    activation: str
-    negative_slope: float
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that may need a gradient."""
-        return [t for t in (self.x, self.residual, self.weight, self.bias) if t is not None]
+    if triton:
+        check_like_aten(x, weight, bias, running_mean, running_var, training, eps)
+        if running_mean is None:
+            arguments = arguments._replace(momentum=momentum or 0.0)
+        y = torch.ops.bn_lightning.batch_norm(*arguments)
+    else:
+        y = _composite(arguments)
+    return y if added is None else activate(y + added, activation, negative_slope)
 
 
 def _composite(a: BatchNormArguments) -> Tensor:

@@ -26,8 +26,14 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
 from bn_lightning.kernels import reference
-from bn_lightning.kernels.activations import recomputes_z, saves_mask, saves_output
-from bn_lightning.kernels.arguments import Backward, BackwardNeeds, Forward, RunningStatistics
+from bn_lightning.kernels.activations import activate, recomputes_z, saves_mask, saves_output
+from bn_lightning.kernels.arguments import (
+    Backward,
+    BackwardNeeds,
+    Forward,
+    RunningStatistics,
+    split_residual,
+)
 from bn_lightning.kernels.checks import check_average, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import is_recomputation, uses_triton
 from bn_lightning.kernels.layout import as_layout, is_channels_last
@@ -84,14 +90,15 @@ def sync_batch_norm(
         eps: value added to the variance, > 0.
         activation: name of the activation, as in `bn_lightning.kernels.batch_norm`.
         negative_slope: slope of "leaky_relu" below zero.
-        residual: the shape, dtype and device of `x`; added before the activation.
+        residual: added before the activation; the shape and device of `x`. If its dtype is another
+            one, sum and activation are not fused, and have the promoted dtype.
         num_batches_tracked: int64 scalar on the device of `x`, incremented by one.
         backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`; may differ
             between ranks.
         group_name: `ProcessGroup.group_name` of a process group that contains this rank.
 
     Returns:
-        y, the shape, dtype and device of `x`.
+        y, the shape and device of `x`, and its dtype or that of `x + residual`.
 
     Raises:
         ValueError: one value per channel on all ranks together; every rank raises it, before it
@@ -116,21 +123,23 @@ def sync_batch_norm(
             _update_running(
                 RunningStatistics(running_mean, running_var, num_batches_tracked, momentum), batch
             )
+    fused, added = split_residual(x, residual)
     arguments = _Arguments(
         x=x,
-        residual=residual,
+        residual=fused,
         weight=weight,
         bias=bias,
         mean=batch.mean.to(part.dtype),
         rstd=torch.rsqrt(var + eps).to(part.dtype),
         total_count=batch.total_count,
         eps=eps,
-        activation=activation,
+        activation=activation if added is None else "identity",
         negative_slope=negative_slope,
         triton=triton,
         group_name=group_name,
     )
-    return torch.ops.bn_lightning.sync_batch_norm_elemt(*arguments)
+    y = torch.ops.bn_lightning.sync_batch_norm_elemt(*arguments)
+    return y if added is None else activate(y + added, activation, negative_slope)
 
 
 def _update_running(running: RunningStatistics, batch: BatchStatistics) -> None:

@@ -106,16 +106,17 @@ class _BackendMixin(_BatchNorm):
 
         Args:
             input: the shapes that torch's module of the same name accepts; any float dtype.
-            residual: the shape, dtype and device of `input`, or None.
+            residual: the shape and device of `input`, or None. If its dtype is another one, the sum
+                is not fused, and has the promoted dtype.
             activation: overrides the module's activation for this call.
             negative_slope: overrides the module's negative slope for this call.
 
         Returns:
-            y, the shape, dtype and device of `input`.
+            y, the shape and device of `input`, and its dtype or that of `input + residual`.
 
         Raises:
             ValueError: wrong number of dimensions; one value per channel in training; a tensor that
-                `backend` does not support; a residual of another shape or dtype. The module's state
+                `backend` does not support; a residual of another shape. The module's state
                 is unchanged.
             RuntimeError: a call under torch.jit.trace.
         """

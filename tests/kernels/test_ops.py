@@ -453,6 +453,29 @@ ERRORS: dict[str, tuple[tuple[int, ...], dict[str, Any], type[Exception], str, s
 }
 
 
+@backends
+@pytest.mark.parametrize(
+    ("of_x", "of_residual"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.int64)],
+    ids=["bf16+fp32", "fp32+fp16", "fp32+int64"],
+)
+def test_a_residual_of_another_dtype_is_promoted_as_in_eager_code(
+    of_x: torch.dtype, of_residual: torch.dtype, backend: str, device: str
+) -> None:
+    """Autocast makes a bf16 `x` beside an fp32 residual."""
+    t = _tensors((4, 3, 5), device, of_x)
+    residual = (torch.randn(4, 3, 5) * 3).to(device, of_residual)
+
+    def eager(*arguments: Tensor, **options: Any) -> Tensor:
+        return F.relu(batch_norm(*arguments, **options) + residual)
+
+    dy = torch.randn(4, 3, 5, device=device).to(torch.result_type(t["x"], residual))
+    options = {"training": True, "backend": backend}
+    ours = _run(batch_norm, t, dy, residual=residual, activation="relu", **options)
+    assert ours["y"].dtype == dy.dtype
+    torch.testing.assert_close(ours, _run(eager, t, dy, **options), rtol=0, atol=0)
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("shape", "changed", "error", "start", "part"), ERRORS.values(), ids=ERRORS.keys()
