@@ -24,6 +24,10 @@ released. It combines the S partials in the order of the splits, stores the resu
 group's flag with a release add. An apply item reads the flag with an acquire add, and bypasses L1
 for what other programs wrote.
 
+One thread executes an atomic. Barriers of all threads stand before it, for what they wrote, and
+after it, for what they read next. This is argued for CUDA, whose barriers order memory;
+tests/kernels/test_ticket_order.py checks it in simulated schedules.
+
 The counters are zero before and after every launch: the last program to leave sets them to zero,
 and adds the batch to num_batches_tracked, which no program reads any more. Launches that run at the
 same time need separate counters (`_counters`).
@@ -81,7 +85,9 @@ def _take_ticket(counters_ptr: tl.tensor) -> tl.tensor:
 def _arrive(counters_ptr: tl.tensor, group: tl.tensor, S: tl.tensor) -> tl.tensor:
     """Count a finished split of the group, and return whether it was the last one."""
     tl.debug_barrier()
-    return tl.atomic_add(counters_ptr + GROUPS + 2 * group, 1, sem="acq_rel") == S - 1
+    arrived = tl.atomic_add(counters_ptr + GROUPS + 2 * group, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return arrived == S - 1
 
 
 @triton.jit
@@ -103,6 +109,7 @@ def _wait_for_flag(counters_ptr: tl.tensor, group: tl.tensor) -> None:
 def _leave(counters_ptr: tl.tensor, groups: tl.tensor, tracked_ptr: tl.tensor) -> None:
     tl.debug_barrier()
     left = tl.atomic_add(counters_ptr + LEFT, 1, sem="acq_rel")
+    tl.debug_barrier()
     if left == tl.num_programs(0) - 1:
         for first in range(0, 2 * groups + GROUPS, CLEARED):
             offs = first + tl.arange(0, CLEARED)
