@@ -54,22 +54,23 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    ("backend", "arch", "warp_size"),
+    ("backend", "arch", "warp_size", "which"),
     [
-        pytest.param("cuda", 80, 32, marks=pytest.mark.slow),
-        ("cuda", 90, 32),
-        pytest.param("hip", "gfx942", 64, marks=pytest.mark.slow),
+        pytest.param("cuda", 90, 32, "--activations", id="sm_90"),
+        pytest.param("cuda", 80, 32, "--branches", id="sm_80", marks=pytest.mark.slow),
+        pytest.param("hip", "gfx942", 64, "--branches", id="gfx942", marks=pytest.mark.slow),
+        pytest.param("cuda", 80, 32, "--activations", id="sm_80-all", marks=pytest.mark.soak),
+        pytest.param("hip", "gfx942", 64, "--activations", id="gfx942-all", marks=pytest.mark.soak),
     ],
-    ids=["sm_80", "sm_90", "gfx942"],
 )
 def test_kernels_compile_without_spills_and_with_wide_accesses(
-    backend: str, arch: int | str, warp_size: int, tmp_path: Path
+    backend: str, arch: int | str, warp_size: int, which: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
-        [sys.executable, __file__, backend, str(arch), str(warp_size)],
+        [sys.executable, __file__, backend, str(arch), str(warp_size), which],
         env=env,
         capture_output=True,
         text=True,
@@ -116,15 +117,18 @@ BRANCHES = (
 )
 
 
-def _calls(everything: bool) -> Iterator[_Call]:
-    """List what is compiled: each branch once, and each activation with and without a residual in
-    `two_pass` and in one other regime, in alternating layouts; or each in every combination."""
+def _calls(which: str) -> Iterator[_Call]:
+    """List what is compiled: each branch once; and with "--activations" each activation, with and
+    without a residual, in `two_pass` and one other regime, in alternating layouts; or with "--all"
+    each of them in every combination."""
     from bn_lightning.kernels.activations import ACTIVATIONS
 
     yield from BRANCHES
+    if which == "--branches":
+        return
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     fusions = list(product(ACTIVATIONS, (True, False)))
-    if not everything:
+    if which == "--activations":
         for i, (activation, has_residual) in enumerate(fusions):
             # The steps have no common factor, so that layout, dtype and regime mix.
             layout, dtype = list(LAYOUTS)[i % 5], dtypes[i % 7 % 2]
@@ -155,7 +159,7 @@ class _Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
-def _record(warp_size: int, everything: bool) -> list[_Launch]:
+def _record(warp_size: int, which: str) -> list[_Launch]:
     """Make the calls, with the launcher replaced by a recorder."""
     from triton.runtime import JITFunction
 
@@ -173,7 +177,7 @@ def _record(warp_size: int, everything: bool) -> list[_Launch]:
     launch.check_device = lambda x: None
     dispatch._device = lambda _: device
     found = []
-    for wanted in _calls(everything):
+    for wanted in _calls(which):
         layout = LAYOUTS[wanted.layout]
         begin = len(launches)
         for regime in wanted.regimes:
@@ -311,14 +315,14 @@ def _compile(number: int) -> dict[str, Any]:
     return row | _resources(triton.compile(source, target=target, options=options))
 
 
-def _main(backend: str, arch: str, warp_size: str, everything: str = "") -> None:
+def _main(backend: str, arch: str, warp_size: str, which: str = "--activations") -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
 
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp_size))
     compiler = make_backend(target)
     seen = set()
-    for launch in _record(int(warp_size), everything == "--all"):
+    for launch in _record(int(warp_size), which):
         source, options, key = _specialize(compiler, launch)
         if key in seen:
             continue

@@ -41,9 +41,9 @@ MAX_STEPS = 20_000
 
 # More than the 4 * 3 items of the largest case.
 MANY_PROGRAMS = 15
-# One of each launch: 10 tests run 320 schedules, and 10,000 if slow ones are wanted.
+# One of each launch: 10 tests run 320 schedules, 10,000 with `-m soak`.
 SEEDS = 32
-SLOW_SEEDS = 1000
+SOAK_SEEDS = 1000
 MUTATION_SEEDS = 200
 
 Kernels = dict[str, Any]
@@ -236,11 +236,11 @@ def test_every_schedule_gives_what_one_program_gives(direction: str, programs: i
     _run_schedules(_original(), direction, programs, range(SEEDS))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @directions
 @pytest.mark.parametrize("programs", [1, 2, 3, 7, MANY_PROGRAMS])
 def test_thousands_of_schedules_give_what_one_program_gives(direction: str, programs: int) -> None:
-    _run_schedules(_original(), direction, programs, range(SEEDS, SEEDS + SLOW_SEEDS))
+    _run_schedules(_original(), direction, programs, range(SEEDS, SEEDS + SOAK_SEEDS))
 
 
 def test_one_program_computes_batch_norm() -> None:
