@@ -25,6 +25,33 @@ os.environ |= {
 }
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spreads the modules that have slow tests evenly over the list, each module in one piece.
+
+    Several processes are dealt runs of hundreds of tests, and the slow ones lie side by side in a
+    few directories: one process would be left alone with them.
+    """
+    modules: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        modules.setdefault(item.path, []).append(item)
+    slow = {path for path in modules if any(map(_is_slow, modules[path]))}
+    quick_count = sum(len(modules[path]) for path in modules.keys() - slow)
+    places: dict[Path, float] = {}  # each module's place in the list, from 0 to 1
+    seen = 0
+    for path, tests in modules.items():
+        if path in slow:
+            places[path] = sum(other in slow for other in places) / len(slow)
+        else:
+            places[path] = seen / quick_count
+            seen += len(tests)
+    items[:] = [item for path in sorted(modules, key=places.__getitem__) for item in modules[path]]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """The name "cuda" where there is a GPU, else "cpu", where Triton interprets its kernels."""
