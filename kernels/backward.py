@@ -60,7 +60,10 @@ def walk_sums(
     end: tl.tensor,
     tiling: Tiling,
 ) -> Sums:
-    """Return the sums over the tiles from `first` to `end`, for BLOCK_C channels."""
+    """Return the sums over the tiles from `first` to `end`, for BLOCK_C channels.
+
+    Without TRAINING, dx does not depend on the sums: it and dresidual are written here, if wanted.
+    """
     # A power of two near rstd keeps the products in range and, unlike rstd, rounds none of them.
     exponent = channels.rstd.to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
@@ -74,6 +77,9 @@ def walk_sums(
         g = load_gradient(x, channels_as_tile(channels), tensors, tile, "")
         # Outside the tensor x is 0 but x_hat is not, so g must be 0 there for both sums.
         g = tl.where(tile.inside, g, 0.0)
+        if not tensors.TRAINING:
+            values = channels_as_tile(channels)
+            store_gradients(g, x, values, Sums(values.mean, values.mean), tensors, tile)
         dweight = tl.fma(g, (x - as_tile(channels.mean)) * as_tile(unit), dweight)
         dbias += g
     return Sums(sum_channels(dweight) * (channels.rstd / unit), sum_channels(dbias))
@@ -210,25 +216,50 @@ def affine_gradients(call: Backward, schedule: Schedule) -> tuple[Tensor, Tensor
     Returns:
         dweight and dbias, each (C,) fp32.
     """
-    partials = Sums(*call.mean.new_empty((2, schedule.splits, schedule.C)).unbind())
+    return _sum(call, call.tensors(training=True), schedule)
+
+
+def evaluation_gradients(
+    call: Backward, needs: BackwardNeeds, schedule: Schedule
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Compute all gradients where mean and rstd are constants, reading each tensor once.
+
+    Args:
+        call: of the backward; x is not None.
+        needs: which gradients.
+        schedule: for the shape and layout of x.
+
+    Returns:
+        dx and dresidual, each None if it is not needed; dweight and dbias, each (C,) fp32.
+    """
+    dx, dresidual = call.new_gradients(needs)
+    return dx, dresidual, *_sum(call, call.tensors(dx, dresidual), schedule)
+
+
+def _sum(call: Backward, tensors: BackwardTensors, schedule: Schedule) -> Sums:
+    """Launch the kernel of the partial sums, and, with several splits, the one that adds them."""
+    sums = Sums(*call.new_sums())
+    partials = sums
+    if schedule.splits > 1:
+        partials = Sums(*call.mean.new_empty((2, schedule.splits, schedule.C)).unbind())
     _bn_backward_partial_sums_kernel[(schedule.channel_blocks, schedule.splits)](
-        tensors=call.tensors(),
+        tensors=tensors,
         channels=call.channels,
         partials=partials,
         tiles_per_split=schedule.tiles_per_split,
         tiling=schedule.tiling,
         **schedule.walk_options,
     )
-    sums = Sums(*call.new_sums())
-    block_s, block_c = schedule.finish_tile
-    _bn_backward_finish_sums_kernel[(cdiv(schedule.C, block_c),)](
-        partials=partials,
-        sums=sums,
-        S=schedule.splits,
-        C=schedule.C,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-    )
+    if schedule.splits > 1:
+        block_s, block_c = schedule.finish_tile
+        _bn_backward_finish_sums_kernel[(cdiv(schedule.C, block_c),)](
+            partials=partials,
+            sums=sums,
+            S=schedule.splits,
+            C=schedule.C,
+            BLOCK_S=block_s,
+            BLOCK_C=block_c,
+        )
     return sums
 
 

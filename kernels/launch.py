@@ -13,18 +13,18 @@ from bn_lightning.kernels.arguments import (
     Forward,
     RunningStatistics,
 )
-from bn_lightning.kernels.backward import affine_gradients, input_gradients
+from bn_lightning.kernels.backward import (
+    affine_gradients,
+    evaluation_gradients,
+    input_gradients,
+)
 from bn_lightning.kernels.dispatch import check_device, schedule_of
 from bn_lightning.kernels.layout import is_channels_last
-from bn_lightning.kernels.normalize import launch_normalize
+from bn_lightning.kernels.normalize import launch_evaluation, launch_normalize
 from bn_lightning.kernels.persistent import backward_persistent, forward_persistent
 from bn_lightning.kernels.schedule import Regime
 from bn_lightning.kernels.single_launch import backward_single_launch, forward_single_launch
-from bn_lightning.kernels.stats import (
-    compute_partials,
-    finish_statistics,
-    load_running_statistics,
-)
+from bn_lightning.kernels.stats import compute_partials, finish_statistics
 
 
 def run_forward(
@@ -61,8 +61,7 @@ def run_forward(
                     "expected `running_mean` and `running_var` to be tensors in evaluation, got "
                     "None for at least one; pass both, or training=True"
                 )
-            mean, rstd = load_running_statistics(dense.mean, dense.var, eps)
-            y, mask = launch_normalize(call, mean, rstd, schedule)
+            y, mask, mean, rstd = launch_evaluation(call, dense, eps, schedule)
         elif schedule.regime is Regime.SINGLE_LAUNCH:
             y, mask, mean, rstd = forward_single_launch(call, dense, eps, schedule)
         elif schedule.regime is Regime.PERSISTENT:
@@ -94,6 +93,8 @@ def run_backward(
     with torch.cuda.device_of(call.dy):
         if not (needs.affine or (needs.training and needs.dx)):
             dx, dresidual = input_gradients(call, needs, None, None, schedule)
+        elif not needs.training:
+            dx, dresidual, dweight, dbias = evaluation_gradients(call, needs, schedule)
         elif schedule.regime is Regime.SINGLE_LAUNCH:
             dx, dresidual, dweight, dbias = backward_single_launch(call, needs, schedule)
         elif schedule.regime is Regime.PERSISTENT:

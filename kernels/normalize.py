@@ -14,8 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bn_lightning.kernels.arguments import ChannelTensors, Forward, ForwardTensors
+from bn_lightning.kernels.arguments import (
+    ChannelTensors,
+    Forward,
+    ForwardTensors,
+    RunningStatistics,
+    new_statistics,
+)
 from bn_lightning.kernels.schedule import Flat, Schedule, Tiling
+from bn_lightning.kernels.stats import load_running_statistics
 from bn_lightning.kernels.tile import (
     ChannelValues,
     Tile,
@@ -23,6 +30,7 @@ from bn_lightning.kernels.tile import (
     load_channels,
     load_tile,
     locate_tile,
+    make_channels,
     write_output,
 )
 
@@ -51,11 +59,23 @@ def locate_block(flat: Flat) -> tuple[Tile, tl.tensor]:
 @triton.jit
 def _bn_forward_normalize_kernel(
     tensors: ForwardTensors,
-    channels: ChannelTensors,
+    channels: ChannelTensors,  # mean and rstd are written if there are running statistics
+    running: RunningStatistics,  # pointers in evaluation, None in training
+    eps: tl.tensor,
     flat: Flat,
 ) -> None:
     tile, offs_c = locate_block(flat)
-    values = load_channels(channels, offs_c, offs_c < flat.C)
+    mask_c = offs_c < flat.C
+    if running.mean is not None:
+        mean, rstd = load_running_statistics(running, offs_c, mask_c, eps)
+        values = make_channels(mean, rstd, channels, offs_c, mask_c)
+        # Each channel once, by the thread that has its first element.
+        is_first = tile.start + tile.offsets == offs_c.to(tl.int64) * flat.L
+        offs_c += tl.zeros_like(tile.offsets)
+        tl.store(channels.mean_ptr + offs_c, mean, mask=is_first)
+        tl.store(channels.rstd_ptr + offs_c, rstd, mask=is_first)
+    else:
+        values = load_channels(channels, offs_c, mask_c)
     x = load_tile(tensors.x_ptr, tile, "evict_first")
     write_output(x, values, tensors, tile)
 
@@ -90,10 +110,46 @@ def launch_normalize(
     Returns:
         y, and the mask of the derivative or None.
     """
+    no_running = RunningStatistics(None, None, None, None)
+    return _launch(call, call.channels(mean, rstd), no_running, 0.0, schedule)
+
+
+def launch_evaluation(
+    call: Forward, running: RunningStatistics, eps: float, schedule: Schedule
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Normalize by the running statistics, in one launch.
+
+    It also writes mean and rstd, for the backward, because a later training step changes the
+    running statistics in place.
+
+    Args:
+        call: the tensors and the activation.
+        running: mean and var are read.
+        eps: added to the variance, >= 0.
+        schedule: for the shape and layout of x.
+
+    Returns:
+        y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
+    """
+    mean_C, rstd_C = new_statistics(call.x)
+    read = RunningStatistics(running.mean, running.var, None, None)
+    y, mask = _launch(call, call.channels(mean_C, rstd_C), read, eps, schedule)
+    return y, mask, mean_C, rstd_C
+
+
+def _launch(
+    call: Forward,
+    channels: ChannelTensors,
+    running: RunningStatistics,
+    eps: float,
+    schedule: Schedule,
+) -> tuple[Tensor, Tensor | None]:
     y, mask = call.new_outputs()
     _bn_forward_normalize_kernel[schedule.flat_grid](
         tensors=call.tensors(y, mask),
-        channels=call.channels(mean, rstd),
+        channels=channels,
+        running=running,
+        eps=eps,
         flat=schedule.flat,
         num_warps=schedule.flat_warps,
     )

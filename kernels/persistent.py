@@ -309,11 +309,11 @@ def forward_persistent(
 def backward_persistent(
     call: Backward, needs: BackwardNeeds, schedule: Schedule
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Run a backward with all its sums that reads dy and x from memory once.
+    """Run a backward of training, with all its sums, that reads dy and x from memory once.
 
     Args:
         call: of the backward; x is not None.
-        needs: which gradients, and the mode.
+        needs: which gradients.
         schedule: for the shape and layout of x.
 
     Returns:
@@ -323,7 +323,7 @@ def backward_persistent(
     sums = Sums(*call.new_sums())
     inverse_count = 1.0 / schedule.values_per_channel
     _bn_backward_persistent_kernel[(schedule.programs,)](
-        tensors=call.tensors(dx, dresidual, inverse_count, training=needs.training),
+        tensors=call.tensors(dx, dresidual, inverse_count, training=True),
         channels=call.channels,
         sums=sums,
         partials=Sums(*call.mean.new_empty((2, schedule.splits, schedule.C)).unbind()),

@@ -96,11 +96,11 @@ def forward_single_launch(
 def backward_single_launch(
     call: Backward, needs: BackwardNeeds, schedule: Schedule
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Run a backward with all its sums in one launch.
+    """Run a backward of training, with all its sums, in one launch.
 
     Args:
         call: of the backward; x is not None.
-        needs: which gradients, and the mode.
+        needs: which gradients.
         schedule: for the shape and layout of x.
 
     Returns:
@@ -110,7 +110,7 @@ def backward_single_launch(
     sums = Sums(*call.new_sums())
     inverse_count = 1.0 / schedule.values_per_channel
     _bn_backward_single_launch_kernel[(schedule.channel_blocks,)](
-        tensors=call.tensors(dx, dresidual, inverse_count, training=needs.training),
+        tensors=call.tensors(dx, dresidual, inverse_count, training=True),
         channels=call.channels,
         sums=sums,
         tiling=schedule.tiling,

@@ -18,7 +18,6 @@ with deviations scaled by 2^-64. It stores sqrt(M2), which does not overflow.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -319,21 +318,16 @@ def _bn_forward_merge_partials_kernel(
 
 
 @triton.jit
-def _bn_forward_running_statistics_kernel(
-    running_mean_ptr: tl.tensor,  # (C,)
-    running_var_ptr: tl.tensor,  # (C,), unbiased
-    mean_ptr: tl.tensor,  # (C,) fp32, written
-    rstd_ptr: tl.tensor,  # (C,) fp32, written
-    C: tl.tensor,
+def load_running_statistics(
+    running: RunningStatistics,  # pointers
+    offs_c: tl.tensor,
+    mask_c: tl.tensor,
     eps: tl.tensor,
-    BLOCK_C: tl.constexpr,
-) -> None:
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
-    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(rstd_ptr + offs_c, _rsqrt(var + eps), mask=mask_c)
+) -> tuple[tl.tensor, tl.tensor]:
+    """Load mean and rstd = 1 / sqrt(var + eps) of some channels, for evaluation."""
+    mean = tl.load(running.mean + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    var = tl.load(running.var + offs_c, mask=mask_c, other=1.0).to(tl.float32)
+    return mean, _rsqrt(var + eps)
 
 
 def compute_partials(x: Tensor, schedule: Schedule, tracked: Tensor | None = None) -> Partials:
@@ -409,33 +403,3 @@ def merge_partials(partials: Partials, mean: Tensor, root: Tensor, schedule: Sch
         BLOCK_S=block_s,
         BLOCK_C=block_c,
     )
-
-
-def load_running_statistics(
-    running_mean: Tensor, running_var: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Compute mean and rstd from the running statistics.
-
-    Both are new tensors, because a later training step changes the running statistics in place.
-
-    Args:
-        running_mean: (C,), any float dtype.
-        running_var: (C,), unbiased, any float dtype.
-        eps: added to the variance, >= 0.
-
-    Returns:
-        Mean and rstd, each (C,) fp32.
-    """
-    C = running_mean.numel()
-    mean_C = running_mean.new_empty(C, dtype=torch.float32)
-    rstd_C = torch.empty_like(mean_C)
-    _bn_forward_running_statistics_kernel[(cdiv(C, 256),)](
-        running_mean_ptr=running_mean,
-        running_var_ptr=running_var,
-        mean_ptr=mean_C,
-        rstd_ptr=rstd_C,
-        C=C,
-        eps=eps,
-        BLOCK_C=256,
-    )
-    return mean_C, rstd_C

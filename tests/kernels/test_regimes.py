@@ -270,3 +270,37 @@ def test_persistent_counters_are_zero_after_a_launch(
         _run(batch_norm, t, False, training=True, activation="relu", backend="triton")
     assert len(used) == 2
     assert all(counters.count_nonzero() == 0 for counters in used)
+
+
+def test_evaluation_launches_no_more_than_it_needs(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    from bn_lightning.kernels import normalize
+
+    launched: list[str] = []
+    kernel_class = type(normalize._bn_forward_normalize_kernel)
+    run = kernel_class.run
+
+    def counting(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        launched.append(kernel.__name__)
+        return run(kernel, *arguments, **options)
+
+    monkeypatch.setattr(kernel_class, "run", counting)
+    t = _tensors((6, 2, 5, 4), False, torch.float32, device)
+    x, running = t["x"].requires_grad_(), (t["running_mean"], t["running_var"])
+    options: dict[str, Any] = {"training": False, "activation": "relu", "backend": "triton"}
+    for regime, finishing in ((Regime.SINGLE_LAUNCH, 0), (Regime.TWO_PASS, 1)):
+        for has_affine in (False, True):
+            weight, bias = (t[name].requires_grad_(has_affine) for name in ("weight", "bias"))
+            launched.clear()
+            with forced_regime(regime):
+                y = batch_norm(x, weight, bias, *running, **options)
+                assert launched == ["_bn_forward_normalize_kernel"]
+                launched.clear()
+                y.backward(t["dy"])
+            if has_affine:
+                # dx does not depend on the sums, so one kernel writes it and adds up.
+                finish = ["_bn_backward_finish_sums_kernel"] * finishing
+                assert launched == ["_bn_backward_partial_sums_kernel", *finish]
+            else:
+                assert launched == ["_bn_backward_input_kernel"]
