@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from bn_lightning.cli.command import hydra_command, quiet_lightning
+from bn_lightning.modules.preserve_state import preserve_state
 from bn_lightning.runs.atomic_write import write_atomically
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
 from bn_lightning.sweeps.analysis.arms import Style, label_of, style_of
@@ -160,7 +160,8 @@ def losses_along_gradient(
 ) -> list[float]:
     """Return the loss of one batch at w - η g for each η, in training mode.
 
-    The network's weights and running statistics do not change.
+    The network does not change. Parameters that require no gradient stay at their values, and each
+    step size sees the same random numbers, for dropout for instance.
 
     Args:
         network: maps inputs (N, ...) to logits (N, K).
@@ -173,28 +174,21 @@ def losses_along_gradient(
         A loss for each step size, in nats for the default criterion; infinite or NaN where the
         network overflows.
     """
-    was_training = network.training
-    network.train()
-    weights = {name: weight.detach() for name, weight in network.named_parameters()}
-
-    def loss(at: dict[str, Tensor]) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return criterion(functional_call(network, (at, buffers), (x,)), target)
-
-    try:
-        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-        gradients = torch.autograd.grad(loss(leaves), list(leaves.values()))
-        with torch.no_grad():
-            moved = (
-                {
-                    name: weight - step * gradient
-                    for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
-                }
-                for step in steps
-            )
-            return [loss(at).item() for at in moved]
-    finally:
-        network.train(was_training)
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    start = [weight.detach().clone() for weight in weights]
+    with preserve_state(network, parameters=True):
+        network.train()
+        with preserve_state(network):
+            loss = criterion(network(x), target)
+            gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        losses = []
+        for step in steps:
+            # Each step size sees the same buffers and draws the same random numbers.
+            with torch.no_grad(), preserve_state(network):
+                for weight, at, gradient in zip(weights, start, gradients, strict=True):
+                    weight.copy_(at - step * gradient)
+                losses.append(criterion(network(x), target).item())
+    return losses
 
 
 def landscape_csv(steps: Sequence[float], losses_BE: Iterable[Sequence[float]]) -> str:

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.func import functional_call
 from typing_extensions import override
+
+from bn_lightning.modules.preserve_state import preserve_generators, preserve_state
 
 PERCENTILES = (15, 50, 85)
 
@@ -20,8 +21,8 @@ class ActivationPercentiles(Callback):
 
     The callback runs a fixed probe set, the first inputs of the validation set, through the network
     in its training mode, so BatchNorm normalizes with the probe's own statistics. (Running
-    statistics would distort the early part of the curve.) It changes neither the running statistics
-    nor the random state of the run.
+    statistics would distort the early part of the curve.) Network, validation loader and random
+    states stay as they were (`preserve_state`).
 
     Logs, in units of the activation's input, at step 0 and at each of `probe_steps`:
         `activation/p15`, `activation/p50`, `activation/p85`: percentiles of one unit, as in the
@@ -66,7 +67,7 @@ class ActivationPercentiles(Callback):
             int(min(trainer.estimated_stepping_batches, _MAX_COUNT)), self.points
         )
         self._name = self.layer or last_activation(pl_module)
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when iterated
+        with preserve_state(pl_module):  # a DataLoader draws a seed when iterated
             probe = first_inputs(trainer.val_dataloaders, self.probe_size)
         self._probe = probe.to(pl_module.device)
         if trainer.global_step == 0:
@@ -138,10 +139,11 @@ def first_inputs(loaders: Any, size: int) -> Float[Tensor, "N ..."]:
             " got none; add one, or remove the callback"
         )
     batches: list[Tensor] = []
-    for inputs, _ in loader:
-        batches.append(inputs)
-        if sum(map(len, batches)) >= size:
-            break
+    with preserve_generators(loader):
+        for inputs, _ in loader:
+            batches.append(inputs)
+            if sum(map(len, batches)) >= size:
+                break
     return torch.cat(batches)[:size]
 
 
@@ -150,20 +152,19 @@ def activation_inputs(
 ) -> Float[Tensor, "M C"]:
     """Return the input of `layer` when the network, in its current mode, is called with `x`.
 
-    Columns are the channels (dimension 1), rows the batch and spatial positions. The network's
-    buffers and the random state do not change.
+    Columns are the channels (dimension 1), rows the batch and spatial positions. The network does
+    not change (`preserve_state`). One that torch.compile compiled runs uncompiled, because compiled
+    graphs do not call hooks that are added later.
     """
     inputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.append(args[0].detach())
 
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     handle = network.get_submodule(layer).register_forward_pre_hook(keep)
-    devices = [x.device] if x.is_cuda else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            functional_call(network, buffers, (x,))
+        with torch.no_grad(), preserve_state(network), torch.compiler.set_stance("force_eager"):
+            network(x)
     finally:
         handle.remove()
     return inputs[-1].movedim(1, -1).flatten(0, -2)

@@ -7,10 +7,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
+
+from bn_lightning.modules.preserve_state import preserve_generators, preserve_state
 
 When = Literal["validation", "end"]
 
@@ -97,13 +98,18 @@ class PreciseBatchNorm(Callback):
             # could not use inference tensors.
             torch.inference_mode(False),
             torch.no_grad(),
-            isolate_rng(include_cuda=pl_module.device.type == "cuda"),
-            _restored_generators(loader),
-            _in_modes(self._training_modes),
-            _cumulative_average(pl_module, layers),
+            preserve_state(pl_module),
+            preserve_generators(loader),
+            _cumulative_average(layers),
             trainer.precision_plugin.forward_context(),
         ):
+            for module, training in self._training_modes.items():
+                module.training = training
             self._forward_batches(copy.copy(loader), trainer, pl_module)
+            used = [layer for layer in layers if layer.num_batches_tracked]
+            averages = [x.clone() for x in _running_statistics(used)]
+        for x, average in zip(_running_statistics(used), averages, strict=True):
+            x.copy_(average)
         if trainer.world_size > 1:
             for x in _running_statistics(layers):
                 x.copy_(trainer.strategy.reduce(x.clone(), reduce_op="mean"))
@@ -154,52 +160,14 @@ def _running_statistics(layers: Iterable[_BatchNorm]) -> list[Tensor]:
 
 
 @contextmanager
-def _in_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
-    before = {module: module.training for module in modes}
-    try:
-        for module, training in modes.items():
-            module.training = training
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-@contextmanager
-def _cumulative_average(network: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Average the statistics of all batches in `layers`, and restore all other buffers.
-
-    After an error the buffers of all layers are restored, and those of a layer that processed no
-    batch always.
-    """
+def _cumulative_average(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Average the statistics of all batches in `layers`, and restore their momentum."""
     momenta = [layer.momentum for layer in layers]
-    # Buffers created in inference mode cannot change here.
-    before = [(x, x.clone()) for x in network.buffers() if not x.is_inference()]
-    replaced: set[int] = set()
     try:
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None
         yield
-        used = [layer for layer in layers if layer.num_batches_tracked]
-        replaced = {id(x) for x in _running_statistics(used)}
     finally:
-        for buffer, value in before:
-            if id(buffer) not in replaced:
-                buffer.copy_(value)
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-
-
-@contextmanager
-def _restored_generators(loader: Any) -> Iterator[None]:
-    """Restore the states of the generators of a loader and its samplers."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in (loader, batch_sampler, *samplers)]
-    states = [(x, x.get_state()) for x in found if isinstance(x, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

@@ -56,6 +56,51 @@ def test_losses_are_those_after_a_step_of_sgd() -> None:
     assert found[1] < found[0]
 
 
+class TwoNames(nn.Module):
+    """One hidden layer under two names, dropout, an output whose bias is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(4, 8), BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.alias = self.hidden
+        self.output = nn.Linear(8, 3)
+        self.output.bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.alias(x))
+
+
+def everything(network: nn.Module) -> dict[str, object]:
+    tensors = network.state_dict(keep_vars=True).items()
+    modes = {name: module.training for name, module in network.named_modules()}
+    return {name: (id(value), value.tolist()) for name, value in tensors} | modes
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_a_network_that_shares_modules_does_not_change(fails) -> None:
+    torch.manual_seed(0)
+    network = TwoNames()
+    network.output.eval()
+    x, target = torch.randn(20, 4), torch.randint(3, (20,))
+    before, stream = everything(network), torch.get_rng_state()
+    calls = []
+
+    def criterion(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        calls.append(logits)
+        if fails and len(calls) == 3:
+            raise RuntimeError("in the middle")
+        return F.cross_entropy(logits, target)
+
+    if fails:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            losses_along_gradient(network, x, target, [0, 1, 0], criterion)
+    else:
+        first, moved, again = losses_along_gradient(network, x, target, [0, 1, 0], criterion)
+        assert first == again != moved  # also draws the same dropout
+    assert everything(network) == before
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
 def test_a_network_that_overflows_is_kept() -> None:
     network = nn.Linear(2, 2)
     (loss,) = losses_along_gradient(

@@ -354,6 +354,40 @@ class TestRun:
         for name, value in states[0].items():
             assert torch.equal(states[1][name], value), name
 
+    def test_a_module_under_two_names_sees_no_further_batches(self, tmp_path: Path) -> None:
+        class TwoNames(Classifier):
+            def __init__(self) -> None:
+                super().__init__(network(), partial(torch.optim.SGD, lr=0.1), num_classes=2)
+                self.alias = self.network
+
+        module = TwoNames()
+        recorder = fit(tmp_path, ActivationPercentiles(5, 10), module=module)
+        assert len(recorder.rows) > 3
+        for i in (1, 5):
+            assert module.network[i].num_batches_tracked == 6, "more than the steps of the run"
+
+    def test_a_validation_loader_with_a_generator_of_its_own(self, tmp_path: Path) -> None:
+        def order(*callbacks: Callback) -> list[Tensor]:
+            generator = torch.Generator().manual_seed(3)
+            data = DataLoader(range(9), batch_size=9, shuffle=True, generator=generator)
+            validation = DataLoader(
+                TensorDataset(*tensors(9)), 9, shuffle=True, generator=generator
+            )
+            fit(tmp_path, *callbacks, validation=validation)
+            return next(iter(data)).tolist()
+
+        assert order() == order(ActivationPercentiles(5, 10))
+
+    def test_a_compiled_network(self, tmp_path: Path) -> None:
+        """Compiled graphs do not call hooks that are added later."""
+        rows = []
+        for is_compiled in (False, True):
+            module = classifier()
+            if is_compiled:
+                module.network.compile(backend="eager")
+            rows.append(fit(tmp_path, ActivationPercentiles(5, 10), module=module).rows)
+        assert rows[0] == rows[1]
+
     def test_the_same_probes_and_values_after_resuming(self, tmp_path: Path) -> None:
         class Save(Callback):
             def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
