@@ -404,7 +404,7 @@ def rank_compiled(backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
 def test_compiled_in_one_graph(ranks, backend):
     ranks(rank_compiled, backend)
 

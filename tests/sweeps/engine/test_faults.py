@@ -32,7 +32,9 @@ def workers_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("repetition", range(REPETITIONS))
-@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
+@pytest.mark.parametrize(
+    "kind", ["journal", "postgresql", pytest.param("sqlite", marks=pytest.mark.soak)]
+)
 def test_60_trials_over_4_workers(program, kind, repetition, request, tmp_path):
     """In odd repetitions the main process is killed, too."""
     server = request.getfixturevalue("postgresql") if kind == "postgresql" else None
