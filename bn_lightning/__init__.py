@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bn_lightning.callbacks.fused_batch_norm import FusedBatchNorm
+    from bn_lightning.conversion.adapted import Adapter
+    from bn_lightning.conversion.adapters import register_batchnorm
     from bn_lightning.conversion.convert import convert_batchnorm, revert_batchnorm
     from bn_lightning.conversion.fold import fold_batchnorm
     from bn_lightning.models.classifier import Classifier
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "Adapter",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -35,10 +38,12 @@ __all__ = [
     "SyncBatchNorm3d",
     "convert_batchnorm",
     "fold_batchnorm",
+    "register_batchnorm",
     "revert_batchnorm",
 ]
 
 _HOME = {
+    "Adapter": "bn_lightning.conversion.adapted",
     "BatchNorm1d": "bn_lightning.modules.batch_norm",
     "BatchNorm2d": "bn_lightning.modules.batch_norm",
     "BatchNorm3d": "bn_lightning.modules.batch_norm",
@@ -51,6 +56,7 @@ _HOME = {
     "SyncBatchNorm3d": "bn_lightning.modules.sync_batch_norm",
     "convert_batchnorm": "bn_lightning.conversion.convert",
     "fold_batchnorm": "bn_lightning.conversion.fold",
+    "register_batchnorm": "bn_lightning.conversion.adapters",
     "revert_batchnorm": "bn_lightning.conversion.convert",
 }
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from bn_lightning.conversion.adapted import AdaptedBatchNorm, Adapter, adapt
+from bn_lightning.conversion.adapters import find_adapter, is_batchnorm, reason_not_adapted
 from bn_lightning.conversion.class_swap import (
     is_swapped,
     replace_class,
@@ -77,34 +78,37 @@ def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "a
         backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
 
     Returns:
-        What was converted, fused and skipped, and why. nn.SyncBatchNorm and subclasses of torch's
-        BatchNorm are skipped because their own forwards would be lost.
+        What was converted, fused and skipped, and why. BatchNorms of other classes are converted if
+        `bn_lightning.conversion.adapters` knows what they compute. nn.SyncBatchNorm is skipped.
 
     Raises:
         TypeError: If `model` is not a module.
         ValueError: If the backend is unknown.
+        AdapterError: If an adapter of `register_batchnorm` is wrong; the model is unchanged.
 
     Warns:
         UserWarning: If the model has no BatchNorm.
     """
     _check_model(model)
     check_backend(backend)
+    adapters = {module: find_adapter(module) for module in model.modules()}
     unfuse_model(model)
     converted: list[str] = []
     skipped: dict[str, str] = {}
     found = False
     for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
+        adapter = adapters[module]
+        if adapter is None and not is_batchnorm(module):
             continue
         found = True
         if not _is_converted(module):
-            if is_fusable(module):
-                continue  # created as this package's
-            reason = _reason_not_converted(module)
+            if is_fusable(module) or isinstance(module, AdaptedBatchNorm):
+                continue  # created as this package's, or synchronized
+            reason = _reason_not_converted(module, adapter)
             if reason is not None:
                 skipped[name] = reason
                 continue
-            _convert(module)
+            _convert(module, adapter)
         if is_swapped(module, _KEY):
             set_swapped_attribute(module, _KEY, "backend", backend)
         else:
@@ -163,9 +167,8 @@ def _is_converted(module: nn.Module) -> bool:
     return is_swapped(module, _KEY) or "cls_to_become" in module.__dict__
 
 
-def _reason_not_converted(module: nn.Module) -> str | None:
-    cls = type(module)
-    if cls in _LAZY_CLASSES:
+def _reason_not_converted(module: nn.Module, adapter: Adapter | None) -> str | None:
+    if type(module) in _LAZY_CLASSES:
         return None
     if isinstance(module, nn.SyncBatchNorm):
         return (
@@ -174,18 +177,23 @@ def _reason_not_converted(module: nn.Module) -> str | None:
         )
     if has_own_forward(module):
         return "the instance has its own forward"
-    if parametrize.type_before_parametrizations(module) not in _OUR_CLASSES:
-        return f"{cls.__module__}.{cls.__qualname__} is not torch's, and may compute something else"
+    if adapter is None and parametrize.type_before_parametrizations(module) not in _OUR_CLASSES:
+        return reason_not_adapted(module)
     return None
 
 
-def _convert(module: Any) -> None:
+def _convert(module: Any, adapter: Adapter | None) -> None:
     if type(module) in _LAZY_CLASSES:
         # The class that torch gives a lazy module when it learns its size.
         module.cls_to_become = _OUR_CLASSES[type(module).cls_to_become]
-    else:
+        return
+    attributes: dict[str, Any] = {}
+    if adapter is None:
         ours = _OUR_CLASSES[parametrize.type_before_parametrizations(module)]
-        swap_class(module, _parametrized_like(type(module), ours), _KEY, backend="auto")
+    else:
+        ours, attributes = adapt(module, adapter)
+    attributes["backend"] = "auto"
+    swap_class(module, _parametrized_like(type(module), ours), _KEY, **attributes)
 
 
 def _revert(module: nn.Module) -> None:

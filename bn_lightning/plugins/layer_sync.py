@@ -7,9 +7,11 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from bn_lightning.conversion.adapted import adapt
+from bn_lightning.conversion.adapters import find_adapter, is_batchnorm
 from bn_lightning.conversion.class_swap import is_swapped, restore_class, swap_class
 from bn_lightning.kernels.checks import check_backend
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -18,6 +20,7 @@ from bn_lightning.modules.sync_batch_norm import (
     SyncBatchNorm1d,
     SyncBatchNorm2d,
     SyncBatchNorm3d,
+    _SyncMixin,
 )
 
 _KEY = "sync"
@@ -42,11 +45,12 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
     The plugin works with or without `sync_batchnorm=True`, on CPU (gloo) and GPU (NCCL). Lightning
     applies it when a fit begins and reverts it when the fit ends. It changes only the class of a
     module, to one of `bn_lightning.modules.sync_batch_norm`. Identity, parameters, buffers, hooks,
-    flags and a fused activation stay.
+    flags, a fused activation, and the activation of a BatchNorm of another class that
+    `bn_lightning.conversion.adapters` knows, such as timm's `BatchNormAct2d`, stay.
 
-    The plugin skips, with a warning that names them, subclasses of BatchNorm that are neither
-    torch's nor ours, modules with a parametrization (which are such subclasses), and uninitialized
-    lazy modules. It skips modules that are already synchronized by this project without a warning.
+    The plugin skips, with a warning that names them, other subclasses of BatchNorm, modules with a
+    parametrization, and uninitialized lazy modules. It skips BatchNorms whose class is frozen, and
+    modules that are already synchronized by this project, without a warning.
 
     Args:
         process_group: process group to synchronize over; None for all ranks. A
@@ -55,7 +59,7 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
             and uses "auto" for torch's.
 
     Raises:
-        ValueError: an unknown `backend`.
+        ValueError: an unknown `backend`. In `apply`: an AdapterError.
     """
 
     def __init__(
@@ -76,26 +80,34 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
             `model`.
         """
         skipped, count = [], 0
+        adapters = {module: find_adapter(module) for module in model.modules()}
         for name, module in model.named_modules():
-            if not isinstance(module, _BatchNorm) or is_swapped(module, _KEY):
+            adapter = adapters[module]
+            if is_swapped(module, _KEY) or (adapter is None and not is_batchnorm(module)):
                 continue
-            if type(module) in _SYNC_CLASSES.values():
+            if type(module) in _SYNC_CLASSES.values() or (adapter and adapter.frozen):
                 continue
-            if type(module) not in _SYNC_CLASSES:
+            attributes: dict[str, Any] = {}
+            if type(module) in _SYNC_CLASSES:
+                synchronized = _SYNC_CLASSES[type(module)]
+            elif adapter is not None and not parametrize.is_parametrized(module):
+                synchronized, attributes = adapt(module, adapter, _SyncMixin)
+            else:
                 skipped.append(f"{name or 'the model itself'} ({type(module).__name__})")
                 continue
-            attributes: dict[str, Any] = {"_group_compared": None}
+            attributes["_group_compared"] = None
             if self.backend is not None:
                 attributes["backend"] = self.backend
             if getattr(module, "process_group", None) is None:
                 attributes["process_group"] = self.process_group
-            swap_class(module, _SYNC_CLASSES[type(module)], _KEY, **attributes)
+            swap_class(module, synchronized, _KEY, **attributes)
             count += 1
         rank_zero_info(f"BatchNorm: {count} synchronized across the ranks")
         if skipped:
             rank_zero_warn(
-                f"expected every BatchNorm to be of torch.nn or bn_lightning, got "
-                f"{', '.join(skipped)}; each rank normalizes these by its own batch"
+                f"expected every BatchNorm to be of torch.nn or bn_lightning, or to be registered, "
+                f"got {', '.join(skipped)}; each rank normalizes these by its own batch; "
+                f"bn_lightning.register_batchnorm adds a class"
             )
         return model
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from module_snapshot import snapshot
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -22,20 +23,6 @@ TOLERANCES = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
 }
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-def snapshot(module: nn.Module) -> list[Any]:
-    """Return all about a model but the values of tensors: classes, identities, flags, hooks."""
-    state: list[Any] = []
-    for name, m in module.named_modules(remove_duplicate=False):
-        state.append((name, id(m), type(m), sorted(m.__dict__)))
-        for key, value in m.__dict__.items():
-            if isinstance(value, dict):
-                state.append((key, {k: id(v) for k, v in value.items()}))
-            else:
-                state.append((key, value))
-    state += [(n, id(p), p.requires_grad, p.dtype) for n, p in module.named_parameters()]
-    return state
 
 
 def train(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

@@ -36,7 +36,8 @@ from bn_lightning.conversion.class_swap import restore_class, swap_class
 
 
 class OwnBatchNorm(nn.BatchNorm2d):
-    pass
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
 def _model() -> nn.Module:

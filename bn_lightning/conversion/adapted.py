@@ -1,0 +1,138 @@
+"""The forward of a converted BatchNorm whose class is neither torch's nor this package's."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from bn_lightning.kernels.checks import check_activation
+from bn_lightning.modules.batch_norm import _BackendMixin
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a BatchNorm of a class other than torch's computes.
+
+    Attributes:
+        after: names of the child modules that are applied to the output, in this order.
+        activation: as in `bn_lightning.kernels.batch_norm`, applied before them.
+        negative_slope: slope of "leaky_relu" below zero.
+        eps: value added to the variance, at least 0; None for the module's attribute `eps`.
+        frozen: whether training, too, normalizes by the running statistics and leaves them as they
+            are.
+        promotes: whether the output has the promoted dtype of the input and `weight`, as
+            x * scale + shift has; otherwise it has the input's.
+    """
+
+    after: tuple[str, ...] = ()
+    activation: str = "identity"
+    negative_slope: float = 0.01
+    eps: float | None = None
+    frozen: bool = False
+    promotes: bool = False
+
+    def __post_init__(self) -> None:
+        check_activation(self.activation)
+
+
+def adapt(
+    module: nn.Module, adapter: Adapter, engine: Any = _BackendMixin
+) -> tuple[type[nn.Module], dict[str, Any]]:
+    """Return the class and the attributes that convert a module, for `class_swap.swap_class`.
+
+    Args:
+        module: not modified; may be converted already, with another engine.
+        adapter: what it computes.
+        engine: the class whose forward computes the BatchNorm, `_BackendMixin` or a subclass.
+    """
+    cls: Any = parametrize.type_before_parametrizations(module)
+    if issubclass(cls, AdaptedBatchNorm):
+        cls = cls._original
+    attributes: dict[str, Any] = {
+        "_adapter": adapter,
+        "activation": adapter.activation,
+        "negative_slope": adapter.negative_slope,
+    }
+    if adapter.frozen:
+        attributes["stats_frozen"] = True
+    if adapter.eps is not None:
+        attributes["eps"] = adapter.eps
+    for name, value in _DEFAULTS.items():
+        if not hasattr(module, name):
+            attributes.setdefault(name, value)
+    return adapted_class(cls, engine), attributes
+
+
+# What our forward reads and a BatchNorm of another package may lack.
+_DEFAULTS = {
+    "momentum": 0.1,
+    "track_running_stats": True,
+    "num_batches_tracked": None,
+    "stats_frozen": False,
+    "backend": "auto",
+    "weight": None,
+    "bias": None,
+}
+
+
+class AdaptedBatchNorm(nn.Module):
+    """Computes a BatchNorm of another class by the forward of `engine`.
+
+    It comes before `engine` and the original class in the bases of a class that `adapted_class`
+    makes, so all else is as in the original class.
+    """
+
+    _original: type[nn.Module]
+    _engine: Any
+    _adapter: Adapter
+
+    def forward(self, input: Any) -> Any:
+        """Return what the original forward returns."""
+        if isinstance(input, fx.Proxy):
+            return self._engine.forward(self, input)  # one node for the whole module
+        adapter = self._adapter
+        if adapter.promotes:
+            weight: Any = self.weight
+            input = input.to(torch.promote_types(input.dtype, weight.dtype))
+        output = self._engine.forward(self, input)
+        for name in adapter.after:
+            output = self._modules[name](output)  # type: ignore[misc]  # never None
+        return output
+
+    def _batch_norm(self, *tensors: Any, **options: Any) -> Tensor:
+        return self._engine._batch_norm(self, *tensors, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_adapted, (self._original, self._engine), self.__getstate__()
+
+
+class _AdaptedForeign(AdaptedBatchNorm):
+    """The same for a class that is not a subclass of torch's BatchNorm, and does not become one."""
+
+    def forward(self, input: Any) -> Any:
+        """Return what the original forward returns."""
+        # FrozenBatchNorm2d broadcasts an image without a batch, (C, H, W), to (1, C, H, W).
+        if not isinstance(input, fx.Proxy) and input.dim() < (4 if self._adapter.frozen else 2):
+            return self._original.forward(self, input)
+        return super().forward(input)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+@functools.cache
+def adapted_class(cls: Any, engine: Any) -> Any:
+    """Return the class that an instance of `cls` has while `engine` computes it."""
+    bases = (
+        (AdaptedBatchNorm, engine, cls) if issubclass(cls, _BatchNorm) else (_AdaptedForeign, cls)
+    )
+    return type(cls.__name__, bases, {"_original": cls, "_engine": engine, "__module__": __name__})
+
+
+def _new_adapted(cls: Any, engine: Any) -> nn.Module:
+    adapted = adapted_class(cls, engine)
+    return adapted.__new__(adapted)
