@@ -5,6 +5,8 @@ The files in reading order:
     activations.py    the table of activations, and what the gradient of each needs
     schedule.py       shape, dtype, layout, device -> regime, tiles, splits: pure functions
     layout.py         contiguous and channels-last memory
+    measurements.py   the table of what was measured on a device
+    cost.py           what a BatchNorm costs, counted: bytes, launches and host time
     dispatch.py       the backend of a tensor and its schedule
     arguments.py      the arguments of a forward and a backward, also those of the kernels
     reference.py      the definition in plain torch: forward, and a differentiable backward

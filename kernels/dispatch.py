@@ -3,22 +3,65 @@
 This module looks for Triton when it is imported, and imports it only to see whether it interprets.
 """
 
+import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 from torch.utils.module_tracker import ModuleTracker
 
+from bn_lightning.kernels.cost import Machine, copy_bandwidth, triton_is_cheaper
+from bn_lightning.kernels.layout import strides_are_channels_last
+from bn_lightning.kernels.measurements import Fusion, Tensors, load_table
 from bn_lightning.kernels.schedule import INTERPRETER, Device, Schedule, make_schedule
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 # It says whether a backward pass is running; it is not used as a context manager.
 _tracker = ModuleTracker()
 
 
+def chooses_triton(x: Tensor, backend: str, fusion: Fusion) -> bool:
+    """Return whether the Triton kernels compute the BatchNorm of `x`.
+
+    "auto" takes them where they cost less than eager torch. A compiler and a subclass of Tensor, as
+    a fake one, may have symbolic shapes and other costs: there "auto" takes them where it can.
+
+    Args:
+        x: (N, C, ...).
+        backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
+        fusion: what is computed.
+
+    Raises:
+        ValueError: "triton" for a tensor that the kernels do not support.
+    """
+    if not uses_triton(x, backend):
+        return False
+    if backend == "triton" or torch.compiler.is_compiling() or type(x) not in _PLAIN_TYPES:
+        return True
+    return _is_cheaper(x.device, x.shape, x.stride(), x.dtype, fusion)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_cheaper(
+    device: torch.device,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    fusion: Fusion,
+) -> bool:
+    if len(shape) < 2:
+        # The checks of the arguments raise.
+        return True
+    tensors = Tensors(tuple(shape), dtype, strides_are_channels_last(shape, stride))
+    return triton_is_cheaper(tensors, fusion, machine_of(device), load_table())
+
+
 def uses_triton(x: Tensor, backend: str) -> bool:
-    """Return whether the Triton kernels compute `x`; they never do if it is empty.
+    """Return whether the Triton kernels can compute `x` and `backend` lets them, whatever it costs.
+
+    They never compute an empty tensor.
 
     Args:
         x: (N, C, ...).
@@ -82,14 +125,22 @@ def schedule_of(
     x: Tensor, channels_last: bool, *, writes_mask: bool = False, cumulative: bool = False
 ) -> Schedule:
     """Return the schedule of `x` on its device; the flags are those of `make_schedule`."""
+    tensors = Tensors(tuple(x.shape), x.dtype, channels_last)
     return make_schedule(
-        x.shape,
+        tensors.shape,
         x.element_size(),
         channels_last,
         _device(x.device),
         writes_mask=writes_mask,
         cumulative=cumulative,
+        measured=load_table().regime(device_name(x.device), tensors),
     )
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """Return the name under which a device is measured: torch's, or "interpreter" without a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 _devices: dict[torch.device, Device] = {}
@@ -108,3 +159,14 @@ def _device(device: torch.device) -> Device:
             0 if torch.version.hip else getattr(found, "regs_per_multiprocessor", 0),
         )
     return _devices[device]
+
+
+def machine_of(device: torch.device) -> Machine:
+    """Return what costs depend on; without a GPU, the interpreter's."""
+    clock = width = 0
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        # Not every torch has them.
+        names = ("memory_clock_rate", "memory_bus_width")
+        clock, width = (getattr(found, name, 0) for name in names)
+    return Machine(device_name(device), _device(device), copy_bandwidth(clock, width))

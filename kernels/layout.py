@@ -1,11 +1,28 @@
 """The layout of a tensor in memory: contiguous or channels-last."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Return whether the channels are neighbours in memory; False for a contiguous `x`."""
     return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def strides_are_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return what `is_channels_last` does, for a tensor of these sizes and strides."""
+    moved = [(*sizes[:1], *sizes[2:], *sizes[1:2]) for sizes in (shape, stride)]
+    return not _are_contiguous(shape, stride) and _are_contiguous(*moved)
+
+
+def _are_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def as_layout(value: Tensor, channels_last: bool) -> Tensor:

@@ -37,8 +37,9 @@ from bn_lightning.kernels.arguments import (
     split_residual,
 )
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
-from bn_lightning.kernels.dispatch import is_recomputation, uses_triton
+from bn_lightning.kernels.dispatch import chooses_triton, is_recomputation
 from bn_lightning.kernels.layout import as_layout, is_channels_last
+from bn_lightning.kernels.measurements import Fusion
 
 __all__ = ["batch_norm"]
 
@@ -91,7 +92,8 @@ def batch_norm(
         num_batches_tracked: int64 scalar on the device of `x`, to which training adds one.
         backend: "native" for ATen; "triton" for the kernels: `x` in fp32, fp16 or bf16, parameters
             and statistics each in any float dtype; "auto" for the kernels where `x` is a CUDA or
-            ROCm tensor of such a dtype and Triton is installed, else ATen.
+            ROCm tensor of such a dtype, Triton is installed, and they cost less than ATen, as
+            measured on the device or counted (kernels/cost.py); else ATen.
 
     Returns:
         y, with the shape and device of `x`, and its dtype or that of `x + residual`.
@@ -109,7 +111,7 @@ def batch_norm(
     """
     check_choices(x, residual, activation, backend)
     fused, added = split_residual(x, residual)
-    triton = uses_triton(x, backend)
+    triton = chooses_triton(x, backend, Fusion(activation, fused is not None, training))
     if training:
         if momentum is None:
             check_average(running_mean, num_batches_tracked)

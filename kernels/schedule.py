@@ -267,10 +267,11 @@ def make_schedule(
     *,
     writes_mask: bool = False,
     cumulative: bool = False,
+    measured: Regime | None = None,
 ) -> Schedule:
     """Choose regime, tiles and splits for a dense tensor that is not empty.
 
-    `persistent` is used only inside `forced_regime`, because it has not been measured on a GPU.
+    `persistent` is used only where it was measured to be best, and inside `forced_regime`.
 
     Args:
         shape: (N, C) or (N, C, ...).
@@ -279,6 +280,7 @@ def make_schedule(
         device: on which the kernels run.
         writes_mask: whether the forward writes the mask of the derivative.
         cumulative: whether `momentum` is None in training.
+        measured: the best regime by measurement, which `forced_regime` overrides; None if none is.
 
     Returns:
         The schedule.
@@ -293,7 +295,7 @@ def make_schedule(
         device,
         writes_mask=writes_mask,
         cumulative=cumulative,
-        forced=_forced,
+        chosen=_forced or measured,
     )
 
 
@@ -306,10 +308,10 @@ def _make_schedule(
     *,
     writes_mask: bool,
     cumulative: bool,
-    forced: Regime | None,
+    chosen: Regime | None,
 ) -> Schedule:
     N, C, L = flatten(shape, channels_last)
-    regime = forced or choose_regime(N, C, L, itemsize, device)
+    regime = chosen or choose_regime(N, C, L, itemsize, device)
     if writes_mask and (C if L == 1 else L) % 8:
         # Eight neighbours must belong to one row, or two programs would write the same byte.
         regime = Regime.TWO_PASS

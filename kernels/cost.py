@@ -1,0 +1,162 @@
+"""Whether the Triton kernels or eager torch compute a BatchNorm in less time: `backend="auto"`.
+
+    device time = bytes / bandwidth + launches * LAUNCH_US
+    host time   = Python and C++ before the launches + launches * LAUNCH_US
+    cost        = the longer of the two, because the host works ahead of the device
+
+in training of a forward and a backward, in evaluation of a forward. Rows that were measured on the
+device (measurements.py) replace the counted costs. If the costs are equal, eager torch is chosen.
+
+T is one pass over x. Eager torch: 3T forward and 5T backward; an addition is 3T more in the
+forward, an activation 2T in the forward and 3T in the backward. The Triton kernels:
+`forward_passes` and `backward_passes`. Both are assumed to move bytes at the bandwidth of a copy,
+except where eager torch has too few programs for that (`_eager_share`). The kernels of cuDNN are
+unknown and counted like ATen's.
+
+Source of the counts of eager torch: ATen/native/cuda/Normalization.cu.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from bn_lightning.kernels.activations import ACTIVATIONS, Saves, saves_mask
+from bn_lightning.kernels.measurements import Cost, Fusion, Table, Tensors
+from bn_lightning.kernels.schedule import Device, Regime, make_schedule
+
+# A launch takes about as long on the host as an empty kernel on the device. Not measured on a GPU.
+LAUNCH_US = 3.0
+# A copy's share of the bandwidth that clock and width of the memory give: 3.0 of 3.35 TB/s on an
+# H100, 4.3 of 4.8 on an H200.
+COPY_SHARE = 0.9
+# An H200's, where torch does not report the clock of the memory.
+DEFAULT_BYTES_PER_US = 4.3e6
+
+# Host time in microseconds without the launches, for (60, 100) on one thread of a shared x86-64
+# machine, torch 2.13.0: docs/performance.md. Training, a forward and a backward; evaluation, a
+# forward.
+HOST_US_TRITON = {True: 190.0, False: 52.0}
+HOST_US_EAGER = {True: 49.5, False: 9.4}
+# More for each operation that eager torch runs after a BatchNorm.
+HOST_US_ACTIVATION = {True: 14.5, False: 2.5}
+HOST_US_ADDITION = {True: 14.5, False: 2.5}
+
+
+class Machine(NamedTuple):
+    """A device, as far as costs depend on it.
+
+    Attributes:
+        name: as torch reports it; the key of measured rows.
+        device: what the schedule depends on.
+        bytes_per_us: bandwidth of a copy, bytes read and written per microsecond.
+    """
+
+    name: str
+    device: Device
+    bytes_per_us: float
+
+
+def copy_bandwidth(memory_clock_khz: int, memory_bus_bits: int) -> float:
+    """Return the bytes per microsecond of a copy in memory of two transfers per clock.
+
+    Args:
+        memory_clock_khz: 0 if it is unknown.
+        memory_bus_bits: 0 if it is unknown.
+    """
+    peak = 2 * memory_clock_khz * 1e-3 * memory_bus_bits / 8
+    return COPY_SHARE * peak if peak else DEFAULT_BYTES_PER_US
+
+
+def triton_is_cheaper(tensors: Tensors, fusion: Fusion, machine: Machine, table: Table) -> bool:
+    """Return whether the Triton kernels take less time than eager torch; see the module.
+
+    Args:
+        tensors: with two dimensions or more, none of them 0.
+        fusion: what is computed.
+        machine: where.
+        table: what was measured; it needs rows of eager torch and of a regime.
+    """
+    eager, triton = table.find(machine.name, tensors, fusion)
+    if eager is None or triton is None:
+        eager, triton = (count(tensors, fusion, machine) for count in (eager_cost, triton_cost))
+    return triton.us < eager.us
+
+
+def triton_cost(tensors: Tensors, fusion: Fusion, machine: Machine) -> Cost:
+    """Count the cost of the Triton kernels, in the regimes that the schedule chooses."""
+    shape, dtype, channels_last = tensors
+    regimes = [
+        make_schedule(shape, dtype.itemsize, channels_last, machine.device, writes_mask=mask).regime
+        for mask in (fusion.training and saves_mask(fusion.activation, fusion.has_residual), False)
+    ]
+    forward, backward = regimes
+    passes = forward_passes(fusion, dtype, forward)
+    launches = 1
+    if fusion.training:
+        passes += backward_passes(fusion, dtype, backward)
+        launches = sum(3 if regime is Regime.TWO_PASS else 1 for regime in regimes)
+    device_us = passes * _bytes(tensors) / machine.bytes_per_us
+    host_us = HOST_US_TRITON[fusion.training]
+    return Cost(device_us + launches * LAUNCH_US, host_us + launches * LAUNCH_US)
+
+
+def forward_passes(fusion: Fusion, dtype: torch.dtype, regime: Regime) -> float:
+    """Count the bytes that the forward of the Triton kernels moves, in passes over x.
+
+    In training `two_pass` reads x twice. A bit mask is a fraction of a pass.
+    """
+    reads = 2 if fusion.training and regime is Regime.TWO_PASS else 1
+    has_mask = fusion.training and saves_mask(fusion.activation, fusion.has_residual)
+    return reads + fusion.has_residual + 1 + (_mask_passes(dtype) if has_mask else 0)
+
+
+def backward_passes(fusion: Fusion, dtype: torch.dtype, regime: Regime) -> float:
+    """Count the bytes that the backward of the Triton kernels moves in training, in passes over x.
+
+    It reads dy, x and with a residual what activations.py lists, all of it twice in `two_pass`.
+    It writes dx and, behind an activation, the gradient of the residual.
+    """
+    saves = ACTIVATIONS[fusion.activation].saves if fusion.has_residual else Saves.NOTHING
+    needed = {Saves.NOTHING: 0.0, Saves.MASK: _mask_passes(dtype)}.get(saves, 1.0)
+    times = 2 if regime is Regime.TWO_PASS else 1
+    return times * (2 + needed) + 1 + (fusion.has_residual and fusion.activation != "identity")
+
+
+def _mask_passes(dtype: torch.dtype) -> float:
+    """Return the size of a bit mask, in tensors of `dtype`."""
+    return 1 / (8 * dtype.itemsize)
+
+
+def eager_cost(tensors: Tensors, fusion: Fusion, machine: Machine) -> Cost:
+    """Count the cost of eager torch: `F.batch_norm`, an addition and an activation."""
+    acts, adds = fusion.activation != "identity", fusion.has_residual
+    mode = fusion.training
+    if mode:
+        share = _eager_share(tensors, machine.device)
+        # The forward reduces in one pass; the backward is one kernel.
+        passes = (1 + 5) / share + 2 + 3 * adds + (2 + 3) * acts
+        # Statistics, their update, y; the gradients, in two kernels if x is channels-last.
+        launches = 3 + (2 if tensors.channels_last else 1) + adds + 2 * acts
+    else:
+        passes, launches = 2 + 3 * adds + 2 * acts, 1 + adds + acts
+    device_us = passes * _bytes(tensors) / machine.bytes_per_us
+    host_us = HOST_US_EAGER[mode] + HOST_US_ADDITION[mode] * adds + HOST_US_ACTIVATION[mode] * acts
+    return Cost(device_us + launches * LAUNCH_US, host_us + launches * LAUNCH_US)
+
+
+def _eager_share(tensors: Tensors, device: Device) -> float:
+    """Return the share of the multiprocessors that ATen's reductions use.
+
+    For a contiguous x they have one program per channel. That holds for bf16 only, because cuDNN
+    computes the other dtypes; and not for (N, C), which ATen treats as channels-last.
+    """
+    shape, dtype, channels_last = tensors
+    if dtype is not torch.bfloat16 or channels_last or len(shape) == 2:
+        return 1.0
+    return min(1.0, shape[1] / device.processors)
+
+
+def _bytes(tensors: Tensors) -> int:
+    """Return T, the bytes of one pass over x."""
+    return math.prod(tensors.shape) * tensors.dtype.itemsize

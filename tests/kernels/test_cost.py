@@ -1,0 +1,210 @@
+"""`backend="auto"`: the counted costs, and what replaces them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bn_lightning.kernels import cost, dispatch
+from bn_lightning.kernels.activations import ACTIVATIONS
+from bn_lightning.kernels.cost import (
+    Machine,
+    backward_passes,
+    eager_cost,
+    forward_passes,
+    triton_cost,
+    triton_is_cheaper,
+)
+from bn_lightning.kernels.measurements import Cost, Fusion, Table, Tensors
+from bn_lightning.kernels.schedule import Device, Regime
+
+H200 = Machine("NVIDIA H200", Device(processors=132, cache_bytes=50 << 20), 4.3e6)
+BN, BN_RELU, BN_ADD_RELU = (
+    Fusion("identity", False, True),
+    Fusion("relu", False, True),
+    Fusion("relu", True, True),
+)
+BF16 = torch.bfloat16
+LARGE = Tensors((256, 256, 56, 56), BF16, False)
+TINY = Tensors((60, 100), torch.float32, False)
+NOTHING = Table({})
+
+
+# The table in docs/performance.md: m, the mask, is a sixteenth of a 16-bit tensor.
+@pytest.mark.parametrize(
+    ("fusion", "two_pass", "read_once"),
+    [
+        (BN, (3, 5), (2, 3)),
+        (BN_RELU, (3, 5), (2, 3)),
+        (BN_ADD_RELU, (4 + 1 / 16, 6 + 2 / 16), (3 + 1 / 16, 4 + 1 / 16)),
+        # The residual's gradient is dy itself.
+        (Fusion("identity", True, True), (4, 5), (3, 3)),
+        # y or the residual is read beside x and dy.
+        (Fusion("tanh", True, True), (4, 8), (3, 5)),
+        (Fusion("silu", True, True), (4, 8), (3, 5)),
+    ],
+    ids=["bn", "bn_relu", "bn_add_relu", "bn_add", "bn_add_tanh", "bn_add_silu"],
+)
+def test_passes(fusion: Fusion, two_pass: tuple[float, float], read_once: tuple[float, float]):
+    for regime in Regime:
+        expected = two_pass if regime is Regime.TWO_PASS else read_once
+        found = forward_passes(fusion, BF16, regime), backward_passes(fusion, BF16, regime)
+        assert found == pytest.approx(expected)
+    evaluation = fusion._replace(training=False)
+    assert forward_passes(evaluation, BF16, Regime.TWO_PASS) == 2 + fusion.has_residual
+
+
+def test_the_time_on_the_device_of_a_large_tensor_is_its_bytes():
+    T_us = 256 * 256 * 56 * 56 * 2 / 4.3e6
+    launches = {"two_pass": 6, "bn": 4, "bn_relu": 6, "bn_add_relu": 7}
+    for fusion, eager, ours in ((BN, 8, 8), (BN_RELU, 13, 8), (BN_ADD_RELU, 16, 10 + 3 / 16)):
+        found = triton_cost(LARGE, fusion, H200)
+        us = ours * T_us + launches["two_pass"] * cost.LAUNCH_US
+        assert found.us == found.device_us == pytest.approx(us)
+        found = eager_cost(LARGE, fusion, H200)
+        assert found.device_us == pytest.approx(
+            eager * T_us + launches[fusion.name] * cost.LAUNCH_US
+        )
+
+
+def test_eager_reductions_of_few_channels_use_few_processors():
+    few = Tensors((256, 33, 56, 56), BF16, False)
+    T_us = 256 * 33 * 56 * 56 * 2 / 4.3e6
+    quarter = (1 + 5) * 4 + 2
+    assert eager_cost(few, BN, H200).device_us == pytest.approx(quarter * T_us + 4 * cost.LAUNCH_US)
+    for other in (
+        few._replace(channels_last=True),
+        few._replace(dtype=torch.float16),
+        Tensors((256 * 56 * 56, 33), BF16, False),
+    ):
+        assert eager_cost(other, BN, H200).device_us < 10 * T_us
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_tiny_tensor_costs_its_host_time(training: bool) -> None:
+    fusion = BN_RELU._replace(training=training)
+    ours, theirs = triton_cost(TINY, fusion, H200), eager_cost(TINY, fusion, H200)
+    assert ours.us == ours.host_us > cost.HOST_US_TRITON[training]
+    assert theirs.us == theirs.host_us > cost.HOST_US_EAGER[training]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_fusion_of_a_large_tensor_goes_to_triton(activation: str) -> None:
+    for has_residual in (True, False):
+        for training in (True, False):
+            fusion = Fusion(activation, has_residual, training)
+            # A BatchNorm alone moves as many bytes as eager torch's.
+            expected = activation != "identity" or has_residual
+            assert triton_is_cheaper(LARGE, fusion, H200, NOTHING) is expected
+
+
+def test_equal_costs_go_to_eager_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module_cost in ("triton_cost", "eager_cost"):
+        monkeypatch.setattr(cost, module_cost, lambda *_: Cost(1.0, 2.0))
+    assert not triton_is_cheaper(LARGE, BN, H200, NOTHING)
+
+
+def test_host_time_decides_for_a_small_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host_us, expected in ((1e-3, True), (1e4, False)):
+        monkeypatch.setattr(cost, "HOST_US_TRITON", {True: host_us, False: host_us})
+        assert triton_is_cheaper(TINY, BN_ADD_RELU, H200, NOTHING) is expected
+
+
+def _table(eager: Cost, **regimes: Cost) -> Table:
+    return Table({("NVIDIA H200", TINY): {("bn", True): {"eager": eager, **regimes}}})
+
+
+def test_measured_costs_replace_counted_ones() -> None:
+    eager = Cost(10.0, 50.0)
+    faster, slower = Cost(10.0, 40.0), Cost(10.0, 60.0)
+    assert triton_is_cheaper(TINY, BN, H200, _table(eager, single_launch=faster))
+    assert not triton_is_cheaper(TINY, BN, H200, _table(eager, single_launch=slower))
+    # The regime that runs is the one with the least time on the device.
+    both = _table(eager, single_launch=faster, two_pass=Cost(9.0, 60.0))
+    assert not triton_is_cheaper(TINY, BN, H200, both)
+    # Another device, another fusion, and rows without eager torch: the counted costs.
+    counted = triton_is_cheaper(TINY, BN, H200, NOTHING)
+    table = _table(eager, single_launch=Cost(1.0, 1.0))
+    assert triton_is_cheaper(TINY, BN, H200._replace(name="other"), table) is counted
+    assert triton_is_cheaper(TINY, BN_RELU, H200, table) is (
+        triton_is_cheaper(TINY, BN_RELU, H200, NOTHING)
+    )
+    lonely = Table({("NVIDIA H200", TINY): {("bn", True): {"two_pass": Cost(1.0, 1.0)}}})
+    assert triton_is_cheaper(TINY, BN, H200, lonely) is counted
+
+
+def test_the_bandwidth_is_that_of_a_copy() -> None:
+    # An H100's 2619 MHz and 5120 bits: 3.35 TB/s.
+    assert cost.copy_bandwidth(2_619_000, 5120) == pytest.approx(3.017e6, rel=1e-3)
+    assert cost.copy_bandwidth(0, 0) == cost.DEFAULT_BYTES_PER_US
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Take tensors of the CPU for tensors of an H200, and count the decisions that are made."""
+    made: list[Fusion] = []
+
+    def is_cheaper(tensors: Tensors, fusion: Fusion, machine: Machine, table: Table) -> bool:
+        made.append(fusion)
+        return triton_is_cheaper(tensors, fusion, machine, table)
+
+    dispatch._is_cheaper.cache_clear()
+    monkeypatch.setattr(dispatch, "uses_triton", lambda x, backend: backend != "native")
+    monkeypatch.setattr(dispatch, "machine_of", lambda device: H200)
+    monkeypatch.setattr(dispatch, "load_table", lambda: NOTHING)
+    monkeypatch.setattr(dispatch, "triton_is_cheaper", is_cheaper)
+    yield made
+    dispatch._is_cheaper.cache_clear()
+
+
+def test_auto_follows_the_cost_and_asks_once(on_an_h200: list[Fusion]) -> None:
+    x = torch.empty(LARGE.shape, dtype=BF16)
+    for fusion, expected in ((BN, False), (BN_ADD_RELU, True)):
+        for _ in range(3):
+            assert dispatch.chooses_triton(x, "auto", fusion) is expected
+    assert on_an_h200 == [BN, BN_ADD_RELU]
+
+
+def test_a_backend_that_is_named_is_taken_whatever_it_costs(on_an_h200: list[Fusion]) -> None:
+    x = torch.ones(60, 100)
+    assert dispatch.chooses_triton(x, "triton", BN)
+    assert not dispatch.chooses_triton(x, "native", BN_ADD_RELU)
+    assert not on_an_h200
+
+
+def test_subclasses_are_not_asked_for_costs(on_an_h200: list[Fusion]) -> None:
+    class Subclass(torch.Tensor):
+        pass
+
+    assert dispatch.chooses_triton(torch.ones(60, 100).as_subclass(Subclass), "auto", BN)
+    assert not on_an_h200
+
+
+@pytest.mark.slow
+def test_compilers_are_not_asked_for_costs(on_an_h200: list[Fusion]) -> None:
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if dispatch.chooses_triton(x, "auto", BN) else x
+
+    assert compiled(torch.ones(60, 100)).eq(2).all()
+    assert not on_an_h200
+
+
+def test_a_shape_that_the_checks_refuse_reaches_them(on_an_h200: list[Fusion]) -> None:
+    assert dispatch.chooses_triton(torch.ones(3), "auto", BN)
+
+
+def test_the_page_has_the_counted_costs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    section = page.split("## Where auto uses the kernels")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d[\dx]+) \|(.*)\|$", section, re.MULTILINE)
+    assert len(rows) > 5
+    for shape, figures in rows:
+        tensors = Tensors(tuple(map(int, shape.split("x"))), BF16, False)
+        expected = [
+            eager_cost(tensors, fusion, H200).us / triton_cost(tensors, fusion, H200).us
+            for fusion in (BN, BN_RELU, BN_ADD_RELU)
+        ]
+        assert [float(figure) for figure in figures.split("|")] == pytest.approx(expected, abs=6e-3)
