@@ -10,6 +10,8 @@ The files in reading order:
     dispatch.py       the backend of a tensor and its schedule
     arguments.py      the arguments of a forward and a backward, also those of the kernels
     reference.py      the definition in plain torch: forward, and a differentiable backward
+    triton_launcher.py  Triton's launcher, called with addresses: its private fields
+    launch_plan.py    record the launches of a call, and repeat them on other tensors
     tile.py           one tile: where its elements are, and the arithmetic of each
     stats.py          per-channel mean and rstd from (n, mean, M2) partials, running statistics
     normalize.py      y = act((x - mean) * rstd * weight + bias + residual)

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bn_lightning.kernels.arguments import Backward, BackwardNeeds, BackwardTensors, ChannelTensors
+from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.normalize import locate_block
 from bn_lightning.kernels.schedule import Flat, Schedule, Tiling, cdiv
 from bn_lightning.kernels.tile import (
@@ -242,7 +243,9 @@ def _sum(call: Backward, tensors: BackwardTensors, schedule: Schedule) -> Sums:
     partials = sums
     if schedule.splits > 1:
         partials = Sums(*call.mean.new_empty((2, schedule.splits, schedule.C)).unbind())
-    _bn_backward_partial_sums_kernel[(schedule.channel_blocks, schedule.splits)](
+    launch_kernel(
+        _bn_backward_partial_sums_kernel,
+        (schedule.channel_blocks, schedule.splits),
         tensors=tensors,
         channels=call.channels,
         partials=partials,
@@ -252,7 +255,9 @@ def _sum(call: Backward, tensors: BackwardTensors, schedule: Schedule) -> Sums:
     )
     if schedule.splits > 1:
         block_s, block_c = schedule.finish_tile
-        _bn_backward_finish_sums_kernel[(cdiv(schedule.C, block_c),)](
+        launch_kernel(
+            _bn_backward_finish_sums_kernel,
+            (cdiv(schedule.C, block_c),),
             partials=partials,
             sums=sums,
             S=schedule.splits,
@@ -283,7 +288,9 @@ def input_gradients(
         dx and dresidual, each None if it is not needed.
     """
     dx, dresidual = call.new_gradients(needs)
-    _bn_backward_input_kernel[schedule.flat_grid](
+    launch_kernel(
+        _bn_backward_input_kernel,
+        schedule.flat_grid,
         # Alone, the gradient of the residual needs no sums.
         tensors=call.tensors(
             dx, dresidual, 1.0 / schedule.values_per_channel, training=needs.training and needs.dx

@@ -21,6 +21,7 @@ from bn_lightning.kernels.arguments import (
     RunningStatistics,
     new_statistics,
 )
+from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.schedule import Flat, Schedule, Tiling
 from bn_lightning.kernels.stats import load_running_statistics
 from bn_lightning.kernels.tile import (
@@ -145,7 +146,9 @@ def _launch(
     schedule: Schedule,
 ) -> tuple[Tensor, Tensor | None]:
     y, mask = call.new_outputs()
-    _bn_forward_normalize_kernel[schedule.flat_grid](
+    launch_kernel(
+        _bn_forward_normalize_kernel,
+        schedule.flat_grid,
         tensors=call.tensors(y, mask),
         channels=channels,
         running=running,

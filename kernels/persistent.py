@@ -33,6 +33,7 @@ and adds the batch to num_batches_tracked, which no program reads any more. Laun
 same time need separate counters (`_counters`).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ from bn_lightning.kernels.backward import (
     walk_gradients,
     walk_sums,
 )
+from bn_lightning.kernels.launch_plan import launch_kernel, make_anew
 from bn_lightning.kernels.normalize import walk_normalize
 from bn_lightning.kernels.schedule import Schedule, Tiling
 from bn_lightning.kernels.stats import (
@@ -247,7 +249,7 @@ def is_torchs_stream(stream_id: int) -> bool:
     return stream_id == 0 or stream_id % 2 == 1
 
 
-def _counters(x: Tensor, schedule: Schedule) -> Tensor:
+def _counters(device: torch.device, wanted: int) -> Tensor:
     """Return counters that are zero and that no launch running at the same time uses.
 
     Launches on one stream run one after another, so each stream of torch has its own counters,
@@ -255,24 +257,24 @@ def _counters(x: Tensor, schedule: Schedule) -> Tensor:
     that torch did not create may name another stream later or in another thread: both get new
     counters.
     """
-    wanted = 2 + 2 * schedule.channel_blocks
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(wanted, dtype=torch.int32, device=x.device)
-    stream = torch.cuda.current_stream(x.device)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(wanted, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
     if not is_torchs_stream(stream.stream_id):
-        return torch.zeros(wanted, dtype=torch.int32, device=x.device)
-    key = (x.device, stream.stream_id)
+        return torch.zeros(wanted, dtype=torch.int32, device=device)
+    key = (device, stream.stream_id)
     counters = _zeros.get(key)
     if counters is None or counters.numel() < wanted:
         # Larger than needed, so that it seldom grows. A running launch can still use the old
         # counters, because the allocator reuses memory in the order of the stream.
-        counters = torch.zeros(2 * wanted, dtype=torch.int32, device=x.device)
+        counters = torch.zeros(2 * wanted, dtype=torch.int32, device=device)
         _zeros[key] = counters
     return counters
 
 
 def _queue(x: Tensor, schedule: Schedule) -> Queue:
-    return Queue(_counters(x, schedule), schedule.splits, schedule.lag, schedule.tiles_per_split)
+    counters = make_anew(partial(_counters, x.device, 2 + 2 * schedule.channel_blocks))
+    return Queue(counters, schedule.splits, schedule.lag, schedule.tiles_per_split)
 
 
 def forward_persistent(
@@ -291,7 +293,9 @@ def forward_persistent(
     """
     y, mask = call.new_outputs()
     mean_C, rstd_C = new_statistics(call.x)
-    _bn_forward_persistent_kernel[(schedule.programs,)](
+    launch_kernel(
+        _bn_forward_persistent_kernel,
+        (schedule.programs,),
         tensors=call.tensors(y, mask),
         channels=call.channels(mean_C, rstd_C),
         running=running,
@@ -322,7 +326,9 @@ def backward_persistent(
     dx, dresidual = call.new_gradients(needs)
     sums = Sums(*call.new_sums())
     inverse_count = 1.0 / schedule.values_per_channel
-    _bn_backward_persistent_kernel[(schedule.programs,)](
+    launch_kernel(
+        _bn_backward_persistent_kernel,
+        (schedule.programs,),
         tensors=call.tensors(dx, dresidual, inverse_count, training=True),
         channels=call.channels,
         sums=sums,

@@ -24,6 +24,7 @@ from bn_lightning.kernels.arguments import (
     new_statistics,
 )
 from bn_lightning.kernels.backward import Sums, store_sums, walk_gradients, walk_sums
+from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.normalize import walk_normalize
 from bn_lightning.kernels.schedule import Schedule, Tiling
 from bn_lightning.kernels.stats import count_batch, finish_channels, walk_statistics
@@ -81,7 +82,9 @@ def forward_single_launch(
     """
     y, mask = call.new_outputs()
     mean_C, rstd_C = new_statistics(call.x)
-    _bn_forward_single_launch_kernel[(schedule.channel_blocks,)](
+    launch_kernel(
+        _bn_forward_single_launch_kernel,
+        (schedule.channel_blocks,),
         tensors=call.tensors(y, mask),
         channels=call.channels(mean_C, rstd_C),
         running=running,
@@ -109,7 +112,9 @@ def backward_single_launch(
     dx, dresidual = call.new_gradients(needs)
     sums = Sums(*call.new_sums())
     inverse_count = 1.0 / schedule.values_per_channel
-    _bn_backward_single_launch_kernel[(schedule.channel_blocks,)](
+    launch_kernel(
+        _bn_backward_single_launch_kernel,
+        (schedule.channel_blocks,),
         tensors=call.tensors(dx, dresidual, inverse_count, training=True),
         channels=call.channels,
         sums=sums,

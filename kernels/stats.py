@@ -28,6 +28,7 @@ from bn_lightning.kernels.arguments import (
     RunningStatistics,
     new_statistics,
 )
+from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.schedule import Schedule, Tiling, cdiv
 from bn_lightning.kernels.tile import count_tiles, load_tile, locate_tile, sum_rows
 
@@ -342,7 +343,9 @@ def compute_partials(x: Tensor, schedule: Schedule, tracked: Tensor | None = Non
         The partials, on the device of `x`.
     """
     partials = Partials.empty(x, schedule)
-    _bn_forward_partial_statistics_kernel[(schedule.channel_blocks, schedule.splits)](
+    launch_kernel(
+        _bn_forward_partial_statistics_kernel,
+        (schedule.channel_blocks, schedule.splits),
         x_ptr=x,
         partials=partials,
         tracked_ptr=tracked,
@@ -369,7 +372,9 @@ def finish_statistics(
     """
     mean_C, rstd_C = new_statistics(partials.mean_ptr)
     block_s, block_c = schedule.finish_tile
-    _bn_forward_finish_statistics_kernel[(cdiv(schedule.C, block_c),)](
+    launch_kernel(
+        _bn_forward_finish_statistics_kernel,
+        (cdiv(schedule.C, block_c),),
         partials=partials,
         channels=ChannelTensors(mean_C, rstd_C, None, None),
         running=running,
@@ -393,7 +398,9 @@ def merge_partials(partials: Partials, mean: Tensor, root: Tensor, schedule: Sch
         schedule: that made the partials.
     """
     block_s, block_c = schedule.finish_tile
-    _bn_forward_merge_partials_kernel[(cdiv(schedule.C, block_c),)](
+    launch_kernel(
+        _bn_forward_merge_partials_kernel,
+        (cdiv(schedule.C, block_c),),
         partials=partials,
         mean_ptr=mean,
         root_ptr=root,

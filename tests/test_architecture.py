@@ -254,3 +254,15 @@ def test_kernels_need_torch_and_triton_alone():
             roots = {name.split(".")[0] for name in imported_names(path)}
             foreign = {root for root in roots - allowed if root not in sys.stdlib_module_names}
             assert not foreign, f"{path} imports {foreign}"
+
+
+def test_kernels_are_launched_by_one_function():
+    """A plan repeats only the launches that it recorded."""
+    for path in sources():
+        launched = [
+            ast.unparse(node)
+            for node in ast.walk(tree_of(path))
+            if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("kernel")
+        ]
+        own = {"launch_plan": 1, "triton_launcher": 1}
+        assert len(launched) == (own.get(path.stem, 0) if part_of(path) == "kernels" else 0), path

@@ -1,0 +1,157 @@
+"""Triton's launcher, called with addresses: all that the project knows of Triton's private fields.
+
+At every launch Triton binds the arguments, computes what the kernel is specialized for, and looks
+up the compiled kernel. `bind_launch` keeps what it found for one launch, so that further launches
+whose arguments differ in addresses alone go directly to the launcher, which is written in C.
+
+The private fields are those of Triton 3.7 for CUDA. For another version and another GPU
+`bind_launch` returns None, and the caller launches the kernel as Triton documents it. The
+interpreter needs none of them: a launch in it is an ordinary one on tensors made of the addresses.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+_KNOWN_VERSIONS = ("3.7",)
+
+
+class BoundLaunch(NamedTuple):
+    """One launch, to be repeated as `start(*before, stream, *after, values)`.
+
+    Attributes:
+        start: Triton's launcher.
+        before: its arguments before the stream.
+        after: its arguments after the stream.
+        leaves: the arguments of the kernel, as recorded, whose values a repetition passes as a
+            tuple in this order, the address in place of a tensor.
+        device: index of the device on which the kernel is loaded.
+        current_device: returns the index of the current device.
+        stream: index of a device -> the handle of its current stream.
+    """
+
+    start: Callable[..., None]
+    before: tuple[Any, ...]
+    after: tuple[Any, ...]
+    leaves: list[Any]
+    device: int
+    current_device: Callable[[], int]
+    stream: Callable[[int], int]
+
+
+def bind_launch(
+    kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]
+) -> BoundLaunch | None:
+    """Return how to repeat a launch, or None if only Triton itself can.
+
+    Args:
+        kernel: the decorated function.
+        compiled: what `kernel[grid](**arguments)` returned.
+        grid: one to three numbers of programs.
+        arguments: of the kernel, and the options of the launch.
+    """
+    if not isinstance(kernel, triton.JITFunction):
+        return _bind_interpreted(kernel, grid, arguments)
+    if not _is_known(compiled):
+        return None
+    from triton.backends.nvidia.driver import annotate_arguments
+
+    launcher, types = compiled.run, compiled.src.signature
+    kept = zip(_leaves(list(types.values())), _leaves([arguments[n] for n in types]), strict=True)
+    leaves = [leaf for kind, leaf in kept if kind != "constexpr"]
+    driver = triton.runtime.driver.active
+    return BoundLaunch(
+        start=launcher.launch,
+        before=(*grid, 1, 1)[:3],
+        after=(
+            compiled.function,
+            launcher.launch_cooperative_grid,
+            launcher.launch_pdl,
+            compiled.packed_metadata,
+            None,  # metadata for the hooks, the two hooks, and two kinds of scratch memory
+            None,
+            None,
+            None,
+            None,
+            # Of arguments that are flat and hold no constants.
+            annotate_arguments(["i32"] * len(leaves)),
+            launcher.kernel_signature,
+        ),
+        leaves=leaves,
+        device=driver.get_current_device(),
+        current_device=driver.get_current_device,
+        stream=driver.get_current_stream,
+    )
+
+
+def _is_known(compiled: Any) -> bool:
+    """Return whether a kernel is one of a known version of Triton, and needs nothing special."""
+    if ".".join(triton.__version__.split(".")[:2]) not in _KNOWN_VERSIONS:
+        return False
+    launcher: Any = getattr(compiled, "run", None)
+    if type(launcher).__name__ != "CudaLauncher":
+        return False
+    return launcher.global_scratch_size == 0 and launcher.profile_scratch_size == 0
+
+
+def launch_is_observed() -> bool:
+    """Return whether someone wants to see each launch, as profilers do, or to instrument it."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    # A chain of hooks is always set, and may be empty.
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or knobs.compilation.instrumentation_mode
+    )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in nested tuples, in order."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _bind_interpreted(
+    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]
+) -> BoundLaunch | None:
+    leaves = [leaf for leaf in _leaves([*arguments.values()]) if isinstance(leaf, Tensor)]
+    if any(leaf.device.type != "cpu" for leaf in leaves):
+        return None
+    # dtypes take the place of the tensors, which would otherwise live as long as the launch.
+    dtypes = {name: _map(_dtype_of, value) for name, value in arguments.items()}
+
+    def start(stream: int, addresses: tuple[int, ...]) -> None:
+        left = iter(addresses)
+
+        def tensor(leaf: Any) -> Any:
+            return _tensor_at(next(left), leaf) if isinstance(leaf, torch.dtype) else leaf
+
+        kernel[grid](**{name: _map(tensor, value) for name, value in dtypes.items()})
+
+    return BoundLaunch(start, (), (), leaves, 0, lambda: 0, lambda device: 0)
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to what is in nested tuples."""
+    if not isinstance(value, tuple):
+        return function(value)
+    items = [_map(function, item) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _dtype_of(leaf: Any) -> Any:
+    return leaf.dtype if isinstance(leaf, Tensor) else leaf
+
+
+def _tensor_at(address: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor whose first element is at `address`; the interpreter reads no more of it."""
+    memory = (ctypes.c_byte * dtype.itemsize).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)

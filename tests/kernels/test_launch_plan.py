@@ -1,0 +1,95 @@
+"""Recorded launches, repeated on other tensors: the bits of an ordinary call."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from bn_lightning.kernels.arguments import Forward, RunningStatistics
+from bn_lightning.kernels.launch import run_forward
+from bn_lightning.kernels.launch_plan import LaunchPlan, make_anew, make_plan, recorded
+from bn_lightning.kernels.schedule import Regime, forced_regime
+
+EPS = 1e-5
+SHAPE = (5, 8, 3, 4)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_empty_tensors() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _tensors(device: str, seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    C = SHAPE[1]
+    return {
+        "x": torch.randn(SHAPE, generator=g).to(device) * 2 + 3,
+        "residual": torch.randn(SHAPE, generator=g).to(device),
+        "weight": torch.randn(C, generator=g).to(device),
+        "bias": torch.randn(C, generator=g).to(device),
+        "running_mean": torch.randn(C, generator=g).to(device),
+        "running_var": (torch.rand(C, generator=g) + 0.5).to(device),
+        "tracked": torch.tensor(seed, device=device),
+    }
+
+
+def _run(t: dict[str, Tensor]) -> list[Tensor]:
+    """Run a training forward; return y, the mask, mean and rstd."""
+    call = Forward(
+        t["x"], t["residual"], t["weight"], t["bias"], "relu", negative_slope=0.0, writes_mask=True
+    )
+    running = RunningStatistics(t["running_mean"], t["running_var"], t["tracked"], 0.1)
+    return [v for v in run_forward(call, running, EPS, training=True) if v is not None]
+
+
+def _record(t: dict[str, Tensor], given: list[Tensor] | None = None) -> LaunchPlan | None:
+    with recorded() as recording:
+        results = _run(t)
+    return make_plan(recording, given or list(t.values()), results)
+
+
+@pytest.mark.parametrize("regime", Regime, ids=lambda r: r.value)
+def test_a_repetition_has_the_bits_of_an_ordinary_call(regime: Regime, device: str) -> None:
+    with forced_regime(regime):
+        plan = _record(_tensors(device, 1))
+        expected_state, state = _tensors(device, 2), _tensors(device, 2)
+        expected = _run(expected_state)
+    assert plan is not None
+    results = [torch.empty_like(v) for v in expected]
+    plan.launch(tuple(v.data_ptr() for v in (*state.values(), *results)))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert all(torch.equal(state[k], expected_state[k]) for k in state)
+
+
+def test_a_tensor_that_no_kernel_received_makes_no_plan(device: str) -> None:
+    t = _tensors(device, 1)
+    # The kernels get a copy.
+    assert _record(t | {"x": t["x"].mT.contiguous().mT}) is None
+    assert _record(t, [*t.values(), torch.ones(3, device=device)]) is None
+
+
+def test_tensors_that_overlap_make_no_plan(device: str) -> None:
+    t = _tensors(device, 1)
+    assert _record(t | {"bias": t["weight"]}) is None
+
+
+def test_a_call_without_launches_makes_no_plan(device: str) -> None:
+    with recorded() as recording:
+        pass
+    assert make_plan(recording, [torch.ones(3, device=device)], []) is None
+
+
+def test_recordings_nest_and_end(device: str) -> None:
+    t = _tensors(device, 1)
+    with recorded() as outer:
+        with recorded() as inner:
+            _run(t)
+        make_anew(lambda: torch.zeros(2, device=device))
+    _run(t)
+    assert inner.launches and not outer.launches
+    assert [tensor.numel() for tensor, _ in outer.made_anew] == [2]
