@@ -101,7 +101,7 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     from lightning.pytorch.callbacks import ProgressBar
 
     from bn_lightning.data.protocol import check_data_module
-    from bn_lightning.models.initialization import initialize
+    from bn_lightning.models.initialization import initialize_as_configured
     from bn_lightning.runs.checkpoint import CONFIG_KEY
 
     if in_sweep() and gc.get_freeze_count() == 0:
@@ -112,7 +112,10 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     datamodule = instantiate(config.data)
     check_data_module(datamodule)
     model = instantiate(config.model)
-    initialize(model.network, instantiate(config.init), config.seed)
+    scheme = instantiate(config.get("init"))  # absent after ~init
+    told = initialize_as_configured(model.network, scheme, config.seed)
+    if told and resume_point is None and record.write and not in_trial():
+        print(told)
     # Lightning stores hyperparameters in every checkpoint. evaluate.py builds from them.
     model.save_hyperparameters({CONFIG_KEY: record.content["config"]}, logger=False)
     callbacks = _build_callbacks(config, record.path.parent, resume_point)

@@ -78,7 +78,7 @@ _CHECKS: dict[str, _Check] = {
     "model": _NODE,
     "model.network": _NODE,
     "norm": _or_null(_NODE),
-    "init": _NODE,
+    "init": _or_null(_NODE),
     "init.std": _NOT_NEGATIVE,
     "init.bound": _NOT_NEGATIVE,
     "optimizer": _NODE,

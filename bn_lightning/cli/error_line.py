@@ -71,6 +71,12 @@ def _message(error: BaseException) -> str:
             return f"{error.strerror} ({FULL_ERROR}=1 shows where); make room or repair this place"
         case TypeError() if built and text:
             return f"`{built}` cannot be built of these values: {text}"
+    if text.startswith("Config group override must be a string"):
+        group = next((a[:-5] for a in sys.argv[1:] if a.endswith("=null")), "GROUP").lstrip("+")
+        return (
+            f"expected `{group}` to be the name of an option, got null; use {group}=none if there "
+            f"is such an option, or ~{group}"
+        )
     if text.startswith("BasicSweeper does not support sweep type"):
         return f"{text}; add hydra/sweeper=bn_optuna, or give values one by one"
     is_own = type(error).__module__.startswith("bn_lightning.")

@@ -6,6 +6,7 @@ differ only in normalization start from the same weights and can be compared as 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +16,48 @@ Scheme = Callable[[Tensor, torch.Generator], object]
 """Fills a weight (out_features, in_features, *kernel) in place from the generator."""
 
 _INITIALIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class DefaultScheme:
+    """A scheme that nobody chose (`init=default`): for networks of this project only.
+
+    Attributes:
+        scheme: the scheme.
+    """
+
+    scheme: Scheme
+
+    def __call__(self, weight: Tensor, generator: torch.Generator) -> None:
+        """Fill a weight in place."""
+        self.scheme(weight, generator)
+
+
+def initialize_as_configured(network: nn.Module, scheme: Scheme | None, seed: int) -> str | None:
+    """Initialize a network with the scheme of the config group `init`.
+
+    A network of another package keeps the weights of its constructor unless a scheme was chosen.
+
+    Args:
+        network: modified in place.
+        scheme: None (`init=none`) keeps the weights of any network.
+        seed: as for `initialize`.
+
+    Returns:
+        A sentence that says whether the weights of a network of another package were replaced;
+        None for a network of this project.
+    """
+    cls = type(network)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    is_own = cls.__module__.startswith("bn_lightning.")
+    layers = sum(isinstance(module, _INITIALIZED) for module in network.modules())
+    if scheme is None or (isinstance(scheme, DefaultScheme) and not is_own):
+        kept = f"{name} keeps the weights of its constructor"
+        return None if is_own else f"{kept}; init=OPTION, such as init=he, replaces them"
+    initialize(network, scheme, seed)
+    if is_own or not layers:
+        return None
+    return f"init replaces the weights of {layers} layers of {name}; init=none keeps them"
 
 
 def initialize(network: nn.Module, scheme: Scheme, seed: int) -> None:

@@ -13,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
+import own_network
 import pytest
 import torch
 
@@ -146,6 +147,50 @@ def test_a_longer_run_goes_on_from_a_shorter_one(command):
     assert record["resumed_at"] == [37]
     assert record["steps"] == 50
     assert (part / ".hydra/overrides.yaml").read_text().count("ckpt_path") == 0
+
+
+KEPT, REPLACED = "OwnNetwork keeps the weights", "init replaces the weights of 1 layers of"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_kept", "told"),
+    [
+        ([], True, KEPT),
+        (["init=none"], True, KEPT),
+        (["~init"], True, KEPT),
+        (["init=he"], False, REPLACED),
+        (["+experiment=mnist_bn"], False, REPLACED),
+    ],
+    ids=["default", "none", "deleted", "chosen", "chosen_by_an_experiment"],
+)
+def test_weights_of_a_network_of_another_package(command, overrides, is_kept, told):
+    result = command(
+        main,
+        *overrides,
+        "data=digits",
+        "model.network._target_=own_network.OwnNetwork",
+        "optimizer.lr=1.0e-30",
+        "trainer.max_steps=1",
+        *BARE,
+    )
+    assert result.code == 0, result.err
+    state = torch.load(result.directory / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert torch.all(state["network.1.weight"] == own_network.WEIGHT) == is_kept
+    assert told in result.out
+
+
+def test_networks_of_this_project_are_initialized_without_a_word(command):
+    weights = {}
+    for init in ("default", "xavier", "none"):
+        options = ("data=digits", f"init={init}", "optimizer.lr=1.0e-30", "trainer.max_steps=1")
+        result = command(main, *options, *BARE)
+        assert result.code == 0, result.err
+        assert "weights" not in result.out
+        path = result.directory / "checkpoints/last.ckpt"
+        state = torch.load(path, weights_only=True)["state_dict"]
+        weights[init] = state["network.output.weight"]
+    assert torch.equal(weights["default"], weights["xavier"])
+    assert not torch.equal(weights["default"], weights["none"])
 
 
 STOPPED = (
@@ -363,6 +408,10 @@ BAD = {
     "rate that is no number": (["optimizer.lr=fast"], "`optimizer.lr`"),
     "rate that is nan": (["optimizer.lr=nan"], "`optimizer.lr`"),
     "negative seed": (["seed=-1"], "`seed`"),
+    "no option of a group": (
+        ["init=null"],
+        "`init` to be the name of an option, got null; use init=none",
+    ),
     "triton without its interpreter": (["norm.backend=triton"], "TRITON_INTERPRET=1"),
     "unknown backend": (["norm.backend=cuda"], "backend"),
 }

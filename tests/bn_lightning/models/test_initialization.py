@@ -1,6 +1,7 @@
 """Initial weights: the distribution of each scheme, and one generator for all networks."""
 
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,12 @@ import torch
 from torch import nn
 
 from bn_lightning.models import initialization
-from bn_lightning.models.initialization import Scheme, initialize
+from bn_lightning.models.initialization import (
+    DefaultScheme,
+    Scheme,
+    initialize,
+    initialize_as_configured,
+)
 from bn_lightning.models.mlp import MLP
 
 FAN_IN, FAN_OUT = 400, 250  # 100,000 values: two standard errors of their variance are 1%
@@ -189,3 +195,27 @@ class TestNetwork:
         for layer in (on_cpu, on_device):
             initialize(layer, NORMAL, 4)
         assert torch.equal(on_device.weight.cpu(), on_cpu.weight)
+
+
+class Own(nn.Sequential):
+    """A network that is not of this project."""
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme", "is_replaced", "told"),
+    [
+        (lambda: Own(nn.Linear(3, 2)), NORMAL, True, "init replaces the weights of 1 .*Own"),
+        (lambda: Own(nn.Linear(3, 2)), DefaultScheme(NORMAL), False, "Own keeps .* init=he"),
+        (lambda: Own(nn.Linear(3, 2)), None, False, "Own keeps"),
+        (lambda: Own(nn.BatchNorm1d(3)), NORMAL, False, None),
+        (lambda: MLP(3, [], 2, "relu", None, "before"), DefaultScheme(NORMAL), True, None),
+        (lambda: MLP(3, [], 2, "relu", None, "before"), None, False, None),
+    ],
+    ids=["chosen", "default", "none", "nothing_to_replace", "of_ours_default", "of_ours_none"],
+)
+def test_whose_weights_are_replaced(make, scheme, is_replaced, told) -> None:
+    network = make()
+    before = weights(network)
+    found = initialize_as_configured(network, scheme, 0)
+    assert same(before, weights(network)) != is_replaced
+    assert found is None if told is None else re.search(told, found)
