@@ -115,6 +115,7 @@ def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
         "commit": record["commit"],
         "steps": record["steps"],
     }
+        "seed": record["seed"],
 
 
 def number_of_classes(record: Mapping[str, Any]) -> int | None:

@@ -1,14 +1,18 @@
 """Which parameters of a study are the learning rate, the initialization, the arm and the seed."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite, nan
 
+from bn_lightning.sweeps.analysis.provenance import SEED
 from bn_lightning.sweeps.analysis.tolerance import GridTrial
 from bn_lightning.sweeps.analysis.trials import Cell, TrialRow, TrialTable, is_diverged
 
 AS_CONFIGURED = "as configured"
 """The value of an initialization or arm that the study does not vary."""
+
+UNKNOWN = "unknown"
+"""The seed of a trial if neither the study nor its run says it."""
 
 _SPLITS = ("test", "val")
 
@@ -94,7 +98,8 @@ def grid_trials(table: TrialTable, columns: Columns) -> GridTrials:
     """Return the complete trials of a table as trials of a grid.
 
     Accuracy and loss are those on the test set, otherwise those on the validation set, otherwise
-    accuracy is the value that the study maximized.
+    accuracy is the value that the study maximized. If the study does not vary the seed, it is that
+    of the trials' runs.
 
     Raises:
         NoGrid: a value is not an accuracy in [0, 1], or a learning rate is not a number above 0.
@@ -105,10 +110,13 @@ def grid_trials(table: TrialTable, columns: Columns) -> GridTrials:
         None,
     )
     metric = f"{split}/accuracy" if split else "value"
-    taken: set[tuple[str, Cell, float, int]] = set()
+    has_seed = bool(columns.seed) or all(type(row.attributes.get(SEED)) is int for row in complete)
+    taken: set[tuple[str, str | float, float, int | str]] = set()
     numbers = {}
     for row in complete:
         trial = _grid_trial(row, columns, split)
+        if not has_seed:
+            trial = replace(trial, seed=UNKNOWN)
         place = (trial.arm, trial.init, trial.lr, trial.seed)
         if place not in taken:
             taken.add(place)
@@ -125,14 +133,14 @@ def _grid_trial(row: TrialRow, columns: Columns, split: str | None) -> GridTrial
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0 or not isfinite(lr):
         raise NoGrid(f"trial {row.number} has a learning rate that is no number above 0: {lr}")
     init = row.params.get(columns.init) if columns.init else AS_CONFIGURED
-    seed = row.params.get(columns.seed, 0)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    seed = row.params.get(columns.seed) if columns.seed else row.attributes.get(SEED)
+    if columns.seed and type(seed) is not int:
         raise NoGrid(f"trial {row.number} has a seed that is no integer: {seed}")
     return GridTrial(
         arm=", ".join(_name(row.params.get(name)) for name in columns.arm) or AS_CONFIGURED,
         init=float(init) if isinstance(init, int | float) else _name(init),
         lr=float(lr),
-        seed=seed,
+        seed=seed if type(seed) is int else UNKNOWN,
         accuracy=float(accuracy),
         loss=nan if loss is None else loss,
         diverged=is_diverged(row),

@@ -14,15 +14,15 @@ from bn_lightning.sweeps.analysis.trials import Cell, TrialRow, TrialTable, is_d
 from bn_lightning.sweeps.engine.sampling import PLANNED
 from bn_lightning.sweeps.engine.stored_names import CONFIGURATION_FILE
 
-DATA, BUDGET = "run/data", "run/max_steps"
-"""Attributes of a trial: the name of its data set, and its budget in steps."""
+DATA, BUDGET, SEED = "run/data", "run/max_steps", "run/seed"
+"""Attributes of a trial: the name of its data set, its budget in steps, and its seed."""
 
 # A report compares names, because it does not import the class that a configuration names.
 _PLANNED = tuple(kind.__name__ for kind in PLANNED)
 
 
 def with_provenance(table: TrialTable, base: Path, is_of_sweep: bool = True) -> TrialTable:
-    """Return the table with data, budget, hardware and versions from the files of its runs.
+    """Return the table with data, budget, seed, hardware and versions from the files of its runs.
 
     `about` gets `runs`, which has for each of data, budget, hardware, versions, ... the values and
     the number of finished runs with each, and `sampler` from the sweep's configuration. Directories
@@ -49,6 +49,7 @@ def with_provenance(table: TrialTable, base: Path, is_of_sweep: bool = True) -> 
                 facts = facts_of(record)
                 times += [str(record[key]) for key in ("started", "ended") if record.get(key)]
                 attributes |= {DATA: facts.get("data"), BUDGET: _budget(record)}
+                attributes[SEED] = record["config"].get("seed")
         if record is None and row.is_complete:
             # The run is on another machine, so only what it returned to the study is known.
             facts = {key: str(attributes[key]) for key in ("data", "commit") if key in attributes}
@@ -57,8 +58,9 @@ def with_provenance(table: TrialTable, base: Path, is_of_sweep: bool = True) -> 
             if "steps" in attributes and not is_diverged(row):
                 facts["steps"] = str(attributes["steps"])
                 attributes[BUDGET] = attributes["steps"]
-            if "data" in attributes:
-                attributes[DATA] = attributes["data"]
+            for name, key in ((DATA, "data"), (SEED, "seed")):
+                if key in attributes:
+                    attributes[name] = attributes[key]
         for name, value in facts.items():
             found.setdefault(name, Counter())[value] += 1
         rows.append(replace(row, attributes=attributes))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -42,7 +43,7 @@ class GridTrial:
         arm: name of the network, for instance "batch" or "none".
         init: name of the initialization, or its standard deviation.
         lr: learning rate, above 0.
-        seed: seed of weights and batches.
+        seed: seed of weights and batches, or a text if it is unknown.
         accuracy: on the test set, in [0, 1]; that of a guess if the trial diverged.
         loss: on the test set, in nats; that of a guess if the trial diverged.
         diverged: whether the run diverged.
@@ -51,7 +52,7 @@ class GridTrial:
     arm: str
     init: str | float
     lr: float
-    seed: int
+    seed: int | str
     accuracy: float
     loss: float
     diverged: bool = False
@@ -138,7 +139,7 @@ class Grid:
 
     inits: tuple[str | float, ...]
     rates: tuple[float, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int | str, ...]
     arms: Mapping[str, Arm]
     levels: Levels = TEN_CLASSES
 
@@ -154,7 +155,7 @@ class Grid:
             raise ValueError("expected `trials` to have at least one finished trial, got none")
         inits = _sorted({trial.init for trial in trials})
         rates = tuple(sorted({trial.lr for trial in trials}))
-        seeds = tuple(sorted({trial.seed for trial in trials}))
+        seeds = _sorted({trial.seed for trial in trials})
         shape = (len(inits), len(rates), len(seeds))
         arms = {
             name: Arm(np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, bool), levels)
@@ -295,7 +296,6 @@ def _share(of_them: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
         return of_them.sum(axis=(0, 1)) / np.where(there, there, np.nan)
 
 
-def _sorted(inits: set[str | float]) -> tuple[str | float, ...]:
+def _sorted(values: Iterable[Any]) -> tuple[Any, ...]:
     """Return ascending numbers, then names."""
-    numbers = sorted(i for i in inits if not isinstance(i, str))
-    return (*numbers, *sorted(i for i in inits if isinstance(i, str)))
+    return tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))

@@ -167,6 +167,21 @@ class TestSweep:
         assert "not over: 16 trials run or wait" in summary(sweep)["notes"][0]
         assert summary(sweep)["grid"]["seeds"] == [1, 2]
 
+    def test_the_seed_is_that_of_the_runs_if_the_study_does_not_vary_it(
+        self, tmp_path: Path, make_study: Callable[..., Path]
+    ) -> None:
+        space = {"optimizer.lr": [0.1, 1.0], "norm": ["none", "batch"]}
+        sweep = make_study(tmp_path / "sweep", space=space)
+        for number in range(4):
+            run(sweep / str(number))
+        write_report([str(sweep)])
+        assert summary(sweep)["grid"]["seeds"] == [1]
+        (tmp_path / "table").mkdir()
+        for name in ("trials.csv", "summary.json"):
+            (tmp_path / "table" / name).write_bytes((sweep / name).read_bytes())
+        write_report([str(tmp_path / "table")])
+        assert summary(tmp_path / "table")["grid"]["seeds"] == [1]
+
     def test_failed_trials_are_shown(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         failed = {"state": TrialState.FAIL, "user_attrs": {"error": f"disk full {HOSTILE}"}}
         sweep = make_study(tmp_path, change=lambda n, p: [failed, {}] if n == 0 else {})

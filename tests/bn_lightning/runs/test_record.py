@@ -111,8 +111,16 @@ def test_what_a_sweep_keeps_of_a_run() -> None:
         "data": {"source": "digits", "train": 1317, "classes": 10},
         "commit": "abc",
         "steps": 50,
+        "seed": 3,
     }
-    kept = {"val/accuracy": 0.9, "data": "digits", "classes": 10, "commit": "abc", "steps": 50}
+    kept = {
+        "val/accuracy": 0.9,
+        "data": "digits",
+        "classes": 10,
+        "commit": "abc",
+        "steps": 50,
+        "seed": 3,
+    }
     assert run_outcome(record) == kept | {"diverged": False, "diverged_at": None}
     record |= {"status": "diverged", "diverged_at": 7, "data": None}
     kept |= {"data": None, "classes": None}

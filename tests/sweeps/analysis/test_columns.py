@@ -1,11 +1,19 @@
 """The columns of a study, and complete trials as trials of a grid."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from bn_lightning.sweeps.analysis.columns import AS_CONFIGURED, Columns, NoGrid, grid_trials
+from bn_lightning.sweeps.analysis.columns import (
+    AS_CONFIGURED,
+    UNKNOWN,
+    Columns,
+    NoGrid,
+    grid_trials,
+)
+from bn_lightning.sweeps.analysis.provenance import SEED
 from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
 
 
@@ -76,7 +84,15 @@ class TestGridTrials:
 
     def test_what_is_not_varied(self) -> None:
         (trial,) = grid_trials(table({"lr": 1.0}), Columns("lr")).numbers.values()
-        assert (trial.arm, trial.init, trial.seed) == (AS_CONFIGURED, AS_CONFIGURED, 0)
+        assert (trial.arm, trial.init, trial.seed) == (AS_CONFIGURED, AS_CONFIGURED, UNKNOWN)
+
+    def test_a_seed_that_is_not_varied_is_that_of_the_runs(self) -> None:
+        found = grid_trials(table({"lr": 1.0}, {"lr": 2.0}, **{SEED: 7}), Columns("lr"))
+        assert [trial.seed for trial in found.numbers.values()] == [7, 7]
+        known, unknown = table({"lr": 1.0}, **{SEED: 7}).rows[0], table({"lr": 2.0}).rows[0]
+        mixed = TrialTable("t", ("maximize",), (known, replace(unknown, number=1)))
+        found = grid_trials(mixed, Columns("lr"))
+        assert [trial.seed for trial in found.numbers.values()] == [UNKNOWN, UNKNOWN]
 
     def test_one_metric_for_all(self) -> None:
         rows = (

@@ -8,6 +8,7 @@ from bn_lightning.runs.record import RunRecord
 from bn_lightning.sweeps.analysis.provenance import (
     BUDGET,
     DATA,
+    SEED,
     classes_of,
     facts_of,
     is_planned,
@@ -30,7 +31,7 @@ def row(number: int, directory: Path | str) -> TrialRow:
 
 def run(directory: Path, source: str = "mnist", steps: int = 2000) -> Path:
     directory.mkdir(parents=True)
-    config = {"trainer": {"max_steps": steps}, "model": {"num_classes": 4}}
+    config = {"trainer": {"max_steps": steps}, "model": {"num_classes": 4}, "seed": 3}
     RunRecord(directory, config).update(data={"source": source})
     return directory
 
@@ -42,6 +43,7 @@ def test_facts_are_counted_and_directories_are_relative(tmp_path: Path) -> None:
     assert [r.attributes["directory"] for r in table.rows] == ["0", "1", "2"]
     assert table.rows[0].attributes[DATA] == "mnist"
     assert table.rows[0].attributes[BUDGET] == 2000
+    assert table.rows[0].attributes[SEED] == 3
     assert DATA not in table.rows[2].attributes
     runs = table.about["runs"]
     assert runs["data"] == {"mnist": 2} and runs["steps"] == {"2000": 2}
@@ -68,7 +70,7 @@ def test_a_sweep_that_was_moved(tmp_path: Path) -> None:
 
 def test_runs_on_another_machine(tmp_path: Path) -> None:
     attributes = {"directory": "/there/0", "data": "mnist", "steps": 2000, "commit": "abc"}
-    attributes |= {"classes": 2}
+    attributes |= {"classes": 2, "seed": 5}
     rows = (
         TrialRow(0, "COMPLETE", (0.5,), {}, attributes),
         TrialRow(
@@ -83,6 +85,7 @@ def test_runs_on_another_machine(tmp_path: Path) -> None:
         "data": {"mnist": 2},
         "steps": {"2000": 1},
     }
+    assert [row.attributes.get(SEED) for row in table.rows] == [5, 5, None]
     assert not mixed(table.rows)
 
 
