@@ -194,15 +194,17 @@ def _fit(
 ) -> None:
     """Train, and write steps, time and metrics into the record whether training fails or not."""
     from bn_lightning.data.protocol import ShapedData, data_info
-    from bn_lightning.runs.checkpoint import METRICS_KEY, check_fits
+    from bn_lightning.runs.checkpoint import METRICS_KEY, SECONDS_KEY, check_fits
 
     directory, config = record.path.parent, record.content["config"]
     metrics_before: dict[str, float] = {}
     first_step = 0
+    seconds_before: float | None = 0.0
     if resume_point is not None:
         check_fits(resume_point.content, model, resume_point.path)
         metrics_before = resume_point.content.get(METRICS_KEY, {})
         first_step = resume_point.content["global_step"]
+        seconds_before = resume_point.content.get(SECONDS_KEY)
         print(f"going on from step {first_step:,}: {directory}")
         record.content["resumed_at"].append(first_step)
     elif trainer.is_global_zero and not in_sweep() and not in_trial():
@@ -234,10 +236,13 @@ def _fit(
         raise
     finally:
         seconds = time.perf_counter() - started
+        steps = trainer.global_step - first_step
+        if seconds_before is not None:
+            seconds, steps = seconds + seconds_before, trainer.global_step
         record.content.update(
             steps=trainer.global_step,
-            seconds=round(seconds, 3),
-            steps_per_second=round((trainer.global_step - first_step) / seconds, 1),
+            seconds=None if seconds_before is None else round(seconds, 3),
+            steps_per_second=round(steps / seconds, 1),
             metrics=metrics_before | logged_numbers(trainer.callback_metrics),
         )
     record.content["data"] = data_info(datamodule)

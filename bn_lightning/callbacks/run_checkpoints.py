@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,7 @@ from typing_extensions import override
 from bn_lightning.callbacks.training_loop import is_last_batch_of_step, validation_follows
 from bn_lightning.plugins.checkpoint_io import AtomicCheckpointIO
 from bn_lightning.runs.atomic_write import UNFINISHED
-from bn_lightning.runs.checkpoint import METRICS_KEY
+from bn_lightning.runs.checkpoint import METRICS_KEY, SECONDS_KEY
 from bn_lightning.runs.directory import make_newest
 from bn_lightning.runs.interruption import Interrupted, handle_signals
 from bn_lightning.runs.record import logged_numbers
@@ -28,6 +29,8 @@ class RunCheckpoints(ModelCheckpoint):
     interrupted. During training SIGINT and SIGTERM take effect after the current optimizer step and
     the validation that follows it, so that the run resumes from the checkpoint bit for bit; then
     `bn_lightning.runs.interruption.Interrupted` is raised. A second signal raises it at once.
+
+    Checkpoints also hold the seconds of training so far, those before the run was resumed included.
 
     `last.ckpt` gets its name only after everything of its step is logged, and has all metrics so
     far, so a process that is killed at any time loses no row and no metric. Checkpoints are written
@@ -59,6 +62,8 @@ class RunCheckpoints(ModelCheckpoint):
         self._signum: int | None = None
         self._pending_signum: int | None = None  # raised once last.ckpt is in place
         self._handlers = ExitStack()
+        self._started = time.perf_counter()
+        self._seconds_before: float | None = 0.0  # None if the checkpoint resumed from lacks them
 
     @property
     @override
@@ -71,6 +76,15 @@ class RunCheckpoints(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage == "fit":
+            self._started, self._seconds_before = time.perf_counter(), 0.0
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == "fit":
+            self._seconds_before = checkpoint.get(SECONDS_KEY)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -86,6 +100,9 @@ class RunCheckpoints(ModelCheckpoint):
     ) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint[METRICS_KEY] = logged_numbers(trainer.callback_metrics)
+        if self._seconds_before is not None:
+            seconds = time.perf_counter() - self._started
+            checkpoint[SECONDS_KEY] = self._seconds_before + seconds
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

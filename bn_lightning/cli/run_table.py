@@ -26,12 +26,15 @@ def print_run_table(record: dict[str, Any], directory: str | Path) -> None:
             label = f"{name} (log loss)" if name == "test/loss" else name
             rows[label] = "not a number" if value is None else f"{value:.4f}"
     interval = (record["config"].get("trainer") or {}).get("val_check_interval")
-    is_validated = "val/accuracy" in record["metrics"]
-    if not is_validated and isinstance(interval, int) and interval > record["steps"]:
+    was_trained, is_validated = "seconds" in record, "val/accuracy" in record["metrics"]
+    is_short = isinstance(interval, int) and interval > record["steps"]
+    if was_trained and not is_validated and is_short:
         rows["validation"] = f"none before trainer.val_check_interval={interval}"
     rows["steps"] = f"{record['steps']:,}"
-    if "seconds" in record:
-        rows["time"] = f"{record['seconds']:.1f} s, {record['steps_per_second']:.0f} steps/s"
+    if was_trained:
+        seconds, resumed_at = record["seconds"], record.get("resumed_at") or [0]
+        known = f"unknown before step {resumed_at[-1]:,}" if seconds is None else f"{seconds:.1f} s"
+        rows["time"] = f"{known}, {record['steps_per_second']:.0f} steps/s"
     rows["peak memory"] = f"{record['peak_memory_mib']:.0f} MiB"
     for name, value in rows.items():
         table.add_row(name, value)

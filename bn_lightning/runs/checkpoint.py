@@ -16,6 +16,9 @@ CONFIG_KEY = "config"
 METRICS_KEY = "metrics"
 """The key under which a checkpoint of `RunCheckpoints` holds the metrics logged so far."""
 
+SECONDS_KEY = "seconds"
+"""The key under which a checkpoint of `RunCheckpoints` holds the seconds of training so far."""
+
 
 class CheckpointError(ValueError):
     """A file is not a checkpoint, or its content does not fit."""

@@ -32,9 +32,10 @@ class RunRecord:
 
     Keys: `schema_version`, `status` (one of `STATUSES`), `command`, `config` (resolved), `seed`,
     `data` (source, SHA-256 of its files, sizes), `versions`, `hardware`, `commit` (None outside a
-    git checkout), `started` and `ended` (UTC, ISO 8601), `steps`, `seconds` (of training since the
-    run was last resumed), `steps_per_second`, `peak_memory_mib`, `metrics`, `resumed_at` (steps),
-    and where they apply `diverged_at` (a step) and `error`.
+    git checkout), `started` and `ended` (UTC, ISO 8601), `steps`, `seconds` (of training, of all
+    parts of a resumed run; None if those before a checkpoint are unknown), `steps_per_second` (of
+    these seconds, else of the last part), `peak_memory_mib`, `metrics`, `resumed_at` (steps), and
+    where they apply `diverged_at` (a step) and `error`.
 
     Args:
         directory: an existing folder.
@@ -114,8 +115,17 @@ def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
         "classes": number_of_classes(record),
         "commit": record["commit"],
         "steps": record["steps"],
-    }
         "seed": record["seed"],
+    }
+
+
+def training_seconds(record: Mapping[str, Any]) -> float | None:
+    """Return the seconds of training of all parts of a run, None if they are unknown.
+
+    Version 0.1.0 recorded the seconds of the last part only.
+    """
+    version = (record.get("versions") or {}).get("bn-lightning")
+    return None if record.get("resumed_at") and version == "0.1.0" else record.get("seconds")
 
 
 def number_of_classes(record: Mapping[str, Any]) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bn_lightning.runs.metrics_csv import read_metrics
-from bn_lightning.runs.record import read_run
+from bn_lightning.runs.record import read_run, training_seconds
 from bn_lightning.sweeps.analysis.arms import BASELINE, label_of
 from bn_lightning.sweeps.analysis.provenance import BUDGET, DATA, facts_of
 from bn_lightning.sweeps.analysis.trials import Cell, TrialRow
@@ -67,7 +67,8 @@ class ComparedRun:
         record = self.record
         attributes: dict[str, Cell] = {
             **(record.get("metrics") or {}),
-            **{key: record[key] for key in ("status", "steps", "seconds") if key in record},
+            **{key: record[key] for key in ("status", "steps") if key in record},
+            "seconds": training_seconds(record),
             **{key: record[key] for key in ("steps_per_second", "diverged_at") if key in record},
             "label": self.label,
             "directory": str(self.directory),
@@ -139,32 +140,32 @@ def width_growth(run: ComparedRun) -> float | None:
 def runtimes(runs: Sequence[ComparedRun]) -> dict[str, float]:
     """Return arm -> seconds of training with evaluations, the mean over its runs.
 
-    Only completed runs that were never resumed count. The result is empty unless all of them took
-    the same number of steps and runs of one arm differ in their seeds only.
+    Only completed runs whose time is known count. The result is empty unless all of them took the
+    same number of steps and runs of one arm differ in their seeds only.
     """
     whole = [
-        run
+        (run, seconds)
         for run in runs
         if run.record["status"] == "completed"
-        and not run.record.get("resumed_at")
-        and "seconds" in run.record
+        and (seconds := training_seconds(run.record)) is not None
     ]
-    if len({run.record.get("steps") for run in whole}) != 1:
+    if len({run.record.get("steps") for run, _ in whole}) != 1:
         return {}
-    if len({(run.arm, _trained(run.record)) for run in whole}) != len({run.arm for run in whole}):
+    arms = {run.arm for run, _ in whole}
+    if len({(run.arm, _trained(run.record)) for run, _ in whole}) != len(arms):
         return {}
-    seconds: dict[str, list[float]] = {}
-    for run in whole:
-        seconds.setdefault(run.arm, []).append(run.record["seconds"])
-    return {arm: fmean(values) for arm, values in seconds.items()}
+    times: dict[str, list[float]] = {}
+    for run, seconds in whole:
+        times.setdefault(run.arm, []).append(seconds)
+    return {arm: fmean(values) for arm, values in times.items()}
 
 
-def runtime_sentences(times: Mapping[str, float]) -> list[str]:
+def runtime_sentences(runs: Sequence[ComparedRun]) -> list[str]:
     """Return a sentence with the seconds of each arm and their ratios to the baseline.
 
-    Args:
-        times: as `runtimes` returns them.
+    A second sentence names arms whose time is unknown.
     """
+    times = runtimes(runs)
     if not times:
         return []
     texts = [", ".join(f"{label_of(arm)} {value:.2f} s" for arm, value in times.items())]
@@ -172,7 +173,14 @@ def runtime_sentences(times: Mapping[str, float]) -> list[str]:
     for arm, value in times.items():
         if base and arm != BASELINE:
             texts.append(f"{label_of(arm)} / {label_of(BASELINE)}: {value / base:.2f}")
-    return [f"Time of training: {'; '.join(texts)}"]
+    sentences = [f"Time of training: {'; '.join(texts)}"]
+    unknown = [label_of(arm) for arm in dict.fromkeys(run.arm for run in runs) if arm not in times]
+    if unknown:
+        sentences.append(
+            f"Time unknown: {', '.join(unknown)}, of which no run completed with all of its time"
+            " recorded"
+        )
+    return sentences
 
 
 def _labels(

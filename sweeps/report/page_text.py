@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bn_lightning.runs.record import training_seconds
 from bn_lightning.sweeps.analysis.compared_runs import (
     ComparedRun,
     runtime_sentences,
-    runtimes,
     width_growth,
 )
 from bn_lightning.sweeps.analysis.paper_curves import SOURCE
@@ -149,7 +149,7 @@ def runs_page(
                 _number(metrics.get("test/accuracy"), ".4f"),
                 _number(metrics.get("test/loss"), ".4f"),
                 _number(growth, ".3g"),
-                _number(record.get("seconds"), ",.0f"),
+                _number(training_seconds(record), ",.0f"),
                 _number(record.get("steps_per_second"), ",.0f"),
                 tag("code", str(run.directory)),
             ]
@@ -167,7 +167,7 @@ def runs_page(
             "activation's inputs became, the median over its units",
             "text",
         ),
-        *[tag("p", text) for text in runtime_sentences(runtimes(runs))],
+        *[tag("p", text) for text in runtime_sentences(runs)],
         places_for(drawn, "26rem"),
         *_measured(study),
     ]

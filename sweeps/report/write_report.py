@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bn_lightning.runs.atomic_write import write_atomically, write_json
+from bn_lightning.runs.record import training_seconds
 from bn_lightning.sweeps.analysis.columns import Columns, GridTrials, NoGrid, grid_trials
 from bn_lightning.sweeps.analysis.compared_runs import (
     ComparedRun,
@@ -210,7 +211,7 @@ def _report_runs(directories: list[Path], options: ReportOptions) -> Path:
                 "steps": run.record.get("steps"),
                 "metrics": run.record.get("metrics") or {},
                 "width_growth": width_growth(run),
-                "seconds": run.record.get("seconds"),
+                "seconds": training_seconds(run.record),
                 "steps_per_second": run.record.get("steps_per_second"),
             }
             for run in runs
@@ -224,7 +225,7 @@ def _report_runs(directories: list[Path], options: ReportOptions) -> Path:
     comparison = comparison_figure(figures["accuracy"], figures["percentiles"])
     save(comparison, output / "comparison")
     page = runs_page(runs, table, figures, with_paper, notes)
-    lines = [*runtime_sentences(runtimes(runs)), str(output / "comparison.png")]
+    lines = [*runtime_sentences(runs), str(output / "comparison.png")]
     return _write(output, table, content, page, lines)
 
 

@@ -38,6 +38,7 @@ def test_it_gives_what_the_run_gave_and_leaves_the_run_alone(command, trained):
         assert record["metrics"][name] == trained_record["metrics"][name]
     assert record["data"]["source"] == "digits"
     assert "test/accuracy" in result.out
+    assert "val_check_interval" not in result.out  # 1000, which concerns training only
     assert {path: path.read_bytes() for path in before} == before
 
 

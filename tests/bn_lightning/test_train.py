@@ -139,6 +139,7 @@ def test_a_rerun_is_bitwise_equal(command):
 def test_a_longer_run_goes_on_from_a_shorter_one(command):
     whole = command(main, *SHORT, *BARE).directory
     part = command(main, *SHORT, *BARE, "trainer.max_steps=37", "paths.log_dir=part").directory
+    first_part = read_run(part)
     resumed = command(main, *SHORT, *BARE, "paths.log_dir=part", "ckpt_path=last")
     assert resumed.directory == part
     # The shorter run was tested at its own end, too.
@@ -146,7 +147,29 @@ def test_a_longer_run_goes_on_from_a_shorter_one(command):
     record = read_run(part)
     assert record["resumed_at"] == [37]
     assert record["steps"] == 50
+    checkpoint = torch.load(part / "checkpoints/last.ckpt", weights_only=True)
+    assert first_part["seconds"] < checkpoint["seconds"] <= record["seconds"]
     assert (part / ".hydra/overrides.yaml").read_text().count("ckpt_path") == 0
+
+
+@pytest.mark.parametrize("before", [1000.0, None], ids=["known", "unknown"])
+def test_the_time_of_a_resumed_run_is_that_of_all_its_parts(command, before):
+    run = command(main, *SHORT, *BARE, "trainer.max_steps=40").directory
+    path = run / "checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    if before is None:  # as version 0.1.0 wrote it
+        del checkpoint["seconds"]
+    else:
+        checkpoint["seconds"] = before
+    torch.save(checkpoint, path)
+    result = command(main, *SHORT, *BARE, f"ckpt_path={path}")
+    record = read_run(run)
+    if before is None:
+        assert record["seconds"] is None and record["steps_per_second"] > 1
+        assert "unknown before step 40" in result.out
+    else:
+        assert 1000 < record["seconds"] < 1060
+        assert record["steps_per_second"] == pytest.approx(50 / record["seconds"], abs=0.06)
 
 
 KEPT, REPLACED = "OwnNetwork keeps the weights", "init replaces the weights of 1 layers of"

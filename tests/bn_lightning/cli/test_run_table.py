@@ -57,6 +57,15 @@ class TestSummary:
         print_run_table(record.content, tmp_path)
         assert ("trainer.val_check_interval=1000" in capsys.readouterr().out) == is_said
 
+    def test_an_evaluation_has_no_validation(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        record = ended(tmp_path, steps=40)
+        record.content["config"]["trainer"] = {"val_check_interval": 1000}
+        del record.content["seconds"], record.content["steps_per_second"]
+        print_run_table(record.content, tmp_path)
+        assert "validation" not in capsys.readouterr().out
+
     def test_a_divergence_is_said_aloud(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -163,16 +163,28 @@ def test_a_time_is_in_a_unit_that_suits_it(seconds: float, text: str) -> None:
 def test_runtimes_of_the_arms(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     times = (("a", BATCH, 30.0), ("b", BATCH, 40.0), ("c", None, 28.0))
     runs = [timed(make_run, tmp_path / name, norm, seconds=s) for name, norm, s in times]
-    # A run that was resumed knows the time since then alone; one that failed has not run through.
-    runs.append(timed(make_run, tmp_path / "d", None, seconds=3.0, resumed_at=[1]))
+    # Version 0.1.0 recorded the time since a run was resumed; one that failed is not complete.
+    old = {"resumed_at": [1], "versions": {"bn-lightning": "0.1.0"}}
+    runs.append(timed(make_run, tmp_path / "d", None, seconds=3.0, **old))
+    runs.append(timed(make_run, tmp_path / "f", BATCH, seconds=None))
     runs.append(timed(make_run, tmp_path / "e", None, seconds=4.0, status="failed", steps=1))
     found = runtimes(read_runs(runs))
     assert found == {"batch": 35.0, "none": 28.0}
-    assert runtime_sentences(found) == [
+    assert runtime_sentences(read_runs(runs)) == [
         "Time of training: with BatchNorm 35.00 s, without BatchNorm 28.00 s; "
         "with BatchNorm / without BatchNorm: 1.25"
     ]
-    assert runtime_sentences({"batch": 35.0}) == ["Time of training: with BatchNorm 35.00 s"]
+    assert read_runs(runs)[3].as_row(3).attributes["seconds"] is None
+    sentences = runtime_sentences(read_runs([*runs[:2], runs[3]]))
+    assert sentences[0] == "Time of training: with BatchNorm 35.00 s"
+    assert sentences[1].startswith("Time unknown: without BatchNorm,")
+
+
+def test_a_resumed_run_counts_with_the_time_of_all_its_parts(
+    tmp_path: Path, make_run: Callable[..., Path]
+) -> None:
+    runs = [timed(make_run, tmp_path / "a", None, seconds=28.0, resumed_at=[1])]
+    assert runtimes(read_runs(runs)) == {"none": 28.0}
 
 
 def test_runtimes_of_different_budgets_say_nothing(
@@ -183,7 +195,7 @@ def test_runtimes_of_different_budgets_say_nothing(
         timed(make_run, tmp_path / "b", None, seconds=3.0, steps=1),
     ]
     assert runtimes(read_runs(runs)) == {}
-    assert runtime_sentences({}) == []
+    assert runtime_sentences(read_runs(runs)) == []
 
 
 def test_runtimes_of_different_networks_say_nothing(
