@@ -7,19 +7,20 @@ forward, the backward, both, and inference, measured by events around replays of
 the L2 cache overwritten before each; the host time of an eager call; saved and peak memory. On a
 CPU: the native backend and `nn.BatchNorm2d` in alternation.
 
-Bytes are those that our kernels move, in tensors T of the activation's size. BN and BN+ReLU:
-forward 2T if each element is read once and 3T in two passes, backward 3T and 5T. +add+ReLU: one T
-and a bit mask more in the forward; one T (dresidual) and the mask, twice in two passes, more in the
-backward. Inference: 2T, with a residual 3T. The rows of `copy` are a copy_ of the same bytes.
-Requires torch, Triton on a GPU, and matplotlib for --picture.
+Bytes are those that our kernels move (bn_lightning/kernels/cost.py counts them). The rows of `copy`
+are a copy_ of the bytes of two passes. `ours` runs in the regime of its schedule. In fp16 and
+channels-last, eager torch runs cuDNN. Requires torch, Triton on a GPU, and matplotlib for
+--picture.
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from rows import append_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bn_lightning.kernels.cost import backward_passes, forward_passes
+from bn_lightning.kernels.dispatch import schedule_of
+from bn_lightning.kernels.measurements import DTYPES, Fusion
 from bn_lightning.kernels.schedule import Regime, forced_regime
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.runs.machine import git_commit
 
 RESULTS = Path(__file__).parent / "results" / "batch_norm.csv"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FUSIONS = ("bn", "bn_relu", "bn_add_relu")
 # Bytes written between two timings, more than any L2 cache.
 FLUSH_BYTES = 256 << 20
@@ -85,28 +88,58 @@ class Case:
             tensors.append(value.requires_grad_())
         return tensors
 
-    def bytes(self, direction: str, read_once: bool) -> float:
-        """Return the bytes that our kernels move; see the module's docstring."""
-        numel = torch.Size(self.shape).numel()
-        T = numel * DTYPES[self.dtype].itemsize
-        mask = numel / 8
-        added = self.fusion == "bn_add_relu"
-        forward = (2 if read_once else 3) * T + (T + mask if added else 0)
-        backward = (3 if read_once else 5) * T
-        backward += T + (1 if read_once else 2) * mask if added else 0
-        counts = {"forward": forward, "backward": backward, "both": forward + backward}
-        return counts.get(direction, (3 if added else 2) * T)
+    def fused(self, training: bool) -> Fusion:
+        """Return what our module computes."""
+        activation = "identity" if self.fusion == "bn" else "relu"
+        return Fusion(activation, self.fusion == "bn_add_relu", training)
+
+    def bytes(self, direction: str, regime: Regime) -> float:
+        """Return the bytes that our kernels move in a regime."""
+        dtype = DTYPES[self.dtype]
+        training = self.fused(training=True)
+        counts = {
+            "forward": forward_passes(training, dtype, regime),
+            "backward": backward_passes(training, dtype, regime),
+            "inference": forward_passes(self.fused(training=False), dtype, regime),
+        }
+        counts["both"] = counts["forward"] + counts["backward"]
+        return counts[direction] * torch.Size(self.shape).numel() * dtype.itemsize
+
+    def columns(self) -> dict[str, str]:
+        """Return the columns of a row that tell what was timed."""
+        return {
+            "shape": "x".join(map(str, self.shape)),
+            "dtype": self.dtype,
+            "layout": "channels_last" if self.channels_last else "contiguous",
+            "fusion": self.fusion,
+        }
 
 
-def make_modules(case: Case, device: str) -> dict[str, Callable[..., Tensor]]:
-    """Return our module, eager torch's and, on a GPU, the compiled one."""
+@functools.cache
+def origin() -> dict[str, str | None]:
+    """Return the columns of a row that tell what it was timed with, and when."""
+    triton = ""
+    if find_spec("triton"):
+        import triton as package
+
+        triton = package.__version__
+    return {
+        "torch": torch.__version__,
+        "triton": triton,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git_commit(),
+    }
+
+
+def make_modules(case: Case, device: str, backend: str) -> dict[str, Callable[..., Tensor]]:
+    """Return our module with a backend, eager torch's and, on a GPU, the compiled one."""
     dimensions = max(1, len(case.shape) - 2)
     ours = (BatchNorm1d, BatchNorm2d, BatchNorm3d)[dimensions - 1]
     theirs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
-    activation = "identity" if case.fusion == "bn" else "relu"
+    activation = case.fused(training=True).activation
     eager = _Eager(theirs(case.shape[1]), activation).to(device)
     modules: dict[str, Callable[..., Tensor]] = {
-        "ours": ours(case.shape[1], activation=activation).to(device),
+        "ours": ours(case.shape[1], activation=activation, backend=backend).to(device),
         "eager": eager,
     }
     if device == "cuda":
@@ -176,17 +209,17 @@ def device_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in times]
 
 
-def host_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
+def host_milliseconds(step: Callable[[], Any], repeats: int, warm_ups: int = 3) -> list[float]:
     """Time the calls; on a GPU they return before the device has finished."""
     cuda = torch.cuda.is_available()
     times = []
-    for _ in range(repeats + 3):
+    for _ in range(repeats + warm_ups):
         if cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
         step()
         times.append(1e3 * (time.perf_counter() - begin))
-    return times[3:]
+    return times[warm_ups:]
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
@@ -214,10 +247,7 @@ def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     return {
-        "shape": "x".join(map(str, case.shape)),
-        "dtype": case.dtype,
-        "layout": "channels_last" if case.channels_last else "contiguous",
-        "fusion": case.fusion,
+        **case.columns(),
         "direction": direction,
         "who": who,
         "ms_20": f"{low:.5f}",
@@ -231,25 +261,26 @@ def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git_commit(),
+        "date": origin()["date"],
+        "commit": origin()["commit"],
     }
 
 
-def time_on_gpu(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Time one case; `ours_persistent` forces that regime, which is never chosen otherwise."""
+def time_on_gpu(case: Case, repeats: int, persistent: bool = True) -> list[dict[str, Any]]:
+    """Time one case; `ours_persistent` forces that regime, unless `persistent` is False."""
     torch.compiler.reset()
     inputs = case.inputs("cuda")
     dy = torch.randn_like(inputs[0])
     rows = []
-    modules = make_modules(case, "cuda")
+    modules = make_modules(case, "cuda", "triton")
     for who, module in modules.items():
         rows += _time_steps(case, who, module, inputs, dy, repeats)
-    with forced_regime(Regime.PERSISTENT):
-        rows += _time_steps(case, "ours_persistent", modules["ours"], inputs, dy, repeats)
+    if persistent:
+        with forced_regime(Regime.PERSISTENT):
+            rows += _time_steps(case, "ours_persistent", modules["ours"], inputs, dy, repeats)
     for direction in ("forward", "backward", "both", "inference"):
         # A copy reads half of the bytes and writes half.
-        source = torch.randn(int(case.bytes(direction, False)) // 8, device="cuda")
+        source = torch.randn(int(case.bytes(direction, Regime.TWO_PASS)) // 8, device="cuda")
         target = torch.empty_like(source)
         times = device_milliseconds(lambda s=source, t=target: t.copy_(s), repeats)  # type: ignore[misc]
         rows.append(row(case, direction, "copy", times, bytes=2 * source.nbytes))
@@ -266,7 +297,9 @@ def _time_steps(
         peak = torch.cuda.max_memory_allocated()
         host = percentiles(host_milliseconds(step, repeats))[1]
         times = device_milliseconds(step, repeats)
-        counted = case.bytes(direction, read_once=who == "ours_persistent")
+        # Inside `forced_regime` that one; with a mask the schedule may refuse it.
+        regime = schedule_of(inputs[0], case.channels_last).regime
+        counted = case.bytes(direction, regime)
         rows.append(
             row(
                 case,
@@ -286,7 +319,7 @@ def time_on_cpu(case: Case, rounds: int) -> list[dict[str, Any]]:
     """Time ours and eager in alternation, because other load changes both in the same round."""
     inputs = case.inputs("cpu")
     dy = torch.randn_like(inputs[0])
-    by_who = {who: steps(m, inputs, dy) for who, m in make_modules(case, "cpu").items()}
+    by_who = {who: steps(m, inputs, dy) for who, m in make_modules(case, "cpu", "native").items()}
     rows = []
     for direction in ("forward", "backward", "both", "inference"):
         times: dict[str, list[float]] = {who: [] for who in by_who}
@@ -315,6 +348,9 @@ def cases(quick: bool) -> list[Case]:
         for dtype in dtypes:
             for channels_last in (False, True) if len(shape) > 2 else (False,):
                 found += [Case(shape, dtype, channels_last, fusion) for fusion in FUSIONS]
+    if quick:
+        images = [shape for shape in shapes if len(shape) > 2]
+        found += [Case(shape, "fp16", True, fusion) for shape in images for fusion in FUSIONS]
     return found
 
 

@@ -1,0 +1,174 @@
+"""The bars of a day with a GPU: what was measured, beside what it should reach."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from batch_norm import resnet50
+from gpu.regimes import COMPILED, FUSIONS
+
+from bn_lightning.kernels.cost import Machine, triton_is_cheaper
+from bn_lightning.kernels.measurements import DTYPES, Fusion, Table, Tensors, read_table
+
+# The device of rows that were timed without a GPU.
+INTERPRETER_NAME = "interpreter"
+LARGE_BYTES = 100e6
+SHAPE_256 = [tuple(shape) for shape in resnet50(256)]
+
+
+class Bar(NamedTuple):
+    """What should be reached, and what was.
+
+    Attributes:
+        name: what is measured.
+        limit: the figure to reach.
+        is_most: whether the figure may be at most `limit`; else it must be at least that.
+        figure: measured, or NaN without all the rows that it needs.
+    """
+
+    name: str
+    limit: float
+    is_most: bool
+    figure: float
+
+    @property
+    def verdict(self) -> str:
+        """Met, missed or not measured."""
+        if math.isnan(self.figure):
+            return "not measured"
+        reached = self.figure <= self.limit if self.is_most else self.figure >= self.limit
+        return "met" if reached else "missed"
+
+    def columns(self) -> dict[str, str]:
+        """Return the columns of a row."""
+        return {
+            "bar": self.name,
+            "limit": f"{'at most' if self.is_most else 'at least'} {self.limit:g}",
+            "figure": "" if math.isnan(self.figure) else f"{self.figure:.3g}",
+            "verdict": self.verdict,
+        }
+
+
+class Day(NamedTuple):
+    """What a day has measured.
+
+    Attributes:
+        machine: that has measured; without a GPU, what was timed counts for no bar.
+        checks: rows of checks.py.
+        compared: rows of batch_norm.py.
+        timed: rows of regimes.py, also those that the table does not take.
+        table: the path of the table.
+    """
+
+    machine: Machine
+    checks: Sequence[dict[str, Any]]
+    compared: Sequence[dict[str, Any]]
+    timed: Sequence[dict[str, Any]]
+    table: Path
+
+
+def bars(day: Day) -> list[Bar]:
+    """Return all bars."""
+    table = read_table(day.table)
+    wrong = sum(row["status"] != "ok" for row in day.checks) if day.checks else math.nan
+    speeds = [
+        Bar(
+            "persistent: share of copy bandwidth, NCHW of 100 MB or more",
+            0.85,
+            False,
+            _share_of_copy(day.compared),
+        ),
+        *_resnet(day, table),
+        *_auto(day, table),
+        *_host(day, table),
+    ]
+    if day.machine.name == INTERPRETER_NAME:
+        speeds = [bar._replace(figure=math.nan) for bar in speeds]
+    return [Bar("checks that failed", 0, True, wrong), *speeds]
+
+
+def _share_of_copy(compared: Sequence[dict[str, Any]]) -> float:
+    """Return the least share of a copy's bandwidth, over the forwards and backwards."""
+    rates: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in compared:
+        sizes = [int(size) for size in row["shape"].split("x")]
+        large = math.prod(sizes) * DTYPES[row["dtype"]].itemsize >= LARGE_BYTES
+        if large and row["layout"] == "contiguous" and row["direction"] in ("forward", "backward"):
+            key = tuple(row[c] for c in ("shape", "dtype", "fusion", "direction"))
+            if row["gb_per_s"]:
+                rates.setdefault(key, {})[row["who"]] = float(row["gb_per_s"])
+    found = [r for r in rates.values() if {"ours_persistent", "copy"} <= r.keys()]
+    return min((r["ours_persistent"] / r["copy"] for r in found), default=math.nan)
+
+
+def _fusion(name: str, training: bool = True) -> Fusion:
+    return Fusion("identity" if name in ("bn", "bn_add") else "relu", "add" in name, training)
+
+
+def _resnet(day: Day, table: Table) -> Iterator[Bar]:
+    """Compare the times on the device, summed over the shapes of ResNet-50 at batch 256."""
+    compiled = {
+        (row["shape"], row["layout"], row["fusion"]): float(row["device_us"])
+        for row in day.timed
+        if row["who"] == COMPILED and row["mode"] == "training"
+    }
+    for layout in ("contiguous", "channels_last"):
+        for name, at_least in zip(FUSIONS, (1.4, 2.0, 2.0), strict=True):
+            ours = theirs = inductors = 0.0
+            for shape in SHAPE_256:
+                tensors = Tensors(shape, torch.bfloat16, layout == "channels_last")
+                eager, triton = table.find(day.machine.name, tensors, _fusion(name))
+                ours += triton.device_us if triton else math.nan
+                theirs += eager.device_us if eager else math.nan
+                inductors += compiled.get(("x".join(map(str, shape)), layout, name), math.nan)
+            what = f"ResNet-50, batch 256, bf16, {layout}, {name}: speed-up over"
+            yield Bar(f"{what} eager", at_least, False, theirs / ours)
+            yield Bar(f"{what} torch.compile", 1.3, False, inductors / ours)
+
+
+def _auto(day: Day, table: Table) -> Iterator[Bar]:
+    """Compare what `auto` chooses by counted costs, and by this table, with eager torch."""
+    machine = day.machine
+    for what, known in (("counted costs", Table({})), ("the measured table", table)):
+        ratios = []
+        for key in {
+            tuple(row[c] for c in ("shape", "dtype", "layout", "fusion", "mode"))
+            for row in day.timed
+        }:
+            shape, dtype, layout, name, mode = key
+            sizes = tuple(map(int, shape.split("x")))
+            tensors = Tensors(sizes, DTYPES[dtype], layout == "channels_last")
+            fusion = _fusion(name, mode == "training")
+            eager, triton = table.find(machine.name, tensors, fusion)
+            if eager and triton:
+                chosen = triton_is_cheaper(tensors, fusion, machine, known)
+                ratios.append(eager.us / triton.us if chosen else 1.0)
+        yield Bar(
+            f"auto by {what}: least speed-up over eager of {len(ratios)} cases",
+            1.0,
+            False,
+            min(ratios, default=math.nan),
+        )
+
+
+def _host(day: Day, table: Table) -> Iterator[Bar]:
+    """Compare the host's times of tiny tensors, fp32."""
+    at_most = {
+        ((60, 100), True): (1.15, 0.90, 0.75),
+        ((64, 64, 8, 8), True): (1.15, 0.90, 0.75),
+        ((2, 8), True): (1.4, 1.1, None),
+        ((60, 100), False): (None, 1.1, None),
+    }
+    for (shape, training), limits in at_most.items():
+        for name, limit in zip(FUSIONS, limits, strict=True):
+            if limit is None:
+                continue
+            found = table.find(
+                day.machine.name, Tensors(shape, torch.float32, False), _fusion(name, training)
+            )
+            eager, triton = found
+            ratio = triton.host_us / eager.host_us if eager and triton else math.nan
+            mode = "training" if training else "evaluation"
+            yield Bar(f"host time of {shape}, {name}, {mode}: share of eager", limit, True, ratio)
