@@ -1,17 +1,20 @@
 """Replaces running statistics by those of many examples under the current weights."""
 
-import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from bn_lightning.modules.preserve_state import preserve_generators, preserve_state
+from bn_lightning.callbacks.running_statistics import (
+    average_over_ranks,
+    average_statistics,
+    reason_not_repeatable,
+    second_pass,
+    updates_statistics,
+)
 
 When = Literal["validation", "end"]
 
@@ -88,86 +91,31 @@ class PreciseBatchNorm(Callback):
         layers = [
             module
             for module, training in self._training_modes.items()
-            if training and isinstance(module, _BatchNorm) and _updates_statistics(module)
+            if training and isinstance(module, _BatchNorm) and updates_statistics(module)
         ]
         if not layers:
             return
         loader: Any = trainer.train_dataloader if self.dataloader is None else self.dataloader
-        with (
-            # Lightning validates in inference mode. If the data set caches tensors now, training
-            # could not use inference tensors.
-            torch.inference_mode(False),
-            torch.no_grad(),
-            preserve_state(pl_module),
-            preserve_generators(loader),
-            _cumulative_average(layers),
-            trainer.precision_plugin.forward_context(),
-        ):
-            for module, training in self._training_modes.items():
-                module.training = training
-            self._forward_batches(copy.copy(loader), trainer, pl_module)
-            used = [layer for layer in layers if layer.num_batches_tracked]
-            averages = [x.clone() for x in _running_statistics(used)]
-        for x, average in zip(_running_statistics(used), averages, strict=True):
-            x.copy_(average)
-        if trainer.world_size > 1:
-            for x in _running_statistics(layers):
-                x.copy_(trainer.strategy.reduce(x.clone(), reduce_op="mean"))
-
-    def _forward_batches(
-        self, loader: Iterable[Any], trainer: Trainer, pl_module: LightningModule
-    ) -> None:
-        count = 0
-        for batch in loader:
-            # The training loop's order. There is no public function for the hook.
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch)
-            batch = trainer.strategy.batch_to_device(batch)
-            x = batch[0] if isinstance(batch, list | tuple) else batch
-            pl_module(x)
-            count += len(x)
-            if count >= self.num_samples:
-                return
+        with second_pass(trainer, pl_module, loader) as inputs:
+            count = average_statistics(
+                pl_module, layers, inputs, num_samples=self.num_samples, modes=self._training_modes
+            )
         if count == 0:
             raise ValueError("expected PreciseBatchNorm's loader to have a batch, got none")
+        average_over_ranks(trainer, layers)
 
 
 def _check_loader(training: Any, own: Iterable[Any] | None) -> None:
     """Check that a copy of `own`, or else of the training loader, can be iterated independently."""
-    if isinstance(training if own is None else own, Iterator):
-        got = "an iterator"
-    elif own is None and isinstance(training, list | tuple | dict):
+    if own is not None:
+        got = "an iterator" if isinstance(own, Iterator) else None
+    elif isinstance(training, list | tuple | dict):
         got = "several"
-    elif own is None and getattr(training, "persistent_workers", False):
-        got = "one with persistent_workers=True"
     else:
+        got = reason_not_repeatable(training)
+    if got is None:
         return
     raise ValueError(
         "expected a training loader that PreciseBatchNorm can iterate a second time during an"
         f" epoch, got {got}; pass such a `dataloader`, whose batches the network's forward takes"
     )
-
-
-def _updates_statistics(layer: _BatchNorm) -> bool:
-    """Return whether training batches change the running statistics."""
-    frozen = getattr(layer, "stats_frozen", False)
-    return layer.track_running_stats and layer.running_mean is not None and not frozen
-
-
-def _running_statistics(layers: Iterable[_BatchNorm]) -> list[Tensor]:
-    both = [x for layer in layers for x in (layer.running_mean, layer.running_var)]
-    return [x for x in both if x is not None]
-
-
-@contextmanager
-def _cumulative_average(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Average the statistics of all batches in `layers`, and restore their momentum."""
-    momenta = [layer.momentum for layer in layers]
-    try:
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
