@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from bn_lightning.conversion.fold import fold_batchnorm
     from bn_lightning.models.classifier import Classifier
     from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bn_lightning.modules.ghost_batch_norm import (
+        GhostBatchNorm1d,
+        GhostBatchNorm2d,
+        GhostBatchNorm3d,
+    )
     from bn_lightning.modules.sync_batch_norm import (
         SyncBatchNorm,
         SyncBatchNorm1d,
@@ -32,6 +37,9 @@ __all__ = [
     "Classifier",
     "FusedBatchNorm",
     "FusedSyncBatchNorm",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
@@ -50,6 +58,9 @@ _HOME = {
     "Classifier": "bn_lightning.models.classifier",
     "FusedBatchNorm": "bn_lightning.callbacks.fused_batch_norm",
     "FusedSyncBatchNorm": "bn_lightning.plugins.layer_sync",
+    "GhostBatchNorm1d": "bn_lightning.modules.ghost_batch_norm",
+    "GhostBatchNorm2d": "bn_lightning.modules.ghost_batch_norm",
+    "GhostBatchNorm3d": "bn_lightning.modules.ghost_batch_norm",
     "SyncBatchNorm": "bn_lightning.modules.sync_batch_norm",
     "SyncBatchNorm1d": "bn_lightning.modules.sync_batch_norm",
     "SyncBatchNorm2d": "bn_lightning.modules.sync_batch_norm",

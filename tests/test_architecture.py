@@ -48,6 +48,7 @@ LONG_SIGNATURES = {
 # may have the name of its one function or class, which needs no entry.
 SAME_NAMES = {
     "batch_norm": "the same function as a definition, an op, a module and an option of `norm`",
+    "ghost_batch_norm": "the same function as a module and an option of `norm`",
     "sync_batch_norm": "the same function as an op, a module and an option of `norm`",
     "main": "the entry point of a command",
 }

@@ -9,6 +9,11 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_lightning.modules.ghost_batch_norm import (
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+)
 
 
 @runtime_checkable
@@ -20,6 +25,7 @@ class NormFactory(Protocol):
 
 _TORCH_MODULES = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _OUR_MODULES = (BatchNorm1d, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+_GHOST_MODULES = (GhostBatchNorm1d, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)
 
 
 def torch_batch_norm(
@@ -34,6 +40,21 @@ def batch_norm(
 ) -> nn.Module:
     """Build this package's BatchNorm (`norm=batch`); arguments: `bn_lightning.BatchNorm1d`."""
     return _OUR_MODULES[spatial_dims](num_features, eps=eps, momentum=momentum, backend=backend)
+
+
+def ghost_batch_norm(
+    num_features: int,
+    spatial_dims: int = 0,
+    *,
+    eps: float,
+    momentum: float | None,
+    backend: str,
+    ghost_size: int,
+) -> nn.Module:
+    """Build BatchNorm over parts of a batch (`norm=ghost`): `bn_lightning.GhostBatchNorm2d`."""
+    return _GHOST_MODULES[spatial_dims](
+        num_features, eps=eps, momentum=momentum, backend=backend, ghost_size=ghost_size
+    )
 
 
 def sync_batch_norm(

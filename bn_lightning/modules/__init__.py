@@ -1,1 +1,1 @@
-"""BatchNorm as torch modules: on one device, and synchronized across ranks."""
+"""BatchNorm as torch modules: on one device, by parts, and synchronized across ranks."""

@@ -15,6 +15,11 @@ from bn_lightning.conversion.adapters import find_adapter, is_batchnorm
 from bn_lightning.conversion.class_swap import is_swapped, restore_class, swap_class
 from bn_lightning.kernels.checks import check_backend
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_lightning.modules.ghost_batch_norm import (
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+)
 from bn_lightning.modules.sync_batch_norm import (
     SyncBatchNorm,
     SyncBatchNorm1d,
@@ -35,6 +40,7 @@ _SYNC_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     BatchNorm2d: SyncBatchNorm2d,
     BatchNorm3d: SyncBatchNorm3d,
 }
+_LEFT_ALONE = {*_SYNC_CLASSES.values(), GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d}
 
 
 class FusedSyncBatchNorm(TorchSyncBatchNorm):
@@ -49,8 +55,9 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
     `bn_lightning.conversion.adapters` knows, such as timm's `BatchNormAct2d`, stay.
 
     The plugin skips, with a warning that names them, other subclasses of BatchNorm, modules with a
-    parametrization, and uninitialized lazy modules. It skips BatchNorms whose class is frozen, and
-    modules that are already synchronized by this project, without a warning.
+    parametrization, and uninitialized lazy modules. It skips without a warning BatchNorms whose
+    class is frozen, ghost BatchNorms, which normalize by parts of a rank's batch on purpose, and
+    modules that are already synchronized by this project.
 
     Args:
         process_group: process group to synchronize over; None for all ranks. A
@@ -85,7 +92,7 @@ class FusedSyncBatchNorm(TorchSyncBatchNorm):
             adapter = adapters[module]
             if is_swapped(module, _KEY) or (adapter is None and not is_batchnorm(module)):
                 continue
-            if type(module) in _SYNC_CLASSES.values() or (adapter and adapter.frozen):
+            if type(module) in _LEFT_ALONE or (adapter and adapter.frozen):
                 continue
             attributes: dict[str, Any] = {}
             if type(module) in _SYNC_CLASSES:

@@ -39,6 +39,7 @@ _OF_ONE_RUN = ("ckpt_path", "logger", "paths", "resume", "seed", "task_name")
 _ARMS = {
     "bn_lightning.models.normalization.batch_norm": "batch",
     "bn_lightning.models.normalization.sync_batch_norm": "batch",
+    "bn_lightning.models.normalization.ghost_batch_norm": "ghost",
     "bn_lightning.models.normalization.torch_batch_norm": "torch",
 }
 

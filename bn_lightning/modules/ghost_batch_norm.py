@@ -1,0 +1,151 @@
+"""Ghost Batch Normalization: BatchNorm whose training statistics are those of parts of the batch.
+
+The parts become channels of one call of the ordinary kernels: P parts of C channels each are one
+batch with P * C channels. For contiguous tensors that is a view.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bn_lightning.kernels import batch_norm
+from bn_lightning.kernels.checks import check_average, check_choices
+from bn_lightning.kernels.dispatch import is_recomputation
+from bn_lightning.kernels.layout import as_layout, is_channels_last
+from bn_lightning.kernels.reference import compute_dtype
+from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BackendMixin
+
+
+class _GhostMixin(_BackendMixin):
+    """The size of the parts, and the arithmetic of a training batch."""
+
+    ghost_size: int
+
+    def __init__(self, *args: Any, ghost_size: int, **kwargs: Any) -> None:
+        if ghost_size < 2:
+            raise ValueError(
+                f"expected `ghost_size` to be at least 2, got {ghost_size}; a single sample has no "
+                "variance in a BatchNorm of (N, C)"
+            )
+        super().__init__(*args, **kwargs)
+        self.ghost_size = ghost_size
+
+    def _batch_norm(self, input: Tensor, *state: Tensor | None, **options: Any) -> Tensor:
+        is_training = options["training"] and self.training and not self.stats_frozen
+        parts = input.shape[0] // self.ghost_size
+        if not is_training or parts < 2:
+            return batch_norm(input, *state, **options)
+        return _normalize_parts(parts, input, *state, **options)
+
+    def extra_repr(self) -> str:
+        """Return the description of a BatchNorm, and the size of the parts."""
+        return f"{super().extra_repr()}, ghost_size={self.ghost_size}"
+
+
+class GhostBatchNorm1d(_GhostMixin, BatchNorm1d):
+    """Ghost Batch Normalization of (N, C) or (N, C, L); see `GhostBatchNorm2d`."""
+
+
+class GhostBatchNorm2d(_GhostMixin, BatchNorm2d):
+    """Batch Normalization of (N, C, H, W) whose training statistics are those of parts of a batch.
+
+    A training batch of N samples has P = N // `ghost_size` parts. Each part is normalized by its
+    own mean and biased variance. The running statistics move once per batch, towards the average of
+    the parts' means and unbiased variances. (The paper moves them once per part.) Evaluation,
+    frozen statistics and the keys of the `state_dict` are those of BatchNorm.
+
+    Part p has the samples p, p + P, p + 2P, ... of the batch, so that for a contiguous input it
+    needs no copy. A channels-last input is copied to contiguous memory, and the result back. If P
+    does not divide N, the parts differ by one sample and take two calls. No part has fewer than
+    `ghost_size` samples, except for a smaller batch, which is one part.
+
+    Args:
+        ghost_size: least number of samples of a part, at least 2, keyword-only.
+
+    The other arguments are those of `bn_lightning.BatchNorm2d`.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Source: Hoffer, Hubara & Soudry 2017, arXiv 1705.08741, Algorithm 1.
+    """
+
+
+class GhostBatchNorm3d(_GhostMixin, BatchNorm3d):
+    """Ghost Batch Normalization of (N, C, D, H, W); see `GhostBatchNorm2d`."""
+
+
+def _normalize_parts(
+    parts: int,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    momentum: float | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """Normalize `parts` parts of a training batch, and update the running statistics once.
+
+    The arguments are those of `bn_lightning.kernels.batch_norm`.
+    """
+    check_choices(x, residual, options["activation"], options["backend"])
+    if momentum is None:
+        check_average(running_mean, num_batches_tracked)
+    size, larger = divmod(x.shape[0], parts)
+    # The first `larger` parts have one sample more than the others.
+    split = larger * (size + 1)
+    ranges = [(0, split, larger), (split, x.shape[0], parts - larger)]
+    outputs, means, variances = [], [], []
+    for start, stop, count in ranges:
+        if count == 0:
+            continue
+        x_part = x[start:stop]
+        folded = (x_part.shape[0] // count, count * x.shape[1], *x.shape[2:])
+        mean, var = (
+            None if running is None else running.new_zeros(folded[1])
+            for running in (running_mean, running_var)
+        )
+        y = batch_norm(
+            x_part.reshape(folded),
+            None if weight is None else weight.repeat(count),
+            None if bias is None else bias.repeat(count),
+            mean,
+            var,
+            # `mean` and `var` become the parts'.
+            momentum=1.0,
+            residual=None if residual is None else residual[start:stop].reshape(folded),
+            **options,
+        )
+        outputs.append(y.reshape(x_part.shape))
+        means.append(mean)
+        variances.append(var)
+    if not is_recomputation():
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        _update_running(running_mean, means, momentum, num_batches_tracked)
+        _update_running(running_var, variances, momentum, num_batches_tracked)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return as_layout(y, is_channels_last(x))
+
+
+def _update_running(
+    running: Tensor | None,
+    batch: list[Tensor | None],
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Move a running statistic (C,) towards the average over the parts, which follow in `batch`."""
+    found = [values for values in batch if values is not None]
+    if running is None or not found:
+        return
+    average_C = torch.cat(found).view(-1, running.numel()).mean(0)
+    if momentum is not None:
+        running.lerp_(average_C, momentum)
+    elif num_batches_tracked is not None:
+        precise = num_batches_tracked.to(compute_dtype(running.dtype))
+        running.lerp_(average_C, precise.reciprocal().to(running.dtype))
