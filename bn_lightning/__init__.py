@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bn_lightning.callbacks.adapt_batch_norm import adapt_batchnorm
     from bn_lightning.callbacks.fused_batch_norm import FusedBatchNorm
     from bn_lightning.conversion.adapted import Adapter
     from bn_lightning.conversion.adapters import register_batchnorm
@@ -44,6 +45,7 @@ __all__ = [
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
+    "adapt_batchnorm",
     "convert_batchnorm",
     "fold_batchnorm",
     "register_batchnorm",
@@ -65,6 +67,7 @@ _HOME = {
     "SyncBatchNorm1d": "bn_lightning.modules.sync_batch_norm",
     "SyncBatchNorm2d": "bn_lightning.modules.sync_batch_norm",
     "SyncBatchNorm3d": "bn_lightning.modules.sync_batch_norm",
+    "adapt_batchnorm": "bn_lightning.callbacks.adapt_batch_norm",
     "convert_batchnorm": "bn_lightning.conversion.convert",
     "fold_batchnorm": "bn_lightning.conversion.fold",
     "register_batchnorm": "bn_lightning.conversion.adapters",
