@@ -32,6 +32,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -48,6 +49,7 @@ from gpu.workers import Failure, Limits, print_rows, run_in_workers
 
 from bn_lightning.kernels import measurements
 from bn_lightning.kernels.dispatch import machine_of
+from bn_lightning.kernels.measurements import read_table
 from bn_lightning.kernels.schedule import Regime
 from bn_lightning.runs.atomic_write import write_atomically
 
@@ -221,15 +223,13 @@ class GpuDay:
 
     def write_bars(self) -> list[bars.Bar]:
         """Write the bars, as far as they are measured, and return them."""
-        found = bars.bars(
-            bars.Day(
-                machine_of(regimes.first_device(DEVICE)),
-                self._files["checks"],
-                self._files["batch_norm"],
-                self._files["times"],
-                self._table,
-            )
-        )
+        checked, compared, timed = (self._files[name] for name in ("checks", "batch_norm", "times"))
+        machine = machine_of(regimes.first_device(DEVICE))
+        with tempfile.TemporaryDirectory() as folder:
+            # The table may have rows of another day.
+            table = Path(folder) / measurements.PATH.name
+            regimes.merge_rows(table, timed)
+            found = bars.bars(bars.Day(machine, checked, compared, timed, read_table(table)))
         self._files.replace("bars", [bar.columns() for bar in found])
         return found
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from batch_norm import resnet50
 from gpu.regimes import COMPILED, FUSIONS
 
 from bn_lightning.kernels.cost import Machine, triton_is_cheaper
-from bn_lightning.kernels.measurements import DTYPES, Fusion, Table, Tensors, read_table
+from bn_lightning.kernels.measurements import DTYPES, Fusion, Table, Tensors
 
 # The device of rows that were timed without a GPU.
 INTERPRETER_NAME = "interpreter"
@@ -59,19 +58,18 @@ class Day(NamedTuple):
         checks: rows of checks.py.
         compared: rows of batch_norm.py.
         timed: rows of regimes.py, also those that the table does not take.
-        table: the path of the table.
+        table: of the rows that were timed.
     """
 
     machine: Machine
     checks: Sequence[dict[str, Any]]
     compared: Sequence[dict[str, Any]]
     timed: Sequence[dict[str, Any]]
-    table: Path
+    table: Table
 
 
 def bars(day: Day) -> list[Bar]:
     """Return all bars."""
-    table = read_table(day.table)
     wrong = sum(row["status"] != "ok" for row in day.checks) if day.checks else math.nan
     speeds = [
         Bar(
@@ -80,9 +78,9 @@ def bars(day: Day) -> list[Bar]:
             False,
             _share_of_copy(day.compared),
         ),
-        *_resnet(day, table),
-        *_auto(day, table),
-        *_host(day, table),
+        *_resnet(day),
+        *_auto(day),
+        *_host(day),
     ]
     if day.machine.name == INTERPRETER_NAME:
         speeds = [bar._replace(figure=math.nan) for bar in speeds]
@@ -107,7 +105,7 @@ def _fusion(name: str, training: bool = True) -> Fusion:
     return Fusion("identity" if name in ("bn", "bn_add") else "relu", "add" in name, training)
 
 
-def _resnet(day: Day, table: Table) -> Iterator[Bar]:
+def _resnet(day: Day) -> Iterator[Bar]:
     """Compare the times on the device, summed over the shapes of ResNet-50 at batch 256."""
     compiled = {
         (row["shape"], row["layout"], row["fusion"]): float(row["device_us"])
@@ -119,7 +117,7 @@ def _resnet(day: Day, table: Table) -> Iterator[Bar]:
             ours = theirs = inductors = 0.0
             for shape in SHAPE_256:
                 tensors = Tensors(shape, torch.bfloat16, layout == "channels_last")
-                eager, triton = table.find(day.machine.name, tensors, _fusion(name))
+                eager, triton = day.table.find(day.machine.name, tensors, _fusion(name))
                 ours += triton.device_us if triton else math.nan
                 theirs += eager.device_us if eager else math.nan
                 inductors += compiled.get(("x".join(map(str, shape)), layout, name), math.nan)
@@ -128,10 +126,10 @@ def _resnet(day: Day, table: Table) -> Iterator[Bar]:
             yield Bar(f"{what} torch.compile", 1.3, False, inductors / ours)
 
 
-def _auto(day: Day, table: Table) -> Iterator[Bar]:
+def _auto(day: Day) -> Iterator[Bar]:
     """Compare what `auto` chooses by counted costs, and by this table, with eager torch."""
     machine = day.machine
-    for what, known in (("counted costs", Table({})), ("the measured table", table)):
+    for what, known in (("counted costs", Table({})), ("the measured table", day.table)):
         ratios = []
         for key in {
             tuple(row[c] for c in ("shape", "dtype", "layout", "fusion", "mode"))
@@ -141,7 +139,7 @@ def _auto(day: Day, table: Table) -> Iterator[Bar]:
             sizes = tuple(map(int, shape.split("x")))
             tensors = Tensors(sizes, DTYPES[dtype], layout == "channels_last")
             fusion = _fusion(name, mode == "training")
-            eager, triton = table.find(machine.name, tensors, fusion)
+            eager, triton = day.table.find(machine.name, tensors, fusion)
             if eager and triton:
                 chosen = triton_is_cheaper(tensors, fusion, machine, known)
                 ratios.append(eager.us / triton.us if chosen else 1.0)
@@ -153,7 +151,7 @@ def _auto(day: Day, table: Table) -> Iterator[Bar]:
         )
 
 
-def _host(day: Day, table: Table) -> Iterator[Bar]:
+def _host(day: Day) -> Iterator[Bar]:
     """Compare the host's times of tiny tensors, fp32."""
     at_most = {
         ((60, 100), True): (1.15, 0.90, 0.75),
@@ -165,7 +163,7 @@ def _host(day: Day, table: Table) -> Iterator[Bar]:
         for name, limit in zip(FUSIONS, limits, strict=True):
             if limit is None:
                 continue
-            found = table.find(
+            found = day.table.find(
                 day.machine.name, Tensors(shape, torch.float32, False), _fusion(name, training)
             )
             eager, triton = found

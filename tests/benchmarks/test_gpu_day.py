@@ -1,8 +1,11 @@
 """`benchmarks/gpu_day.py`: its checks, its table and its bars, and a whole day without a GPU."""
 
 import csv
+import importlib
 import math
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from itertools import product
@@ -14,15 +17,26 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu import bars, checks, regimes
+from gpu import bars, checks, launches, regimes
 
+from bn_lightning import kernels
+from bn_lightning.kernels import schedule
 from bn_lightning.kernels.cost import Machine
-from bn_lightning.kernels.measurements import TABLE_COLUMNS, Cost, Fusion, Tensors, read_table
+from bn_lightning.kernels.launch_plan import recorded
+from bn_lightning.kernels.measurements import (
+    TABLE_COLUMNS,
+    Cost,
+    Fusion,
+    Table,
+    Tensors,
+    read_table,
+)
 from bn_lightning.kernels.schedule import Device, Regime
 
+MODULES = list(pkgutil.iter_modules(kernels.__path__))
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_day.py"
 H200 = Machine("NVIDIA H200", Device(processors=132, cache_bytes=50 << 20), 4.3e6)
-CHECK = checks.Check(Regime.SINGLE_LAUNCH, "rows", "fp32", Fusion("relu", True, True), True, 3)
+CHECK = checks.Check(Regime.SINGLE_LAUNCH, "rows", "fp32", Fusion("relu", True, True), True, 2)
 
 
 def test_the_kernels_pass_their_checks(device: str) -> None:
@@ -39,10 +53,10 @@ def test_an_error_fails_its_check(
     error: Any, status: str, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     calls = iter(range(1000))
-    kernels = checks.batch_norm
+    right = checks.batch_norm
 
     def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
-        y = kernels(*arguments, **(options | {"backend": "native"}))
+        y = right(*arguments, **(options | {"backend": "native"}))
         return y * (1 + error(next(calls)))
 
     monkeypatch.setattr(checks, "batch_norm", wrong)
@@ -61,6 +75,20 @@ def test_every_regime_layout_dtype_fusion_and_activation_is_checked() -> None:
     assert {(a, r) for *_, a, r in found} == set(product(checks.ACTIVATIONS, (False, True)))
     # A worker of every three has the cases of one regime.
     assert all(c.regime is list(Regime)[i % 3] for i, c in enumerate(checks.checks(small=False)))
+
+
+def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(launches, "SHAPES", ((2, 1, 96),))
+    # Two samples are two tiles, and two splits.
+    monkeypatch.setattr(schedule, "TILE_ELEMENTS", 128)
+    schedule._make_schedule.cache_clear()
+    with recorded() as recording:
+        launches.launch_all(device)
+    schedule._make_schedule.cache_clear()
+    found = {launch.kernel.fn.__name__ for launch in recording.launches}
+    modules = [importlib.import_module(f"{kernels.__name__}.{module.name}") for module in MODULES]
+    names = {name for module in modules for name in vars(module)}
+    assert found == {name for name in names if re.fullmatch(r"_bn_\w+_kernel", name)}
 
 
 def _row(**columns: Any) -> dict[str, str]:
@@ -125,7 +153,7 @@ def _day(
     table = folder / "measured.csv"
     table.unlink(missing_ok=True)
     regimes.merge_rows(table, timed)
-    return bars.Day(H200, [{"status": "ok"}], compared, timed, table)
+    return bars.Day(H200, [{"status": "ok"}], compared, timed, read_table(table))
 
 
 def _verdicts(day: bars.Day) -> dict[str, str]:
@@ -157,8 +185,8 @@ def test_a_bar_is_missed(change: dict[str, float], missed: str, tmp_path: Path) 
 
 def test_a_bar_without_its_rows_is_not_measured(tmp_path: Path) -> None:
     day = _day(tmp_path)
-    (tmp_path / "measured.csv").unlink()
-    verdicts = _verdicts(day._replace(checks=[], compared=[], timed=[]))
+    nothing = day._replace(checks=[], compared=[], timed=[], table=Table({}))
+    verdicts = _verdicts(nothing)
     assert set(verdicts.values()) == {"not measured"}
     # The interpreter's times are no GPU's.
     interpreted = _verdicts(day._replace(machine=H200._replace(name="interpreter")))
