@@ -20,6 +20,8 @@ The files in reading order:
     persistent.py     the same in one launch that reads each element from memory once
     launch.py         a forward or a backward in the regime of its schedule
     checks.py         errors for wrong arguments
+    autograd.py       the gradient of the ops, and the gradient of that
+    eager.py          the path of eager code around the ops: a plan for each kind of call
     ops.py            the ops, their fakes, gradients and vmap
     sync_ops.py       the stages of a batch on several ranks, under ATen's names
     sync_autograd.py  the stages with the communication between ranks, and the gradient

@@ -102,6 +102,7 @@ class LaunchPlan:
         index: of the device on which the kernels are loaded.
         current_device: returns the index of the current device.
         stream: index of a device -> the handle of its current stream.
+        is_observed: returns whether to launch by Triton itself, because someone wants to see it.
         scratch_bytes: size of the scratch memory.
         makers: of the tensors that are made anew.
         offsets: (place among the addresses before, bytes from there).
@@ -114,6 +115,7 @@ class LaunchPlan:
     index: int
     current_device: Callable[[], int]
     stream: Callable[[int], int]
+    is_observed: Callable[[], bool]
     scratch_bytes: int
     makers: tuple[Callable[[], Tensor], ...]
     offsets: tuple[tuple[int, int], ...]
@@ -174,7 +176,7 @@ def make_plan(
         given: the tensors that the call read or updated, dense and not empty.
         results: the tensors that it returned, likewise.
     """
-    from bn_lightning.kernels.triton_launcher import bind_launch
+    from bn_lightning.kernels.triton_launcher import bind_launch, launch_is_observed
 
     bound = [bind_launch(*launch) for launch in recording.launches]
     launches = [launch for launch in bound if launch is not None]
@@ -219,6 +221,7 @@ def make_plan(
         index=launches[0].device,
         current_device=launches[0].current_device,
         stream=launches[0].stream,
+        is_observed=launch_is_observed,
         scratch_bytes=scratch_bytes,
         makers=tuple(make for _, make in recording.made_anew),
         offsets=tuple(offsets),

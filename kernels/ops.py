@@ -26,18 +26,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from bn_lightning.kernels import reference
-from bn_lightning.kernels.activations import activate, recomputes_z, saves_mask, saves_output
+from bn_lightning.kernels.activations import activate, saves_mask
 from bn_lightning.kernels.arguments import (
     Backward,
-    BackwardNeeds,
     BatchNormArguments,
     Forward,
     RunningStatistics,
     split_residual,
 )
+from bn_lightning.kernels.autograd import BatchNormFunction, unpack_backward
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import chooses_triton, is_recomputation
+from bn_lightning.kernels.eager import NATIVE, Plan, find_call, find_plan, keep_plan, run_plan
 from bn_lightning.kernels.layout import as_layout, is_channels_last
 from bn_lightning.kernels.measurements import Fusion
 
@@ -109,41 +109,57 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2.
     """
-    check_choices(x, residual, activation, backend)
     fused, added = split_residual(x, residual)
-    triton = chooses_triton(x, backend, Fusion(activation, fused is not None, training))
-    if training:
-        if momentum is None:
-            check_average(running_mean, num_batches_tracked)
-        if is_recomputation():
-            # Copies, because checkpointing needs as many saved tensors as the first time.
-            momentum, num_batches_tracked = 0.0, None
-            running_mean = None if running_mean is None else running_mean.clone()
-            running_var = None if running_var is None else running_var.clone()
-    else:
-        num_batches_tracked = None
-    arguments = BatchNormArguments(
+    if added is not None:
+        check_choices(x, added, activation, backend)
+    fields = (
         x,
         fused,
         weight,
         bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=num_batches_tracked,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        activation=activation if added is None else "identity",
-        negative_slope=negative_slope,
+        running_mean,
+        running_var,
+        num_batches_tracked if training else None,
+        training,
+        momentum,
+        eps,
+        activation if added is None else "identity",
+        negative_slope,
     )
-    if triton:
-        check_like_aten(x, weight, bias, running_mean, running_var, training, eps)
-        if running_mean is None:
-            arguments = arguments._replace(momentum=momentum or 0.0)
-        y = torch.ops.bn_lightning.batch_norm(*arguments)
-    else:
-        y = _composite(arguments)
+    y = _batch_norm(BatchNormArguments._make(fields), backend)
     return y if added is None else activate(y + added, activation, negative_slope)
+
+
+def _batch_norm(a: BatchNormArguments, backend: str) -> Tensor:
+    """Compute `batch_norm` with a residual of the dtype of x, if there is one."""
+    if a.training and is_recomputation():
+        if a.momentum is None:
+            check_average(a.running_mean, a.num_batches_tracked)
+        # Copies, because checkpointing needs as many saved tensors as the first time.
+        mean, var = (None if v is None else v.clone() for v in (a.running_mean, a.running_var))
+        a = a._replace(running_mean=mean, running_var=var, num_batches_tracked=None, momentum=0.0)
+    call = find_call(a, backend)
+    plan = None if call is None else find_plan(call)
+    if call is not None and plan is not None:
+        return _composite(a) if plan is NATIVE else run_plan(plan, a, call.addresses)
+
+    check_choices(a.x, a.residual, a.activation, backend)
+    fusion = Fusion(a.activation, a.residual is not None, a.training)
+    triton = chooses_triton(a.x, backend, fusion)
+    if a.training and a.momentum is None:
+        check_average(a.running_mean, a.num_batches_tracked)
+    if not triton:
+        if call is not None:
+            keep_plan(call, NATIVE)
+        return _composite(a)
+    check_like_aten(a.x, *a[2:6], a.training, a.eps)
+    if call is not None:
+        plan = Plan(a)
+        keep_plan(call, plan)
+        return run_plan(plan, a, call.addresses)
+    if a.running_mean is None:
+        a = a._replace(momentum=a.momentum or 0.0)
+    return torch.ops.bn_lightning.batch_norm(*a)
 
 
 def _composite(a: BatchNormArguments) -> Tensor:
@@ -216,12 +232,12 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bn_lightning.kernels.launch import run_backward
 
-    call, needs, _ = _unpack_backward(*arguments)
+    call, needs, _ = unpack_backward(*arguments)
     return _backward_results(call, *run_backward(call, needs))
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call, needs, _ = _unpack_backward(*arguments)
+    call, needs, _ = unpack_backward(*arguments)
     sums = call.new_sums() if needs.affine else (None, None)
     return _backward_results(call, *call.in_layout().new_gradients(needs), *sums)
 
@@ -239,113 +255,9 @@ def _backward_results(
     return dx, dweight, dbias, dresidual
 
 
-def _unpack_backward(*arguments: Any) -> tuple[Backward, BackwardNeeds, float]:
-    """Return the arguments of `batch_norm_backward` as `Backward`, `BackwardNeeds` and eps."""
-    *tensors, channels_last, training, eps, activation, negative_slope, dx, affine, dresidual = (
-        arguments
-    )
-    call = Backward._make((*tensors, channels_last, activation, negative_slope))
-    return call, BackwardNeeds(training, dx=dx, affine=affine, dresidual=dresidual), eps
-
-
 def or_empty(value: Tensor | None, like: Tensor) -> Tensor:
     """Return `value`, or a tensor of shape (0,) for None, which an op cannot return."""
     return like.new_empty(0) if value is None else value
-
-
-class _BatchNorm(torch.autograd.Function):
-    """`batch_norm_forward` with its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, mean, rstd, mask = torch.ops.bn_lightning.batch_norm_forward(*arguments)
-        *fields, writes_mask = arguments
-        a = BatchNormArguments(*fields)
-        ctx.mark_non_differentiable(mean, rstd, mask)
-        ctx.set_materialize_grads(False)
-        needs_dx, _, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
-        has_residual = a.residual is not None
-        from_z = recomputes_z(a.activation, has_residual)
-        needs_x = from_z or needs_dweight or needs_dbias or (a.training and needs_dx)
-        ctx.save_for_backward(
-            a.x if needs_x else None,
-            a.residual if from_z else None,
-            y if saves_output(a.activation, has_residual) else None,
-            mask if writes_mask else None,
-            mean,
-            rstd,
-            a.weight,
-            a.bias if from_z else None,
-        )
-        ctx.options = (is_channels_last(a.x), a.training, a.eps, a.activation, a.negative_slope)
-        ctx.training = a.training
-        ctx.is_identity = a.activation == "identity"
-        ctx.dtypes = [None if t is None else t.dtype for t in (a.weight, a.bias)]
-        return y, mean, rstd, mask
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        # One for each argument of the op, and `writes_mask`.
-        others = (None,) * 9
-        if dy is None:
-            return (None, None, None, None, *others)
-        needs_dx, needs_dresidual, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
-        # Without an activation the gradient of the residual is dy itself.
-        needs = BackwardNeeds(
-            ctx.training,
-            dx=needs_dx,
-            affine=needs_dweight or needs_dbias,
-            dresidual=needs_dresidual and not ctx.is_identity,
-        )
-        dx = dweight = dbias = None
-        dresidual: Tensor | None = dy
-        if needs.dx or needs.affine or needs.dresidual:
-            flags = (needs.dx, needs.affine, needs.dresidual)
-            arguments = (dy, *ctx.saved_tensors, *ctx.options, *flags)
-            if torch.is_grad_enabled():
-                dx, dweight, dbias, written = _BatchNormBackward.apply(*arguments)
-            else:
-                results = torch.ops.bn_lightning.batch_norm_backward(*arguments)
-                dx, dweight, dbias, written = results
-            dresidual = dy if ctx.is_identity else written
-            weight_dtype, bias_dtype = ctx.dtypes
-            if needs_dweight:
-                dweight = dweight.to(weight_dtype)
-            if needs_dbias:
-                dbias = dbias.to(bias_dtype)
-        return (
-            dx if needs_dx else None,
-            dresidual if needs_dresidual else None,
-            dweight if needs_dweight else None,
-            dbias if needs_dbias else None,
-            *others,
-        )
-
-
-class _BatchNormBackward(torch.autograd.Function):
-    """`batch_norm_backward` with its gradient, which is that of the composite in reference.py."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        call, ctx.needs, ctx.eps = _unpack_backward(*arguments)
-        *tensors, channels_last, activation, negative_slope = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.options = (channels_last, activation, negative_slope)
-        return torch.ops.bn_lightning.batch_norm_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        def composite(*tensors: Any) -> tuple[Tensor | None, ...]:
-            call = Backward(*tensors, *ctx.options)
-            return reference.fused_backward(call, training=ctx.needs.training, eps=ctx.eps)
-
-        needs = ctx.needs
-        used = (needs.dx, needs.affine, needs.affine, needs.dresidual)
-        wanted = [u if use else None for u, use in zip(upstream, used, strict=True)]
-        gradients = reference.vector_jacobian_product(composite, ctx.saved_tensors, wanted)
-        # One for each argument of the op that is not a tensor.
-        return (*gradients, *(None,) * 8)
 
 
 def _with_gradient(*arguments: Any) -> Tensor:
@@ -355,7 +267,7 @@ def _with_gradient(*arguments: Any) -> Tensor:
         return _composite(a)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in a.inputs):
         return torch.ops.bn_lightning.batch_norm_forward(*a, False)[0]
-    return _BatchNorm.apply(*a, saves_mask(a.activation, a.residual is not None))[0]
+    return BatchNormFunction.apply(*a, saves_mask(a.activation, a.residual is not None))[0]
 
 
 def _differentiates_otherwise(inputs: list[Tensor]) -> bool:

@@ -259,6 +259,11 @@ def forced_regime(regime: Regime) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Regime | None:
+    """Return the regime of the innermost `forced_regime`, or None outside."""
+    return _forced
+
+
 def make_schedule(
     shape: Sequence[int],
     itemsize: int,

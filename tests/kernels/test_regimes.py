@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from bn_lightning.kernels import batch_norm, dispatch, reference, schedule
+from bn_lightning.kernels import batch_norm, dispatch, eager, reference, schedule
 from bn_lightning.kernels.activations import ACTIVATIONS, activate
 from bn_lightning.kernels.schedule import Regime, forced_regime
 
@@ -51,10 +51,12 @@ def small_tiles_and_nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> Ite
     for name, value in sizes.items():
         monkeypatch.setattr(schedule, name, value)
     schedule._make_schedule.cache_clear()
+    eager._plans.clear()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
     schedule._make_schedule.cache_clear()
+    eager._plans.clear()
 
 
 def _tensors(

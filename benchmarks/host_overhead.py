@@ -1,0 +1,221 @@
+"""Time what a BatchNorm costs the host, beside eager torch, without a GPU or on one.
+
+    python benchmarks/host_overhead.py [--bursts 400] [--output results/host_overhead.csv]
+
+Without a GPU the tensors are on the CPU, and a CUDA driver that does nothing (noop_libcuda.c, built
+with the C compiler) takes the launches of the compiled kernels: all host code of this project and
+of Triton runs, no kernel does. Eager torch's time then includes its arithmetic on the CPU, so only
+small tensors are compared. On a GPU the time is that until the calls are queued.
+
+Each case runs in turns with eager torch in bursts of a few calls, on one thread. Its time is the
+least of all bursts, and the ratios are those of times of one run. `ops` is the path through the
+dispatcher, which compilers, modes and functorch take.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rows import append_rows
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bn_lightning.kernels import batch_norm, dispatch, launch
+from bn_lightning.kernels.arguments import BatchNormArguments
+from bn_lightning.kernels.schedule import Device
+from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d
+from bn_lightning.runs.machine import git_commit, hardware, package_versions
+
+RESULTS = Path(__file__).parent / "results" / "host_overhead.csv"
+SHAPES = [(2, 8), (60, 100), (64, 64, 8, 8)]
+FUSIONS = ("bn", "bn_relu", "bn_add_relu")
+# Of a burst, not timed and timed: after another case, caches of the processor are cold.
+WARM_UP = 5
+CALLS = 10
+# What the schedule asks of a device: an H100's.
+H100 = Device(132, cache_bytes=50 << 20, registers=1 << 16)
+
+
+class Case(NamedTuple):
+    """One BatchNorm to time.
+
+    Attributes:
+        shape: of x.
+        dtype: "fp32", or "bf16" under autocast.
+        training: forward and backward in training, else a forward in evaluation, without gradients.
+        fusion: one of `FUSIONS`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    training: bool
+    fusion: str
+
+
+def calls_of(case: Case, device: str) -> dict[str, Callable[[], Any]]:
+    """Return what is timed: eager torch and this project, each as a function and as a module."""
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    x, residual, dy = (torch.randn(case.shape, device=device).to(dtype) for _ in range(3))
+    C, training = case.shape[1], case.training
+    relu, adds = case.fusion != "bn", case.fusion == "bn_add_relu"
+    torchs = (nn.BatchNorm1d if x.dim() == 2 else nn.BatchNorm2d)(C, device=device)
+    ours = (BatchNorm1d if x.dim() == 2 else BatchNorm2d)(
+        C, activation="relu" if relu else "identity", backend="triton", device=device
+    )
+    torchs.train(training)
+    ours.train(training)
+    state = (ours.running_mean, ours.running_var)
+    options: dict[str, Any] = {"training": training, "activation": ours.activation}
+
+    def eager(function: Callable[[Tensor], Tensor]) -> Tensor:
+        y = function(x)
+        y = y + residual if adds else y
+        return F.relu(y) if relu else y
+
+    def op() -> Tensor:
+        tracked = ours.num_batches_tracked if training else None
+        fields = (x, residual if adds else None, ours.weight, ours.bias, *state, tracked, training)
+        rest = (0.1, ours.eps, ours.activation, 0.01)
+        return torch.ops.bn_lightning.batch_norm(*BatchNormArguments._make((*fields, *rest)))
+
+    affine = [torchs.weight, torchs.bias], [ours.weight, ours.bias]
+    function = {
+        "eager": (lambda: eager(torchs), affine[0]),
+        "eager_function": (
+            lambda: eager(
+                lambda x: F.batch_norm(
+                    x, torchs.running_mean, torchs.running_var, *affine[0], training=training
+                )
+            ),
+            affine[0],
+        ),
+        "ours": (lambda: ours(x, residual) if adds else ours(x), affine[1]),
+        "ours_function": (
+            lambda: batch_norm(
+                x,
+                *affine[1],
+                *state,
+                residual=residual if adds else None,
+                num_batches_tracked=ours.num_batches_tracked,
+                backend="triton",
+                **options,
+            ),
+            affine[1],
+        ),
+        "ops": (op, affine[1]),
+    }
+    if not training:
+        return {name: forward for name, (forward, _) in function.items()}
+    inputs = [x.requires_grad_(), *([residual.requires_grad_()] if adds else [])]
+
+    def step(forward: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(forward(), [*inputs, *parameters], dy)
+
+    return {name: step(*found) for name, found in function.items()}
+
+
+def time_in_turns(calls: dict[str, Callable[[], Any]], bursts: int) -> dict[str, float]:
+    """Return the least microseconds of a call over bursts that take turns."""
+    least = dict.fromkeys(calls, float("inf"))
+    for _ in range(bursts):
+        for name, call in calls.items():
+            for _ in range(WARM_UP):
+                call()
+            started = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            least[name] = min(least[name], (time.perf_counter() - started) / CALLS * 1e6)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    return least
+
+
+def measure(bursts: int, device: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each case."""
+    torch.set_num_threads(1)
+    for case in itertools.starmap(
+        Case, itertools.product(SHAPES, ("fp32", "bf16"), (True, False), FUSIONS)
+    ):
+        with contextlib.ExitStack() as stack:
+            if case.dtype == "bf16":
+                stack.enter_context(torch.autocast(device, torch.bfloat16))
+            if not case.training:
+                stack.enter_context(torch.no_grad())
+            calls = calls_of(case, device)
+            time_in_turns(calls, 3)
+            times = time_in_turns(calls, bursts)
+        yield {
+            "shape": "x".join(map(str, case.shape)),
+            "dtype": case.dtype,
+            "mode": "training" if case.training else "evaluation",
+            "fusion": case.fusion,
+            **{f"{name}_us": round(value, 2) for name, value in times.items()},
+            "ratio": round(times["ours"] / times["eager"], 3),
+        }
+
+
+def use_noop_driver() -> None:
+    """Let Triton launch through the driver that does nothing, on CPU tensors."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    driver = CudaDriver()
+    driver.get_current_device = lambda: 0
+    driver.get_current_stream = lambda device: 0
+    driver.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+    triton.runtime.driver.set_active(driver)
+    dispatch.check_device = launch.check_device = lambda x: None
+    dispatch._device = lambda device: H100
+
+
+def run_with_noop_driver(source: list[str]) -> int:
+    """Run this script again, in a process that finds the driver; return its exit code."""
+    with tempfile.TemporaryDirectory() as directory:
+        library = Path(directory, "libcuda.so.1")
+        code = Path(__file__).with_name("noop_libcuda.c")
+        compiler = os.environ.get("CC", "cc")
+        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-w", "-o", library, code], check=True)
+        path = os.pathsep.join(filter(None, [directory, os.environ.get("LD_LIBRARY_PATH")]))
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        env |= {"LD_LIBRARY_PATH": path, "TRITON_LIBCUDA_PATH": directory}
+        return subprocess.run([sys.executable, *source], env=env).returncode
+
+
+def main() -> None:
+    """Measure, print a table, append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bursts", type=int, default=400)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--noop-driver", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not arguments.noop_driver:
+        sys.exit(run_with_noop_driver([*sys.argv, "--noop-driver"]))
+    if not on_gpu:
+        use_noop_driver()
+    about = {
+        "driver": torch.cuda.get_device_name() if on_gpu else "none",
+        "processor": hardware()["processor"],
+        "torch": package_versions()["torch"],
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git_commit(),
+    }
+    rows = []
+    for row in measure(arguments.bursts, "cuda" if on_gpu else "cpu"):
+        print({k: v for k, v in row.items()}, flush=True)
+        rows.append(row | about)
+    append_rows(arguments.output, rows)
+
+
+if __name__ == "__main__":
+    main()
