@@ -44,16 +44,17 @@ def initialize_as_configured(network: nn.Module, scheme: Scheme | None, seed: in
         seed: as for `initialize`.
 
     Returns:
-        A sentence that says whether the weights of a network of another package were replaced;
-        None for a network of this project.
+        A sentence that says whether `init` replaced the weights of a network of another package;
+        None for a network of this project, and with `init=none`.
     """
     cls = type(network)
     name = f"{cls.__module__}.{cls.__qualname__}"
     is_own = cls.__module__.startswith("bn_lightning.")
     layers = sum(isinstance(module, _INITIALIZED) for module in network.modules())
-    if scheme is None or (isinstance(scheme, DefaultScheme) and not is_own):
-        kept = f"{name} keeps the weights of its constructor"
-        return None if is_own else f"{kept}; init=OPTION, such as init=he, replaces them"
+    if scheme is None:
+        return None
+    if isinstance(scheme, DefaultScheme) and not is_own:
+        return f"{name} keeps the weights of its constructor; init=he, for example, replaces them"
     initialize(network, scheme, seed)
     if is_own or not layers:
         return None

@@ -179,8 +179,8 @@ KEPT, REPLACED = "OwnNetwork keeps the weights", "init replaces the weights of 1
     ("overrides", "is_kept", "told"),
     [
         ([], True, KEPT),
-        (["init=none"], True, KEPT),
-        (["~init"], True, KEPT),
+        (["init=none"], True, ""),
+        (["~init"], True, ""),
         (["init=he"], False, REPLACED),
         (["+experiment=mnist_bn"], False, REPLACED),
     ],

@@ -206,7 +206,7 @@ class Own(nn.Sequential):
     [
         (lambda: Own(nn.Linear(3, 2)), NORMAL, True, "init replaces the weights of 1 .*Own"),
         (lambda: Own(nn.Linear(3, 2)), DefaultScheme(NORMAL), False, "Own keeps .* init=he"),
-        (lambda: Own(nn.Linear(3, 2)), None, False, "Own keeps"),
+        (lambda: Own(nn.Linear(3, 2)), None, False, None),
         (lambda: Own(nn.BatchNorm1d(3)), NORMAL, False, None),
         (lambda: MLP(3, [], 2, "relu", None, "before"), DefaultScheme(NORMAL), True, None),
         (lambda: MLP(3, [], 2, "relu", None, "before"), None, False, None),
