@@ -140,6 +140,12 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
 
 
+def test_the_readme_says_what_is_downloaded_and_how_to_leave_cuda_out():
+    first_screen = (ROOT / "README.md").read_text(encoding="utf-8").partition("```")[0]
+    assert re.search(r"downloads .*packages and MNIST, \d+ MB", first_screen)
+    assert re.search(r"^    pip install .*torch --index-url \S+/cpu$", first_screen, re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
 def test_the_tree_names_every_folder(page):
     trees = (ROOT / page).read_text(encoding="utf-8").split("```")[1::2]
