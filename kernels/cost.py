@@ -86,16 +86,18 @@ def triton_is_cheaper(tensors: Tensors, fusion: Fusion, machine: Machine, table:
 def triton_cost(tensors: Tensors, fusion: Fusion, machine: Machine) -> Cost:
     """Count the cost of the Triton kernels, in the regimes that the schedule chooses."""
     shape, dtype, channels_last = tensors
-    regimes = [
-        make_schedule(shape, dtype.itemsize, channels_last, machine.device, writes_mask=mask).regime
-        for mask in (fusion.training and saves_mask(fusion.activation, fusion.has_residual), False)
-    ]
-    forward, backward = regimes
-    passes = forward_passes(fusion, dtype, forward)
+    writes_mask = fusion.training and saves_mask(fusion.activation, fusion.has_residual)
+    forward, backward = (
+        make_schedule(shape, dtype.itemsize, channels_last, machine.device, writes_mask=mask)
+        for mask in (writes_mask, False)
+    )
+    passes = forward_passes(fusion, dtype, forward.regime)
     launches = 1
     if fusion.training:
-        passes += backward_passes(fusion, dtype, backward)
-        launches = sum(3 if regime is Regime.TWO_PASS else 1 for regime in regimes)
+        passes += backward_passes(fusion, dtype, backward.regime)
+        # Statistics, the kernel that finishes them, y; sums, the one that adds splits, dx.
+        launches = 3 if forward.regime is Regime.TWO_PASS else 1
+        launches += 2 + (backward.splits > 1) if backward.regime is Regime.TWO_PASS else 1
     device_us = passes * _bytes(tensors) / machine.bytes_per_us
     host_us = HOST_US_TRITON[fusion.training]
     return Cost(device_us + launches * LAUNCH_US, host_us + launches * LAUNCH_US)
