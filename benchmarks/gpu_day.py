@@ -8,14 +8,14 @@ parts, each with its own seconds and what earlier parts left of theirs:
     checks    every regime, layout, dtype and fusion against fp64, 20 repeats to the bit
     sanitizer compute-sanitizer's memcheck and racecheck on small launches, where it is installed
     warm      compile what is timed, in many processes, into the caches of Triton and Inductor
-    host      the host's time of tiny tensors
+    host      benchmarks/host_overhead.py: the host's time of tiny tensors
     compare   benchmarks/batch_norm.py --quick: eager torch, cuDNN, torch.compile and copy_
     regimes   eager torch and every regime on each shape
 
 Each case runs in a worker (gpu/workers.py), so one that hangs or crashes costs only itself. Every
 file is replaced in one step after each case, so a day that is stopped leaves what it has measured:
 
-    checks.csv, sanitizer.csv, batch_norm.csv, times.csv    rows
+    checks.csv, sanitizer.csv, host_overhead.csv, batch_norm.csv, times.csv    rows
     failures.csv    cases without rows, and why
     bars.csv        what was to be reached, and what was
     batch_norm.png  where matplotlib is installed
@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import batch_norm
+import host_overhead
 import torch
 from gpu import bars, checks, launches, regimes
 from gpu.workers import Failure, Limits, print_rows, run_in_workers
@@ -56,6 +57,8 @@ from bn_lightning.runs.atomic_write import write_atomically
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu_day"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"
+# Of host_overhead.py, for each case.
+HOST_BURSTS = 100
 if SMALL:
     # Triton is imported with the first kernel.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -93,7 +96,7 @@ def warm_cases() -> list[tuple[batch_norm.Case, bool]]:
     if SMALL:
         return []
     compared = [(case, True) for case in compared_cases()]
-    return compared + [(case, regimes.is_compiled(case)) for case in regimes.regime_cases(SMALL)]
+    return compared + [(case, regimes.is_compiled(case)) for case in regimes.timed_cases(SMALL)]
 
 
 def check(case: checks.Check, without: Collection[str]) -> list[dict[str, Any]]:
@@ -105,6 +108,11 @@ def warm(case: tuple[batch_norm.Case, bool], without: Collection[str]) -> list[d
     """Compile what is timed."""
     regimes.warm(*case, without)
     return []
+
+
+def measure_host(case: host_overhead.Case, without: Collection[str]) -> list[dict[str, Any]]:
+    """Run a case of host_overhead.py."""
+    return [host_overhead.measure(case, HOST_BURSTS, DEVICE) | regimes.origin()]
 
 
 def compare(case: batch_norm.Case, without: Collection[str]) -> list[dict[str, Any]]:
@@ -124,9 +132,12 @@ def time_case(case: batch_norm.Case, without: Collection[str]) -> list[dict[str,
 PARTS = {
     "checks": Part(115, 40, 12, "checks", lambda: checks.checks(SMALL), check),
     "warm": Part(70, 60, 12, None, warm_cases, warm),
-    "host": Part(30, 30, 1, "times", lambda: regimes.host_cases(SMALL), time_case),
-    "compare": Part(105, 60, 1, "batch_norm", compared_cases, compare),
-    "regimes": Part(200, 40, 1, "times", lambda: regimes.regime_cases(SMALL), time_case),
+    # Without a GPU host_overhead.py needs a process without the interpreter.
+    "host": Part(
+        35, 30, 1, "host_overhead", lambda: [] if SMALL else host_overhead.all_cases(), measure_host
+    ),
+    "compare": Part(100, 60, 1, "batch_norm", compared_cases, compare),
+    "regimes": Part(200, 40, 1, "times", lambda: regimes.timed_cases(SMALL), time_case),
 }
 
 
@@ -223,13 +234,14 @@ class GpuDay:
 
     def write_bars(self) -> list[bars.Bar]:
         """Write the bars, as far as they are measured, and return them."""
-        checked, compared, timed = (self._files[name] for name in ("checks", "batch_norm", "times"))
+        names = ("checks", "host_overhead", "batch_norm", "times")
+        checked, host, compared, timed = (self._files[name] for name in names)
         machine = machine_of(regimes.first_device(DEVICE))
         with tempfile.TemporaryDirectory() as folder:
             # The table may have rows of another day.
             table = Path(folder) / measurements.PATH.name
             regimes.merge_rows(table, timed)
-            found = bars.bars(bars.Day(machine, checked, compared, timed, read_table(table)))
+            found = bars.bars(bars.Day(machine, checked, host, compared, timed, read_table(table)))
         self._files.replace("bars", [bar.columns() for bar in found])
         return found
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,28 +139,31 @@ def time_in_turns(calls: dict[str, Callable[[], Any]], bursts: int) -> dict[str,
     return least
 
 
-def measure(bursts: int, device: str) -> Iterator[dict[str, Any]]:
-    """Yield a row for each case."""
+def all_cases() -> list[Case]:
+    """List the cases."""
+    choices = itertools.product(SHAPES, ("fp32", "bf16"), (True, False), FUSIONS)
+    return list(itertools.starmap(Case, choices))
+
+
+def measure(case: Case, bursts: int, device: str) -> dict[str, Any]:
+    """Return the row of a case."""
     torch.set_num_threads(1)
-    for case in itertools.starmap(
-        Case, itertools.product(SHAPES, ("fp32", "bf16"), (True, False), FUSIONS)
-    ):
-        with contextlib.ExitStack() as stack:
-            if case.dtype == "bf16":
-                stack.enter_context(torch.autocast(device, torch.bfloat16))
-            if not case.training:
-                stack.enter_context(torch.no_grad())
-            calls = calls_of(case, device)
-            time_in_turns(calls, 3)
-            times = time_in_turns(calls, bursts)
-        yield {
-            "shape": "x".join(map(str, case.shape)),
-            "dtype": case.dtype,
-            "mode": "training" if case.training else "evaluation",
-            "fusion": case.fusion,
-            **{f"{name}_us": round(value, 2) for name, value in times.items()},
-            "ratio": round(times["ours"] / times["eager"], 3),
-        }
+    with contextlib.ExitStack() as stack:
+        if case.dtype == "bf16":
+            stack.enter_context(torch.autocast(device, torch.bfloat16))
+        if not case.training:
+            stack.enter_context(torch.no_grad())
+        calls = calls_of(case, device)
+        time_in_turns(calls, 3)
+        times = time_in_turns(calls, bursts)
+    return {
+        "shape": "x".join(map(str, case.shape)),
+        "dtype": case.dtype,
+        "mode": "training" if case.training else "evaluation",
+        "fusion": case.fusion,
+        **{f"{name}_us": round(value, 2) for name, value in times.items()},
+        "ratio": round(times["ours"] / times["eager"], 3),
+    }
 
 
 def use_noop_driver() -> None:
@@ -211,8 +214,9 @@ def main() -> None:
         "commit": git_commit(),
     }
     rows = []
-    for row in measure(arguments.bursts, "cuda" if on_gpu else "cpu"):
-        print({k: v for k, v in row.items()}, flush=True)
+    for case in all_cases():
+        row = measure(case, arguments.bursts, "cuda" if on_gpu else "cpu")
+        print(row, flush=True)
         rows.append(row | about)
     append_rows(arguments.output, rows)
 

@@ -28,33 +28,26 @@ from bn_lightning.kernels.schedule import Regime, forced_regime
 from bn_lightning.runs.atomic_write import write_atomically
 
 FUSIONS = ("bn", "bn_relu", "bn_add_relu")
-# Of the bars on host time.
 TINY = ((60, 100), (64, 64, 8, 8), (2, 8))
+# Contenders that the table does not take, because they are no choice of `backend="auto"`.
 COMPILED = "compile"
+AUTO = "auto"
 REPEATS = 20
 
 
-def host_cases(small: bool) -> list[Case]:
-    """List the cases whose time is the host's."""
+def timed_cases(small: bool) -> list[Case]:
+    """List the cases: tiny ones first, then those of the bars, then the others."""
     if small:
-        return [Case((2, 8), "fp32", False, "bn_relu")]
-    return [
+        shapes = (((2, 8), False), ((3, 8, 4, 4), True))
+        return [Case(shape, "fp32", channels_last, "bn_relu") for shape, channels_last in shapes]
+    shapes = [*resnet50(256), *ROWS[1:], *resnet50(64), *MOBILENETV2, *UNET3D]
+    tiny = [
         Case(shape, dtype, False, fusion)
         for dtype in ("fp32", "bf16")
         for shape in TINY
         for fusion in FUSIONS
     ]
-
-
-def regime_cases(small: bool) -> list[Case]:
-    """List the cases whose time is the device's, those of the bars first."""
-    if small:
-        return [
-            Case((3, 8, 4, 4), "fp32", channels_last, "bn_add_relu")
-            for channels_last in (False, True)
-        ]
-    shapes = [*resnet50(256), *ROWS[1:], *resnet50(64), *MOBILENETV2, *UNET3D]
-    return [
+    return tiny + [
         Case(shape, dtype, channels_last, fusion)
         for dtype in ("bf16", "fp32", "fp16")
         for shape in shapes
@@ -66,7 +59,7 @@ def regime_cases(small: bool) -> list[Case]:
 def time_case(case: Case, device: str, without: Collection[str]) -> list[dict[str, Any]]:
     """Time a case, a row for each contender and mode: the columns of the table.
 
-    torch.compile's rows are for the bars only; `merge_rows` leaves them out.
+    The rows of torch.compile and of `backend="auto"` are for the bars only.
 
     Args:
         case: what to time.
@@ -76,8 +69,9 @@ def time_case(case: Case, device: str, without: Collection[str]) -> list[dict[st
     inputs = case.inputs(device)
     dy = torch.randn_like(inputs[0])
     modules = make_modules(case, device, "triton")
+    modules[AUTO] = make_modules(case, device, "auto")["ours"]
     rows = []
-    contenders: list[tuple[str, Regime | None]] = [(EAGER, None)]
+    contenders: list[tuple[str, Regime | None]] = [(EAGER, None), (AUTO, None)]
     contenders += [(regime.value, regime) for regime in _timed_regimes(without)]
     if COMPILED in modules and is_compiled(case):
         torch.compiler.reset()
@@ -97,7 +91,7 @@ def _time_contender(
 ) -> list[dict[str, Any]]:
     modes = {"training": "both"}
     # Evaluation is the same in every regime.
-    if who in (EAGER, COMPILED, Regime.TWO_PASS.value):
+    if who in (EAGER, AUTO, COMPILED, Regime.TWO_PASS.value):
         modes["evaluation"] = "inference"
     rows = []
     for mode, direction in modes.items():
@@ -178,5 +172,5 @@ def merge_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, TABLE_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(r for r in merged.values() if r["who"] != COMPILED)
+    writer.writerows(r for r in merged.values() if r["who"] not in (COMPILED, AUTO))
     write_atomically(path, text.getvalue())

@@ -114,7 +114,7 @@ def _row(**columns: Any) -> dict[str, str]:
 
 def test_rows_are_merged_into_the_table(tmp_path: Path) -> None:
     path = tmp_path / "measured.csv"
-    regimes.merge_rows(path, [_row(), _row(who="two_pass"), _row(who="compile")])
+    regimes.merge_rows(path, [_row(), _row(who="two_pass"), _row(who="compile"), _row(who="auto")])
     regimes.merge_rows(path, [_row(device_us=5), _row(device="other", who="persistent")])
     table = read_table(path)
     assert len(table) == 3
@@ -126,7 +126,12 @@ def test_rows_are_merged_into_the_table(tmp_path: Path) -> None:
 
 
 def _day(
-    folder: Path, *, ours_us: float = 1000, host_us: float = 30, gb_per_s: float = 3900
+    folder: Path,
+    *,
+    ours_us: float = 1000,
+    auto_us: float = 1000,
+    host_ratio: float = 0.7,
+    gb_per_s: float = 3900,
 ) -> bars.Day:
     """Return a day: eager torch takes 3000 us, torch.compile 1500, a copy moves 4300 GB/s."""
     timed = []
@@ -140,10 +145,18 @@ def _day(
             "shape": "x".join(map(str, sizes)),
         }
         times = {"eager": 3000, "compile": 1500, "two_pass": 5000, "persistent": ours_us}
+        times["auto"] = auto_us
         timed += [_row(**of, who=who, device_us=us) for who, us in times.items()]
-    for sizes, fusion, mode in product(regimes.TINY, regimes.FUSIONS, ("training", "evaluation")):
-        of = {"fusion": fusion, "mode": mode, "shape": "x".join(map(str, sizes))}
-        timed += [_row(**of), _row(**of, who="two_pass", host_us=host_us)]
+    host = [
+        {"shape": shape, "dtype": dtype, "mode": mode, "fusion": fusion, "ratio": ratio}
+        for shape, dtype, mode, fusion in product(
+            ("60x100", "64x64x8x8", "2x8"),
+            ("fp32", "bf16"),
+            ("training", "evaluation"),
+            regimes.FUSIONS,
+        )
+        for ratio in [host_ratio if dtype == "bf16" else 0.5]
+    ]
     compared = [
         {
             "shape": "256x64x56x56",
@@ -159,7 +172,7 @@ def _day(
     table = folder / "measured.csv"
     table.unlink(missing_ok=True)
     regimes.merge_rows(table, timed)
-    return bars.Day(H200, [{"status": "ok"}], compared, timed, read_table(table))
+    return bars.Day(H200, [{"status": "ok"}], host, compared, timed, read_table(table))
 
 
 def _verdicts(day: bars.Day) -> dict[str, str]:
@@ -175,8 +188,9 @@ def test_the_bars_of_a_good_day_are_met(tmp_path: Path) -> None:
     [
         ({"ours_us": 1250}, "torch.compile"),
         ({"ours_us": 1600}, "_relu: speed-up over eager"),
-        ({"ours_us": 3100}, "auto by counted costs"),
-        ({"host_us": 71}, "(2, 8), bn, training"),
+        ({"auto_us": 3100}, "auto, as timed"),
+        ({"host_ratio": 0.8}, "64x64x8x8, training, bn_add_relu"),
+        ({"host_ratio": 1.2}, "60x100, evaluation"),
         ({"gb_per_s": 3600}, "share of copy"),
     ],
     ids=str,
@@ -185,13 +199,13 @@ def test_a_bar_is_missed(change: dict[str, float], missed: str, tmp_path: Path) 
     verdicts = _verdicts(_day(tmp_path, **change))
     assert {verdict for name, verdict in verdicts.items() if missed in name} == {"missed"}
     # What was measured decides what is used, so it is never slower.
-    name = next(name for name in verdicts if "auto by the measured table" in name)
+    name = next(name for name in verdicts if "auto, by the new table" in name)
     assert verdicts[name] == "met"
 
 
 def test_a_bar_without_its_rows_is_not_measured(tmp_path: Path) -> None:
     day = _day(tmp_path)
-    nothing = day._replace(checks=[], compared=[], timed=[], table=Table({}))
+    nothing = day._replace(checks=[], host=[], compared=[], timed=[], table=Table({}))
     verdicts = _verdicts(nothing)
     assert set(verdicts.values()) == {"not measured"}
     # The interpreter's times are no GPU's.
