@@ -33,14 +33,30 @@ COPY_SHARE = 0.9
 # An H200's, where torch does not report the clock of the memory.
 DEFAULT_BYTES_PER_US = 4.3e6
 
-# Host time in microseconds without the launches, for (60, 100) on one thread of a shared x86-64
-# machine, torch 2.13.0: docs/performance.md. Training, a forward and a backward; evaluation, a
-# forward.
-HOST_US_TRITON = {True: 190.0, False: 52.0}
-HOST_US_EAGER = {True: 49.5, False: 9.4}
-# More for each operation that eager torch runs after a BatchNorm.
-HOST_US_ACTIVATION = {True: 14.5, False: 2.5}
-HOST_US_ADDITION = {True: 14.5, False: 2.5}
+
+class HostTime(NamedTuple):
+    """Microseconds on the host, without the launches: in training forward and backward.
+
+    Attributes:
+        batch_norm: of a BatchNorm module.
+        activation: more, if an activation follows.
+        addition: more, if a residual is added.
+    """
+
+    batch_norm: float
+    activation: float
+    addition: float
+
+    def of(self, fusion: Fusion) -> float:
+        """Return the time of what `fusion` contains."""
+        activation = self.activation * (fusion.activation != "identity")
+        return self.batch_norm + activation + self.addition * fusion.has_residual
+
+
+# For (2, 8), fp32, in training and in evaluation, on one thread of a shared x86-64 machine, torch
+# 2.13.0, Triton 3.7.1, 2026-11-26, commit c05194f: `python benchmarks/host_overhead.py --bursts 30`.
+EAGER_HOST = {True: HostTime(70.1, 13.7, 10.1), False: HostTime(11.6, 1.7, 2.1)}
+TRITON_HOST = {True: HostTime(103.7, 0.0, 9.0), False: HostTime(21.2, 0.0, 1.0)}
 
 
 class Machine(NamedTuple):
@@ -99,7 +115,7 @@ def triton_cost(tensors: Tensors, fusion: Fusion, machine: Machine) -> Cost:
         launches = 3 if forward.regime is Regime.TWO_PASS else 1
         launches += 2 + (backward.splits > 1) if backward.regime is Regime.TWO_PASS else 1
     device_us = passes * _bytes(tensors) / machine.bytes_per_us
-    host_us = HOST_US_TRITON[fusion.training]
+    host_us = TRITON_HOST[fusion.training].of(fusion)
     return Cost(device_us + launches * LAUNCH_US, host_us + launches * LAUNCH_US)
 
 
@@ -133,8 +149,7 @@ def _mask_passes(dtype: torch.dtype) -> float:
 def eager_cost(tensors: Tensors, fusion: Fusion, machine: Machine) -> Cost:
     """Count the cost of eager torch: `F.batch_norm`, an addition and an activation."""
     acts, adds = fusion.activation != "identity", fusion.has_residual
-    mode = fusion.training
-    if mode:
+    if fusion.training:
         share = _eager_share(tensors, machine.device)
         # The forward reduces in one pass; the backward is one kernel.
         passes = (1 + 5) / share + 2 + 3 * adds + (2 + 3) * acts
@@ -143,7 +158,7 @@ def eager_cost(tensors: Tensors, fusion: Fusion, machine: Machine) -> Cost:
     else:
         passes, launches = 2 + 3 * adds + 2 * acts, 1 + adds + acts
     device_us = passes * _bytes(tensors) / machine.bytes_per_us
-    host_us = HOST_US_EAGER[mode] + HOST_US_ADDITION[mode] * adds + HOST_US_ACTIVATION[mode] * acts
+    host_us = EAGER_HOST[fusion.training].of(fusion)
     return Cost(device_us + launches * LAUNCH_US, host_us + launches * LAUNCH_US)
 
 

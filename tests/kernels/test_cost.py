@@ -11,6 +11,7 @@ from bn_lightning.kernels import cost, dispatch, launch_plan, schedule
 from bn_lightning.kernels.activations import ACTIVATIONS
 from bn_lightning.kernels.arguments import BatchNormArguments
 from bn_lightning.kernels.cost import (
+    HostTime,
     Machine,
     backward_passes,
     eager_cost,
@@ -95,7 +96,7 @@ def test_passes_and_launches_are_those_of_the_kernels(
             torch.autograd.grad(y, inputs, torch.ones_like(y))
         passes = backward_passes(fusion, BF16, regime)
         assert _moved(backward.launches, x) == pytest.approx(passes)
-        launches_us = triton_cost(tensors, fusion, H200).host_us - cost.HOST_US_TRITON[True]
+        launches_us = triton_cost(tensors, fusion, H200).host_us - cost.TRITON_HOST[True].of(fusion)
         expected = len(launches + backward.launches) * cost.LAUNCH_US
         assert launches_us == pytest.approx(expected)
         with torch.no_grad():
@@ -155,8 +156,9 @@ def test_eager_reductions_of_few_channels_use_few_processors():
 def test_a_tiny_tensor_costs_its_host_time(training: bool) -> None:
     fusion = BN_RELU._replace(training=training)
     ours, theirs = triton_cost(TINY, fusion, H200), eager_cost(TINY, fusion, H200)
-    assert ours.us == ours.host_us > cost.HOST_US_TRITON[training]
-    assert theirs.us == theirs.host_us > cost.HOST_US_EAGER[training]
+    assert ours.us == ours.host_us > cost.TRITON_HOST[training].batch_norm
+    times = cost.EAGER_HOST[training]
+    assert theirs.us == theirs.host_us > times.batch_norm + times.activation
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -177,7 +179,7 @@ def test_equal_costs_go_to_eager_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_host_time_decides_for_a_small_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     for host_us, expected in ((1e-3, True), (1e4, False)):
-        monkeypatch.setattr(cost, "HOST_US_TRITON", {True: host_us, False: host_us})
+        monkeypatch.setattr(cost, "TRITON_HOST", {True: HostTime(host_us, 0.0, 0.0)})
         assert triton_is_cheaper(TINY, BN_ADD_RELU, H200, NOTHING) is expected
 
 
