@@ -53,8 +53,8 @@ class HostTime(NamedTuple):
         return self.batch_norm + activation + self.addition * fusion.has_residual
 
 
-# For (2, 8), fp32, in training and in evaluation, on one thread of a shared x86-64 machine, torch
-# 2.13.0, Triton 3.7.1, 2026-11-26, commit c05194f: `python benchmarks/host_overhead.py --bursts 30`.
+# For (2, 8), fp32, in training and in evaluation, on one thread of a shared x86-64 machine: torch
+# 2.13.0, Triton 3.7.1, 2026-11-26, commit c05194f, `python benchmarks/host_overhead.py`.
 EAGER_HOST = {True: HostTime(70.1, 13.7, 10.1), False: HostTime(11.6, 1.7, 2.1)}
 TRITON_HOST = {True: HostTime(103.7, 0.0, 9.0), False: HostTime(21.2, 0.0, 1.0)}
 
