@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bn_lightning.cli.command import hydra_command, quiet_lightning
-from bn_lightning.conversion.fold import find_foldable, fold_batchnorm
+from bn_lightning.conversion.fold import FoldError, fold_with_report
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
 
 FORMAT_SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
@@ -87,11 +87,7 @@ def export(config: DictConfig) -> Path:
         )
     program = network
     if config.fold:
-        plan = find_foldable(network)
-        if plan.folded:
-            program = fold_batchnorm(network)  # logs the plan
-        else:
-            print(plan)
+        program = _fold(network, sample_inputs(datamodule, (_TRACED, *shape)))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         path = Path(folder) / name
@@ -173,6 +169,18 @@ def largest_difference(
         )
     found = torch.cat([program(x) for x in inputs])
     return (found - expected).abs().max().item() / largest
+
+
+def _fold(network: nn.Module, x: Tensor) -> nn.Module:
+    try:
+        folded, folding = fold_with_report(network, x)
+    except FoldError as error:
+        raise ExportError(
+            f"expected a network that can be folded, for inputs {tuple(x.shape)}, got: {error}; set"
+            " `input_shape` to what the network takes, or use fold=false"
+        ) from error
+    print(folding)
+    return folded
 
 
 def _write(network: nn.Module, x: Tensor, path: Path) -> None:

@@ -67,13 +67,11 @@ def adapt(
     return adapted_class(cls, engine), attributes
 
 
-# What our forward reads and a BatchNorm of another package may lack.
+# What our forward reads of torch's BatchNorm, and a class of another package may lack.
 _DEFAULTS = {
     "momentum": 0.1,
     "track_running_stats": True,
     "num_batches_tracked": None,
-    "stats_frozen": False,
-    "backend": "auto",
     "weight": None,
     "bias": None,
 }
@@ -127,10 +125,15 @@ class _AdaptedForeign(AdaptedBatchNorm):
 @functools.cache
 def adapted_class(cls: Any, engine: Any) -> Any:
     """Return the class that an instance of `cls` has while `engine` computes it."""
-    bases = (
-        (AdaptedBatchNorm, engine, cls) if issubclass(cls, _BatchNorm) else (_AdaptedForeign, cls)
-    )
-    return type(cls.__name__, bases, {"_original": cls, "_engine": engine, "__module__": __name__})
+    body = {"_original": cls, "_engine": engine, "__module__": __name__}
+    if issubclass(cls, _BatchNorm):
+        return type(cls.__name__, (AdaptedBatchNorm, engine, cls), body)
+    # Our modules' class attributes, without their class.
+    for ancestor in reversed(engine.__mro__[: engine.__mro__.index(_BatchNorm)]):
+        for name, value in vars(ancestor).items():
+            if not name.startswith("__") and not callable(value):
+                body[name] = value
+    return type(cls.__name__, (_AdaptedForeign, cls), body)
 
 
 def _new_adapted(cls: Any, engine: Any) -> nn.Module:

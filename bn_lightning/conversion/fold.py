@@ -1,32 +1,28 @@
-"""Folds the BatchNorms of a trained model into the convolutions and linear layers before them.
+"""Folds the BatchNorms of a trained model into the layers before or after them.
 
-    bn(W x + b) = W' x + b',  W' = s W,  b' = s (b - running_mean) + bn.bias,
-    s = bn.weight / sqrt(running_var + eps)
-
-This holds in evaluation and uses torch.nn.utils.fusion. Folding changes the layer and its weights,
-so it must be valid wherever the model uses them: one traceable forward calls both layers, once
-each, with the BatchNorm directly after the layer, and all other forwards around them are traceable.
+Folding holds in evaluation only. It changes the weights of layers, so it must be valid wherever the
+model uses them. What the model does is read from the graph of an evaluation of example inputs
+(fold_by_export.py), and the folded model is compared with the model; without example inputs it is
+read from the forwards (fold_by_forward.py), which finds less. fold_arithmetic.py has the formulas.
 """
 
 import copy
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 
+from bn_lightning.conversion.adapters import find_adapter, is_batchnorm, reason_not_adapted
 from bn_lightning.conversion.convert import revert_batchnorm
-from bn_lightning.conversion.fusion import is_fused
-from bn_lightning.conversion.fusion.fused_call import is_hooked
-from bn_lightning.conversion.tracing import NotTraceable, forward_of, has_own_forward, trace_forward
-from bn_lightning.kernels.activations import activate
+from bn_lightning.conversion.fold_arithmetic import FoldedPair, fold_pair, follow_norm
+from bn_lightning.conversion.fold_by_export import NotExportable, find_pairs_in_export
+from bn_lightning.conversion.fold_by_forward import find_pairs_in_forwards, has_instance_forward
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.modules.sync_batch_norm import (
     SyncBatchNorm,
@@ -37,13 +33,23 @@ from bn_lightning.modules.sync_batch_norm import (
 
 logger = logging.getLogger(__name__)
 
-_FOLDABLE_NORMS = {
+_NORMS = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
     *(SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d),
 }
-_TRANSPOSED_CONVS = {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
-_FOLDABLE_LAYERS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d} | _TRANSPOSED_CONVS
+# Without example inputs, exactly these: a subclass may call its weights differently.
+_LAYERS = {
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
+
+
+class FoldError(ValueError):
+    """The example inputs cannot be used, or the folded model computes something else."""
+
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -51,204 +57,312 @@ class Folding:
     """What `fold_batchnorm` does to a model; names are those of modules in the model.
 
     Attributes:
-        folded: name of each folded BatchNorm -> name of the layer it is folded into.
+        folded: name of each folded BatchNorm -> name of the layer it is folded into; of several
+            layers the names with commas.
         skipped: name of each other BatchNorm -> reason.
+        difference: largest difference of the folded model's outputs from the model's for the
+            example inputs, relative to the largest output; None if they were not compared.
     """
 
     folded: dict[str, str]
     skipped: dict[str, str]
+    difference: float | None = None
 
     def __str__(self) -> str:
         lines = [f"{len(self.folded)} BatchNorms folded, {len(self.skipped)} skipped"]
+        if self.difference is not None:
+            lines[0] += f"; outputs differ by {self.difference:.1e} of the largest"
         lines += [f"  {name or 'root'}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """Return a copy of a model for inference, with BatchNorms folded into the layers before them.
+def fold_batchnorm(
+    model: nn.Module, example_inputs: Any = None, *, tolerance: float | None = None
+) -> nn.Module:
+    """Return a copy of a model for inference, with BatchNorms folded into the layers beside them.
 
-    In the copy the layer has new weights and a bias. The BatchNorm is replaced by a module that
-    computes nothing, or only the BatchNorm's activation. What is folded is logged at level INFO;
-    `find_foldable` returns it without folding.
+    In the copy the layers have new weights and biases. The BatchNorm is replaced by a module that
+    computes nothing, or only the activation that the BatchNorm contains. What is folded is logged
+    at level INFO; `find_foldable` returns it.
+
+    With example inputs, a model is folded whatever its forwards are, if torch.export can export it.
+    The copy holds for inputs that take the same way through the model. Its outputs for the examples
+    are compared with the model's.
 
     Args:
         model: not modified. Converted and fused BatchNorms are reverted in the copy.
+        example_inputs: a tensor, a tuple of the forward's positional arguments, or a dict of its
+            keyword arguments, on the model's device; not modified. None to read the forwards only.
+        tolerance: largest difference of an output, relative to the largest absolute value of that
+            output, above 0; None for the square root of its dtype's eps: 1.5e-8 in fp64, 3.5e-4 in
+            fp32, 0.031 in fp16, 0.088 in bf16.
 
     Returns:
-        A copy of the model in evaluation mode. BatchNorms that are not folded are torch's. Do not
-        train the copy, because its folded BatchNorms no longer normalize.
+        A copy of the model in evaluation mode. BatchNorms that are not folded are as before the
+        conversion. Do not train the copy, because its folded BatchNorms no longer normalize.
 
     Raises:
-        TypeError: If `model` is not a module.
+        TypeError: If `model` is not a module, or `example_inputs` is none of these.
+        FoldError: If the example inputs do not run, if two evaluations of them differ, or if the
+            folded model's outputs differ by more than `tolerance`.
 
     Warns:
         UserWarning: If nothing can be folded.
     """
+    folded, folding = fold_with_report(model, example_inputs, tolerance=tolerance)
+    logger.info("%s", folding)
+    if not folding.folded:
+        warnings.warn(
+            f"expected `model` to have BatchNorms to fold, got none: {folding}", stacklevel=2
+        )
+    return folded
+
+
+def find_foldable(
+    model: nn.Module, example_inputs: Any = None, *, tolerance: float | None = None
+) -> Folding:
+    """Return what `fold_batchnorm` does to a model, and why it leaves the other BatchNorms.
+
+    The arguments and errors are those of `fold_batchnorm`.
+    """
+    return fold_with_report(model, example_inputs, tolerance=tolerance)[1]
+
+
+def fold_with_report(
+    model: nn.Module, example_inputs: Any = None, *, tolerance: float | None = None
+) -> tuple[nn.Module, Folding]:
+    """Return the folded copy of a model, and what was folded; neither logs nor warns.
+
+    The arguments and errors are those of `fold_batchnorm`.
+    """
+    arguments = _to_arguments(example_inputs)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return _fold(model, arguments, tolerance)
+
+
+def _fold(
+    model: nn.Module, arguments: _Arguments | None, tolerance: float | None
+) -> tuple[nn.Module, Folding]:
     folded = copy.deepcopy(model)
     revert_batchnorm(folded)
     folded.eval()
-    plan = find_foldable(folded)
-    logger.info("%s", plan)
-    if not plan.folded:
-        warnings.warn(
-            f"expected `model` to have BatchNorms to fold, got none: {plan}", stacklevel=2
+    expected = None
+    if arguments is not None:
+        expected = _evaluate_twice(copy.deepcopy(folded), arguments, tolerance)
+    pairs, skipped = _find(folded, arguments)
+    _replace(folded, pairs)
+    difference = None
+    if expected is not None and pairs:
+        difference = _check(folded, arguments, expected, tolerance)
+    names = {pair.norm: ", ".join(pair.layers) for pair in pairs}
+    return folded, Folding(names, skipped, difference)
+
+
+def _to_arguments(example_inputs: Any) -> _Arguments | None:
+    if example_inputs is None:
+        return None
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise TypeError(
+        "expected `example_inputs` to be a tensor, a tuple of positional arguments or a dict of"
+        f" keyword arguments, got {type(example_inputs).__name__}; give what the forward takes"
+    )
+
+
+@dataclass(frozen=True)
+class _NamedPair:
+    """A `FoldedPair` by the names of the modules, which are the same in all copies of a model."""
+
+    norm: str
+    layers: tuple[str, ...]
+    layers_first: bool
+    rows_only: bool
+
+
+def _find(
+    evaluated: nn.Module, arguments: _Arguments | None
+) -> tuple[list[_NamedPair], dict[str, str]]:
+    """Return what can be folded, and name -> reason for the other BatchNorms."""
+    pairs = None
+    analysed = copy.deepcopy(evaluated)
+    if arguments is not None:
+        norms, reasons = _foldable_norms(analysed)
+        try:
+            pairs, others = find_pairs_in_export(analysed, norms, _changeable(analysed), *arguments)
+        except NotExportable:
+            analysed = copy.deepcopy(evaluated)
+    if pairs is None:
+        norms, reasons = _foldable_norms(analysed)
+        layers = {m for m in _changeable(analysed) if type(m) in _LAYERS}
+        pairs, others = find_pairs_in_forwards(analysed, norms, layers)
+        if arguments is not None:
+            others = {
+                m: f"torch.export cannot export the model, and {why}" for m, why in others.items()
+            }
+    names = {module: name for name, module in analysed.named_modules()}
+    reasons |= others
+    return [
+        _NamedPair(
+            names[pair.norm],
+            tuple(names[layer] for layer in pair.layers),
+            pair.layers_first,
+            pair.rows_only,
         )
+        for pair in pairs
+    ], {name: reasons[module] for module, name in names.items() if module in reasons}
+
+
+def _foldable_norms(model: nn.Module) -> tuple[set[nn.Module], dict[nn.Module, str]]:
+    """Return the BatchNorms that may be folded, and BatchNorm -> reason for the others."""
+    norms, reasons = set(), {}
+    for module in model.modules():
+        adapter = find_adapter(module)
+        if adapter is None and not is_batchnorm(module):
+            continue
+        if parametrize.is_parametrized(module):
+            reasons[module] = "it is parametrized"
+        elif adapter is None and type(module) not in _NORMS:
+            reasons[module] = reason_not_adapted(module)
+        elif _is_hooked(module):
+            reasons[module] = "it has hooks, or its instance its own forward"
+        elif getattr(module, "running_mean", None) is None:
+            reasons[module] = "it has no running statistics"
+        else:
+            norms.add(module)
+    return norms, reasons
+
+
+def _changeable(model: nn.Module) -> set[nn.Module]:
+    """Return the modules without hooks whose weight and bias no other module has."""
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    return {
+        module
+        for module in model.modules()
+        if module._parameters.get("weight") is not None
+        and not _is_hooked(module)
+        and all(p is None or owners[id(p)] == 1 for p in module._parameters.values())
+    }
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_instance_forward(module)
+    )
+
+
+def _replace(folded: nn.Module, pairs: list[_NamedPair]) -> None:
+    """Give the layers their new weights, and replace the BatchNorms, under all their names."""
     new: dict[nn.Module, nn.Module] = {}
-    for norm_name, layer_name in plan.folded.items():
-        norm, layer = folded.get_submodule(norm_name), folded.get_submodule(layer_name)
-        new[layer], new[norm] = _fold(layer, norm)
-    # A module may have several names.
+    for pair in pairs:
+        norm = folded.get_submodule(pair.norm)
+        layers = tuple(folded.get_submodule(name) for name in pair.layers)
+        fold_pair(FoldedPair(norm, layers, pair.layers_first))
+        new[norm] = follow_norm(norm, pair.rows_only)
     for name, module in list(folded.named_modules(remove_duplicate=False)):
         if module in new:
             folded.set_submodule(name, new[module])
-    return folded.eval()  # the new modules too
+    folded.eval()  # the new modules, too
 
 
-def find_foldable(model: nn.Module) -> Folding:
-    """Find the BatchNorms of a model that can be folded, and the reasons why others cannot.
-
-    Args:
-        model: not modified.
-
-    Returns:
-        What `fold_batchnorm` would do.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    norms: list[_BatchNorm] = [module for module in names if isinstance(module, _BatchNorm)]
-    calls: Counter[nn.Module] = Counter()
-    layers: dict[nn.Module, nn.Module] = {}
-    unknown: dict[nn.Module, str] = {}
-    for caller, name in names.items():
-        inner = [m for m in caller.modules() if m is not caller and _is_layer_or_norm(m)]
-        if not inner or type(caller).forward is nn.Module.forward:
-            continue
-        try:
-            for module, layer in _calls(caller):
-                calls[module] += 1
-                if layer is not None:
-                    layers[module] = layer
-        except NotTraceable as error:
-            where = forward_of(caller, name)
-            unknown |= dict.fromkeys(inner, f"{where}, around it, cannot be traced: {error}")
-    folded: dict[str, str] = {}
-    skipped: dict[str, str] = {}
-    for norm in norms:
-        previous = layers.get(norm)
-        reason = unknown.get(norm) or _reason_not_folded(norm, previous, calls)
-        if previous is not None:
-            reason = reason or unknown.get(previous)
-        if previous is None or reason is not None:
-            skipped[names[norm]] = reason or "nothing comes before it"
-        else:
-            folded[names[norm]] = names[previous]
-    return Folding(folded, skipped)
+@torch.no_grad()
+def _evaluate(model: nn.Module, arguments: _Arguments) -> list[Tensor]:
+    """Return the tensors of floats that a model returns."""
+    args, kwargs = copy.deepcopy(arguments)  # the model may write to its inputs
+    output = model(*args, **kwargs)
+    return [tensor for tensor in _tensors_in(output) if tensor.is_floating_point()]
 
 
-class RowsOnly(nn.Module):
-    """Checks the input of a BatchNorm1d that is folded into a Linear, which must be (N, C).
-
-    For an input (N, C, L) they cannot be folded: Linear computes features in the last dimension,
-    BatchNorm1d normalizes the second.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return `input`, or raise a ValueError if its shape is not (N, C)."""
-        if input.dim() != 2:
-            raise ValueError(
-                "expected `input` to have the shape (N, C) where a BatchNorm1d is folded into a"
-                f" Linear, got {tuple(input.shape)}; use the model before fold_batchnorm"
-            )
-        return input
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
+    elif is_dataclass(value):
+        yield from _tensors_in(vars(value))
 
 
-class Activation(nn.Module):
-    """Computes the activation of a folded BatchNorm.
-
-    Args:
-        name: activation of `bn_lightning.kernels.batch_norm`.
-        negative_slope: slope of "leaky_relu".
-    """
-
-    def __init__(self, name: str, negative_slope: float) -> None:
-        super().__init__()
-        self.name = name
-        self.negative_slope = negative_slope
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the activation of `input`."""
-        return activate(input, self.name, self.negative_slope)
-
-    def extra_repr(self) -> str:
-        """Return the name."""
-        return self.name
-
-
-def _calls(caller: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-    """Yield each module that a forward calls and the module whose output only this call reads.
-
-    The second is None if there is no such module. Reading an attribute of a module counts as a
-    call of it.
-    """
-    if has_own_forward(caller) and not is_fused(caller):
-        raise NotTraceable("the instance has its own forward")
-    if type(caller).forward is nn.Sequential.forward:
-        modules = list(caller)  # type: ignore[call-overload]  # an nn.Sequential
-        yield from zip(modules, [None, *modules[:-1]], strict=True)
-        return
-    (trace,) = trace_forward(caller, modes=(False,))
-    for guard in trace.guards:
-        yield guard.owner, None
-    for node in trace.graph.nodes:
-        if node.op == "get_attr":
-            yield caller.get_submodule(node.target.rpartition(".")[0]), None
-        elif node.op == "call_module":
-            before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-            layer = None
-            if isinstance(before, fx.Node) and before.op == "call_module":
-                layer = caller.get_submodule(str(before.target)) if len(before.users) == 1 else None
-            yield caller.get_submodule(node.target), layer
+def _evaluate_twice(
+    evaluated: nn.Module, arguments: _Arguments, tolerance: float | None
+) -> list[Tensor]:
+    """Return the outputs for the examples, or raise a FoldError."""
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"expected `tolerance` to be above 0, got {tolerance}; give 1e-4, say")
+    try:
+        first, second = (_evaluate(evaluated, arguments) for _ in range(2))
+    except Exception as error:
+        raise FoldError(
+            "expected `example_inputs` to run through `model` in evaluation, got"
+            f" {_first_line(error)}; give what its forward takes, on its device"
+        ) from error
+    if not any(output.isfinite().any() for output in first):
+        raise FoldError(
+            "expected `model` to return tensors of floats, some of them finite, for"
+            " `example_inputs`, got none; fold the part of it that does, or give other inputs"
+        )
+    difference, is_equal = _compare(second, first, tolerance)
+    if not is_equal:
+        raise FoldError(
+            "expected `model` to have the same outputs in two evaluations of `example_inputs`, got"
+            f" a difference of {difference:.1e} of the largest, so that no folding could be"
+            " checked; turn off what draws random numbers in evaluation"
+        )
+    return first
 
 
-def _is_layer_or_norm(module: nn.Module) -> bool:
-    return type(module) in _FOLDABLE_LAYERS or isinstance(module, _BatchNorm)
+def _check(
+    folded: nn.Module, arguments: Any, expected: list[Tensor], tolerance: float | None
+) -> float:
+    """Return how much the folded model's outputs differ, or raise a FoldError."""
+    try:
+        found = _evaluate(copy.deepcopy(folded), arguments)
+    except Exception as error:
+        raise FoldError(
+            "expected the forward of `model` to use its BatchNorms and layers by calling them, got"
+            f" {_first_line(error)} after folding; fold the parts of it that do"
+        ) from error
+    difference, is_equal = _compare(found, expected, tolerance)
+    if not is_equal:
+        raise FoldError(
+            "expected the folded model to have the outputs of `model` for `example_inputs`, got a"
+            f" difference of {difference:.1e} of the largest; if a running variance near zero"
+            " explains it, set `tolerance`"
+        )
+    return difference
 
 
-def _reason_not_folded(norm: _BatchNorm, layer: Any, calls: Counter[nn.Module]) -> str | None:
-    if type(layer) not in _FOLDABLE_LAYERS and not parametrize.is_parametrized(layer):
-        return "no convolution or linear layer is directly before it and used by it only"
-    if parametrize.is_parametrized(norm) or parametrize.is_parametrized(layer):
-        return "it, or the layer before it, is parametrized"
-    if type(norm) not in _FOLDABLE_NORMS:
-        return f"{type(norm).__module__}.{type(norm).__qualname__} is not torch's"
-    if calls[norm] > 1 or calls[layer] > 1:
-        return "it, or the layer before it, is used more than once"
-    if is_hooked(norm) or is_hooked(layer):
-        return "it, or the layer before it, has hooks"
-    if norm.running_mean is None or norm.running_var is None:
-        return "it has no running statistics"
-    if type(layer) in _TRANSPOSED_CONVS and layer.groups > 1:
-        return "torch cannot fold into a transposed convolution with groups"
-    outputs = layer.out_features if type(layer) is nn.Linear else layer.out_channels
-    if outputs != norm.num_features:
-        return f"the layer before it has {outputs} outputs, but it has {norm.num_features} channels"
-    if type(layer) is nn.Linear and not isinstance(norm, nn.BatchNorm1d):
-        return "its channels are not the features of the linear layer before it"
-    return None
+def _compare(
+    found: list[Tensor], expected: list[Tensor], tolerance: float | None
+) -> tuple[float, bool]:
+    """Return the largest relative difference, and whether each is within the tolerance."""
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return float("inf"), False
+    largest, is_equal = 0.0, True
+    for x, y in zip(found, expected, strict=True):
+        finite = y.isfinite()
+        others_equal = torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num())
+        dtype, x, y = y.dtype, x[finite].double(), y[finite].double()
+        scale = y.abs().max().item() if y.numel() else 0.0
+        difference = (x - y).abs().max().item() / scale if scale else x.abs().sum().item()
+        limit = torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
+        is_equal &= others_equal and difference <= limit
+        largest = max(largest, difference)
+    return largest, is_equal
 
 
-def _fold(layer: Any, norm: Any) -> tuple[nn.Module, nn.Module]:
-    """Return the folded layer and the module that replaces the BatchNorm."""
-    after: nn.Module = nn.Identity()
-    if getattr(norm, "activation", "identity") != "identity":
-        after = Activation(norm.activation, norm.negative_slope)
-    if type(layer) is not nn.Linear:
-        return fuse_conv_bn_eval(layer, norm, transpose=type(layer) in _TRANSPOSED_CONVS), after
-    # Not fuse_linear_bn_eval, which needs a BatchNorm with weight and bias.
-    ones = torch.ones_like(norm.running_mean)
-    weight = ones if norm.weight is None else norm.weight
-    bias = torch.zeros_like(ones) if norm.bias is None else norm.bias
-    folded = copy.deepcopy(layer)
-    folded.weight, folded.bias = fuse_linear_bn_weights(
-        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, weight, bias
-    )
-    return folded, nn.Sequential(RowsOnly(), after)
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

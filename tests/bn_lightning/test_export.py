@@ -54,6 +54,9 @@ def test_a_folded_program_has_the_logits_of_the_network(command):
     # A network that takes other inputs than it is said to.
     result = command(export.main, f"ckpt_path={checkpoint}", "input_shape=[3]")
     assert result.code == 1 and result.err.count("\n") == 1
+    assert "for inputs (2, 3), got" in result.err and "`input_shape`" in result.err
+    result = command(export.main, f"ckpt_path={checkpoint}", "input_shape=[3]", "fold=false")
+    assert result.code == 1 and result.err.count("\n") == 1
     assert "expected a network that torch.export takes, for inputs (2, 3), got" in result.err
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from bn_lightning import BatchNorm2d, convert_batchnorm, fold_batchnorm
-from bn_lightning.conversion.fold import find_foldable
+from bn_lightning.conversion.fold import FoldError, find_foldable
 from bn_lightning.modules.sync_batch_norm import (
     SyncBatchNorm,
     SyncBatchNorm1d,
@@ -87,6 +87,11 @@ LAYERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "conv3d": (nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3), (2, 2, 3, 3, 3)),
     "transposed1d": (nn.ConvTranspose1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 5)),
     "transposed2d": (nn.ConvTranspose2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+    "transposed2d_groups": (
+        nn.ConvTranspose2d(4, 6, 3, groups=2),
+        nn.BatchNorm2d(6),
+        (2, 4, 5, 5),
+    ),
     "transposed3d": (nn.ConvTranspose3d(2, 3, 2), nn.BatchNorm3d(3), (2, 2, 3, 3, 3)),
     "linear": (nn.Linear(4, 6), nn.BatchNorm1d(6), (3, 4)),
     "linear_plain": (nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6, affine=False), (3, 4)),
@@ -97,12 +102,15 @@ LAYERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("with_examples", [False, True], ids=["forwards", "examples"])
 @pytest.mark.parametrize(("layer", "norm", "shape"), LAYERS.values(), ids=LAYERS.keys())
-def test_layers(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> None:
+def test_layers(
+    layer: nn.Module, norm: nn.Module, shape: tuple[int, ...], with_examples: bool
+) -> None:
     model = sequential(layer, norm, nn.ReLU())
-    folded = fold_batchnorm(model)
-    assert not any(isinstance(m, _BatchNorm) for m in folded.modules())
     x = torch.randn(shape, dtype=torch.float64)
+    folded = fold_batchnorm(model, x if with_examples else None)
+    assert not any(isinstance(m, _BatchNorm) for m in folded.modules())
     torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
 
 
@@ -158,6 +166,9 @@ def test_all_names_of_a_module_are_replaced() -> None:
     torch.testing.assert_close(folded(x), model(x))
 
 
+IMAGES = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 class Net(nn.Module):
     """A convolution and a BatchNorm; its forward is given by each test."""
 
@@ -200,35 +211,49 @@ def branches(self, x):
     return self.bn(self.conv(x)) if x.sum() > 0 else x
 
 
+# Forward -> a part of the reason without and with example inputs.
 FORWARDS = {
-    output_read_twice: "used by it only",
-    convolution_called_twice: "used more than once",
-    batch_norm_called_twice: "used more than once",
-    weight_is_read: "used more than once",
-    bias_is_read: "used more than once",
-    a_number_is_read: "used more than once",
-    something_between: "no convolution",
-    branches: "Forward.forward of the model itself, around it, cannot be traced: it branches",
+    output_read_twice: ("directly before it", "reads the output of the layer"),
+    convolution_called_twice: ("used more than once", "used elsewhere"),
+    batch_norm_called_twice: ("used more than once", "an input of the model comes before it"),
+    weight_is_read: ("reads `weight`", "reads the weights of the layer"),
+    bias_is_read: ("reads `bias`", "reads its weights"),
+    something_between: ("directly before it", "relu comes before it"),
 }
 
 
-def check_not_folded(model: nn.Module, expected: str) -> None:
+def check_not_folded(model: nn.Module, expected: str, *examples: Tensor) -> None:
     """Check that nothing is folded, the reason, and that the copy computes the same."""
     model = trained(model).eval()
-    (reason,) = find_foldable(model).skipped.values()
+    (reason,) = find_foldable(model, *examples).skipped.values()
     assert expected in reason
     with pytest.warns(UserWarning, match="`model`.*to fold, got none") as warned:
-        folded = fold_batchnorm(model)
+        folded = fold_batchnorm(model, *examples)
     assert reason in str(warned[0].message)
-    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
-    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0)
+    torch.testing.assert_close(folded(IMAGES), model(IMAGES), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("examples", [(), (IMAGES,)], ids=["forwards", "examples"])
 @pytest.mark.parametrize(
     ("forward", "why"), FORWARDS.items(), ids=[forward.__name__ for forward in FORWARDS]
 )
-def test_forwards_that_prevent_folding(forward: Callable[..., Any], why: str) -> None:
-    check_not_folded(type("Forward", (Net,), {"forward": forward})(), why)
+def test_forwards_that_prevent_folding(
+    forward: Callable[..., Any], why: tuple[str, str], examples: tuple[Tensor, ...]
+) -> None:
+    model = type("Forward", (Net,), {"forward": forward})()
+    check_not_folded(model, why[len(examples)], *examples)
+
+
+@pytest.mark.parametrize("forward", [branches, a_number_is_read], ids=lambda f: f.__name__)
+def test_forwards_that_need_inputs(forward: Callable[..., Any]) -> None:
+    model = type("Forward", (Net,), {"forward": forward})()
+    check_not_folded(model, "Forward.forward of the model itself")
+
+
+def test_a_forward_that_reads_a_number_of_a_folded_batch_norm() -> None:
+    model = trained(type("Forward", (Net,), {"forward": a_number_is_read})()).eval()
+    with pytest.raises(FoldError, match="`model`.*by calling them, got AttributeError"):
+        fold_batchnorm(model, IMAGES)
 
 
 def test_a_pair_that_is_folded() -> None:
@@ -271,7 +296,17 @@ PAIRS: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
         lambda: [nn.Conv2d(3, 3, 1), with_hook(nn.BatchNorm2d(3))],
         "has hooks",
     ),
-    "hook_on_layer": (lambda: [with_hook(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)], "has hooks"),
+    "parametrized_batch_norm": (
+        lambda: [
+            nn.Conv2d(3, 3, 1),
+            parametrize.register_parametrization(nn.BatchNorm2d(3), "weight", nn.Tanh()),
+        ],
+        "is parametrized",
+    ),
+    "hook_on_layer": (
+        lambda: [with_hook(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)],
+        "no convolution or linear layer that may be changed",
+    ),
     "parametrized": (
         lambda: [
             parametrize.register_parametrization(
@@ -279,11 +314,7 @@ PAIRS: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
             ),
             nn.BatchNorm2d(3),
         ],
-        "parametrized",
-    ),
-    "transposed_groups": (
-        lambda: [nn.ConvTranspose2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)],
-        "transposed convolution with groups",
+        "no convolution or linear layer that may be changed",
     ),
     "linear_rows_of_pixels": (lambda: [nn.Linear(2, 3), nn.BatchNorm2d(3)], "not the features"),
     "linear_other_size": (lambda: [nn.Linear(2, 5), nn.BatchNorm2d(3)], "has 5 outputs"),
@@ -306,7 +337,7 @@ def test_the_forward_around_a_pair_must_be_traceable() -> None:
             y = self.features[0](x)
             return self.features[1](y) if y.sum() > 0 else y
 
-    check_not_folded(Taps(), "Taps.forward of the model itself, around it, cannot be traced")
+    check_not_folded(Taps(), "Taps.forward of the model itself")
 
 
 def test_a_model_with_none() -> None:
