@@ -17,14 +17,20 @@ import torch
 from boring import Boring, boring, classes, loader, trainer
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BaseFinetuning,
+    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Accuracy
 from typing_extensions import override
 
-from bn_lightning import FusedBatchNorm
+from bn_lightning import FusedBatchNorm, convert_batchnorm
 from bn_lightning.callbacks import PreciseBatchNorm
 
 pytestmark = [
@@ -40,10 +46,15 @@ pytestmark = [
 
 
 def fitted(
-    folder: Path, fused: bool, callbacks: Any = (), shuffle: bool = True, **options: Any
+    folder: Path,
+    fused: bool,
+    callbacks: Any = (),
+    shuffle: bool = True,
+    network: type[Boring] = Boring,
+    **options: Any,
 ) -> tuple[Boring, Any]:
     """Return a module after a fit, with the callback if `fused`, and its Trainer."""
-    module = boring()
+    module = boring(network)
     own = [FusedBatchNorm()] if fused else []
     run = trainer(folder, [*own, *callbacks], **{"max_epochs": 3, **options})
     run.fit(module, loader(shuffle), loader(), weights_only=True)
@@ -91,7 +102,7 @@ def test_fit_validate_test_and_predict(tmp_path):
         module, run = fitted(tmp_path, fused, [spy])
         [validated] = run.validate(module, loader(), verbose=False)
         [tested] = run.test(module, loader(), verbose=False)
-        predicted = run.predict(module, loader())
+        predicted = run.predict(module, loader(workers=2))
         assert spy.seen == dict.fromkeys(("train", "validate", "test", "predict"), fused)
         results.append((module, [validated["val_loss"], tested["test_loss"]], predicted))
     (plain, losses, predicted), (fused_module, fused_losses, fused_predicted) = results
@@ -99,6 +110,28 @@ def test_fit_validate_test_and_predict(tmp_path):
     assert plain.losses == pytest.approx(fused_module.losses, abs=1e-6)
     assert losses == pytest.approx(fused_losses, abs=1e-6)
     torch.testing.assert_close(predicted, fused_predicted, rtol=0, atol=1e-6)
+
+
+class Predictions(Dataset):
+    """Logits (8, 3) of each batch, computed by whoever reads them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.batches = network, list(loader())
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with torch.no_grad():
+            return self.network(self.batches[index][0])
+
+
+def test_a_converted_network_in_workers():
+    network = boring().eval()
+    expected = list(DataLoader(Predictions(network), None))
+    convert_batchnorm(network, fuse=True)
+    predicted = list(DataLoader(Predictions(network), None, num_workers=2))
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-6)
 
 
 class Freeze(BaseFinetuning):
@@ -122,7 +155,105 @@ class Evaluate(Callback):
         pl_module.features[1].eval()
 
 
+class Adversarial(Boring):
+    """A GAN, optimized by hand: (N, 4, 6) is real, what `generator` makes of noise is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 24), nn.Unflatten(1, (4, 6))
+        )
+        self.adversary = nn.Sequential(
+            nn.Flatten(), nn.Linear(24, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Linear(8, 1)
+        )
+
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        real = batch[0]
+        fake = self.generator(torch.randn(len(real), 4))
+        losses = []
+        for optimizer, network, values, is_real in zip(
+            self.optimizers(),
+            (self.adversary, self.generator),
+            (torch.cat([real, fake.detach()]), fake),
+            (torch.arange(2 * len(real)) < len(real), torch.ones(len(real), dtype=torch.bool)),
+            strict=True,
+        ):
+            self.toggle_optimizer(optimizer)
+            logits = self.adversary(values)[:, 0]
+            losses.append(F.binary_cross_entropy_with_logits(logits, is_real.to(logits)))
+            optimizer.zero_grad()
+            self.manual_backward(losses[-1])
+            assert all(p.grad is not None for p in network.parameters())
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+        return {"loss": torch.stack(losses).sum().detach()}
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(n.parameters(), 0.01) for n in (self.adversary, self.generator)]
+
+
+class Checkpointing(Boring):
+    """Recomputes its block in the backward, which saves memory."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.block, self.features(x), use_reentrant=False)
+        return self.head(x.mean(2))
+
+
+class Configured(Boring):
+    """Creates layers in `configure_model`, as for sharded strategies."""
+
+    @override
+    def configure_model(self) -> None:
+        if not hasattr(self, "tail"):
+            self.tail = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU())
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(super().forward(x))
+
+
+class Measured(Boring):
+    """Keeps and logs a metric of torchmetrics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = Accuracy("multiclass", num_classes=3)
+
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        self.accuracy(logits, batch[1])
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return F.cross_entropy(logits, batch[1])
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self.losses.append(self.accuracy.compute().item())
+
+
+class WithBackbone(Boring):
+    """Names the part that `BackboneFinetuning` freezes first."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.features
+
+
 USES: dict[str, dict[str, Any]] = {
+    "adversarial": {"network": Adversarial},
+    "checkpointing": {"network": Checkpointing},
+    "configure_model": {"network": Configured},
+    "torchmetrics": {"network": Measured},
+    "backbone": {
+        "network": WithBackbone,
+        "callbacks": [lambda: BackboneFinetuning(1, backbone_initial_lr=0.01, train_bn=False)],
+    },
+    "moving_average": {"callbacks": [lambda: EMAWeightAveraging(decay=0.5)]},
     "accumulation": {"accumulate_grad_batches": 3},
     "clipping": {"gradient_clip_val": 0.1},
     "bf16": {"precision": "bf16-mixed"},
@@ -146,6 +277,12 @@ def test_the_same_with_the_callback(tmp_path, use):
     make = options.pop("callbacks", [])
     plain, _ = fitted(tmp_path, False, [callback() for callback in make], **options)
     fused, _ = fitted(tmp_path, True, [callback() for callback in make], **options)
+    assert plain.losses
+    if use == "checkpointing":
+        # torch updates the running statistics again when it recomputes a block, ours once.
+        for module in (plain, fused):
+            module.block.bn1.reset_running_stats()
+            module.block.bn2.reset_running_stats()
     tolerance = TOLERANCE.get(use, 1e-6)
     assert plain.losses == pytest.approx(fused.losses, abs=tolerance)
     assert_same(plain, fused, tolerance)

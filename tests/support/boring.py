@@ -68,19 +68,20 @@ class Boring(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
 
 
-def loader(shuffle: bool = False, samples: int = 48) -> DataLoader:
+def loader(shuffle: bool = False, samples: int = 48, workers: int = 0) -> DataLoader:
     """Batches of 8, the same in every call."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(samples, 4, 6, generator=generator) * 2 + 1
     y = torch.randint(3, (samples,), generator=generator)
     order = torch.Generator().manual_seed(6) if shuffle else None
-    return DataLoader(TensorDataset(x, y), 8, shuffle=shuffle, generator=order)
+    data = TensorDataset(x, y)
+    return DataLoader(data, 8, shuffle=shuffle, generator=order, num_workers=workers)
 
 
-def boring() -> Boring:
+def boring(network: type[Boring] = Boring) -> Boring:
     """The same weights in every call."""
     seed_everything(3, verbose=False)
-    return Boring()
+    return network()
 
 
 def trainer(folder: str | Path, callbacks: list[Callback] | None = None, **options: Any) -> Trainer:

@@ -126,6 +126,17 @@ def _transformers(
     )
 
 
+def _without_feature_training(build: Callable[[Any], Made]) -> Callable[[Any], Made]:
+    """Of a network that otherwise sets `requires_grad` on its input, which must be a leaf then."""
+
+    def frozen(package: Any) -> Made:
+        network, inputs = build(package)
+        network.freeze_feature_encoder()
+        return network, inputs
+
+    return frozen
+
+
 def _classifier(name: str, size: int = 64, **options: Any) -> Callable[[Any], Made]:
     return _transformers(f"{name}ForImageClassification", name, images(size), **options)
 
@@ -260,18 +271,20 @@ TRANSFORMERS: dict[str, Callable[[Any], Made]] = {
         patch_length=4,
         patch_stride=4,
     ),
-    "wav2vec2_conformer": _transformers(
-        "Wav2Vec2ConformerModel",
-        "Wav2Vec2Conformer",
-        images(2000, dimensions=1, channels=1)[:, 0],
-        conv_dim=(16, 16, 16),
-        conv_stride=(5, 4, 4),
-        conv_kernel=(10, 4, 4),
-        layerdrop=0.0,
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
-        apply_spec_augment=False,
-        **_SOUND,
+    "wav2vec2_conformer": _without_feature_training(
+        _transformers(
+            "Wav2Vec2ConformerModel",
+            "Wav2Vec2Conformer",
+            images(2000, dimensions=1, channels=1)[:, 0],
+            conv_dim=(16, 16, 16),
+            conv_stride=(5, 4, 4),
+            conv_kernel=(10, 4, 4),
+            layerdrop=0.0,
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            apply_spec_augment=False,
+            **_SOUND,
+        )
     ),
     "parakeet": _transformers(
         "ParakeetEncoder",
