@@ -426,7 +426,7 @@ SMP: dict[str, Callable[[Any], Made]] = {
     "unet_timm_mobilenetv3": _smp("unet", "tu-mobilenetv3_small_050", **_SMALL),
     "unet_densenet121": _smp("unet", "densenet121", **_SMALL),
     "unetplusplus_mobileone": _smp("unetplusplus", "mobileone_s0", **_SMALL),
-    "fpn": _smp("fpn", "resnet18", decoder_pyramid_channels=16, decoder_segmentation_channels=16),
+    "fpn": _smp("fpn", "resnet18", decoder_pyramid_channels=32, decoder_segmentation_channels=32),
     "pspnet": _smp("pspnet", "resnet18", psp_out_channels=32),
     "linknet": _smp("linknet", "resnet18"),
     "pan": _smp("pan", "resnet18", size=128),
