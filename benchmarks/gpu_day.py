@@ -1,6 +1,7 @@
 """Find out on a GPU, in nine minutes, whether the kernels are right and where they are fast.
 
     python benchmarks/gpu_day.py [--output DIR] [--table CSV] [--seconds 525] [--commit HASH]
+                                 [--parts checks warm host compare regimes]
 
 It needs torch, Triton and numpy. Without a GPU it runs small shapes in Triton's interpreter. The
 parts, each with its own seconds and what earlier parts left of theirs:
@@ -21,7 +22,8 @@ file is replaced in one step after each case, so a day that is stopped leaves wh
     batch_norm.png  where matplotlib is installed
 
 and the table at --table, which `backend="auto"` and the choice of the regime read
-(bn_lightning/kernels/measurements.py). A regime with a failed check gets no row there.
+(bn_lightning/kernels/measurements.py). Only regimes whose checks all passed get rows there, so
+--parts without `checks` needs their rows in --output. A regime that hung or crashed is not timed.
 """
 
 import argparse
@@ -73,7 +75,7 @@ class Part(NamedTuple):
         workers: at a time, on a GPU.
         file: of its rows, or None.
         cases: lists them.
-        run: returns the rows of one; it gets the case, and the regimes whose checks failed.
+        run: returns the rows of one; it gets the case, and the regimes that hung or crashed.
     """
 
     seconds: float
@@ -91,12 +93,14 @@ def compared_cases() -> list[batch_norm.Case]:
     return batch_norm.cases(quick=True)
 
 
-def warm_cases() -> list[tuple[batch_norm.Case, bool]]:
-    """List what `compare` and `regimes` run, and whether torch.compile is part of it."""
+def warm_cases() -> list[regimes.Timed]:
+    """List what `compare` and `regimes` run."""
     if SMALL:
         return []
-    compared = [(case, True) for case in compared_cases()]
-    return compared + [(case, regimes.is_compiled(case)) for case in regimes.timed_cases(SMALL)]
+    compared = [
+        regimes.Timed(case, compiled) for case in compared_cases() for compiled in (False, True)
+    ]
+    return [*compared, *regimes.timed_cases(SMALL)]
 
 
 def check(case: checks.Check, without: Collection[str]) -> list[dict[str, Any]]:
@@ -104,9 +108,9 @@ def check(case: checks.Check, without: Collection[str]) -> list[dict[str, Any]]:
     return checks.check(case, DEVICE)
 
 
-def warm(case: tuple[batch_norm.Case, bool], without: Collection[str]) -> list[dict[str, Any]]:
+def warm(timed: regimes.Timed, without: Collection[str]) -> list[dict[str, Any]]:
     """Compile what is timed."""
-    regimes.warm(*case, without)
+    regimes.warm(timed, without)
     return []
 
 
@@ -122,9 +126,9 @@ def compare(case: batch_norm.Case, without: Collection[str]) -> list[dict[str, A
     return batch_norm.time_on_gpu(case, 20, Regime.PERSISTENT.value not in without)
 
 
-def time_case(case: batch_norm.Case, without: Collection[str]) -> list[dict[str, Any]]:
+def time_case(timed: regimes.Timed, without: Collection[str]) -> list[dict[str, Any]]:
     """Run a case of gpu/regimes.py."""
-    return regimes.time_case(case, DEVICE, without)
+    return regimes.time_case(timed, DEVICE, without)
 
 
 # The seconds and the cases are for an H100 with 16 cores; not measured on a GPU. The numbers of
@@ -147,13 +151,19 @@ class RowFiles:
     Args:
         folder: made if it does not exist.
         commit: of the rows whose measurement found none.
+        kept: files whose rows stay; the others are written anew.
     """
 
-    def __init__(self, folder: Path, commit: str) -> None:
+    def __init__(self, folder: Path, commit: str, kept: Collection[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._commit = commit
         self._rows: dict[str, list[dict[str, Any]]] = {}
+        for name in kept:
+            path = folder / f"{name}.csv"
+            if path.exists():
+                with open(path, encoding="utf-8", newline="") as file:
+                    self._rows[name] = list(csv.DictReader(file))
 
     def __getitem__(self, name: str) -> list[dict[str, Any]]:
         """Return the rows of a file so far."""
@@ -208,7 +218,7 @@ class GpuDay:
                 if part.file == "times":
                     self._extend_table(result)
 
-        options = ["--without", *sorted(self._wrong()), "--worker", name]
+        options = ["--without", *sorted(self._broken()), "--worker", name]
         command = [sys.executable, str(Path(__file__).resolve()), *options]
         limits = Limits(part.case_seconds, min(deadline, self._deadline))
         workers = 1 if SMALL else min(part.workers, os.cpu_count() or 1)
@@ -225,12 +235,17 @@ class GpuDay:
             self._files.add("checks", [checks.failed_row(case, reason)])
 
     def _extend_table(self, rows: list[dict[str, Any]]) -> None:
-        wrong = self._wrong()
-        regimes.merge_rows(self._table, [row for row in rows if row["who"] not in wrong])
+        statuses: dict[str, set[str]] = {}
+        for row in self._files["checks"]:
+            statuses.setdefault(row["regime"], set()).add(row["status"])
+        right = {regime for regime, found in statuses.items() if found == {"ok"}}
+        kept = [row for row in rows if row["who"] in right | {measurements.EAGER}]
+        regimes.merge_rows(self._table, kept)
 
-    def _wrong(self) -> set[str]:
-        """Return the regimes with a failed check, which are neither timed nor in the table."""
-        return {row["regime"] for row in self._files["checks"] if row["status"] != "ok"}
+    def _broken(self) -> set[str]:
+        """Return the regimes with a check that hung or crashed."""
+        rows = self._files["checks"]
+        return {row["regime"] for row in rows if row["status"] not in checks.ENDED}
 
     def write_bars(self) -> list[bars.Bar]:
         """Write the bars, as far as they are measured, and return them."""
@@ -263,6 +278,8 @@ class Sanitizer:
     def start(self) -> None:
         """Start a process for each tool."""
         if self._program is None:
+            row = {"tool": "compute-sanitizer", "status": "not run: no GPU, or not installed"}
+            self._files.add("sanitizer", [row | {"output": ""}])
             return
         for tool in self.TOOLS:
             options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "5"]
@@ -279,10 +296,8 @@ class Sanitizer:
 
     def collect(self, deadline: float) -> None:
         """Wait for the processes until a deadline, and write what they found."""
-        if self._program is None:
-            row = {"tool": "compute-sanitizer", "status": "not run: no GPU, or not installed"}
-            self._files.add("sanitizer", [row | {"output": ""}])
-        for tool, process in self._running.items():
+        while self._running:
+            tool, process = self._running.popitem()
             try:
                 output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
                 status = "ok" if process.returncode == 0 else f"exit code {process.returncode}"
@@ -299,18 +314,23 @@ def run_day(arguments: argparse.Namespace) -> None:
     """Run all parts, and print the bars."""
     begin = time.monotonic()
     # What remains of the last seconds is for the bars, the picture and the end of workers.
-    share = arguments.seconds / (sum(part.seconds for part in PARTS.values()) + 5)
-    files = RowFiles(arguments.output, arguments.commit)
+    parts = {name: part for name, part in PARTS.items() if name in arguments.parts}
+    share = arguments.seconds / (sum(part.seconds for part in parts.values()) + 5)
+    kept = {part.file for name, part in PARTS.items() if part.file and name not in parts}
+    files = RowFiles(arguments.output, arguments.commit, kept)
     day = GpuDay(files, arguments.table, begin + arguments.seconds)
     sanitizer = Sanitizer(files)
-    sanitizer.start()
+    if "checks" in parts:
+        sanitizer.start()
     until = begin
-    for name, part in PARTS.items():
-        if name == "host":
+    for name, part in parts.items():
+        if name not in ("checks", "warm"):
             sanitizer.collect(until)
         until += part.seconds * share
         day.run(name, until)
-        found = day.write_bars()
+        day.write_bars()
+    sanitizer.collect(until)
+    found = day.write_bars()
     with contextlib.suppress(ImportError):  # matplotlib
         batch_norm.draw(files["batch_norm"], arguments.output / "batch_norm.png")
     for bar in found:
@@ -336,6 +356,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=measurements.PATH, help="its rows are kept")
     parser.add_argument("--seconds", type=float, default=525.0, help="for everything")
     parser.add_argument("--commit", default="", help="where git does not tell it")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--without", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--launches", action="store_true", help=argparse.SUPPRESS)

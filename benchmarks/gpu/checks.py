@@ -26,6 +26,10 @@ SLOPE = 0.01
 FUSIONS = (("identity", False), ("relu", False), ("relu", True))
 
 
+# The statuses of a check that ran to its end; that of another is why it did not.
+ENDED = ("ok", "wrong", "not repeatable")
+
+
 class Layout(NamedTuple):
     """The shape of x on a GPU and in the interpreter, and its order in memory."""
 

@@ -2,9 +2,9 @@
 
 import csv
 import io
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from batch_norm import (
@@ -35,54 +35,70 @@ AUTO = "auto"
 REPEATS = 20
 
 
-def timed_cases(small: bool) -> list[Case]:
-    """List the cases: tiny ones first, then those of the bars, then the others."""
+class Timed(NamedTuple):
+    """A case to time.
+
+    Attributes:
+        case: the BatchNorm.
+        compiled: whether torch.compile is timed, else eager torch, `auto` and every regime.
+    """
+
+    case: Case
+    compiled: bool
+
+
+def timed_cases(small: bool) -> list[Timed]:
+    """List the cases: tiny ones, those of ResNet-50 at batch 256 in bf16, then the others."""
     if small:
         shapes = (((2, 8), False), ((3, 8, 4, 4), True))
-        return [Case(shape, "fp32", channels_last, "bn_relu") for shape, channels_last in shapes]
-    shapes = [*resnet50(256), *ROWS[1:], *resnet50(64), *MOBILENETV2, *UNET3D]
-    tiny = [
-        Case(shape, dtype, False, fusion)
-        for dtype in ("fp32", "bf16")
-        for shape in TINY
-        for fusion in FUSIONS
-    ]
-    return tiny + [
-        Case(shape, dtype, channels_last, fusion)
-        for dtype in ("bf16", "fp32", "fp16")
-        for shape in shapes
-        for channels_last in ((False, True) if len(shape) > 2 else (False,))
-        for fusion in FUSIONS
+        cases = [Case(shape, "fp32", last, "bn_relu") for shape, last in shapes]
+        return [Timed(case, False) for case in cases]
+    tiny = [*_each(TINY, "fp32", layouts=(False,)), *_each(TINY, "bf16", layouts=(False,))]
+    first = [*_each(resnet50(256), "bf16")]
+    others = [*ROWS[1:], *resnet50(64), *MOBILENETV2, *UNET3D]
+    rest = [*_each(others, "bf16")]
+    for dtype in ("fp32", "fp16"):
+        rest += _each([*resnet50(256), *others], dtype)
+    return [
+        *(Timed(case, False) for case in (*tiny, *first)),
+        *(Timed(case, True) for case in first),
+        *(Timed(case, False) for case in rest),
     ]
 
 
-def time_case(case: Case, device: str, without: Collection[str]) -> list[dict[str, Any]]:
+def _each(
+    shapes: Sequence[tuple[int, ...]], dtype: str, layouts: Sequence[bool] = (False, True)
+) -> Iterator[Case]:
+    for shape in shapes:
+        for channels_last in layouts if len(shape) > 2 else (False,):
+            yield from (Case(shape, dtype, channels_last, fusion) for fusion in FUSIONS)
+
+
+def time_case(timed: Timed, device: str, without: Collection[str]) -> list[dict[str, Any]]:
     """Time a case, a row for each contender and mode: the columns of the table.
 
     The rows of torch.compile and of `backend="auto"` are for the bars only.
 
     Args:
-        case: what to time.
+        timed: what to time.
         device: "cuda" or "cpu".
         without: regimes that are left out.
     """
+    case = timed.case
     inputs = case.inputs(device)
     dy = torch.randn_like(inputs[0])
     modules = make_modules(case, device, "triton")
-    modules[AUTO] = make_modules(case, device, "auto")["ours"]
-    rows = []
-    contenders: list[tuple[str, Regime | None]] = [(EAGER, None), (AUTO, None)]
-    contenders += [(regime.value, regime) for regime in _timed_regimes(without)]
-    if COMPILED in modules and is_compiled(case):
+    if timed.compiled:
         torch.compiler.reset()
-        contenders.append((COMPILED, None))
-    for who, regime in contenders:
-        module = modules["ours" if regime else who]
-        if regime is None:
-            rows += _time_contender(case, who, steps(module, inputs, dy), device)
-        else:
-            with forced_regime(regime):
-                rows += _time_contender(case, who, steps(module, inputs, dy), device)
+        return _time_contender(case, COMPILED, steps(modules[COMPILED], inputs, dy), device)
+    modules[AUTO] = make_modules(case, device, AUTO)["ours"]
+    rows = []
+    for who in (EAGER, AUTO):
+        rows += _time_contender(case, who, steps(modules[who], inputs, dy), device)
+    for regime in _timed_regimes(without):
+        with forced_regime(regime):
+            functions = steps(modules["ours"], inputs, dy)
+            rows += _time_contender(case, regime.value, functions, device)
     return rows
 
 
@@ -122,11 +138,6 @@ def _timed_regimes(without: Collection[str]) -> list[Regime]:
     return [regime for regime in Regime if regime.value not in hidden]
 
 
-def is_compiled(case: Case) -> bool:
-    """Return whether torch.compile is timed, too: for ResNet-50 at batch 256 in bf16."""
-    return case.dtype == "bf16" and case.shape in resnet50(256)
-
-
 def first_device(device: str) -> torch.device:
     """Return the first device of the type "cuda" or "cpu"."""
     return torch.device(device, 0) if device == "cuda" else torch.device(device)
@@ -137,17 +148,18 @@ def device_of_rows(device: str) -> str:
     return device_name(first_device(device))
 
 
-def warm(case: Case, compiled: bool, without: Collection[str]) -> None:
+def warm(timed: Timed, without: Collection[str]) -> None:
     """Compile what is timed on a GPU, so that it is found in the caches of Triton and Inductor."""
-    inputs = case.inputs("cuda")
+    inputs = timed.case.inputs("cuda")
     dy = torch.randn_like(inputs[0])
-    modules = make_modules(case, "cuda", "triton")
+    modules = make_modules(timed.case, "cuda", "triton")
+    if timed.compiled:
+        torch.compiler.reset()
+        _run_once(modules[COMPILED], inputs, dy)
+        return
     for regime in _timed_regimes(without):
         with forced_regime(regime):
             _run_once(modules["ours"], inputs, dy)
-    if compiled:
-        torch.compiler.reset()
-        _run_once(modules[COMPILED], inputs, dy)
 
 
 def _run_once(module: Any, inputs: list[Tensor], dy: Tensor) -> None:

@@ -17,7 +17,9 @@ import torch
 
 pytest.importorskip("triton")
 
+import gpu_day
 from gpu import bars, checks, launches, regimes
+from gpu.workers import Failure
 
 from bn_lightning import kernels
 from bn_lightning.kernels import launch_plan, schedule
@@ -123,6 +125,40 @@ def test_rows_are_merged_into_the_table(tmp_path: Path) -> None:
     path.write_text("a,b\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"measured\.csv"):
         regimes.merge_rows(path, [_row()])
+
+
+def test_only_regimes_whose_checks_passed_are_in_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = []
+
+    def run(command: list[str], numbers: Any, count: int, limits: Any, on_result: Any) -> int:
+        commands.append(command)
+        who = ("eager", "auto", *(regime.value for regime in Regime))
+        on_result([_row(who=name, commit="") for name in who])
+        on_result(Failure(1, "the worker ended"))
+        return 3
+
+    monkeypatch.setattr(gpu_day, "run_in_workers", run)
+    files = gpu_day.RowFiles(tmp_path / "rows", "c0ffee", ())
+    day = gpu_day.GpuDay(files, tmp_path / "measured.csv", math.inf)
+    checked = {"single_launch": ("ok", "wrong"), "two_pass": ("ok", "ok")}
+    for regime, statuses in checked.items():
+        files.add("checks", [{"regime": regime, "status": status} for status in statuses])
+    day.run("regimes", math.inf)
+    with open(tmp_path / "measured.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["who"] for row in rows} == {"eager", "two_pass"}
+    assert {row["commit"] for row in rows} == {"c0ffee"}
+    assert [row["reason"] for row in files["failures"]] == ["the worker ended"]
+    # What is wrong is timed, what hangs is not.
+    assert "single_launch" not in commands[0]
+    files.add("checks", [{"regime": "persistent", "status": "the case took too long"}])
+    day.run("regimes", math.inf)
+    assert "persistent" in commands[1] and "single_launch" not in commands[1]
+    # Another day keeps the rows of the parts that it does not run.
+    later = gpu_day.RowFiles(tmp_path / "rows", "", ["checks", "none"])
+    assert len(later["checks"]) == 5 and not later["times"] and not later["none"]
 
 
 def _day(
