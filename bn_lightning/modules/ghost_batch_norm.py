@@ -56,8 +56,8 @@ class GhostBatchNorm2d(_GhostMixin, BatchNorm2d):
     frozen statistics and the keys of the `state_dict` are those of BatchNorm.
 
     Part p has the samples p, p + P, p + 2P, ... of the batch, so that for a contiguous input it
-    needs no copy. A channels-last input is copied to contiguous memory, and the result back. If P
-    does not divide N, the parts differ by one sample and take two calls. No part has fewer than
+    needs no copy. A channels-last input is copied once, and the result once. If P does not divide
+    N, the parts differ by one sample and take two calls. No part has fewer than
     `ghost_size` samples, except for a smaller batch, which is one part.
 
     Args:
@@ -96,56 +96,57 @@ def _normalize_parts(
     check_choices(x, residual, options["activation"], options["backend"])
     if momentum is None:
         check_average(running_mean, num_batches_tracked)
+    channels_last = is_channels_last(x)
     size, larger = divmod(x.shape[0], parts)
     # The first `larger` parts have one sample more than the others.
     split = larger * (size + 1)
-    ranges = [(0, split, larger), (split, x.shape[0], parts - larger)]
-    outputs, means, variances = [], [], []
-    for start, stop, count in ranges:
+    outputs, statistics = [], []
+    for start, stop, count in ((0, split, larger), (split, x.shape[0], parts - larger)):
         if count == 0:
             continue
-        x_part = x[start:stop]
-        folded = (x_part.shape[0] // count, count * x.shape[1], *x.shape[2:])
-        mean, var = (
-            None if running is None else running.new_zeros(folded[1])
-            for running in (running_mean, running_var)
-        )
+        shape = (2, count * x.shape[1])
+        batch = (None, None) if running_mean is None else running_mean.new_zeros(shape)
         y = batch_norm(
-            x_part.reshape(folded),
+            _fold(x[start:stop], count, channels_last),
             None if weight is None else weight.repeat(count),
             None if bias is None else bias.repeat(count),
-            mean,
-            var,
-            # `mean` and `var` become the parts'.
+            *batch,
+            # The running statistics become those of the parts.
             momentum=1.0,
-            residual=None if residual is None else residual[start:stop].reshape(folded),
+            residual=None
+            if residual is None
+            else _fold(residual[start:stop], count, channels_last),
             **options,
         )
-        outputs.append(y.reshape(x_part.shape))
-        means.append(mean)
-        variances.append(var)
-    if not is_recomputation():
+        outputs.append(_unfold(y, count, channels_last))
+        statistics.append(batch)
+    if running_mean is not None and running_var is not None and not is_recomputation():
+        # (2, P, C) -> (2, C)
+        parts_2PC = [batch.unflatten(1, (-1, x.shape[1])) for batch in statistics]
+        averages = torch.cat(parts_2PC, dim=1).mean(1)
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
-        _update_running(running_mean, means, momentum, num_batches_tracked)
-        _update_running(running_var, variances, momentum, num_batches_tracked)
+        weight_of_batch: Any = momentum
+        if momentum is None and num_batches_tracked is not None:
+            precise = num_batches_tracked.to(compute_dtype(running_mean.dtype))
+            weight_of_batch = precise.reciprocal().to(running_mean.dtype)
+        running_mean.lerp_(averages[0], weight_of_batch)
+        running_var.lerp_(averages[1], weight_of_batch)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return as_layout(y, is_channels_last(x))
+    return as_layout(y, channels_last)
 
 
-def _update_running(
-    running: Tensor | None,
-    batch: list[Tensor | None],
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-) -> None:
-    """Move a running statistic (C,) towards the average over the parts, which follow in `batch`."""
-    found = [values for values in batch if values is not None]
-    if running is None or not found:
-        return
-    average_C = torch.cat(found).view(-1, running.numel()).mean(0)
-    if momentum is not None:
-        running.lerp_(average_C, momentum)
-    elif num_batches_tracked is not None:
-        precise = num_batches_tracked.to(compute_dtype(running.dtype))
-        running.lerp_(average_C, precise.reciprocal().to(running.dtype))
+def _fold(x: Tensor, parts: int, channels_last: bool) -> Tensor:
+    """Make the parts channels: (N, C, ...) -> (N / P, P * C, ...), a view of a contiguous `x`."""
+    if not channels_last:
+        return x.reshape(x.shape[0] // parts, parts * x.shape[1], *x.shape[2:])
+    x_NLC = x.movedim(1, -1)
+    return x_NLC.unflatten(0, (-1, parts)).movedim(1, -2).flatten(-2).movedim(-1, 1)
+
+
+def _unfold(y: Tensor, parts: int, channels_last: bool) -> Tensor:
+    """Undo `_fold`."""
+    if not channels_last:
+        return y.reshape(y.shape[0] * parts, y.shape[1] // parts, *y.shape[2:])
+    y_NLC = y.movedim(1, -1)
+    return y_NLC.unflatten(-1, (parts, -1)).movedim(-2, 1).flatten(0, 1).movedim(-1, 1)
