@@ -29,6 +29,10 @@ class PreciseBatchNorm(Callback):
     averages the statistics. The result replaces the running statistics in the validation, in the
     checkpoints after it, and in the further training.
 
+    With gradient accumulation the batches are micro-batches, as in training, and the averages are
+    exact for them. The gradients of training cannot be made exact afterwards: each micro-batch was
+    normalized by its own statistics, not by those of the whole step (docs/plugin.md).
+
     The callback changes no other buffer (nor `num_batches_tracked`) and no random state (torch's,
     NumPy's, Python's, the loader's, its samplers'). Unlike `torch.optim.swa_utils.update_bn` it
     changes neither statistics nor mode of frozen layers.

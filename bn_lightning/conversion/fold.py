@@ -24,6 +24,11 @@ from bn_lightning.conversion.fold_arithmetic import FoldedPair, fold_pair, follo
 from bn_lightning.conversion.fold_by_export import NotExportable, find_pairs_in_export
 from bn_lightning.conversion.fold_by_forward import find_pairs_in_forwards, has_instance_forward
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_lightning.modules.ghost_batch_norm import (
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+)
 from bn_lightning.modules.sync_batch_norm import (
     SyncBatchNorm,
     SyncBatchNorm1d,
@@ -36,6 +41,7 @@ logger = logging.getLogger(__name__)
 _NORMS = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+    *(GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d),
     *(SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d),
 }
 # Without example inputs, exactly these: a subclass may call its weights differently.

@@ -100,7 +100,8 @@ def _normalize_parts(
     size, larger = divmod(x.shape[0], parts)
     # The first `larger` parts have one sample more than the others.
     split = larger * (size + 1)
-    outputs, statistics = [], []
+    outputs: list[Tensor] = []
+    statistics: list[Any] = []  # (2, P * C) of each call
     for start, stop, count in ((0, split, larger), (split, x.shape[0], parts - larger)):
         if count == 0:
             continue

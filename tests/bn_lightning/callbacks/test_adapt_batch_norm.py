@@ -235,7 +235,7 @@ def test_close_and_errors_in_the_context_restore(loading: bool) -> None:
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("kind", ["torch", "ours"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("ours", marks=pytest.mark.slow)])
 def test_a_compiled_model(kind: str) -> None:
     """Code that was compiled before is adapted, too, without a graph break."""
 

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 import bn_lightning
-from bn_lightning import FusedBatchNorm
+from bn_lightning import FusedBatchNorm, FusedSyncBatchNorm
 from bn_lightning.callbacks import FreezeBatchNorm, PreciseBatchNorm
 
 pytestmark = [
@@ -199,6 +199,28 @@ def test_a_resumed_run(tmp_path: Path, when: str) -> None:
     resumed = fit(4, ckpt_path=save.last_model_path)
     assert resumed.losses == whole.losses[6:]
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+def test_two_ranks(tmp_path: Path, two_ranks: dict[str, Any]) -> None:
+    """Synchronized layers freeze at one step on all ranks, and then communicate nothing."""
+
+    class Report(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            names = [type(layer).__name__ for layer in layers_of(pl_module).values()]
+            report = {"after": watch.after, "names": names, "losses": pl_module.losses}
+            torch.save(report, tmp_path / f"{trainer.global_rank}.pt")
+
+    watch = Watch()
+    callbacks = [watch, FreezeBatchNorm(2, affine=True), Report()]
+    plugins = [FusedSyncBatchNorm()]
+    run = trainer(tmp_path, callbacks, plugins=plugins, max_epochs=2, **two_ranks)
+    run.fit(boring(), loader())
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["names"] == ["SyncBatchNorm1d"] * 3
+    assert first["losses"] != second["losses"]
+    assert_all_differ(first["after"][0], first["after"][1])
+    for state in first["after"][2:] + second["after"][1:]:
+        assert_same(state, first["after"][1])
 
 
 def test_modules(tmp_path: Path) -> None:
@@ -380,7 +402,7 @@ def test_precise_batch_norm_leaves_frozen_layers_alone(tmp_path: Path) -> None:
 
 # Dynamo asks each tensor for its gradient.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("kind", ["torch", "ours"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("ours", marks=pytest.mark.slow)])
 def test_a_compiled_network(tmp_path: Path, kind: str) -> None:
     """Freezing in the middle of a run reaches code that is compiled already."""
     torch.compiler.reset()

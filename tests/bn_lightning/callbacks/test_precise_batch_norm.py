@@ -267,6 +267,10 @@ class TestStatistics:
     def test_each_batch_has_equal_weight(self, tmp_path: Path, make: Any) -> None:
         self.check(tmp_path, mlp(make), DataLoader(batches(9, 2, 5), batch_size=None))
 
+    def test_of_micro_batches(self, tmp_path: Path) -> None:
+        """With gradient accumulation the micro-batches are averaged, under the last weights."""
+        self.check(tmp_path, mlp(), accumulate_grad_batches=2)
+
     @makers
     def test_a_layer_used_twice(self, tmp_path: Path, make: Any) -> None:
         class Twice(nn.Sequential):

@@ -7,11 +7,17 @@ import torch
 from torch import nn
 
 import bn_lightning
-from bn_lightning.models.normalization import NormFactory, batch_norm, torch_batch_norm
+from bn_lightning.models.normalization import (
+    NormFactory,
+    batch_norm,
+    ghost_batch_norm,
+    torch_batch_norm,
+)
 
 FACTORIES: dict[str, NormFactory] = {
     "torch": partial(torch_batch_norm, eps=1e-3, momentum=0.2),
     "batch": partial(batch_norm, eps=1e-3, momentum=0.2, backend="native"),
+    "ghost": partial(ghost_batch_norm, eps=1e-3, momentum=0.2, backend="native", ghost_size=2),
 }
 factories = pytest.mark.parametrize("norm", FACTORIES.values(), ids=FACTORIES.keys())
 KINDS = {
@@ -21,6 +27,12 @@ KINDS = {
         bn_lightning.BatchNorm1d,
         bn_lightning.BatchNorm2d,
         bn_lightning.BatchNorm3d,
+    ],
+    "ghost": [
+        bn_lightning.GhostBatchNorm1d,
+        bn_lightning.GhostBatchNorm1d,
+        bn_lightning.GhostBatchNorm2d,
+        bn_lightning.GhostBatchNorm3d,
     ],
 }
 

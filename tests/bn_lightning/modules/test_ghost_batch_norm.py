@@ -225,7 +225,9 @@ def test_gradients_in_double_precision() -> None:
     assert torch.autograd.gradgradcheck(module, (x, residual))
 
 
-@backends
+@pytest.mark.parametrize(
+    "backend", ["native", pytest.param("triton", marks=[needs_triton, pytest.mark.slow])]
+)
 @pytest.mark.parametrize(
     ("samples", "momentum"), [(6, 0.3), (5, None)], ids=["even", "uneven_cumulative"]
 )
@@ -274,6 +276,21 @@ def test_errors_change_nothing(backend: str, device: str) -> None:
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
+def test_gradients_are_those_of_accumulated_micro_batches(device: str) -> None:
+    """One backward of a ghost batch is the mean of backwards of its parts, normalized alone."""
+    torch.manual_seed(0)
+    ghost = nn.Sequential(nn.Linear(3, 3), make(GhostBatchNorm1d, 4, device), nn.Tanh()).to(device)
+    plain = nn.Sequential(copy.deepcopy(ghost[0]), nn.BatchNorm1d(3, device=device), nn.Tanh())
+    plain[1].load_state_dict(ghost[1].state_dict())
+    x, target = (sample((12, 3), device, seed) for seed in (0, 1))
+    F.mse_loss(ghost(x), target).backward()
+    for part in parts_of(12, 4):
+        chosen = torch.tensor([*part], device=device)
+        (F.mse_loss(plain(x[chosen]), target[chosen]) / 3).backward()
+    for ours, theirs in zip(ghost.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **TOLERANCE)
+
+
 def test_an_empty_batch_is_batch_norms(device: str) -> None:
     assert make(GhostBatchNorm1d, 2, device)(torch.empty(0, 3, device=device)).shape == (0, 3)
 
@@ -295,6 +312,14 @@ def test_conversion_fuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["relu"]
     bn_lightning.revert_batchnorm(network)
     assert type(network[0]) is GhostBatchNorm1d
+
+
+def test_it_can_be_folded(device: str) -> None:
+    network = nn.Sequential(nn.Linear(3, 3), make(GhostBatchNorm1d, 2, device)).to(device).eval()
+    folded = bn_lightning.fold_batchnorm(network)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in folded.modules())
+    x = sample((5, 3), device, 0)
+    torch.testing.assert_close(folded(x), network(x), **TOLERANCE)
 
 
 @pytest.mark.filterwarnings("error")
