@@ -181,7 +181,7 @@ def _fold(
         observer = _observed(copy.deepcopy(plain), inputs)
         foldable = observer.foldable()
         verdict.foldable = len(foldable)
-        folded = fold_batchnorm(converted)
+        folded = fold_batchnorm(converted, inputs)
         left = _observed(folded, inputs).called()
         verdict.not_folded = sorted(foldable & left)
         found = _differences(_outputs(folded, inputs), expected, FOLDING_TOLERANCE)

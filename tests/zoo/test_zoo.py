@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages
 
 # One network of each kind of forward, the cheapest of its kind.
 FEW = {
-    "timm": ("mobilenetv3_small_050", "resnest14d", "dla46x_c"),
+    "timm": ("mobilenetv3_small_050", "dla46x_c"),
     "transformers": ("resnet_basic", "mobilevit", "textnet"),
     "monai": ("unet_residual", "basic_unet", "attention_unet", "seg_resnet", "densenet"),
     "segmentation_models_pytorch": ("unet_timm_mobilenetv3",),
