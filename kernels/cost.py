@@ -57,6 +57,8 @@ class HostTime(NamedTuple):
 # 2.13.0, Triton 3.7.1, 2026-11-26, commit c05194f, `python benchmarks/host_overhead.py`.
 EAGER_HOST = {True: HostTime(70.1, 13.7, 10.1), False: HostTime(11.6, 1.7, 2.1)}
 TRITON_HOST = {True: HostTime(103.7, 0.0, 9.0), False: HostTime(21.2, 0.0, 1.0)}
+# The same where Triton itself launches each kernel (triton_launcher.py): with Triton 3.6.0.
+ORDINARY_LAUNCH_HOST = {True: HostTime(251.4, 0.0, 9.3), False: HostTime(61.2, 0.0, 1.9)}
 
 
 class Machine(NamedTuple):
@@ -66,11 +68,13 @@ class Machine(NamedTuple):
         name: as torch reports it; the key of measured rows.
         device: what the schedule depends on.
         bytes_per_us: bandwidth of a copy, bytes read and written per microsecond.
+        knows_triton: whether Triton's launcher is called directly (triton_launcher.py).
     """
 
     name: str
     device: Device
     bytes_per_us: float
+    knows_triton: bool
 
 
 def copy_bandwidth(memory_clock_khz: int, memory_bus_bits: int) -> float:
@@ -115,7 +119,8 @@ def triton_cost(tensors: Tensors, fusion: Fusion, machine: Machine) -> Cost:
         launches = 3 if forward.regime is Regime.TWO_PASS else 1
         launches += 2 + (backward.splits > 1) if backward.regime is Regime.TWO_PASS else 1
     device_us = passes * _bytes(tensors) / machine.bytes_per_us
-    host_us = TRITON_HOST[fusion.training].of(fusion)
+    host = TRITON_HOST if machine.knows_triton else ORDINARY_LAUNCH_HOST
+    host_us = host[fusion.training].of(fusion)
     return Cost(device_us + launches * LAUNCH_US, host_us + launches * LAUNCH_US)
 
 

@@ -1,6 +1,7 @@
 """Choose the backend of a tensor, and its schedule.
 
-This module looks for Triton when it is imported, and imports it only to see whether it interprets.
+This module looks for Triton when it is imported, and imports it only to see whether it interprets
+and, on a GPU, what its launches cost.
 """
 
 import functools
@@ -164,9 +165,13 @@ def _device(device: torch.device) -> Device:
 def machine_of(device: torch.device) -> Machine:
     """Return what costs depend on; without a GPU, the interpreter's."""
     clock = width = 0
+    is_known = False
     if device.type == "cuda":
+        from bn_lightning.kernels.triton_launcher import knows_triton
+
+        is_known = knows_triton()
         found = torch.cuda.get_device_properties(device)
         # Not every torch has them.
         names = ("memory_clock_rate", "memory_bus_width")
         clock, width = (getattr(found, name, 0) for name in names)
-    return Machine(device_name(device), _device(device), copy_bandwidth(clock, width))
+    return Machine(device_name(device), _device(device), copy_bandwidth(clock, width), is_known)

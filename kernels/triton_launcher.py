@@ -89,9 +89,15 @@ def bind_launch(
     )
 
 
+def knows_triton() -> bool:
+    """Return whether the private fields of this Triton, on its GPU, are known."""
+    version = ".".join(triton.__version__.split(".")[:2])
+    return version in _KNOWN_VERSIONS and torch.version.hip is None
+
+
 def _is_known(compiled: Any) -> bool:
     """Return whether a kernel is one of a known version of Triton, and needs nothing special."""
-    if ".".join(triton.__version__.split(".")[:2]) not in _KNOWN_VERSIONS:
+    if not knows_triton():
         return False
     launcher: Any = getattr(compiled, "run", None)
     if type(launcher).__name__ != "CudaLauncher":

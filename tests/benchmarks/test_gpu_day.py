@@ -36,7 +36,7 @@ from bn_lightning.kernels.schedule import Device, Regime
 
 MODULES = list(pkgutil.iter_modules(kernels.__path__))
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_day.py"
-H200 = Machine("NVIDIA H200", Device(processors=132, cache_bytes=50 << 20), 4.3e6)
+H200 = Machine("NVIDIA H200", Device(processors=132, cache_bytes=50 << 20), 4.3e6, True)
 CHECK = checks.Check(Regime.SINGLE_LAUNCH, "rows", "fp32", Fusion("relu", True, True), True, 2)
 
 

@@ -22,7 +22,7 @@ from bn_lightning.kernels.cost import (
 from bn_lightning.kernels.measurements import Cost, Fusion, Table, Tensors
 from bn_lightning.kernels.schedule import Device, Regime, forced_regime
 
-H200 = Machine("NVIDIA H200", Device(processors=132, cache_bytes=50 << 20), 4.3e6)
+H200 = Machine("NVIDIA H200", Device(processors=132, cache_bytes=50 << 20), 4.3e6, True)
 BN, BN_RELU, BN_ADD_RELU = (
     Fusion("identity", False, True),
     Fusion("relu", False, True),
@@ -175,6 +175,14 @@ def test_equal_costs_go_to_eager_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     for module_cost in ("triton_cost", "eager_cost"):
         monkeypatch.setattr(cost, module_cost, lambda *_: Cost(1.0, 2.0))
     assert not triton_is_cheaper(LARGE, BN, H200, NOTHING)
+
+
+def test_a_triton_that_is_not_known_costs_more_on_the_host() -> None:
+    unknown = H200._replace(knows_triton=False)
+    for fusion in (BN_RELU, BN_RELU._replace(training=False)):
+        more = triton_cost(TINY, fusion, unknown).host_us - triton_cost(TINY, fusion, H200).host_us
+        assert more > 0
+        assert triton_cost(LARGE, fusion, unknown) > triton_cost(LARGE, fusion, H200)
 
 
 def test_host_time_decides_for_a_small_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
