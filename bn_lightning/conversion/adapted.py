@@ -9,7 +9,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from bn_lightning.kernels.activations import activate
 from bn_lightning.kernels.checks import check_activation
+from bn_lightning.kernels.dispatch import uses_triton
 from bn_lightning.modules.batch_norm import _BackendMixin
 
 
@@ -24,8 +26,9 @@ class Adapter:
         eps: value added to the variance, at least 0; None for the module's attribute `eps`.
         frozen: whether training, too, normalizes by the running statistics and leaves them as they
             are.
-        promotes: whether the output has the promoted dtype of the input and `weight`, as
-            x * scale + shift has; otherwise it has the input's.
+        scale_and_shift: whether a frozen one computes x * scale + shift. Then the output has the
+            promoted dtype of the input and `weight`, otherwise the input's; and where no Triton
+            kernel runs, ours has the same bits.
     """
 
     after: tuple[str, ...] = ()
@@ -33,7 +36,7 @@ class Adapter:
     negative_slope: float = 0.01
     eps: float | None = None
     frozen: bool = False
-    promotes: bool = False
+    scale_and_shift: bool = False
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
@@ -93,7 +96,7 @@ class AdaptedBatchNorm(nn.Module):
         if isinstance(input, fx.Proxy):
             return self._engine.forward(self, input)  # one node for the whole module
         adapter = self._adapter
-        if adapter.promotes:
+        if adapter.scale_and_shift:
             weight: Any = self.weight
             input = input.to(torch.promote_types(input.dtype, weight.dtype))
         output = self._engine.forward(self, input)
@@ -101,8 +104,16 @@ class AdaptedBatchNorm(nn.Module):
             output = self._modules[name](output)  # type: ignore[misc]  # never None
         return output
 
-    def _batch_norm(self, *tensors: Any, **options: Any) -> Tensor:
-        return self._engine._batch_norm(self, *tensors, **options)
+    def _batch_norm(self, input: Tensor, *state: Any, **options: Any) -> Tensor:
+        if not self._adapter.scale_and_shift or uses_triton(input, options["backend"]):
+            return self._engine._batch_norm(self, input, *state, **options)
+        weight, bias, mean, var = state
+        scale = weight * (var + options["eps"]).rsqrt()
+        shape = (-1, *(1 for _ in input.shape[2:]))
+        y = input * scale.view(shape) + (bias - mean * scale).view(shape)
+        if options["residual"] is not None:
+            y = y + options["residual"]
+        return activate(y, options["activation"], options["negative_slope"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_adapted, (self._original, self._engine), self.__getstate__()

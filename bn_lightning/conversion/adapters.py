@@ -217,7 +217,7 @@ def _describe_frozen(module: nn.Module) -> Adapter:
         probe._modules[name] = nn.Identity()
     eps = float(f"{1 / probe(x).flatten()[0].item() ** 2:.9g}")
     promoted = probe.float()(x.bfloat16()).dtype == torch.float32
-    return Adapter(_children(module, "drop", "act"), eps=eps, frozen=True, promotes=promoted)
+    return Adapter(_children(module, "drop", "act"), eps=eps, frozen=True, scale_and_shift=promoted)
 
 
 def _describe_abn(module: nn.Module) -> Adapter | None:

@@ -81,7 +81,7 @@ class Activation(nn.Module):
 def normalize_in_evaluation(norm: Any, input: Tensor) -> Tensor:
     """Compute a BatchNorm of any known class in evaluation, by torch's function."""
     adapter = find_adapter(norm)
-    if adapter is not None and adapter.promotes and input.dtype != norm.weight.dtype:
+    if adapter is not None and adapter.scale_and_shift and input.dtype != norm.weight.dtype:
         input = input.to(torch.promote_types(input.dtype, norm.weight.dtype))
     state = norm.running_mean, norm.running_var, *_affine(norm)
     return follow_norm(norm)(F.batch_norm(input, *state, training=False, eps=_eps(norm)))

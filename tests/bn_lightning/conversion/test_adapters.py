@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from foreign_batch_norms import (
     ABN,
     AnyRank,
@@ -157,6 +158,27 @@ def test_the_dtype_of_a_frozen_layer(make: Callable[[int], nn.Module], dtype: to
     wanted = model(x)
     convert_batchnorm(model)
     assert model(x).dtype == wanted.dtype == dtype
+    torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_layer_has_the_same_bits(dtype: torch.dtype) -> None:
+    model = nn.Sequential(FrozenBatchNorm2d(3), nn.ReLU(), FrozenBatchNormAct2d(3))
+    x = torch.randn(2, 3, 5, 5).to(dtype).requires_grad_()
+    results = []
+    for _ in range(2):
+        y = model(x)
+        results += [y, *torch.autograd.grad((y * y.detach()).sum(), x)]
+        convert_batchnorm(model, fuse=True)
+    assert all(map(torch.equal, results[:2], results[2:]))
+
+
+@pytest.mark.parametrize("make", [FrozenBatchNorm2d, detectron2_frozen, ABN])
+def test_the_triton_kernels(make: Callable[[int], nn.Module]) -> None:
+    pytest.importorskip("triton")
+    model, x = make(3), torch.randn(2, 3, 5, 5)
+    wanted = copy.deepcopy(model)(x)
+    convert_batchnorm(model, backend="triton")
     torch.testing.assert_close(model(x), wanted)
 
 
@@ -347,3 +369,17 @@ class TestSynchronized:
         for end in ends if first == "sync" else reversed(ends):
             end(model)
         assert snapshot(model) == before
+
+    def test_two_ranks_normalize_by_both_batches(self, ranks) -> None:
+        ranks(rank_activation)
+
+
+def rank_activation() -> None:
+    """Compare timm's layer on two parts of a batch with itself on the whole."""
+    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    part = slice(4) if dist.get_rank() == 0 else slice(4, None)
+    plain = KNOWN["timm"]().double()
+    model = nn.Sequential(copy.deepcopy(plain))
+    FusedSyncBatchNorm().apply(model)
+    torch.testing.assert_close(model(x[part]), plain(x)[part], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model[0].state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
