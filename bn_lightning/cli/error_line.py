@@ -24,6 +24,9 @@ from bn_lightning.runs.moved_names import moved_hint
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """The environment variable that shows tracebacks when it is 1."""
 
+# Launchers of the extra `cluster`.
+_LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+
 # File names may contain control characters and line breaks, of ASCII, Latin-1 and Unicode.
 _ESCAPED = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 
@@ -55,7 +58,10 @@ def _message(error: BaseException) -> str:
         case MissingMandatoryValue():
             return f"expected `{error.full_key}` to be given, got none; add {error.full_key}=VALUE"
         case ConfigKeyError() | ConfigAttributeError():
-            return f"`{error.full_key}` is no key of the configuration{_nearest(error)}"
+            hint = _nearest(error)
+            if _is_sweep_without_experiment(sys.argv[1:]):
+                hint = "; the sweep needs an experiment that has it: add +experiment=mnist_bn"
+            return f"`{error.full_key}` is no key of the configuration{hint}"
         case InterpolationResolutionError():
             # The message of what a resolver raised follows OmegaConf's.
             return text.partition("raised while resolving interpolation: ")[2] or text
@@ -77,12 +83,22 @@ def _message(error: BaseException) -> str:
             f"expected `{group}` to be the name of an option, got null; use {group}=none if there "
             f"is such an option, or ~{group}"
         )
+    if launcher := re.search(rf"'hydra/launcher/({'|'.join(_LAUNCHERS)})'", text):
+        return (
+            f"expected the package of `hydra/launcher={launcher[1]}` to be installed, got none; pip"
+            ' install -c constraints.txt -e ".[cluster]"'
+        )
     if text.startswith("BasicSweeper does not support sweep type"):
         return f"{text}; add hydra/sweeper=bn_optuna, or give values one by one"
     is_own = type(error).__module__.startswith("bn_lightning.")
     if text and (is_own or isinstance(error, ValueError | HydraException | OmegaConfBaseException)):
         return text
     return f"{type(error).__name__}: {text or 'no message'} ({FULL_ERROR}=1 shows where)"
+
+
+def _is_sweep_without_experiment(overrides: list[str]) -> bool:
+    keys = {override.partition("=")[0].lstrip("+") for override in overrides}
+    return "sweep" in keys and "experiment" not in keys
 
 
 def _unwrap(error: BaseException) -> tuple[BaseException, str]:

@@ -64,6 +64,11 @@ LINES = {
         ("BasicSweeper does not support sweep type : INTERVAL_SWEEP",),
         ["INTERVAL_SWEEP; add hydra/sweeper=bn_optuna"],
     ),
+    "launcher": (
+        HydraException,
+        ("In 'hydra/config': Could not find 'hydra/launcher/joblib'\nAvailable options: basic",),
+        ["`hydra/launcher=joblib`", "pip install", "[cluster]"],
+    ),
     "other": (
         RuntimeError,
         ("shapes differ",),
@@ -146,6 +151,14 @@ LINES = {
 
 
 class TestErrorLine:
+    def test_a_sweep_of_a_key_that_only_an_experiment_has(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        error = error_of(composed, "init.std=1")
+        assert "+experiment=" not in format_error(error)
+        monkeypatch.setattr(sys, "argv", ["bn-train", "-m", "+sweep=quick"])
+        assert "`init.std`" in format_error(error) and "add +experiment=" in format_error(error)
+
     @pytest.mark.parametrize(("function", "arguments", "words"), LINES.values(), ids=LINES.keys())
     def test_it_says_what_was_wrong(
         self, function: Any, arguments: tuple[Any, ...], words: list[str]
