@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import optuna
+from optuna.distributions import json_to_distribution
 from optuna.exceptions import DuplicatedStudyError
 from optuna.study import Study
 
 from bn_lightning.sweeps.engine.heartbeat import filler_mark
+from bn_lightning.sweeps.engine.space import sweep_text
 from bn_lightning.sweeps.engine.storage import RetryingStorage
 from bn_lightning.sweeps.engine.stored_names import DESCRIPTION, FILLER
 from bn_lightning.sweeps.engine.sweep_error import SweepError
@@ -90,11 +92,22 @@ def _check_same(
         time.sleep(0.2)
     for key in ("space", "overrides", "configuration"):
         if key in before and before[key] != description[key]:
+            contents = before[key], description[key]
+            if key == "space":
+                contents = _typed(before[key]), _typed(description[key])
             raise SweepError(
                 f"expected the study {study.study_name} to have the same {key}, got another: "
-                f"{_difference(before[key], description[key])}; repeat the command that began "
+                f"{_difference(*contents)}; repeat the command that began "
                 f"the study, {advice}"
             )
+
+
+def _typed(space: dict[str, str]) -> dict[str, str]:
+    """Return the values of a described space as a person types them."""
+    return {
+        name: sweep_text(json_to_distribution(text)) if text.startswith("{") else text
+        for name, text in space.items()
+    }
 
 
 def _difference(before: Any, now: Any) -> str:

@@ -141,6 +141,22 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else str(Transformer.str(value))
 
 
+def sweep_text(distribution: BaseDistribution) -> str:
+    """Return a distribution in the syntax in which a person types it."""
+    if isinstance(distribution, CategoricalDistribution):
+        texts = ",".join(map(value_text, distribution.choices))
+        return texts if len(distribution.choices) > 1 else f"choice({texts})"
+    if not isinstance(distribution, IntDistribution | FloatDistribution):
+        return str(distribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    is_integer = isinstance(distribution, IntDistribution)
+    if step is None or (is_integer and step == 1):
+        text = f"int(interval({low},{high}))" if is_integer else f"interval({low},{high})"
+    else:
+        text = f"range({low},{Decimal(str(high)) + Decimal(str(step))},{step})"
+    return f"tag(log,{text})" if distribution.log else text
+
+
 def key_of(override: str) -> str:
     """Return the key of an override without the signs that add or delete it."""
     return override.partition("=")[0].lstrip("+~")

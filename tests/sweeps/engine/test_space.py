@@ -8,7 +8,7 @@ from optuna.distributions import CategoricalDistribution as Choice
 from optuna.distributions import FloatDistribution as Float
 from optuna.distributions import IntDistribution as Int
 
-from bn_lightning.sweeps.engine.space import flat, parse_space, to_overrides
+from bn_lightning.sweeps.engine.space import flat, parse_space, sweep_text, to_overrides
 from bn_lightning.sweeps.engine.sweep_error import SweepError
 
 SPACES = {
@@ -62,6 +62,11 @@ class TestParse:
     def test_distributions(self, text, expected):
         key = text.partition("=")[0]
         assert parse_space(None, [text]).distributions == {key: expected}
+
+    @pytest.mark.parametrize(("text", "expected"), SPACES.values(), ids=SPACES.keys())
+    def test_a_distribution_as_it_is_typed(self, text, expected):
+        key = text.partition("=")[0]
+        assert parse_space(None, [f"{key}={sweep_text(expected)}"]).distributions == {key: expected}
 
     def test_a_glob_is_a_choice_of_options(self, loader):
         space = parse_space({"norm": "glob(*,exclude=[t*,s*])"}, [], loader)
