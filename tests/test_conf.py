@@ -7,9 +7,10 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from hydra_plugins.bn_optuna import register
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from torch import nn
 
+import bn_lightning.train  # noqa: F401  registers the resolvers
 from bn_lightning.sweeps.engine.sampling import SamplingPlan, make_pruner
 from bn_lightning.sweeps.engine.space import parse_space, to_overrides
 
@@ -206,6 +207,28 @@ def test_ways_to_run_are_ordinary_overrides(tmp_path, experiment):
     )
     default, _ = composed(tmp_path, f"+experiment={experiment}")
     assert default.trainer.gradient_clip_val is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "directory"),
+    [
+        (["+sweep=quick"], "logs/mnist_bn/sweeps/quick"),
+        (["+sweep=quick", "hydra.sweep.dir=there"], "there"),
+        (["hydra/sweeper=bn_optuna", "hydra.sweeper.study_name=mine"], "logs/mnist_bn/sweeps/mine"),
+    ],
+    ids=["default", "typed", "without_a_file"],
+)
+def test_a_sweep_is_where_hydra_says(overrides, directory):
+    config = compose("train", ["+experiment=mnist_bn", *overrides], return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.job.num = 7
+    assert config.hydra.sweeper.dir == config.hydra.sweep.dir == directory
+    assert config.hydra.sweep.subdir == "7"
+
+
+def test_another_multirun_is_named_by_its_time():
+    config = compose("train", ["+experiment=mnist_bn"], return_hydra_config=True)
+    assert config.hydra.sweep.dir.startswith("logs/mnist_bn/multiruns/20")
 
 
 def test_every_sweep_is_known():

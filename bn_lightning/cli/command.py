@@ -16,7 +16,7 @@ from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.cli.error_line import FULL_ERROR, print_error
-from bn_lightning.runs.directory import hydra_directory, run_directory
+from bn_lightning.runs.directory import hydra_directory, run_directory, sweep_directory
 from bn_lightning.runs.interruption import Interrupted, handle_signals, raise_interrupted
 from bn_lightning.runs.machine import package_versions
 from bn_lightning.sweeps.engine.environment import in_trial
@@ -37,7 +37,7 @@ def hydra_command(task: Callable[[DictConfig], Any], config_name: str) -> Callab
         config_name: the primary configuration in `bn_lightning.conf`.
     """
     register()
-    for resolver in (run_directory, hydra_directory, several_processes):
+    for resolver in (run_directory, hydra_directory, sweep_directory, several_processes):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=True)
     failures: list[Exception] = []
 

@@ -34,6 +34,20 @@ def run_directory(ckpt_path: str | None, runs: str, time: str) -> str:
     return str(max(found)[1].parent.parent)
 
 
+def sweep_directory(sweeper: str, study: str | None, folder: str, time: str) -> str:
+    """Return the directory of a multirun, for `hydra.sweep.dir`.
+
+    Args:
+        sweeper: the class of Hydra's sweeper. This project's resumes a sweep in its own directory,
+            so that the same command must find it again.
+        study: the name of the study of a sweep.
+        folder: of the task.
+        time: the name of the directory of another multirun.
+    """
+    is_sweep = sweeper.startswith("hydra_plugins.bn_optuna.")
+    return str(Path(folder, "sweeps", str(study)) if is_sweep else Path(folder, "multiruns", time))
+
+
 def make_newest(last: Path) -> None:
     """Give a new last.ckpt a later modification time than those of all runs beside its own.
 

@@ -13,10 +13,17 @@ from bn_lightning.sweeps.engine.stored_names import WORKER
 
 
 class ClaimedTrial(NamedTuple):
-    """A trial that this process runs: its number in the study and its parameters."""
+    """A trial that this process runs.
+
+    Attributes:
+        number: in the study.
+        params: its parameters.
+        subdirectory: of the sweep's directory, to which the trial writes.
+    """
 
     number: int
     params: dict[str, Parameter]
+    subdirectory: str
 
 
 def claim_trial(storage: BaseStorage, trial_id: int) -> bool:

@@ -9,6 +9,7 @@ A sweep can therefore be stopped at any time and resumed by the same command.
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,10 +92,12 @@ class SweepStudy:
     Args:
         storage: the storage of the study.
         name: of the study.
-        directory: of the sweep; it contains the directory of each trial, named by its number.
+        directory: of the sweep.
         plan: the points of the slots, and the sampler.
         pruner: of the study.
         policy: how failures are treated.
+        subdirectory: returns the directory of a trial below that of the sweep, from its number and
+            its parameters; None for its number.
 
     Attributes:
         slots: the state of the sweep as of the last `refresh`.
@@ -108,11 +111,13 @@ class SweepStudy:
         plan: SamplingPlan,
         pruner: BasePruner,
         policy: FailurePolicy,
+        subdirectory: Callable[[int, dict[str, Parameter]], str] | None = None,
     ) -> None:
         self.storage = storage
         self.name = name
         self.directory = directory
         self._plan = plan
+        self._subdirectory = subdirectory
         self._study = optuna.load_study(
             study_name=name, storage=storage, sampler=RandomSampler(), pruner=pruner
         )
@@ -193,15 +198,25 @@ class SweepStudy:
                 self._tell(waiting.number, duplicate)
                 continue
             self._heartbeat.add(trial_id)
-            (self._trial_directory(waiting.number) / OUTCOME_FILE).unlink(missing_ok=True)
             try:
-                return ClaimedTrial(waiting.number, self._draw(waiting.number))
+                return self._claimed(waiting.number)
             except Exception as error:
                 self.finish(waiting.number, outcome_of_error(error))
             except BaseException:
                 self.finish(waiting.number, interrupted())
                 raise
         return None
+
+    def _claimed(self, number: int) -> ClaimedTrial:
+        params = self._draw(number)
+        subdirectory = str(number)
+        if self._subdirectory is not None:
+            subdirectory = self._subdirectory(number, params)
+            # For the process that finishes the trial if this one dies.
+            directory = str(self.directory / subdirectory)
+            self.storage.set_trial_user_attr(self._id(number), DIRECTORY, directory)
+        (self.directory / subdirectory / OUTCOME_FILE).unlink(missing_ok=True)
+        return ClaimedTrial(number, params, subdirectory)
 
     def _draw(self, number: int) -> dict[str, Parameter]:
         if not self._has_sampler:
@@ -262,7 +277,10 @@ class SweepStudy:
         self.storage.close()
 
     def _trial_directory(self, number: int) -> Path:
-        return self.directory / str(number)
+        directory = self.directory / str(number)
+        if self._subdirectory is None:
+            return directory
+        return Path(self.storage.get_trial(self._id(number)).user_attrs.get(DIRECTORY, directory))
 
     def _id(self, number: int) -> int:
         return int(self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number))

@@ -14,7 +14,6 @@ from hydra_plugins.bn_optuna._trial_runner import RecordedTask, TrialRunner
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bn_lightning.sweeps.engine.best import best_trials
-from bn_lightning.sweeps.engine.claim import ClaimedTrial
 from bn_lightning.sweeps.engine.creation import create_study
 from bn_lightning.sweeps.engine.display import Display, print_sweep_summary, write_results
 from bn_lightning.sweeps.engine.environment import (
@@ -30,7 +29,12 @@ from bn_lightning.sweeps.engine.sampling import SamplingPlan, make_pruner
 from bn_lightning.sweeps.engine.space import flat, parse_space, to_overrides
 from bn_lightning.sweeps.engine.stop_request import StopRequest
 from bn_lightning.sweeps.engine.storage import open_storage
-from bn_lightning.sweeps.engine.stored_names import CONFIGURATION_FILE, ERROR, HOPELESS
+from bn_lightning.sweeps.engine.stored_names import (
+    CONFIGURATION_FILE,
+    DIRECTORY,
+    ERROR,
+    HOPELESS,
+)
 from bn_lightning.sweeps.engine.study import FailurePolicy, SweepStudy
 from bn_lightning.sweeps.engine.sweep_error import SweepError
 from bn_lightning.sweeps.engine.workers import Workers, run_trials, stop_with_parent
@@ -79,6 +83,7 @@ def run_sweep(
         config.hydra.sweep.dir = str(place.directory)  # where launchers look
     recorded = RecordedTask(task, settings.metrics, len(settings.directions))
     runner = TrialRunner(context, recorded, config, space.fixed, place.directory)
+    name_trial = None if _are_numbered(config) else runner.subdirectory
     is_worker = WORKER_VARIABLE in os.environ
     if not is_worker:
         _check_first_trial(runner, plan)
@@ -91,7 +96,7 @@ def run_sweep(
             "configuration": flat(_task_configuration(config), space.distributions),
         }
         create_study(storage, place.study, settings.directions, description)
-    study = SweepStudy(storage, place.study, place.directory, plan, pruner, policy)
+    study = SweepStudy(storage, place.study, place.directory, plan, pruner, policy, name_trial)
     stop = StopRequest()
     variables = {STORAGE_VARIABLE: place.url, STUDY_VARIABLE: place.study}
     with environment_variables(variables), stop.on_signals():
@@ -168,8 +173,8 @@ def _end(study: SweepStudy, plan: SamplingPlan, max_failure_rate: float, stop: S
         raise SweepError(
             f"expected at most a share of `max_failure_rate`={max_failure_rate:g} of the trials to "
             f"fail, got {len(lost)} of {counts.total}; trial {last.number}: "
-            f"{last_line(last.user_attrs.get(ERROR, ''))} (see "
-            f"{study.directory / str(last.number)}); {advice}"
+            f"{last_line(last.user_attrs.get(ERROR, ''))} (see {last.user_attrs[DIRECTORY]}); "
+            f"{advice}"
         )
 
 
@@ -181,7 +186,23 @@ def _check_first_trial(runner: TrialRunner, plan: SamplingPlan) -> None:
         plan.sampler()
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         params = plan.space.suggest(study.ask())
-    runner.compose(ClaimedTrial(0, params))
+    runner.compose(0, params)
+
+
+def _are_numbered(config: DictConfig) -> bool:
+    """Return whether the trials' directories have the trials' numbers as names.
+
+    Raises:
+        SweepError: all trials would have the same directory.
+    """
+    content: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    subdirectory = str(content["subdir"])
+    if "${" not in subdirectory:
+        raise SweepError(
+            "expected `hydra.sweep.subdir` to differ between trials, got the same for all, "
+            f"{subdirectory}; use ${{hydra.job.num}} or ${{hydra.job.override_dirname}} in it"
+        )
+    return subdirectory == "${hydra.job.num}"
 
 
 def _refuse_passwords(config: DictConfig) -> None:

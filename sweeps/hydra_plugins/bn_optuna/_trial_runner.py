@@ -28,7 +28,7 @@ from bn_lightning.sweeps.engine.outcome import (
     read_outcome,
 )
 from bn_lightning.sweeps.engine.processes import end_session, run_command
-from bn_lightning.sweeps.engine.space import to_overrides
+from bn_lightning.sweeps.engine.space import Parameter, to_overrides
 from bn_lightning.sweeps.engine.stored_names import PROCESS_LOG, SECONDS
 
 _log = logging.getLogger(__name__)
@@ -93,17 +93,28 @@ class TrialRunner:
             hydra_context=context, task_function=task, config=config
         )
 
-    def compose(self, trial: ClaimedTrial) -> DictConfig:
+    def compose(
+        self, number: int, params: dict[str, Parameter], subdirectory: str | None = None
+    ) -> DictConfig:
         """Return the configuration of a trial.
+
+        Args:
+            number: of the trial.
+            params: of the trial.
+            subdirectory: of the trial; None leaves it to the configuration.
 
         Raises:
             HydraException: an override names no key, or no option.
         """
-        overrides = self._overrides(trial)
+        overrides = self._overrides(params, subdirectory)
         config = self._context.config_loader.load_sweep_config(self._config, overrides)
         with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = trial.number
+            config.hydra.job.id = config.hydra.job.num = number
         return config
+
+    def subdirectory(self, number: int, params: dict[str, Parameter]) -> str:
+        """Return `hydra.sweep.subdir` of a trial."""
+        return str(self.compose(number, params).hydra.sweep.subdir)
 
     def run(self, trials: Sequence[ClaimedTrial]) -> list[Outcome]:
         """Run trials one after another, each here or, if configured, in a process of its own."""
@@ -111,7 +122,7 @@ class TrialRunner:
 
     def _run(self, trial: ClaimedTrial) -> Outcome:
         setup_globals()
-        config = self.compose(trial)
+        config = self.compose(*trial)
         with environment_variables({TRIAL_VARIABLE: str(trial.number)}):
             if config.hydra.sweeper.isolate:
                 return self._run_isolated(trial)
@@ -131,7 +142,7 @@ class TrialRunner:
         return self._task.outcome or outcome_of_error(job._return_value)
 
     def _run_isolated(self, trial: ClaimedTrial) -> Outcome:
-        directory = self._directory / str(trial.number)
+        directory = self._directory / trial.subdirectory
         directory.mkdir(parents=True, exist_ok=True)
         names = self._task.metric
         metric = "null" if names is None else f"[{','.join(map(_quoted, names))}]"
@@ -173,7 +184,10 @@ class TrialRunner:
     def launch(self, trials: Sequence[ClaimedTrial]) -> list[Outcome]:
         """Run trials at the same time, with the launcher of the configuration."""
         overrides = [
-            [*self._overrides(trial), f"++hydra.job.env_set.{TRIAL_VARIABLE}='{trial.number}'"]
+            [
+                *self._overrides(trial.params, trial.subdirectory),
+                f"++hydra.job.env_set.{TRIAL_VARIABLE}='{trial.number}'",
+            ]
             for trial in trials
         ]
         lost = "the launcher returned no result for this trial"
@@ -185,19 +199,21 @@ class TrialRunner:
             lost = f"the launcher failed: {error}"
         outcomes = []
         for i, trial in enumerate(trials):
-            outcome = read_outcome(self._directory / str(trial.number))
+            outcome = read_outcome(self._directory / trial.subdirectory)
             if outcome is None and i < len(returns) and returns[i].status == JobStatus.FAILED:
                 outcome = outcome_of_error(returns[i]._return_value)
             outcomes.append(outcome or failed(lost))
         return outcomes
 
-    def _overrides(self, trial: ClaimedTrial) -> list[str]:
-        return [
+    def _overrides(self, params: dict[str, Parameter], subdirectory: str | None) -> list[str]:
+        overrides = [
             *self._fixed,
-            *to_overrides(trial.params),
+            *to_overrides(params),
             f"hydra.sweep.dir={_quoted(str(self._directory))}",
-            f"hydra.sweep.subdir='{trial.number}'",
         ]
+        if subdirectory is not None:
+            overrides.append(f"hydra.sweep.subdir={_quoted(subdirectory)}")
+        return overrides
 
 
 def write_outcome(

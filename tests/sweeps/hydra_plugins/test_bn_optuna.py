@@ -69,6 +69,21 @@ class TestASweep:
         trials = study_in(program.folder / "sweep").trials
         assert len({tuple(trial.params.values()) for trial in trials}) == 6
 
+    def test_hydras_own_keys_say_where_a_sweep_and_its_trials_are(self, program):
+        """The same command resumes it there, and `raise_once` finds what a trial left there."""
+        arguments = (
+            *("-m", "x=0,1", "hydra/sweeper/sampler=grid", "hydra.sweeper.dir=${hydra.sweep.dir}"),
+            *("hydra.sweep.dir=there", "hydra.sweep.subdir=${hydra.job.override_dirname}"),
+        )
+        done = program.run(*arguments, "hydra.sweeper.n_jobs=2")
+        assert done.returncode == 0, done.stderr
+        folders = {path.parent.name for path in (program.folder / "there").glob("*/outcome.json")}
+        assert folders == {"x=0", "x=1"}
+        trials = study_in(program.folder / "there").trials
+        directories = {trial.user_attrs["directory"] for trial in trials}
+        assert directories == {str(program.folder / "there" / name) for name in folders}
+        assert "2 of 2 trials done" in program.run(*arguments).stdout
+
     @pytest.mark.slow
     def test_fresh_makes_another_study_beside(self, program):
         program.run(*GRID)
@@ -182,6 +197,7 @@ class TestBadInput:
             (("x=1,2", "hydra.sweeper.sampler._target_=nope.Nope"), "one of Optuna's samplers"),
             (("no.such.key=1,2",), "no.such.key"),
             (("x=1,2", "hydra.sweeper.direction=up"), "minimize or maximize, got up"),
+            (("x=1,2", "hydra.sweep.subdir=same"), "`hydra.sweep.subdir` to differ"),
         ],
         ids=lambda value: value if isinstance(value, str) else " ".join(value),
     )
@@ -198,6 +214,8 @@ class TestBadInput:
         assert done.returncode == 1
         assert "the study demo to have the same overrides" in done.stderr
         assert "restart=fresh" in done.stderr
+        done = program.run("-m", "x=0,1,2", "hydra/sweeper/sampler=grid")
+        assert "the study has x=0,1, this command x=0,1,2; repeat" in done.stderr
         assert states(program.folder / "sweep") == ["COMPLETE"] * 2
 
     @pytest.mark.slow
