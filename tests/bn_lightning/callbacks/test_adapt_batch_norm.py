@@ -12,6 +12,7 @@ import torch
 from boring import Boring, boring, classes, loader, trainer
 from lightning import Callback
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +21,7 @@ from typing_extensions import override
 import bn_lightning
 from bn_lightning import FusedBatchNorm, adapt_batchnorm
 from bn_lightning.callbacks import AdaptBatchNorm, FreezeBatchNorm
+from bn_lightning.data import DigitsDataModule
 
 pytestmark = [
     # Lightning 2.6 uses a class that torch 2.13 deprecates.
@@ -283,6 +285,46 @@ def test_one_value_per_channel_has_no_statistics() -> None:
     with pytest.raises(ValueError, match="`mix`=0"), adapt_batchnorm(model):
         model(inputs(1)[0])
     assert snapshot(model) == before
+
+
+@pytest.mark.slow
+def test_digits_of_less_contrast() -> None:
+    """The accuracies that docs/plugin.md names: what adaptation wins, and where it fails."""
+    torch.manual_seed(0)
+    data = DigitsDataModule(batch_size=64, eval_batch_size=400, validation_fraction=0.1, seed=1)
+    data.setup("fit")
+    layers: list[nn.Module] = [nn.Flatten()]
+    for features in (784, 100):
+        layers += [nn.Linear(features, 100), nn.BatchNorm1d(100), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(100, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(10):
+        for x, target in data.train_dataloader():
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), target).backward()
+            optimizer.step()
+    model.eval()
+    [(x, target)] = data.test_dataloader()
+    order = torch.randperm(len(x))
+    x, target = x[order], target[order]
+    grey = 0.3 * x + 0.4
+
+    def accuracy(x: Tensor, target: Tensor, batch_size: int) -> float:
+        with torch.no_grad():
+            predicted = torch.cat([model(batch).argmax(1) for batch in x.split(batch_size)])
+        return round((predicted == target).float().mean().item(), 2)
+
+    by_class = target.argsort()
+    found = {"clean": accuracy(x, target, 64), "grey": accuracy(grey, target, 64)}
+    with adapt_batchnorm(model, [grey]):
+        found["loader"] = accuracy(grey, target, 64)
+    with adapt_batchnorm(model):
+        found["batches_of_64"] = accuracy(grey, target, 64)
+        found["batches_of_8"] = accuracy(grey, target, 8)
+        found["sorted_by_class"] = accuracy(grey[by_class], target[by_class], 8)
+    assert found["clean"] > 0.9 and found["loader"] > 0.9 and found["batches_of_64"] > 0.9
+    assert found["grey"] < 0.5 and 0.7 < found["batches_of_8"] < 0.9, found
+    assert found["sorted_by_class"] < 0.3
 
 
 # The callback.
