@@ -152,31 +152,28 @@ def test_a_step_is_that_of_a_network_in_evaluation_mode(tmp_path: Path, make: An
     assert_same(dict(frozen.state_dict()), dict(evaluated.state_dict()))
 
 
-START: dict[str, tuple[dict[str, Any], int]] = {
-    "from_step": ({"from_step": 4}, 4),
-    "from_step_in_a_later_epoch": ({"from_step": 8}, 8),
-    "from_epoch": ({"from_epoch": 1}, 6),
-    "from_the_first_epoch": ({"from_epoch": 0}, 0),
+# Options, micro-batches of a step, batches of training before it begins; an epoch has 6 batches.
+START: dict[str, tuple[dict[str, Any], int, int]] = {
+    "from_step": ({"from_step": 4}, 1, 4),
+    "from_step_in_a_later_epoch": ({"from_step": 8}, 1, 8),
+    "from_step_of_two_batches": ({"from_step": 4}, 2, 8),
+    "from_epoch": ({"from_epoch": 1}, 1, 6),
+    "from_epoch_of_three_steps": ({"from_epoch": 1}, 2, 6),
+    "from_the_first_epoch": ({"from_epoch": 0}, 1, 0),
 }
 
 
-@pytest.mark.parametrize(("options", "step"), START.values(), ids=START)
-@pytest.mark.parametrize("accumulate", [1, 2], ids=["each_batch", "accumulated"])
+@pytest.mark.parametrize(("options", "accumulate", "batches"), START.values(), ids=START)
 def test_when_it_begins(
-    tmp_path: Path, options: dict[str, Any], step: int, accumulate: int
+    tmp_path: Path, options: dict[str, Any], accumulate: int, batches: int
 ) -> None:
     watch = Watch()
-    run = trainer(
-        tmp_path,
-        [watch, FreezeBatchNorm(**options)],
-        max_epochs=3 * accumulate,
-        accumulate_grad_batches=accumulate,
-    )
+    callbacks = [watch, FreezeBatchNorm(**options)]
+    run = trainer(tmp_path, callbacks, max_epochs=2, accumulate_grad_batches=accumulate)
     run.fit(boring(), loader())
-    batches = step if "from_epoch" in options else step * accumulate
     for before, after in itertools.pairwise(watch.after[:batches]):
         assert_all_differ(before, after)
-    assert len(watch.after) > batches
+    assert len(watch.after) == 12
     for state in watch.after[max(batches - 1, 0) :]:
         assert_same(state, watch.after[-1])
 
@@ -296,8 +293,11 @@ class Finetuning(BaseFinetuning):
 
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist.*")
-@pytest.mark.parametrize("train_bn", [False, True], ids=["without_bn", "with_bn"])
-@pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize(
+    ("train_bn", "first"),
+    [(False, False), (True, False), (True, True)],
+    ids=["without_bn", "with_bn", "with_bn_after_it"],
+)
 def test_lightnings_finetuning(tmp_path: Path, train_bn: bool, first: bool) -> None:
     """BaseFinetuning sets track_running_stats and requires_grad; neither thaws a layer."""
     module = with_statistics(boring())
@@ -325,8 +325,11 @@ def test_backbone_finetuning_ignores_train_bn_and_this_does_not(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler.*")
-@pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
-@pytest.mark.parametrize("make", [nn.BatchNorm1d, bn_lightning.BatchNorm1d], ids=["torch", "ours"])
+@pytest.mark.parametrize(
+    ("make", "first"),
+    [(nn.BatchNorm1d, False), (bn_lightning.BatchNorm1d, True)],
+    ids=["torch", "ours_before_it"],
+)
 def test_stochastic_weight_averaging(tmp_path: Path, make: Any, first: bool) -> None:
     """SWA resets all statistics before a last epoch that would average them anew."""
     module = with_statistics(replace_layers(boring(), make))
@@ -415,9 +418,10 @@ def test_a_compiled_network(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("no"), KeyboardInterrupt()], ids=["error", "ctrl_c"]
+    ("make", "error"),
+    [(nn.BatchNorm1d, KeyboardInterrupt()), (bn_lightning.BatchNorm1d, RuntimeError("no"))],
+    ids=["torch_ctrl_c", "ours_error"],
 )
-@pytest.mark.parametrize("make", [nn.BatchNorm1d, bn_lightning.BatchNorm1d], ids=["torch", "ours"])
 def test_after_an_error_the_layers_are_as_before(
     tmp_path: Path, make: Any, error: BaseException
 ) -> None:
