@@ -208,7 +208,10 @@ def _fit(
         print(f"going on from step {first_step:,}: {directory}")
         record.content["resumed_at"].append(first_step)
     elif trainer.is_global_zero and not in_sweep() and not in_trial():
-        print(f"{config['task_name']}: {trainer.max_steps:,} steps, in {directory}", flush=True)
+        budget, epochs = f"{trainer.max_steps:,} steps", trainer.max_epochs
+        if epochs is not None and epochs > 0:
+            budget = f"{epochs:,} epoch{'s' * (epochs > 1)} or {budget}, whichever comes first"
+        print(f"{config['task_name']}: {budget}, in {directory}", flush=True)
     if trainer.world_size == 1:
         # Before the clock starts. On several ranks Lightning chooses which of them download.
         datamodule.prepare_data()

@@ -1,6 +1,7 @@
 """Turn an exception into one line that says what to do."""
 
 import difflib
+import inspect
 import os
 import re
 import shlex
@@ -61,6 +62,8 @@ def _message(error: BaseException) -> str:
             hint = _nearest(error)
             if _is_sweep_without_experiment(sys.argv[1:]):
                 hint = "; the sweep needs an experiment that has it: add +experiment=mnist_bn"
+            elif _is_of_trainer(str(error.full_key)):
+                hint = f"; Lightning's Trainer takes it: add +{error.full_key}=VALUE"
             return f"`{error.full_key}` is no key of the configuration{hint}"
         case InterpolationResolutionError():
             # The message of what a resolver raised follows OmegaConf's.
@@ -99,6 +102,15 @@ def _message(error: BaseException) -> str:
 def _is_sweep_without_experiment(overrides: list[str]) -> bool:
     keys = {override.partition("=")[0].lstrip("+") for override in overrides}
     return "sweep" in keys and "experiment" not in keys
+
+
+def _is_of_trainer(key: str) -> bool:
+    """Return whether a key is an argument of Lightning's Trainer that conf/trainer leaves out."""
+    if not key.startswith("trainer."):
+        return False
+    from lightning import Trainer
+
+    return key.removeprefix("trainer.") in inspect.signature(Trainer.__init__).parameters
 
 
 def _unwrap(error: BaseException) -> tuple[BaseException, str]:

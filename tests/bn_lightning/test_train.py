@@ -128,6 +128,12 @@ def test_500_steps_on_mnist(command, mnist_root, norm, low, high):
     assert low <= read_run(result.directory)["metrics"]["test/accuracy"] <= high
 
 
+def test_a_run_of_an_epoch_announces_it(command):
+    result = command(main, *SHORT, *BARE, "trainer.max_steps=50000", "trainer.max_epochs=1")
+    assert read_run(result.directory)["steps"] == 21
+    assert "mnist_bn: 1 epoch or 50,000 steps, whichever comes first, in" in result.out
+
+
 def test_a_rerun_is_bitwise_equal(command):
     runs = [command(main, *SHORT, *BARE).directory for _ in range(2)]
     assert runs[0] != runs[1]

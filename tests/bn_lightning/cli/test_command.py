@@ -85,6 +85,11 @@ LINES = {
         ("trainer.max_stps=5",),
         ["`trainer.max_stps` is no key", "did you mean `trainer.max_steps`?"],
     ),
+    "another_argument_of_the_trainer": (
+        composed,
+        ("trainer.accumulate_grad_batches=2",),
+        ["`trainer.accumulate_grad_batches` is no key", "+trainer.accumulate_grad_batches="],
+    ),
     "capital": (composed, ("optimizer.Lr=5",), ["did you mean `optimizer.lr`?"]),
     "a_key_of_a_group": (composed, ("lr=5",), ["`lr` is no key", "did you mean `optimizer.lr`?"]),
     "no_key": (composed, ("runs/best.ckpt",), ["'runs/best.ckpt': expected KEY=VALUE"]),
