@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from bn_lightning.callbacks.fused_batch_norm import FusedBatchNorm
     from bn_lightning.conversion.adapted import Adapter
     from bn_lightning.conversion.adapters import register_batchnorm
-    from bn_lightning.conversion.convert import convert_batchnorm, revert_batchnorm
+    from bn_lightning.conversion.convert import (
+        convert_batchnorm,
+        fusion_counts,
+        revert_batchnorm,
+    )
     from bn_lightning.conversion.fold import fold_batchnorm
     from bn_lightning.models.classifier import Classifier
     from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -48,6 +52,7 @@ __all__ = [
     "adapt_batchnorm",
     "convert_batchnorm",
     "fold_batchnorm",
+    "fusion_counts",
     "register_batchnorm",
     "revert_batchnorm",
 ]
@@ -70,6 +75,7 @@ _HOME = {
     "adapt_batchnorm": "bn_lightning.callbacks.adapt_batch_norm",
     "convert_batchnorm": "bn_lightning.conversion.convert",
     "fold_batchnorm": "bn_lightning.conversion.fold",
+    "fusion_counts": "bn_lightning.conversion.convert",
     "register_batchnorm": "bn_lightning.conversion.adapters",
     "revert_batchnorm": "bn_lightning.conversion.convert",
 }

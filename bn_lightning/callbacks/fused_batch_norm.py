@@ -1,12 +1,15 @@
 """Converts and fuses a model's BatchNorms for the duration of a run."""
 
+from typing import Any
+
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from bn_lightning.conversion.convert import (
     Conversion,
-    convert_batchnorm,
+    convert_model,
+    fusion_counts,
     is_converted,
     revert_batchnorm,
 )
@@ -17,8 +20,10 @@ class FusedBatchNorm(Callback):
 
     Works in fit, validate, test and predict. Parameters, optimizers and the keys of the
     `state_dict` are those of the original model, so checkpoints load with and without this
-    callback. Prints one line about what it converted; the attribute `conversion` has the details
-    (None before setup). Layers that `configure_model` creates after setup are not converted.
+    callback; a copy or a pickle of the model made during the run has torch's BatchNorms. Prints one
+    line about what it converted, and one after the first batch about what ran fused; the attribute
+    `conversion` has the details of the former (None before setup), `fusion_counts` of the latter.
+    Layers that `configure_model` creates after setup are not converted.
 
     Args:
         fuse: whether to fuse each BatchNorm with the addition and activation that follow it.
@@ -34,21 +39,43 @@ class FusedBatchNorm(Callback):
         self.backend = backend
         self.conversion: Conversion | None = None
         self._reverts = False
+        self._has_printed = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # `_reverts` is still set if an earlier setup of this callback had no teardown.
         self._reverts = self.revert and (self._reverts or not is_converted(pl_module))
-        self.conversion = convert_batchnorm(pl_module, fuse=self.fuse, backend=self.backend)
+        self.conversion = convert_model(
+            pl_module, fuse=self.fuse, backend=self.backend, is_temporary=self._reverts
+        )
+        self._has_printed = not self.conversion.fusable
         skipped = self.conversion.skipped
         message = (
-            f"BatchNorm: {len(self.conversion.converted)} converted, {len(self.conversion.fused)} "
-            f"fused, {len(skipped)} skipped"
+            f"BatchNorm: {len(self.conversion.converted)} converted, {len(self.conversion.fusable)}"
+            f" may be fused, {len(skipped)} skipped"
         )
         if skipped:
             name, reason = next(iter(skipped.items()))
             message += f"; first {name or 'the model itself'}: {reason}"
         rank_zero_info(message)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._print_counts(pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        self._print_counts(pl_module)
+
+    @override
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._print_counts(pl_module)
+
+    @override
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._print_counts(pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -59,6 +86,13 @@ class FusedBatchNorm(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._revert(pl_module)
+
+    def _print_counts(self, pl_module: LightningModule) -> None:
+        if not self._has_printed:
+            self._has_printed = True
+            counts = fusion_counts(pl_module).values()
+            fused = sum(count.fused > 0 for count in counts)
+            rank_zero_info(f"BatchNorm: {fused} of {len(counts)} ran fused in the first batch")
 
     def _revert(self, pl_module: LightningModule) -> None:
         if self._reverts:

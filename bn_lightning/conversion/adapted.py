@@ -116,11 +116,16 @@ class AdaptedBatchNorm(nn.Module):
         return activate(y, options["activation"], options["negative_slope"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.__dict__.get("is_copied_as_torch"):
+            twin: Any = self.torch_twin
+            return twin(self).__reduce_ex__(1)
         return _new_adapted, (self._original, self._engine), self.__getstate__()
 
 
 class _AdaptedForeign(AdaptedBatchNorm):
     """The same for a class that is not a subclass of torch's BatchNorm, and does not become one."""
+
+    deferral = _BackendMixin.deferral
 
     def forward(self, input: Any) -> Any:
         """Return what the original forward returns."""

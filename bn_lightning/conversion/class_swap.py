@@ -97,6 +97,12 @@ def restore_class(module: nn.Module, key: str) -> bool:
     return True
 
 
+def restore_all(module: nn.Module) -> None:
+    """End all swaps of a module."""
+    for swap in reversed(_swaps(module)):
+        restore_class(module, swap.key)
+
+
 def _swaps(module: nn.Module) -> list[_Swap]:
     return list(module.__dict__.get(_SWAPS, ()))
 

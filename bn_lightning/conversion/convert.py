@@ -6,6 +6,7 @@ stay, so an optimizer that was created before, a shared module and a checkpoint 
 
 import warnings
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -16,13 +17,13 @@ from bn_lightning.conversion.adapters import find_adapter, is_batchnorm, reason_
 from bn_lightning.conversion.class_swap import (
     is_swapped,
     replace_class,
+    restore_all,
     restore_class,
     set_swapped_attribute,
     swap_class,
 )
-from bn_lightning.conversion.fusion import fuse_model, is_fused, unfuse_model
-from bn_lightning.conversion.fusion.fused_call import is_fusable
-from bn_lightning.conversion.tracing import has_own_forward
+from bn_lightning.conversion.deferred import Deferral, FusionCount
+from bn_lightning.conversion.outermost import add_hooks, remove_hooks
 from bn_lightning.kernels.checks import check_backend
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
@@ -43,17 +44,18 @@ class Conversion:
 
     Attributes:
         converted: the BatchNorms that were torch's and are now this package's.
-        fused: those that at least one call computes together with the addition or activation.
+        fusable: those whose calls may be computed together with an addition or activation that
+            follows, which a forward decides; `fusion_counts` tells what forwards decided.
         skipped: name -> reason, for BatchNorms that were not converted and, with `fuse`, for those
-            that at least one call does not fuse with the addition or activation after it.
+            that cannot be fused.
     """
 
     converted: tuple[str, ...]
-    fused: tuple[str, ...]
+    fusable: tuple[str, ...]
     skipped: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.converted)} BatchNorms converted, {len(self.fused)} of them fused"]
+        lines = [f"{len(self.converted)} BatchNorms converted, {len(self.fusable)} may be fused"]
         if self.skipped:
             lines[0] += f", {len(self.skipped)} skipped:"
         lines += [f"  {name or 'root'}: {reason}" for name, reason in self.skipped.items()]
@@ -68,9 +70,9 @@ def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "a
     its size. Converting a model again applies the new arguments.
 
     With `fuse`, a BatchNorm is computed together with the addition or activation that follows it,
-    in nn.Sequential and in forwards that torch.fx can trace (see `bn_lightning.conversion.fusion`).
-    Hooks keep working, including those added later. A fused module can be deep-copied and pickled,
-    but not copied shallowly, as nn.DataParallel does.
+    whatever forward has it (see `bn_lightning.conversion.deferred`). Until then its output is a
+    tensor that is not computed yet, and that behaves as any other. What the model returns is
+    computed. `fusion_counts` tells what was fused.
 
     Args:
         model: any module, also a BatchNorm itself.
@@ -78,8 +80,9 @@ def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "a
         backend: "auto", "native" or "triton", as in `bn_lightning.kernels.batch_norm`.
 
     Returns:
-        What was converted, fused and skipped, and why. BatchNorms of other classes are converted if
-        `bn_lightning.conversion.adapters` knows what they compute. nn.SyncBatchNorm is skipped.
+        What was converted, what may be fused, what was skipped, and why. BatchNorms of other
+        classes are converted if `bn_lightning.conversion.adapters` knows what they compute.
+        nn.SyncBatchNorm is skipped.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -89,11 +92,24 @@ def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "a
     Warns:
         UserWarning: If the model has no BatchNorm.
     """
+    return convert_model(model, fuse=fuse, backend=backend, is_temporary=False)
+
+
+def convert_model(model: nn.Module, *, fuse: bool, backend: str, is_temporary: bool) -> Conversion:
+    """Convert a model as `convert_batchnorm`.
+
+    Args:
+        model: any module.
+        fuse: as for `convert_batchnorm`.
+        backend: as for `convert_batchnorm`.
+        is_temporary: whether copies and pickles of the model have torch's BatchNorms.
+    """
     _check_model(model)
     check_backend(backend)
     adapters = {module: find_adapter(module) for module in model.modules()}
-    unfuse_model(model)
+    _stop_deferring(model)
     converted: list[str] = []
+    fusable: list[str] = []
     skipped: dict[str, str] = {}
     found = False
     for name, module in model.named_modules():
@@ -101,36 +117,42 @@ def convert_batchnorm(model: nn.Module, *, fuse: bool = False, backend: str = "a
         if adapter is None and not is_batchnorm(module):
             continue
         found = True
-        if not _is_converted(module):
-            if is_fusable(module) or isinstance(module, AdaptedBatchNorm):
-                continue  # created as this package's, or synchronized
-            reason = _reason_not_converted(module, adapter)
-            if reason is not None:
-                skipped[name] = reason
-                continue
-            _convert(module, adapter)
-        if is_swapped(module, _KEY):
-            set_swapped_attribute(module, _KEY, "backend", backend)
-        else:
-            module.__dict__["backend"] = backend  # LazyBatchNorm
-        converted.append(name)
-        if fuse and type(module) in _LAZY_CLASSES:
-            skipped[name] = "it has no size yet; to fuse it, convert again after the first batch"
+        # Created as this package's, or synchronized.
+        is_own = type(module).forward is BatchNorm2d.forward or isinstance(module, AdaptedBatchNorm)
+        if _is_converted(module) or not is_own:
+            if not _is_converted(module):
+                reason = _reason_not_converted(module, adapter)
+                if reason is not None:
+                    skipped[name] = reason
+                    continue
+                _convert(module, adapter)
+            if is_swapped(module, _KEY):
+                set_swapped_attribute(module, _KEY, "backend", backend)
+                set_swapped_attribute(module, _KEY, "is_copied_as_torch", is_temporary)
+            else:
+                module.__dict__["backend"] = backend  # LazyBatchNorm
+            converted.append(name)
+        if fuse and module is not model:
+            if type(module) in _LAZY_CLASSES:
+                skipped[name] = (
+                    "it has no size yet; to fuse it, convert again after the first batch"
+                )
+            elif module.activation == "identity":
+                module.__dict__["deferral"] = Deferral()
+                fusable.append(name)
+    if fusable:
+        add_hooks(model, is_temporary)
     if not found:
         warnings.warn(
             f"expected `model` to have BatchNorm, got {type(model).__name__} without; nothing was"
             " converted",
-            stacklevel=2,
+            stacklevel=3,
         )
-    fused: list[str] = []
-    if fuse:
-        fused, not_fused = fuse_model(model)
-        skipped |= not_fused
-    return Conversion(tuple(converted), tuple(fused), skipped)
+    return Conversion(tuple(converted), tuple(fusable), skipped)
 
 
 def revert_batchnorm(model: nn.Module) -> tuple[str, ...]:
-    """Restore a model's own BatchNorms and forwards, in place.
+    """Restore a model's own BatchNorms, in place.
 
     Parameters and buffers keep their values. Modules that were never converted do not change.
 
@@ -144,7 +166,7 @@ def revert_batchnorm(model: nn.Module) -> tuple[str, ...]:
         TypeError: If `model` is not a module.
     """
     _check_model(model)
-    unfuse_model(model)
+    _stop_deferring(model)
     reverted = []
     for name, module in model.named_modules():
         if _is_converted(module):
@@ -153,9 +175,32 @@ def revert_batchnorm(model: nn.Module) -> tuple[str, ...]:
     return tuple(reverted)
 
 
+def fusion_counts(model: nn.Module) -> dict[str, FusionCount]:
+    """Return how often each BatchNorm of a model was computed, since the model was converted.
+
+    Args:
+        model: converted with `fuse`.
+
+    Returns:
+        Name of each BatchNorm that may be fused -> number of its fused and of its other calls.
+
+    Raises:
+        TypeError: If `model` is not a module.
+    """
+    _check_model(model)
+    deferrals = ((name, m.__dict__.get("deferral")) for name, m in model.named_modules())
+    return {name: d.count() for name, d in deferrals if d is not None}
+
+
 def is_converted(model: nn.Module) -> bool:
     """Return whether `revert_batchnorm` would change the model."""
-    return any(_is_converted(module) or is_fused(module) for module in model.modules())
+    return any(_is_converted(m) or "deferral" in m.__dict__ for m in model.modules())
+
+
+def _stop_deferring(model: nn.Module) -> None:
+    remove_hooks(model)
+    for module in model.modules():
+        module.__dict__.pop("deferral", None)
 
 
 def _check_model(model: Any) -> None:
@@ -175,7 +220,9 @@ def _reason_not_converted(module: nn.Module, adapter: Adapter | None) -> str | N
             "nn.SyncBatchNorm synchronizes by itself; for both, use torch's plain BatchNorm with"
             " the Lightning plugin bn_lightning.FusedSyncBatchNorm"
         )
-    if has_own_forward(module):
+    own = module.__dict__.get("forward")
+    # After a fit in several processes Lightning leaves the class's forward on the instance.
+    if own is not None and own != MethodType(type(module).forward, module):
         return "the instance has its own forward"
     if adapter is None and parametrize.type_before_parametrizations(module) not in _OUR_CLASSES:
         return reason_not_adapted(module)
@@ -192,8 +239,17 @@ def _convert(module: Any, adapter: Adapter | None) -> None:
         ours = _OUR_CLASSES[parametrize.type_before_parametrizations(module)]
     else:
         ours, attributes = adapt(module, adapter)
-    attributes["backend"] = "auto"
+    attributes |= {"backend": "auto", "torch_twin": _torch_twin, "is_copied_as_torch": False}
     swap_class(module, _parametrized_like(type(module), ours), _KEY, **attributes)
+
+
+def _torch_twin(module: nn.Module) -> nn.Module:
+    """Return a module of the class before, with the same parameters, buffers, hooks and flags."""
+    twin: nn.Module = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("deferral", None)
+    restore_all(twin)
+    return twin
 
 
 def _revert(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ torch.jit is not supported, because it can neither compile the ops nor record th
 backend. torch.fx records each module as one node, as it does for torch's.
 """
 
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +32,11 @@ class _BackendMixin(_BatchNorm):
     negative_slope = 0.01
     backend = "auto"
     stats_frozen = False
+    # Set by a conversion, on an instance: what defers its calls (conversion/deferred.py), what
+    # makes torch's module with the same state, and whether copies and pickles are that.
+    deferral: Any = None
+    torch_twin: Any = None
+    is_copied_as_torch = False
 
     def __init__(
         self,
@@ -130,7 +135,7 @@ class _BackendMixin(_BatchNorm):
             given = {name: value for name, value in options.items() if value is not None}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
         if torch.jit.is_tracing():
-            raise RuntimeError(_NO_JIT.format(type(self).__name__))
+            return self._twin_for_jit()(input)
         self._check_input_dim(input)
         # Read each once, because Module.__getattr__ is slow.
         running_mean, running_var = self.running_mean, self.running_var
@@ -143,29 +148,40 @@ class _BackendMixin(_BatchNorm):
                 running_mean = running_var = None
         else:
             training = running_mean is None and running_var is None
-        return self._batch_norm(
-            input,
-            self.weight,
-            self.bias,
-            running_mean,
-            running_var,
-            training=training,
-            momentum=self.momentum,
-            eps=self.eps,
-            activation=self.activation if activation is None else activation,
-            negative_slope=self.negative_slope if negative_slope is None else negative_slope,
-            residual=residual,
-            num_batches_tracked=count,
-            backend=self.backend,
-        )
+        state = (self.weight, self.bias, running_mean, running_var)
+        options = {
+            "training": training,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "activation": self.activation if activation is None else activation,
+            "negative_slope": self.negative_slope if negative_slope is None else negative_slope,
+            "residual": residual,
+            "num_batches_tracked": count,
+            "backend": self.backend,
+        }
+        if self.deferral is not None and residual is None and options["activation"] == "identity":
+            return self.deferral(self._batch_norm, input, state, options)
+        return self._batch_norm(input, *state, **options)
 
     def _batch_norm(self, input: Tensor, *state: Tensor | None, **options: Any) -> Tensor:
         """Compute `forward`'s result; the synchronized modules override this."""
         return batch_norm(input, *state, **options)
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        """Raise a RuntimeError, because torch.jit.script calls this before it compiles."""
-        raise RuntimeError(_NO_JIT.format(type(self).__name__))
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what torch.jit.script compiles, or raise a RuntimeError."""
+        return self._twin_for_jit()
+
+    def _twin_for_jit(self) -> nn.Module:
+        if self.torch_twin is None:
+            raise RuntimeError(_NO_JIT.format(type(self).__name__))
+        return self.torch_twin(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return how copy.deepcopy and pickle make a copy."""
+        if self.is_copied_as_torch:
+            # The other protocols expect an object of this class.
+            return self.torch_twin(self).__reduce_ex__(1)
+        return super().__reduce_ex__(protocol)
 
     def extra_repr(self) -> str:
         """Return torch's description, the fused activation, whether frozen, and the backend."""

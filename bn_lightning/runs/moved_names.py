@@ -10,7 +10,6 @@ _MOVED = {
     "convert": "conversion.convert",
     "data.given_images": "data.prediction_images",
     "fold": "conversion.fold",
-    "fusion": "conversion.fusion",
     "layer_sync": "plugins.layer_sync",
     "metrics_logger": "plugins.metrics_logger",
     "mlflow_logger": "plugins.mlflow_logger",
@@ -18,7 +17,6 @@ _MOVED = {
     "no_profiler": "plugins.no_profiler",
     "run_lock": "cli.run_lock",
     "sync": "modules.sync_batch_norm",
-    "tracing": "conversion.tracing",
 }
 
 

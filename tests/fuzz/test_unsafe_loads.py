@@ -14,10 +14,6 @@ CALLS = {"torch.jit.load", "torch.package.PackageImporter", "torch.hub.load", "p
 CALLS |= {"exec", "eval", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 
 KNOWN = {
-    # Bytes of random states are compared, and none are read.
-    ("bn_lightning/conversion/tracing.py", "import pickle"),
-    # The code that torch.fx wrote of a graph of this process.
-    ("bn_lightning/conversion/fusion/forwards.py", "exec"),
     # What its own forks wrote into its own temporary folder.
     ("benchmarks/mutation.py", "import pickle"),
 }

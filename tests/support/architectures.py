@@ -386,15 +386,13 @@ ARCHITECTURES = {
         lambda: ResNet(Bottleneck, [3, 4, 6, 3]), (4, 3, 32, 32), _downsampled("1234")
     ),
     # The activation of the last BatchNorm is in another module's forward.
-    "densenet": Architecture(DenseNet, (4, 3, 8, 8), ("features.6",)),
-    # The bottlenecks are linear.
-    "mobilenetv2": Architecture(
-        MobileNetV2, (4, 3, 16, 16), tuple(f"features.{i}.conv.3" for i in (1, 2, 3))
-    ),
+    "densenet": Architecture(DenseNet, (4, 3, 8, 8)),
+    # The bottleneck of a block without a shortcut is linear.
+    "mobilenetv2": Architecture(MobileNetV2, (4, 3, 16, 16), ("features.2.conv.3",)),
     "inception": Architecture(Inception, (4, 3, 13, 13)),
     "unet": Architecture(UNet, (2, 3, 14, 10)),
     # Of two BatchNorms that are added, one is fused with the addition.
-    "net3d": Architecture(Net3d, (2, 1, 4, 6, 6), ("block.bn2",)),
+    "net3d": Architecture(Net3d, (2, 1, 4, 6, 6), ("block.bn3",)),
     "conv1d": Architecture(Conv1dNet, (4, 2, 9)),
     # The kernels do not have PReLU.
     "mlp": Architecture(mlp, (6, 3, 4), ("8",)),

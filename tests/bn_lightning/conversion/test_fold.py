@@ -139,7 +139,7 @@ def test_a_converted_and_fused_model_is_folded_as_it_was() -> None:
     convert_batchnorm(model, fuse=True)
     folded = fold_batchnorm(model)
     assert repr(folded) == plain and "BatchNorm" not in plain
-    assert convert_batchnorm(model, fuse=True).fused  # still
+    assert convert_batchnorm(model, fuse=True).fusable  # still
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-10, atol=1e-10)
 

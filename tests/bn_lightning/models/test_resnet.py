@@ -101,7 +101,7 @@ class TestArms:
         network = resnet(14)
         x = torch.randn(4, 3, 16, 16)
         expected = network(x)
-        assert len(convert_batchnorm(network, fuse=True).fused) == 13
+        assert len(convert_batchnorm(network, fuse=True).fusable) == 13
         torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -38,10 +38,10 @@ def test_classes_and_functions_of_models(name):
         ("torch.nn.functional.torch.hub.load", "which is torch.hub.load"),
         ("bn_lightning.runs.atomic_write.write_json", "which is no class"),
         ("bn_lightning.data.archive.unpack", "which is no class"),
-        # Its constructor compiles what it is given; others start processes or write files.
+        # They are no networks; others start processes or write files.
         (
-            "bn_lightning.conversion.fusion.forwards.Variant",
-            "got bn_lightning.conversion.fusion.forwards.Variant; if",
+            "bn_lightning.conversion.deferred.Deferral",
+            "got bn_lightning.conversion.deferred.Deferral; if",
         ),
         ("bn_lightning.sweeps.engine.workers.Workers", "to be a class of bn_lightning.data"),
         (

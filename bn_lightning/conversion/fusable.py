@@ -1,0 +1,124 @@
+"""The operations that a deferred BatchNorm takes in, as `__torch_function__` sees them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_SLOPE = 0.01  # torch's default for leaky_relu, ignored by the others
+
+
+@dataclass(frozen=True)
+class FusableActivation:
+    """A call of an activation that the kernels have.
+
+    Attributes:
+        name: of `bn_lightning.kernels.batch_norm`.
+        slope: of "leaky_relu" below zero.
+        in_place: whether the call writes to its input.
+        function: what was called, with the arguments after its input.
+        args: by position.
+        kwargs: by keyword.
+    """
+
+    name: str
+    slope: float
+    in_place: bool
+    function: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply(self, z: Tensor) -> Tensor:
+        """Compute the activation as the caller asked for it."""
+        return self.function(z, *self.args, **self.kwargs)
+
+
+def activation_of(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FusableActivation | None:
+    """Return the activation that a call computes of its first argument, None for other calls."""
+    parse = _ACTIVATIONS.get(function)
+    if parse is None or "out" in kwargs:
+        return None
+    named = parse(*args[1:], **kwargs)
+    return None if named is None else FusableActivation(*named, function, args[1:], kwargs)
+
+
+_Named = tuple[str, float, bool] | None
+
+
+def _always(name: str, in_place: bool = False) -> Callable[..., _Named]:
+    return lambda: (name, _SLOPE, in_place)
+
+
+def _optional(name: str) -> Callable[..., _Named]:
+    return lambda inplace=False: (name, _SLOPE, inplace)
+
+
+def _leaky_relu(negative_slope: float = _SLOPE, inplace: bool = False) -> _Named:
+    return "leaky_relu", negative_slope, inplace
+
+
+def _elu(
+    alpha: float = 1.0, inplace: bool = False, scale: float = 1, input_scale: float = 1
+) -> _Named:
+    return ("elu", _SLOPE, inplace) if alpha == scale == input_scale == 1 else None
+
+
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> _Named:
+    return ("relu6", _SLOPE, inplace) if (min_val, max_val) == (0, 6) else None
+
+
+def _gelu(approximate: str = "none") -> _Named:
+    return "gelu" if approximate == "none" else "gelu_tanh", _SLOPE, False
+
+
+# Each takes the arguments of the function after its input.
+_ACTIVATIONS: dict[Any, Callable[..., _Named]] = {
+    F.relu: _optional("relu"),
+    F.relu6: _optional("relu6"),
+    F.hardtanh: _hardtanh,
+    F.leaky_relu: _leaky_relu,
+    F.elu: _elu,
+    F.silu: _optional("silu"),
+    F.gelu: _gelu,
+    F.hardswish: _optional("hardswish"),
+    F.mish: _optional("mish"),
+    F.sigmoid: _always("sigmoid"),
+    F.tanh: _always("tanh"),
+    **dict.fromkeys((torch.relu, Tensor.relu), _always("relu")),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _always("relu", in_place=True)),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), _always("sigmoid")),
+    **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), _always("sigmoid", in_place=True)),
+    **dict.fromkeys((torch.tanh, Tensor.tanh), _always("tanh")),
+    **dict.fromkeys((torch.tanh_, Tensor.tanh_), _always("tanh", in_place=True)),
+}
+
+IN_PLACE_ADDITIONS = {Tensor.add_, Tensor.__iadd__}
+ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | IN_PLACE_ADDITIONS
+
+
+def _is_inactive(p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    return not training or p == 0
+
+
+# Function -> whether it returns its input, from the arguments after the input.
+UNCHANGED: dict[Any, Callable[..., bool]] = {
+    function: _is_inactive
+    for function in (
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+        *(F.alpha_dropout, F.feature_alpha_dropout),
+    )
+}
+
+# What the metadata of a tensor answers.
+_ATTRIBUTES: Any = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda")
+METADATA: set[Any] = {
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride),
+    *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device),
+    *(Tensor.element_size, Tensor.__len__, torch.numel, torch.is_floating_point),
+}

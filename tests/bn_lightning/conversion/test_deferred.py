@@ -1,0 +1,704 @@
+"""Deferred BatchNorms: what forwards fuse, and that values, gradients and statistics stay."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from bn_lightning import BatchNorm2d, convert_batchnorm, fusion_counts, revert_batchnorm
+from bn_lightning.conversion.deferred import Deferred
+
+
+class Net(nn.Module):
+    """Two convolutions and two BatchNorms; its forward is given by each test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 3, 1)
+        self.conv2 = nn.Conv2d(3, 3, 1)
+        self.bn1 = nn.BatchNorm2d(3)
+        self.bn2 = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+        self.prelu = nn.PReLU()
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1), nn.Sigmoid())
+        self.slope = 0.3
+        self.kept: Any = None
+
+
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+def net(forward: Forward) -> tuple[Net, Net]:
+    """Return a converted net with this forward, and the same unconverted."""
+    torch.manual_seed(0)
+    untouched = type("Forward", (Net,), {"forward": forward})().double()
+    for bn in (untouched.bn1, untouched.bn2):
+        nn.init.normal_(bn.weight)
+        nn.init.normal_(bn.bias)
+    module = copy.deepcopy(untouched)
+    convert_batchnorm(module, fuse=True)
+    return module, untouched
+
+
+def run(module: nn.Module, seed: int, training: bool, twice: bool = True) -> list[Tensor]:
+    """Return what a forward and a backward compute: output, gradients of two orders, buffers."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 3, 4, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    module.train(training)
+    y = module(x + 1)  # not a leaf: in-place operations may write to it
+    assert type(y) is Tensor
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    wanted = [x, *module.parameters()]
+    found = list(torch.autograd.grad(y, wanted, upstream, create_graph=twice, allow_unused=True))
+    squares = [g.square().sum() for g in found if g is not None and g.requires_grad]
+    if twice and squares:
+        found += torch.autograd.grad(squares, wanted, allow_unused=True)
+    gradients = [torch.zeros(()) if g is None else g.clone() for g in found]
+    return [y.detach().clone(), *gradients, *(b.clone() for b in module.buffers())]
+
+
+def compared(forward: Forward, twice: bool = True) -> Net:
+    """Compare three training steps and two evaluations with the unconverted net's."""
+    module, untouched = net(forward)
+    for seed, training in enumerate((True, True, True, False, False)):
+        found, wanted = (run(m, seed, training, twice) for m in (module, untouched))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        assert type(module.kept) is not Deferred
+    return module
+
+
+def fused(module: nn.Module) -> str:
+    """Return the numbers of the BatchNorms of which at least one call ran fused."""
+    return "".join(name[-1] for name, count in fusion_counts(module).items() if count.fused)
+
+
+def relu_module(self, x):
+    return self.relu(self.bn1(x))
+
+
+def relu_function(self, x):
+    return F.relu(self.bn1(x), inplace=True)
+
+
+def relu_of_torch(self, x):
+    return torch.relu(self.bn1(x))
+
+
+def relu_method(self, x):
+    return self.bn1(x).relu()
+
+
+def relu_method_in_place(self, x):
+    y = self.bn1(x)
+    y.relu_()
+    return y * 2
+
+
+def leaky_relu(self, x):
+    return F.leaky_relu(self.bn1(x), self.slope)
+
+
+def relu6_as_hardtanh(self, x):
+    return F.hardtanh(self.bn1(x), 0.0, 6.0)
+
+
+def gelu_tanh(self, x):
+    return F.gelu(self.bn1(x), approximate="tanh")
+
+
+def two_activations(self, x):
+    x = torch.sigmoid(self.bn1(x))
+    return F.hardswish(self.bn2(x))
+
+
+def addition(self, x):
+    return self.bn1(self.conv1(x)) + x
+
+
+def addition_relu(self, x):
+    return F.relu(self.bn1(self.conv1(x)) + x)
+
+
+def other_order(self, x):
+    return F.relu(x + self.bn1(self.conv1(x)))
+
+
+def addition_in_place(self, x):
+    y = self.bn1(self.conv1(x))
+    y += x
+    return self.relu(y)
+
+
+def add_of_torch(self, x):
+    return torch.add(x, self.bn1(self.conv1(x)), alpha=1).tanh()
+
+
+def add_method_in_place(self, x):
+    return self.relu(self.bn1(self.conv1(x)).add_(x))
+
+
+def addition_silu(self, x):
+    return F.silu(self.bn1(self.conv1(x)) + x)
+
+
+def residual_comes_later(self, x):
+    y = self.bn1(self.conv1(x))
+    return self.relu(y + self.conv2(x))
+
+
+def operations_between(self, x):
+    y = self.bn1(self.conv1(x))
+    z = self.conv2(x)
+    return self.relu(y) * z
+
+
+def across_modules(self, x):
+    block = nn.Sequential(self.conv1, self.bn1, nn.Identity(), nn.Dropout(0.0))
+    return F.relu(block(x))
+
+
+def branch_on_values(self, x):
+    y = self.bn1(x)
+    return y.relu() if x.sum() > 1 else y.tanh()
+
+
+def metadata_is_asked_for(self, x):
+    y = self.bn1(x)
+    assert y.shape == x.shape and y.dtype == x.dtype and y.device == x.device
+    assert y.stride() == x.stride() and y.is_contiguous() and y.dim() == len(y) == 4
+    assert y.requires_grad and isinstance(y, Tensor) and torch.is_tensor(y)
+    return y.relu()
+
+
+def several_names(self, x):
+    y = self.bn1(self.conv1(x))
+    z = F.relu(y)
+    return self.conv2(z)
+
+
+def autocast_in_between(self, x):
+    y = self.bn1(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.relu(y)
+
+
+def attributes_are_set(self, x):
+    y = self.bn1(self.conv1(x))
+    y.original = x
+    y = self.relu(y)
+    return y + y.original
+
+
+def called_twice(self, x):
+    return self.relu(self.bn1(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+
+
+def called_twice_before_either_is_read(self, x):
+    y, z = self.bn1(x), self.bn1(self.conv1(x))
+    return F.relu(z) + F.relu(y)
+
+
+def two_are_added(self, x):
+    return self.relu(self.bn1(self.conv1(x)) + self.bn2(self.conv2(x)))
+
+
+FUSED = {
+    **dict.fromkeys([relu_module, relu_function, relu_of_torch, relu_method], "1"),
+    **dict.fromkeys([relu_method_in_place, leaky_relu, relu6_as_hardtanh, gelu_tanh], "1"),
+    two_activations: "12",
+    **dict.fromkeys([addition, addition_relu, other_order, addition_in_place], "1"),
+    **dict.fromkeys([add_of_torch, add_method_in_place, addition_silu], "1"),
+    **dict.fromkeys([residual_comes_later, operations_between, across_modules], "1"),
+    **dict.fromkeys([branch_on_values, metadata_is_asked_for, several_names], "1"),
+    **dict.fromkeys([autocast_in_between, attributes_are_set, called_twice], "1"),
+    called_twice_before_either_is_read: "1",
+    two_are_added: "1",
+}
+
+
+@pytest.mark.parametrize(("forward", "names"), FUSED.items(), ids=[f.__name__ for f in FUSED])
+def test_fused(forward: Forward, names: str) -> None:
+    assert fused(compared(forward)) == names
+
+
+class Swish(torch.autograd.Function):
+    """Reads its input where torch functions cannot see it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return dy * s * (1 + x * (1 - s))
+
+
+class Same(torch.autograd.Function):
+    """Returns its inputs, as torch's hooks of modules do, without reading them."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return inputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+def scripted(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it is deprecated
+    scripted = torch.jit.script(scripted)
+
+
+def read_by_a_convolution(self, x):
+    return self.conv1(self.bn1(x))
+
+
+def activation_of_another_kind(self, x):
+    return self.prelu(self.bn1(x))
+
+
+def elu_of_another_slope(self, x):
+    return F.elu(self.bn1(x), alpha=2.0)
+
+
+def elu_in_place(self, x):
+    return F.elu(self.bn1(x), inplace=True)
+
+
+def number_is_added(self, x):
+    return F.relu(self.bn1(x) + 3)
+
+
+def broadcast_is_added(self, x):
+    return F.relu(self.bn1(x) + x.mean(dim=(2, 3), keepdim=True))
+
+
+def other_strides_are_added(self, x):
+    return F.relu(self.bn1(x) + x.transpose(2, 3))
+
+
+def other_dtype_is_added(self, x):
+    return F.relu(self.bn1(x) + x.float())
+
+
+def scaled_addition(self, x):
+    return F.relu(torch.add(self.bn1(x), x, alpha=2))
+
+
+def added_to_itself(self, x):
+    y = self.bn1(x)
+    return F.relu(y + y)
+
+
+def added_in_place_to_another(self, x):
+    y = z = x * 2
+    y += self.bn1(self.conv1(x))
+    return self.relu(y) + z
+
+
+def swish_of_functions(self, x):
+    y = self.bn1(x)
+    return y * torch.sigmoid(y)
+
+
+def squeeze_and_excitation(self, x):
+    y = self.bn1(x)
+    return y * self.gate(y)
+
+
+def read_twice_in_one_operation(self, x):
+    y = self.bn1(x)
+    return F.relu(y) + y
+
+
+def read_again_later(self, x):
+    y = self.bn1(self.conv1(x))
+    z = self.conv2(F.gelu(y))
+    return z + y
+
+
+def kept(self, x):
+    y = self.kept = self.bn1(x)
+    return F.relu(y)
+
+
+def only_kept(self, x):
+    self.kept = self.bn1(x)
+    return x * 2
+
+
+def discarded(self, x):
+    self.bn1(x)
+    return x * 2
+
+
+def autograd_function(self, x):
+    return Swish.apply(self.bn1(x))
+
+
+def autograd_function_of_a_sum(self, x):
+    y = self.bn1(x)
+    return Same.apply(y + self.conv1(x))[0] * 2
+
+
+def torchscript(self, x):
+    return scripted(self.bn1(x))
+
+
+def hook_on_the_tensor(self, x):
+    y = self.bn1(x)
+    y.register_hook(lambda gradient: gradient * 2)
+    return F.relu(y)
+
+
+def no_grad_in_between(self, x):
+    y = self.bn1(x)
+    with torch.no_grad():
+        z = F.relu(y)
+    return y * z
+
+
+def detached(self, x):
+    y = self.bn1(x)
+    return y.detach().relu() + y.data + y
+
+
+def vmapped(self, x):
+    return torch.vmap(torch.relu)(self.bn1(x))
+
+
+def written_to_by_index(self, x):
+    y = self.bn1(x)
+    y[:, 0] = 0
+    return y
+
+
+def in_lists(self, x):
+    y = self.bn1(x)
+    a, b, c = torch.stack([y, x]).chunk(3, 2)
+    return torch.cat([a, b * c], 2)[0]
+
+
+def checkpointed_activation(self, x):
+    return checkpoint(lambda y: F.relu(y) * 2, self.bn1(x), use_reentrant=False)
+
+
+NOT_FUSED = [
+    *(read_by_a_convolution, activation_of_another_kind, elu_of_another_slope, elu_in_place),
+    *(number_is_added, broadcast_is_added, other_strides_are_added, other_dtype_is_added),
+    *(scaled_addition, added_to_itself, added_in_place_to_another, swish_of_functions),
+    *(squeeze_and_excitation, read_twice_in_one_operation, read_again_later, kept, only_kept),
+    *(discarded, autograd_function, torchscript, hook_on_the_tensor, no_grad_in_between),
+    *(
+        autograd_function_of_a_sum,
+        detached,
+        vmapped,
+        written_to_by_index,
+        in_lists,
+        checkpointed_activation,
+    ),
+]
+
+
+@pytest.mark.parametrize("forward", NOT_FUSED, ids=lambda forward: forward.__name__)
+def test_not_fused(forward: Forward) -> None:
+    assert fused(compared(forward)) == ""
+
+
+def test_a_sum_read_twice_is_fused_without_the_activation() -> None:
+    def forward(self, x):
+        z = self.bn1(self.conv1(x)) + x
+        return F.relu(z) * z
+
+    assert fused(compared(forward)) == "1"
+
+
+def test_an_output_read_twice_is_normalized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for forward in (read_twice_in_one_operation, read_again_later, kept):
+        module, _ = net(forward)
+        calls: list[None] = []
+        original = F.batch_norm
+        monkeypatch.setattr(
+            F, "batch_norm", lambda *a, o=original, c=calls, **k: (c.append(None), o(*a, **k))[1]
+        )
+        for step in range(4):
+            module(torch.randn(2, 3, 4, 4, dtype=torch.float64))
+            assert len(calls) == step + 1, forward.__name__
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+@pytest.mark.parametrize("last", [False, True], ids=["inside", "last"])
+def test_checkpointed(reentrant: bool, last: bool) -> None:
+    """The statistics are updated once, where torch's are twice."""
+
+    def forward(self, x):
+        part = nn.Sequential(self.conv1, self.bn1, *([] if last else [self.relu]))
+        return F.relu(checkpoint(part, x, use_reentrant=reentrant))
+
+    module, untouched = net(forward)
+    found = []
+    for m in (module, untouched):
+        x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+        x.requires_grad_()
+        y = m(x * 1)
+        (y - 1).square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in (*m.conv1.parameters(), *m.bn1.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert module.bn1.num_batches_tracked == 1 and untouched.bn1.num_batches_tracked == 2
+
+
+class TestOwnStep:
+    """A deferred tensor is computed with the values of its own step, or reading it is an error."""
+
+    @staticmethod
+    def deferred(training: bool = True) -> tuple[nn.Module, Tensor, Tensor]:
+        bn = nn.ModuleDict({"bn": nn.BatchNorm2d(3)}).train(training)
+        convert_batchnorm(bn, fuse=True)
+        x = torch.randn(2, 3, 4, 4)
+        y = bn["bn"](x)
+        assert type(y) is Deferred
+        return bn["bn"], x, y
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda bn, x: x.add_(1),
+            lambda bn, x: bn.weight.add_(1),
+            lambda bn, x: bn.running_var.add_(1),
+        ],
+        ids=["input", "weight", "statistics"],
+    )
+    def test_a_change_in_place_is_an_error(self, change) -> None:
+        bn, x, y = self.deferred()
+        with torch.no_grad():
+            change(bn, x)
+        with pytest.raises(RuntimeError, match="unchanged until its output is read.*fuse=False"):
+            y.relu().sum()
+        assert type(bn(x)) is Tensor  # from now on it is computed at once
+
+    def test_a_residual_changed_in_place_is_an_error(self) -> None:
+        _, x, y = self.deferred()
+        r = torch.randn_like(x)
+        z = y + r
+        r.mul_(2)
+        with pytest.raises(RuntimeError, match="got a change in place of what was added"):
+            z.relu().sum()
+
+    def test_in_inference_mode_the_values_before_the_change_are_used(self) -> None:
+        bn, _, _ = self.deferred(training=False)
+        with torch.inference_mode():
+            x = torch.randn(2, 3, 4, 4)
+            y = bn(x)
+            assert type(y) is Deferred
+            wanted = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+            x.zero_()
+            assert torch.equal(y.relu(), wanted.relu())
+
+    def test_kept_across_a_step(self) -> None:
+        bn, x, y = self.deferred()
+        wanted = F.batch_norm(x, None, None, bn.weight, bn.bias, training=True)
+        z = bn(x + 1)
+        assert bn.num_batches_tracked == 1  # that of the first call comes before the second
+        torch.testing.assert_close(y.relu(), wanted.relu())
+        assert bn.num_batches_tracked == 1 and type(z) is Deferred
+
+    def test_a_discarded_output_updates_the_statistics(self) -> None:
+        bn, x, y = self.deferred()
+        del y
+        gc.collect()
+        assert bn.num_batches_tracked == 1
+        torch.testing.assert_close(bn.running_mean, 0.1 * x.mean((0, 2, 3)))
+
+    def test_swapped_parameters(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
+        convert_batchnorm(model, fuse=True)
+        state = {k: torch.rand_like(v) for k, v in model.state_dict().items() if v.dim()}
+        x = torch.randn(2, 3, 4, 4)
+        y = torch.func.functional_call(model, state, (x,))
+        model.load_state_dict(state, strict=False)
+        torch.testing.assert_close(y, model(x))
+
+
+class TestAsATensor:
+    """What other libraries do with a tensor computes it."""
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda y: y.detach().numpy(),
+            lambda y: copy.deepcopy(y.detach()),
+            lambda y: pickle.loads(pickle.dumps(y.detach())),
+            lambda y: torch.save(y, io.BytesIO()),
+            repr,
+            lambda y: y.tolist(),
+            lambda y: bool((y == 0).any()),
+            lambda y: list(y),
+            lambda y: y.to("meta"),
+            lambda y: torch.utils.dlpack.to_dlpack(y.detach()),
+            lambda y: y.untyped_storage(),
+            lambda y: y.data_ptr(),
+        ],
+        ids=[
+            *("numpy", "deepcopy", "pickle", "save", "print", "list", "bool", "iterate"),
+            *("to", "dlpack", "storage", "data_ptr"),
+        ],
+    )
+    def test_it_becomes_plain(self, use) -> None:
+        _, _, y = TestOwnStep.deferred()
+        same = y
+        use(y)
+        assert type(same) is Tensor and same.grad_fn is not None
+
+    def test_in_another_thread(self) -> None:
+        _, x, y = TestOwnStep.deferred()
+        found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(y.relu()))
+        thread.start()
+        thread.join()
+        torch.testing.assert_close(found[0], F.batch_norm(x, None, None, training=True).relu())
+
+
+def hooks(module: nn.Module) -> dict[str, Any]:
+    return {
+        "forward": lambda f: module.register_forward_hook(lambda m, args, y: f(y)),
+        "before": lambda f: module.register_forward_pre_hook(lambda m, args: f(args[0])),
+        "backward": lambda f: module.register_full_backward_hook(lambda m, dx, dy: f(dy[0])),
+        "before_backward": lambda f: module.register_full_backward_pre_hook(lambda m, dy: f(dy[0])),
+    }
+
+
+@pytest.mark.parametrize("kind", ["forward", "before", "backward", "before_backward"])
+@pytest.mark.parametrize("on", ["bn1", "relu", ""])
+def test_hooks_see_what_they_see_without(on: str, kind: str) -> None:
+    def forward(self, x):
+        return self.relu(self.bn1(self.conv1(x)))
+
+    seen: list[list[Tensor]] = []
+    for module in net(forward):
+        module.relu.inplace = False  # torch refuses it beside a full backward hook
+        seen.append(values := [])
+        hooks(module.get_submodule(on))[kind](lambda t, values=values: values.append(t.clone()))
+        for step in range(3):
+            values += run(module, step, training=True, twice=False)
+    torch.testing.assert_close(*seen, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_modes_of_autograd() -> None:
+    module, untouched = net(addition_relu)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+    for m in (module, untouched):
+        m.eval()
+    for function in (
+        lambda m: torch.func.jvp(m, (x,), (tangent,))[1],
+        lambda m: torch.func.grad(lambda t: m(t).square().sum())(x),
+        lambda m: torch.vmap(m)(x[None]),
+        lambda m: torch.autograd.functional.jvp(m, x, tangent)[1],
+    ):
+        torch.testing.assert_close(function(module), function(untouched))
+    with torch.inference_mode():
+        assert module(x).is_inference()
+        torch.testing.assert_close(module(x), untouched(x))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), untouched(x))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_and_dtypes(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    module, untouched = (m.to(dtype) for m in net(addition_relu))
+    x = torch.randn(4, 3, 4, 4, dtype=dtype).to(memory_format=layout)
+    for _ in range(2):
+        y, wanted = module(x), untouched(x)
+        assert y.stride() == wanted.stride() and torch.equal(y, wanted)
+    assert fused(module) == "1"
+
+
+def test_a_tensor_subclass_is_computed_at_once() -> None:
+    class Own(Tensor):
+        pass
+
+    module, untouched = net(relu_module)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64).as_subclass(Own)
+    y, wanted = module(x), untouched(x)
+    assert type(y) is type(wanted) is Own and torch.equal(y, wanted)
+
+
+def test_another_use_than_before_is_right_or_an_error() -> None:
+    module, untouched = net(lambda self, x: self.use(self.bn1(x)))
+    for m in (module, untouched):
+        m.use = F.relu
+    for step in range(2):
+        run(module, step, training=True)
+        run(untouched, step, training=True)
+    for m in (module, untouched):
+        m.use = lambda y: F.softplus(y) + y
+    found, wanted = (run(m, 2, training=True) for m in (module, untouched))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+    module, untouched = net(lambda self, x: self.use(self.bn1(x)))
+    module.use = F.relu
+    for step in range(2):
+        run(module, step, training=True)
+    module.use = Swish.apply
+    with pytest.raises(RuntimeError, match="read by an addition or activation.*fuse=False"):
+        run(module, 2, training=True)
+    untouched.load_state_dict(module.state_dict())
+    untouched.use = Swish.apply
+    found, wanted = (run(m, 3, training=True) for m in (module, untouched))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_forward_that_fails_leaves_nothing_behind() -> None:
+    def forward(self, x):
+        y = self.bn1(x)
+        if x.sum() > 1000:
+            raise ArithmeticError
+        return F.relu(y)
+
+    module, untouched = net(forward)
+    for m in (module, untouched):
+        with pytest.raises(ArithmeticError):
+            m(torch.full((2, 3, 2, 2), 50.0, dtype=torch.float64))
+    gc.collect()
+    found, wanted = (run(m, 1, training=True) for m in (module, untouched))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_norm_of_this_package() -> None:
+    module = nn.Sequential(BatchNorm2d(3), nn.ReLU(), BatchNorm2d(3, activation="tanh"), nn.ReLU())
+    report = convert_batchnorm(module, fuse=True)
+    assert report.converted == () and report.fusable == ("0",)
+    module(torch.randn(2, 3, 4, 4))
+    assert fusion_counts(module) == {"0": (1, 0)}
+    revert_batchnorm(module)
+    assert fusion_counts(module) == {} and "deferral" not in module[0].__dict__
+
+
+def test_wrong_inputs_raise_as_without() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    convert_batchnorm(module, fuse=True)
+    for x in (torch.randn(1, 3, 1, 1), torch.randn(2, 4, 3, 3), torch.randn(2, 3)):
+        with pytest.raises((ValueError, RuntimeError)):
+            module(x)
+    assert module[0].num_batches_tracked == 0
