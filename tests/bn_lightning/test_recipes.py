@@ -1,9 +1,6 @@
 """The recipes of docs/recipes.md run as they are printed, and do what they say."""
 
-import contextlib
 import copy
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from lightning import seed_everything
-from networks import load
+from recipes import PAGE, RECIPES, batch, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,9 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bn_lightning import Classifier
 from bn_lightning.conversion.convert import is_converted
-
-PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-RECIPES = dict(re.findall(r"^## ([^\n]+)\n.*?```python\n(.*?)```", PAGE, re.M | re.S))
 
 pytestmark = [
     # Lightning 2.6 uses a class that torch 2.13 has deprecated.
@@ -45,19 +39,6 @@ def classifier() -> Classifier:
     return Classifier(network, lambda p: torch.optim.SGD(p, lr=0.05))
 
 
-def batch(samples: int, *shape: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(8)
-    x = torch.randn(samples, *shape, generator=generator)
-    return x * 2 + 1, torch.randint(10, (samples,), generator=generator)
-
-
-def run(title: str, **given: Any) -> dict[str, Any]:
-    """Runs a recipe and returns its variables."""
-    variables = {"torch": torch, **given}
-    exec(compile(RECIPES[title], f"docs/recipes.md, {title}", "exec"), variables)
-    return variables
-
-
 def fitted(title: str, folder: Path, monkeypatch: Any) -> dict[str, Any]:
     """Runs a recipe that fits `model` in an empty folder, and returns its variables."""
     monkeypatch.chdir(folder)
@@ -72,7 +53,8 @@ def statistics(network: nn.Module) -> dict[str, Tensor]:
 
 
 def test_every_recipe_is_run():
-    source = Path(__file__).read_text(encoding="utf-8")
+    tests = [Path(__file__), Path(__file__).parents[1] / "zoo" / "test_package_recipes.py"]
+    source = "".join(test.read_text(encoding="utf-8") for test in tests)
     assert RECIPES and all(f'"{title}"' in source for title in RECIPES)
     assert len(RECIPES) == PAGE.count("\n## ") == PAGE.count("```python")
 
@@ -194,37 +176,3 @@ def test_sharded_except_for_batch_norm(ranks):
     for weights, shapes in ranks(sharded_training, 3):
         torch.testing.assert_close(weights, dict(expected.state_dict()), rtol=1e-5, atol=1e-6)
         assert shapes["0.0.weight"] == (2, 3, 3, 3) and shapes["0.1.weight"] == (4,)
-
-
-@contextlib.contextmanager
-def their_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@pytest.mark.slow
-def test_timm(tmp_path, monkeypatch):
-    load("timm")
-    monkeypatch.chdir(tmp_path)
-    loader = DataLoader(TensorDataset(*batch(4, 3, 32, 32)), 2)
-    with their_warnings():
-        network = run("timm", loader=loader)["network"]
-    assert network.bn1.num_batches_tracked == 2 and not is_converted(network)
-
-
-@pytest.mark.slow
-def test_transformers(capsys):
-    load("transformers")
-    with their_warnings():
-        network = run("transformers", loader=[batch(2, 3, 32, 32)])["network"]
-    assert "20 BatchNorms converted" in capsys.readouterr().out and is_converted(network)
-
-
-@pytest.mark.slow
-def test_monai(capsys):
-    load("monai")
-    masks = torch.randint(2, (2, 1, 16, 16), generator=torch.Generator().manual_seed(9))
-    with their_warnings():
-        network = run("MONAI", loader=[(batch(2, 1, 16, 16)[0], masks)])["network"]
-    assert "4 BatchNorms converted" in capsys.readouterr().out and is_converted(network)
