@@ -82,7 +82,7 @@ class DeferredCall:
         self.watched = [
             t for t in (None if self.snapshot is not None else input, *state) if t is not None
         ]
-        self.versions = [t._version for t in self.watched]
+        self.versions = [_version(t) for t in self.watched]
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -155,7 +155,7 @@ class DeferredCall:
         if self.is_done and self.options["training"]:
             # The call itself has updated the statistics.
             watched = watched[: sum(t is not None for t in self.inputs)]
-        if [t._version for t in watched] != self.versions[: len(watched)]:
+        if [_version(t) for t in watched] != self.versions[: len(watched)]:
             self.fail(f"{_UNCHANGED}, got a change in place of input, parameters or statistics")
 
     def fail(self, reason: str) -> NoReturn:
