@@ -235,6 +235,8 @@ def _foldable_norms(model: nn.Module) -> tuple[set[nn.Module], dict[nn.Module, s
             reasons[module] = reason_not_adapted(module)
         elif _is_hooked(module):
             reasons[module] = "it has hooks, or its instance its own forward"
+        elif module.training:
+            reasons[module] = "it is in training mode although the model is in evaluation mode"
         elif getattr(module, "running_mean", None) is None:
             reasons[module] = "it has no running statistics"
         else:

@@ -79,7 +79,8 @@ def find_pairs_in_export(
             size: Any = getattr(layer, "out_channels", None) or layer.out_features
             layer.bias = nn.Parameter(layer.weight.new_zeros(size))
     try:
-        program = torch.export.export(model, args, kwargs, strict=False)
+        with torch.no_grad():  # then a region without gradients has no graph of its own
+            program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise NotExportable(str(error)) from error
     graph = _Graph(model, program, norms, layers)

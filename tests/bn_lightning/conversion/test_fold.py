@@ -102,16 +102,27 @@ LAYERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("with_examples", [False, True], ids=["forwards", "examples"])
 @pytest.mark.parametrize(("layer", "norm", "shape"), LAYERS.values(), ids=LAYERS.keys())
-def test_layers(
-    layer: nn.Module, norm: nn.Module, shape: tuple[int, ...], with_examples: bool
-) -> None:
+def test_layers(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> None:
     model = sequential(layer, norm, nn.ReLU())
-    x = torch.randn(shape, dtype=torch.float64)
-    folded = fold_batchnorm(model, x if with_examples else None)
+    folded = fold_batchnorm(model)
     assert not any(isinstance(m, _BatchNorm) for m in folded.modules())
+    x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_all_layers_with_examples() -> None:
+    """As parts of one model, which is exported once."""
+
+    class Parts(nn.ModuleList):
+        def forward(self, *inputs: Tensor) -> list[Tensor]:
+            return [part(x) for part, x in zip(self, inputs, strict=True)]
+
+    model = Parts(sequential(layer, norm, nn.ReLU()) for layer, norm, _ in LAYERS.values()).eval()
+    inputs = [torch.randn(shape, dtype=torch.float64) for *_, shape in LAYERS.values()]
+    folded = fold_batchnorm(model, inputs)
+    assert not any(isinstance(m, _BatchNorm) for m in folded.modules())
+    torch.testing.assert_close(folded(*inputs), model(*inputs), rtol=1e-12, atol=1e-12)
 
 
 def test_a_linear_layer_over_sequences_is_refused() -> None:

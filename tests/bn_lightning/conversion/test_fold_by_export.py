@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning import BatchNorm2d, fold_batchnorm
-from bn_lightning.conversion.fold import FoldError, find_foldable
+from bn_lightning.conversion.fold import FoldError, find_foldable, fold_with_report
 
 
 def images(channels: int = 4, size: int = 6) -> Tensor:
@@ -68,6 +68,11 @@ class Standardized(nn.Conv2d):
         return F.conv2d(input, self.weight - self.weight.mean(), self.bias)
 
 
+class AlwaysTrains(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> "AlwaysTrains":
+        return super().train()
+
+
 def conv(**options: Any) -> nn.Conv2d:
     return nn.Conv2d(4, 4, 3, **options)
 
@@ -97,6 +102,12 @@ def transposed(self: Any, x: Tensor) -> Tensor:
     return self.bn(self.linear(x.flatten(1, 2)).transpose(1, 2)).transpose(1, 2)
 
 
+def without_gradients(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = self.bn(self.conv(x))
+    return y.relu()
+
+
 def two_readers(self: Any, x: Tensor) -> Tensor:
     y = self.bn(x)
     return self.a(y) + self.b(y)
@@ -110,6 +121,10 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     ),
     "branches_and_outputs": (
         lambda: Network(branching, conv=conv(), bn=nn.BatchNorm2d(4)),
+        {"bn": "conv"},
+    ),
+    "without_gradients": (
+        lambda: Network(without_gradients, conv=conv(), bn=nn.BatchNorm2d(4)),
         {"bn": "conv"},
     ),
     "head_of_two_maps": (
@@ -167,8 +182,8 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 def test_it_is_folded(make: Callable[[], nn.Module], wanted: dict[str, str]) -> None:
     model, x = trained(make()), images()
     expected = model(x.clone())
-    assert find_foldable(model, x).folded == wanted
-    folded = fold_batchnorm(model, x)
+    folded, folding = fold_with_report(model, x)
+    assert folding.folded == wanted
     assert not any("running_mean" in m._buffers for m in folded.modules())
     torch.testing.assert_close(folded(x), expected, rtol=1e-12, atol=1e-12)
 
@@ -213,6 +228,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Network(wrong_dimension, linear=nn.Linear(36, 4), bn=nn.BatchNorm1d(4)),
         "its channels are not those",
     ),
+    "always_trains": (
+        lambda: Network(chain, conv=conv(), bn=AlwaysTrains(4, momentum=0.0)),
+        "in training mode",
+    ),
     "before_zeros": (
         lambda: Network(chain, bn=nn.BatchNorm2d(4), conv=conv(padding=1)),
         "an input of the model comes before it",
@@ -239,10 +258,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize(("make", "reason"), LEFT.values(), ids=LEFT.keys())
 def test_it_is_left(make: Callable[[], nn.Module], reason: str) -> None:
     model, x = trained(make()), images()
-    folding = find_foldable(model, x)
+    folded, folding = fold_with_report(model, x)
     assert not folding.folded and all(reason in found for found in folding.skipped.values())
-    with pytest.warns(UserWarning, match="`model`.*to fold"):
-        folded = fold_batchnorm(model, x)
     torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0)
 
 
