@@ -125,8 +125,6 @@ class AdaptedBatchNorm(nn.Module):
 class _AdaptedForeign(AdaptedBatchNorm):
     """The same for a class that is not a subclass of torch's BatchNorm, and does not become one."""
 
-    deferral = _BackendMixin.deferral
-
     def forward(self, input: Any) -> Any:
         """Return what the original forward returns."""
         # FrozenBatchNorm2d broadcasts an image without a batch, (C, H, W), to (1, C, H, W).

@@ -33,6 +33,7 @@ from bn_lightning import (
 )
 from bn_lightning.conversion import adapters
 from bn_lightning.conversion.adapters import AdapterError, find_adapter
+from bn_lightning.conversion.convert import convert_model, is_converted
 
 KNOWN: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: BatchNormAct2d(3, nn.Identity(), nn.ReLU(inplace=True)),
@@ -107,6 +108,33 @@ class TestKnown:
         assert type(twin) is cls
         revert_batchnorm(twin)
         assert type(twin) is not cls and type(model) is cls
+
+
+@pytest.mark.parametrize("name", ["timm", "timm_parametrized", "frozen_act", "abn"])
+def test_the_activation_is_computed_in_the_same_call(name: str, monkeypatch) -> None:
+    model = nn.Sequential(KNOWN[name]())
+    convert_batchnorm(model, fuse=True)
+    activations, compute = [], type(model[0])._batch_norm
+
+    def watched(self: Any, *args: Any, **options: Any) -> Tensor:
+        activations.append(options["activation"])
+        return compute(self, *args, **options)
+
+    monkeypatch.setattr(type(model[0]), "_batch_norm", watched)
+    for training in (True, False):
+        model.train(training)(torch.randn(2, 3, 4, 4))
+    assert len(activations) == 2 and "identity" not in activations
+
+
+@pytest.mark.parametrize("name", ["timm", "frozen_act", "abn"])
+def test_a_copy_during_a_fit_has_the_original_class(name: str) -> None:
+    model = nn.Sequential(KNOWN[name]())
+    before, cls = snapshot(model), type(model[0])
+    convert_model(model, fuse=True, backend="auto", is_temporary=True)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin[0]) is cls and not is_converted(twin)
+    revert_batchnorm(model)
+    assert snapshot(model) == before
 
 
 def test_a_layer_by_its_name_and_shape_alone_is_not_believed() -> None:
