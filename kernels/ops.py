@@ -37,7 +37,7 @@ from bn_lightning.kernels.arguments import (
 from bn_lightning.kernels.autograd import BatchNormFunction, unpack_backward
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import chooses_triton, is_recomputation
-from bn_lightning.kernels.eager import NATIVE, Plan, find_call, find_plan, keep_plan, run_plan
+from bn_lightning.kernels.eager import NATIVE, keep_plan, run_known, run_plan
 from bn_lightning.kernels.layout import as_layout, is_channels_last
 from bn_lightning.kernels.measurements import Fusion
 
@@ -109,9 +109,10 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithms 1 and 2.
     """
-    fused, added = split_residual(x, residual)
-    if added is not None:
-        check_choices(x, added, activation, backend)
+    fused, added = residual, None
+    if residual is not None and residual.dtype != x.dtype:
+        check_choices(x, residual, activation, backend)
+        fused, added = split_residual(x, residual)
     fields = (
         x,
         fused,
@@ -126,40 +127,48 @@ def batch_norm(
         activation if added is None else "identity",
         negative_slope,
     )
-    y = _batch_norm(BatchNormArguments._make(fields), backend)
+    y = None if torch.compiler.is_compiling() else run_known(fields, backend)
+    if y is None or y is NATIVE:
+        a = BatchNormArguments._make(fields)
+        y = _composite(a) if y is NATIVE else _batch_norm(a, backend)
     return y if added is None else activate(y + added, activation, negative_slope)
 
 
 def _batch_norm(a: BatchNormArguments, backend: str) -> Tensor:
-    """Compute `batch_norm` with a residual of the dtype of x, if there is one."""
+    """Compute a call of a kind that may be new, with a residual of the dtype of x or none."""
     if a.training and is_recomputation():
-        if a.momentum is None:
-            check_average(a.running_mean, a.num_batches_tracked)
-        # Copies, because checkpointing needs as many saved tensors as the first time.
-        mean, var = (None if v is None else v.clone() for v in (a.running_mean, a.running_var))
-        a = a._replace(running_mean=mean, running_var=var, num_batches_tracked=None, momentum=0.0)
-    call = find_call(a, backend)
-    plan = None if call is None else find_plan(call)
-    if call is not None and plan is not None:
-        return _composite(a) if plan is NATIVE else run_plan(plan, a, call.addresses)
-
+        a = _without_updates(a)
+        y = run_known(a, backend, recomputes=True)
+        if y is not None and y is not NATIVE:
+            return y
     check_choices(a.x, a.residual, a.activation, backend)
-    fusion = Fusion(a.activation, a.residual is not None, a.training)
-    triton = chooses_triton(a.x, backend, fusion)
+    triton = chooses_triton(a.x, backend, Fusion(a.activation, a.residual is not None, a.training))
     if a.training and a.momentum is None:
         check_average(a.running_mean, a.num_batches_tracked)
+    is_eager = not torch.compiler.is_compiling()
     if not triton:
-        if call is not None:
-            keep_plan(call, NATIVE)
+        if is_eager and backend == "auto" and a.x.is_cuda:
+            keep_plan(a, backend, is_native=True)
         return _composite(a)
     check_like_aten(a.x, *a[2:6], a.training, a.eps)
-    if call is not None:
-        plan = Plan(a)
-        keep_plan(call, plan)
-        return run_plan(plan, a, call.addresses)
+    plan = keep_plan(a, backend, is_native=False) if is_eager else None
+    if plan is not None:
+        tensors = [t for t in a[:7] if t is not None]
+        return run_plan(plan, a, tensors, tuple([t.data_ptr() for t in tensors]))
     if a.running_mean is None:
         a = a._replace(momentum=a.momentum or 0.0)
     return torch.ops.bn_lightning.batch_norm(*a)
+
+
+def _without_updates(a: BatchNormArguments) -> BatchNormArguments:
+    """Return the arguments of a training call that updates copies of the running statistics.
+
+    Copies, because checkpointing needs as many saved tensors as the first time.
+    """
+    if a.momentum is None:
+        check_average(a.running_mean, a.num_batches_tracked)
+    mean, var = (None if v is None else v.clone() for v in (a.running_mean, a.running_var))
+    return a._replace(running_mean=mean, running_var=var, num_batches_tracked=None, momentum=0.0)
 
 
 def _composite(a: BatchNormArguments) -> Tensor:

@@ -236,7 +236,8 @@ def test_saved_for_backward(device: str) -> None:
             batch_norm(**c, training=training, backend="triton")
         return [(v.shape, v.dtype) for v in packed]
 
-    per_channel = [(torch.Size([3]), torch.float32)] * 3  # mean, rstd and weight
+    # Mean and rstd in one tensor, and the weight.
+    per_channel = [(torch.Size([8]), torch.float32), (torch.Size([3]), torch.float32)]
     assert saved(True, "x", "weight", "bias") == [(t["x"].shape, torch.float32), *per_channel]
     assert saved(False, "x") == per_channel
 
