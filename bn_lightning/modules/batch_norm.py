@@ -137,18 +137,25 @@ class _BackendMixin(_BatchNorm):
         if torch.jit.is_tracing():
             return self._twin_for_jit()(input)
         self._check_input_dim(input)
-        # Read each once, because Module.__getattr__ is slow.
-        running_mean, running_var = self.running_mean, self.running_var
-        count = None
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            # Module.__getattr__ looks in the same places and takes ten times as long.
+            weight, bias = parameters["weight"], parameters["bias"]
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            count = buffers["num_batches_tracked"]
+        except KeyError:
+            # One is parametrized, or was replaced by a plain attribute.
+            weight, bias = self.weight, self.bias
+            running_mean, running_var = self.running_mean, self.running_var
+            count = getattr(self, "num_batches_tracked", None)
         if self.training and not self.stats_frozen:
             training = True
-            if self.track_running_stats:
-                count = self.num_batches_tracked
-            else:
-                running_mean = running_var = None
+            if not self.track_running_stats:
+                running_mean = running_var = count = None
         else:
             training = running_mean is None and running_var is None
-        state = (self.weight, self.bias, running_mean, running_var)
+            count = None
+        state = (weight, bias, running_mean, running_var)
         options = {
             "training": training,
             "momentum": self.momentum,
