@@ -171,7 +171,5 @@ def machine_of(device: torch.device) -> Machine:
 
         is_known = knows_triton()
         found = torch.cuda.get_device_properties(device)
-        # Not every torch has them.
-        names = ("memory_clock_rate", "memory_bus_width")
-        clock, width = (getattr(found, name, 0) for name in names)
+        clock, width = found.memory_clock_rate, found.memory_bus_width
     return Machine(device_name(device), _device(device), copy_bandwidth(clock, width), is_known)
