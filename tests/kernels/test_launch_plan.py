@@ -1,6 +1,11 @@
 """Recorded launches, repeated on other tensors: the bits of an ordinary call."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +98,54 @@ def test_recordings_nest_and_end(device: str) -> None:
     _run(t)
     assert inner.launches and not outer.launches
     assert [tensor.numel() for tensor, _ in outer.made_anew] == [2]
+
+
+# Run in a process whose CUDA driver does nothing, and keeps the arguments of the last launch.
+LAUNCH_TWICE = """
+import ctypes, host_overhead, torch
+from bn_lightning.kernels import batch_norm, eager
+
+host_overhead.use_noop_driver()
+driver = ctypes.CDLL("libcuda.so.1")
+words = (ctypes.c_uint64 * 64).in_dll(driver, "arguments")
+wanted = ctypes.c_int.in_dll(driver, "arguments_wanted")
+x, residual = torch.randn(2, 4, 16), torch.randn(2, 4, 16)
+weight, bias, mean, var = torch.randn(4, 4).unbind()
+tracked = torch.tensor(0)
+given = (x, weight, bias, mean, var)
+options = {"training": True, "momentum": 0.25, "activation": "leaky_relu", "residual": residual}
+options |= {"num_batches_tracked": tracked, "negative_slope": 0.125, "backend": "triton"}
+batch_norm(*given, **options)
+((plan,),) = eager._plans.values()
+((_, _, after, pick),) = plan.forward.steps
+wanted.value = len(after[-1])
+found = []
+for launch in (eager._launch_forward, lambda plan, fields: [batch_norm(*given, **options)]):
+    y, *_ = launch(plan, (x, residual, weight, bias, mean, var, tracked, True, 0.25, 1e-5,
+                          "leaky_relu", 0.125))
+    found.append([word & 0xFFFFFFFF for word in words[: wanted.value]])
+    assert found[-1].count(y.data_ptr() & 0xFFFFFFFF) == 1
+    assert all(found[-1].count(v.data_ptr() & 0xFFFFFFFF) == 1 for v in (*given, residual, tracked))
+different = sum(a != b for a, b in zip(*found))
+print(wanted.value, different)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA driver is there")
+@pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler")
+def test_tritons_launcher_gets_what_it_gets_from_triton(tmp_path: Path) -> None:
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    library = tmp_path / "libcuda.so.1"
+    build = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-w", "-o", library]
+    subprocess.run([*build, benchmarks / "noop_libcuda.c"], check=True)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join([str(benchmarks), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCH_TWICE], env=env, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stderr
+    arguments, different = map(int, result.stdout.split())
+    # y, mean and rstd are allocated for each call; all else is the same.
+    assert arguments >= 15 and different <= 3
