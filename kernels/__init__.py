@@ -3,6 +3,7 @@
 The files in reading order:
 
     activations.py    the table of activations, and what the gradient of each needs
+    walk.py           rows, blocks, tiles and splits of a tensor in memory
     schedule.py       shape, dtype, layout, device -> regime, tiles, splits: pure functions
     layout.py         contiguous and channels-last memory
     measurements.py   the table of what was measured on a device
@@ -12,6 +13,7 @@ The files in reading order:
     reference.py      the definition in plain torch: forward, and a differentiable backward
     triton_launcher.py  Triton's launcher, called with addresses: its private fields
     launch_plan.py    record the launches of a call, and repeat them on other tensors
+    element.py        the activations and their derivatives, of an element
     tile.py           one tile: where its elements are, and the arithmetic of each
     stats.py          per-channel mean and rstd from (n, mean, M2) partials, running statistics
     normalize.py      y = act((x - mean) * rstd * weight + bias + residual)

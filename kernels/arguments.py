@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bn_lightning.kernels.layout import as_layout, contiguous
-from bn_lightning.kernels.schedule import Schedule, as_constexpr
+from bn_lightning.kernels.schedule import Schedule
+from bn_lightning.kernels.walk import as_constexpr
 
 
 def split_residual(x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

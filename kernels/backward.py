@@ -23,21 +23,26 @@ from torch import Tensor
 
 from bn_lightning.kernels.arguments import Backward, BackwardNeeds, BackwardTensors, ChannelTensors
 from bn_lightning.kernels.launch_plan import launch_kernel
-from bn_lightning.kernels.normalize import locate_block
-from bn_lightning.kernels.schedule import Flat, Schedule, Tiling, cdiv
+from bn_lightning.kernels.schedule import Schedule
+from bn_lightning.kernels.stats import locate_splits
 from bn_lightning.kernels.tile import (
     ChannelValues,
     Tile,
-    as_tile,
-    channels_as_tile,
     count_tiles,
+    find_place,
     load_channels,
     load_gradient,
     load_tile,
+    locate_channels,
+    locate_columns,
     locate_tile,
+    next_place,
+    previous_place,
     store_tile,
     sum_channels,
+    sum_positions,
 )
+from bn_lightning.kernels.walk import Tiling, cdiv
 
 
 class Sums(NamedTuple):
@@ -55,13 +60,13 @@ class Sums(NamedTuple):
 @triton.jit
 def walk_sums(
     tensors: BackwardTensors,
-    channels: ChannelValues,  # (BLOCK_C,)
-    offs_c: tl.tensor,
+    channels: ChannelValues,
+    block: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
     tiling: Tiling,
 ) -> Sums:
-    """Return the sums over the tiles from `first` to `end`, for BLOCK_C channels.
+    """Return the sums over the tiles from `first` to `end` of a block, (CHANNELS,) each.
 
     Without TRAINING, dx does not depend on the sums: it and dresidual are written here, if wanted.
     """
@@ -69,21 +74,26 @@ def walk_sums(
     exponent = channels.rstd.to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
     unit = exponent.to(tl.float32, bitcast=True)
-    shape: tl.constexpr = (tiling.BLOCK_N, tiling.BLOCK_C, tiling.BLOCK_L)
-    dweight = tl.zeros(shape, dtype=tl.float32)
-    dbias = tl.zeros(shape, dtype=tl.float32)
-    for number in range(first, end):
-        tile, _ = locate_tile(number, offs_c, tiling, False)
+    dweight = tl.zeros((tiling.BLOCK_R, tiling.BLOCK_P), dtype=tl.float32)
+    dbias = dweight
+    place = find_place(first, tiling)
+    for _ in tl.range(first, end, num_stages=tiling.STAGES):
+        tile = locate_tile(place, block, tiling)
         x = load_tile(tensors.x_ptr, tile, "")
-        g = load_gradient(x, channels_as_tile(channels), tensors, tile, "")
+        g = load_gradient(x, channels, tensors, tile, "")
         # Outside the tensor x is 0 but x_hat is not, so g must be 0 there for both sums.
         g = tl.where(tile.inside, g, 0.0)
         if not tensors.TRAINING:
-            values = channels_as_tile(channels)
-            store_gradients(g, x, values, Sums(values.mean, values.mean), tensors, tile)
-        dweight = tl.fma(g, (x - as_tile(channels.mean)) * as_tile(unit), dweight)
+            store_gradients(g, x, channels, Sums(channels.mean, channels.mean), tensors, tile)
+        dweight = tl.fma(g, (x - channels.mean[None, :]) * unit[None, :], dweight)
         dbias += g
-    return Sums(sum_channels(dweight) * (channels.rstd / unit), sum_channels(dbias))
+        place = next_place(place, tiling)
+    rest = channels.rstd / unit
+    if tiling.CHANNELS == 1:
+        dweight_C = sum_channels(dweight, tiling) * rest
+    else:
+        dweight_C = sum_positions(tl.sum(dweight, axis=0) * rest, tiling)
+    return Sums(dweight_C, sum_channels(dbias, tiling))
 
 
 @triton.jit
@@ -97,26 +107,30 @@ def store_sums(sums: Sums, pointers: Sums, offsets: tl.tensor, mask_c: tl.tensor
 def sum_partials(
     partials: Sums,  # pointers, (S, C) fp32
     offs_c: tl.tensor,
+    mask_c: tl.tensor,
     S: tl.tensor,
     C: tl.tensor,
     BLOCK_S: tl.constexpr,
 ) -> Sums:
     """Return the sums over the splits, for some channels."""
-    offs_s = tl.arange(0, BLOCK_S)
-    mask_sc = (offs_s < S)[:, None] & (offs_c < C)[None, :]
-    offsets = offs_s[:, None] * C + offs_c[None, :]
-    # L1 is bypassed, because other programs may have written the partials in this launch.
-    dweight = tl.load(partials.dweight + offsets, mask=mask_sc, other=0.0, cache_modifier=".cg")
-    dbias = tl.load(partials.dbias + offsets, mask=mask_sc, other=0.0, cache_modifier=".cg")
-    return Sums(tl.sum(dweight, axis=0), tl.sum(dbias, axis=0))
+    dweight = tl.zeros(offs_c.shape, dtype=tl.float32)
+    dbias = dweight
+    for first in range(0, S, BLOCK_S):
+        # L1 is bypassed, because other programs may have written the partials in this launch.
+        offsets, mask = locate_splits(first, offs_c, mask_c, S, C, BLOCK_S)
+        part = tl.load(partials.dweight + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        dweight += tl.sum(part, axis=0)
+        part = tl.load(partials.dbias + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        dbias += tl.sum(part, axis=0)
+    return Sums(dweight, dbias)
 
 
 @triton.jit
 def store_gradients(
     g: tl.tensor,  # fp32
     x: tl.tensor,  # fp32, used in training only
-    channels: ChannelValues,  # of a shape that broadcasts to g
-    sums: Sums,  # likewise, used in training only
+    channels: ChannelValues,
+    sums: Sums,  # of each position's channel, used in training only
     tensors: BackwardTensors,
     tile: Tile,
 ) -> None:
@@ -130,8 +144,9 @@ def store_gradients(
         dx = g
         if tensors.TRAINING:
             slope = sums.dweight * tensors.inverse_count * channels.rstd
-            dx = tl.fma(channels.mean - x, slope, g - sums.dbias * tensors.inverse_count)
-        store_tile(tensors.dx_ptr, tile, dx * channels.scale)
+            shift = sums.dbias * tensors.inverse_count
+            dx = tl.fma(channels.mean[None, :] - x, slope[None, :], g - shift[None, :])
+        store_tile(tensors.dx_ptr, tile, dx * channels.scale[None, :])
 
 
 @triton.jit
@@ -142,13 +157,14 @@ def _bn_backward_partial_sums_kernel(
     tiles_per_split: tl.tensor,
     tiling: Tiling,
 ) -> None:
-    offs_c = tl.program_id(0) * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
-    mask_c = offs_c < tiling.C
+    block = tl.program_id(0)
     split = tl.program_id(1)
     first = split * tiles_per_split
     end = tl.minimum(first + tiles_per_split, count_tiles(tiling))
-    values = load_channels(channels, offs_c, mask_c)
-    sums = walk_sums(tensors, values, offs_c, first, end, tiling)
+    owner, mask, _ = locate_columns(block, tiling)
+    values = load_channels(channels, owner, mask)
+    sums = walk_sums(tensors, values, block, first, end, tiling)
+    offs_c, mask_c = locate_channels(block, tiling)
     store_sums(sums, partials, split * tiling.C + offs_c, mask_c)
 
 
@@ -162,7 +178,8 @@ def _bn_backward_finish_sums_kernel(
     BLOCK_C: tl.constexpr,
 ) -> None:
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    store_sums(sum_partials(partials, offs_c, S, C, BLOCK_S), sums, offs_c, offs_c < C)
+    mask_c = offs_c < C
+    store_sums(sum_partials(partials, offs_c, mask_c, S, C, BLOCK_S), sums, offs_c, mask_c)
 
 
 @triton.jit
@@ -170,41 +187,44 @@ def _bn_backward_input_kernel(
     tensors: BackwardTensors,
     channels: ChannelTensors,
     sums: Sums,  # pointers, (C,) fp32, read in training only
-    flat: Flat,
+    tiles_per_split: tl.tensor,
+    tiling: Tiling,
 ) -> None:
-    tile, offs_c = locate_block(flat)
-    mask_c = offs_c < flat.C
-    values = load_channels(channels, offs_c, mask_c)
-    x = values.mean
-    if tensors.x_ptr is not None:
-        x = load_tile(tensors.x_ptr, tile, "evict_first")
-    g = load_gradient(x, values, tensors, tile, "evict_first")
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = split * tiles_per_split
+    end = tl.minimum(first + tiles_per_split, count_tiles(tiling))
+    owner, mask, _ = locate_columns(block, tiling)
+    values = load_channels(channels, owner, mask)
     dweight = values.rstd
     dbias = values.rstd
     if tensors.TRAINING:
-        dweight = tl.load(sums.dweight + offs_c, mask=mask_c, other=0.0)
-        dbias = tl.load(sums.dbias + offs_c, mask=mask_c, other=0.0)
-    store_gradients(g, x, values, Sums(dweight, dbias), tensors, tile)
+        dweight = tl.load(sums.dweight + owner, mask=mask, other=0.0)
+        dbias = tl.load(sums.dbias + owner, mask=mask, other=0.0)
+    walk_gradients(tensors, values, Sums(dweight, dbias), block, first, end, tiling)
 
 
 @triton.jit
 def walk_gradients(
     tensors: BackwardTensors,
-    channels: ChannelValues,  # (BLOCK_C,)
-    sums: Sums,  # (BLOCK_C,)
-    offs_c: tl.tensor,
+    channels: ChannelValues,
+    sums: Sums,  # of each position's channel
+    block: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
     tiling: Tiling,
 ) -> None:
-    """Write dx and dresidual for the tiles from `first` to `end`, the last one first."""
-    for step in range(first, end):
-        tile, _ = locate_tile(end - 1 - (step - first), offs_c, tiling, False)
-        x = load_tile(tensors.x_ptr, tile, "evict_first")
-        values = channels_as_tile(channels)
-        g = load_gradient(x, values, tensors, tile, "evict_first")
-        tile_sums = Sums(as_tile(sums.dweight), as_tile(sums.dbias))
-        store_gradients(g, x, values, tile_sums, tensors, tile)
+    """Write dx and dresidual for the tiles from `first` to `end` of a block, the last one first."""
+    place = find_place(end - 1, tiling)
+    for _ in range(first, end):
+        tile = locate_tile(place, block, tiling)
+        if tensors.x_ptr is not None:
+            x = load_tile(tensors.x_ptr, tile, "evict_first")
+        else:
+            x = tl.zeros((tiling.BLOCK_R, tiling.BLOCK_P), dtype=tl.float32)
+        g = load_gradient(x, channels, tensors, tile, "evict_first")
+        store_gradients(g, x, channels, sums, tensors, tile)
+        place = previous_place(place, tiling)
 
 
 def affine_gradients(call: Backward, schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -241,26 +261,27 @@ def _sum(call: Backward, tensors: BackwardTensors, schedule: Schedule) -> Sums:
     """Launch the kernel of the partial sums, and, with several splits, the one that adds them."""
     sums = Sums(*call.new_sums())
     partials = sums
-    if schedule.splits > 1:
-        partials = Sums(*call.mean.new_empty((2, schedule.splits, schedule.C)).unbind())
+    walk = schedule.reduction
+    if walk.splits > 1:
+        partials = Sums(*call.mean.new_empty((2, walk.splits, schedule.C)).unbind())
     launch_kernel(
         _bn_backward_partial_sums_kernel,
-        (schedule.channel_blocks, schedule.splits),
+        walk.grid,
         tensors=tensors,
         channels=call.channels,
         partials=partials,
-        tiles_per_split=schedule.tiles_per_split,
-        tiling=schedule.tiling,
-        **schedule.walk_options,
+        tiles_per_split=walk.tiles_per_split,
+        tiling=walk.tiling,
+        **walk.options,
     )
-    if schedule.splits > 1:
+    if walk.splits > 1:
         block_s, block_c = schedule.finish_tile
         launch_kernel(
             _bn_backward_finish_sums_kernel,
             (cdiv(schedule.C, block_c),),
             partials=partials,
             sums=sums,
-            S=schedule.splits,
+            S=walk.splits,
             C=schedule.C,
             BLOCK_S=block_s,
             BLOCK_C=block_c,
@@ -288,16 +309,18 @@ def input_gradients(
         dx and dresidual, each None if it is not needed.
     """
     dx, dresidual = call.new_gradients(needs)
+    walk = schedule.elementwise
     launch_kernel(
         _bn_backward_input_kernel,
-        schedule.flat_grid,
+        walk.grid,
         # Alone, the gradient of the residual needs no sums.
         tensors=call.tensors(
             dx, dresidual, 1.0 / schedule.values_per_channel, training=needs.training and needs.dx
         ),
         channels=call.channels,
         sums=Sums(dweight, dbias),
-        flat=schedule.flat,
-        num_warps=schedule.flat_warps,
+        tiles_per_split=walk.tiles_per_split,
+        tiling=walk.tiling,
+        **walk.options,
     )
     return dx, dresidual

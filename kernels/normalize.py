@@ -4,10 +4,8 @@
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1, lines 3 and 4.
 
-Shapes: N batch, C channels, L flattened space; channels-last is (N * L, C, 1). The kernel goes
-through memory in groups of eight neighbours: one thread moves eight values of a 16-bit dtype in 16
-bytes, and one byte of the mask describes eight. It goes backwards, because the statistics were read
-forwards and the cache still holds the end of x.
+A program goes through its tiles backwards, because the statistics were read forwards and the cache
+still holds the end of x.
 """
 
 import triton
@@ -22,39 +20,21 @@ from bn_lightning.kernels.arguments import (
     new_statistics,
 )
 from bn_lightning.kernels.launch_plan import launch_kernel
-from bn_lightning.kernels.schedule import Flat, Schedule, Tiling
+from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.stats import load_running_statistics
 from bn_lightning.kernels.tile import (
     ChannelValues,
-    Tile,
-    channels_as_tile,
+    count_tiles,
+    find_place,
     load_channels,
     load_tile,
+    locate_columns,
     locate_tile,
     make_channels,
+    previous_place,
     write_output,
 )
-
-
-@triton.jit
-def locate_block(flat: Flat) -> tuple[Tile, tl.tensor]:
-    """Return the (BLOCK / 8, 8) elements of this program's block, and their channels."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    # One 64-bit division for each program; those for each element are in 32 bits.
-    start = block.to(tl.int64) * flat.BLOCK
-    count = tl.minimum(flat.numel - start, flat.BLOCK).to(tl.int32)
-    group = tl.arange(0, flat.BLOCK // 8)[:, None] * 8
-    offsets = group + tl.arange(0, 8)[None, :]
-    start_c = (start // flat.L % flat.C).to(tl.int32)
-    start_l = (start % flat.L).to(tl.int32)
-    # One division for eight elements if their channels allow it.
-    if flat.EIGHTS == "one":
-        channels = (start_c + (start_l + group) // flat.L) % flat.C
-    elif flat.EIGHTS == "consecutive":
-        channels = (start_c + group) % flat.C + tl.arange(0, 8)[None, :]
-    else:
-        channels = (start_c + (start_l + offsets) // flat.L) % flat.C
-    return Tile(start, offsets, offsets < count), channels
+from bn_lightning.kernels.walk import Tiling
 
 
 @triton.jit
@@ -63,38 +43,42 @@ def _bn_forward_normalize_kernel(
     channels: ChannelTensors,  # mean and rstd are written if there are running statistics
     running: RunningStatistics,  # pointers in evaluation, None in training
     eps: tl.tensor,
-    flat: Flat,
+    tiles_per_split: tl.tensor,
+    tiling: Tiling,
 ) -> None:
-    tile, offs_c = locate_block(flat)
-    mask_c = offs_c < flat.C
+    # The last programs first, because the cache holds what the last ones read before.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    split = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = split * tiles_per_split
+    end = tl.minimum(first + tiles_per_split, count_tiles(tiling))
+    owner, mask, is_first = locate_columns(block, tiling)
     if running.mean is not None:
-        mean, rstd = load_running_statistics(running, offs_c, mask_c, eps)
-        values = make_channels(mean, rstd, channels, offs_c, mask_c)
-        # Each channel once, by the thread that has its first element.
-        is_first = tile.start + tile.offsets == offs_c.to(tl.int64) * flat.L
-        offs_c += tl.zeros_like(tile.offsets)
-        tl.store(channels.mean_ptr + offs_c, mean, mask=is_first)
-        tl.store(channels.rstd_ptr + offs_c, rstd, mask=is_first)
+        mean, rstd = load_running_statistics(running, owner, mask, eps)
+        values = make_channels(mean, rstd, channels, owner, mask)
+        # Once for each channel.
+        tl.store(channels.mean_ptr + owner, mean, mask=is_first & (split == 0))
+        tl.store(channels.rstd_ptr + owner, rstd, mask=is_first & (split == 0))
     else:
-        values = load_channels(channels, offs_c, mask_c)
-    x = load_tile(tensors.x_ptr, tile, "evict_first")
-    write_output(x, values, tensors, tile)
+        values = load_channels(channels, owner, mask)
+    walk_normalize(tensors, values, block, first, end, tiling)
 
 
 @triton.jit
 def walk_normalize(
     tensors: ForwardTensors,
-    channels: ChannelValues,  # (BLOCK_C,)
-    offs_c: tl.tensor,
+    channels: ChannelValues,
+    block: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
     tiling: Tiling,
 ) -> None:
-    """Write y for the tiles from `first` to `end`, the last one first."""
-    for step in range(first, end):
-        tile, _ = locate_tile(end - 1 - (step - first), offs_c, tiling, False)
+    """Write y for the tiles from `first` to `end` of a block, the last one first."""
+    place = find_place(end - 1, tiling)
+    for _ in range(first, end):
+        tile = locate_tile(place, block, tiling)
         x = load_tile(tensors.x_ptr, tile, "evict_first")
-        write_output(x, channels_as_tile(channels), tensors, tile)
+        write_output(x, channels, tensors, tile)
+        place = previous_place(place, tiling)
 
 
 def launch_normalize(
@@ -146,14 +130,16 @@ def _launch(
     schedule: Schedule,
 ) -> tuple[Tensor, Tensor | None]:
     y, mask = call.new_outputs()
+    walk = schedule.elementwise
     launch_kernel(
         _bn_forward_normalize_kernel,
-        schedule.flat_grid,
+        walk.grid,
         tensors=call.tensors(y, mask),
         channels=channels,
         running=running,
         eps=eps,
-        flat=schedule.flat,
-        num_warps=schedule.flat_warps,
+        tiles_per_split=walk.tiles_per_split,
+        tiling=walk.tiling,
+        **walk.options,
     )
     return y, mask

@@ -61,7 +61,7 @@ from bn_lightning.kernels.backward import (
 )
 from bn_lightning.kernels.launch_plan import launch_kernel, make_anew
 from bn_lightning.kernels.normalize import walk_normalize
-from bn_lightning.kernels.schedule import Schedule, Tiling
+from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.stats import (
     combine_partials,
     count_batch,
@@ -69,7 +69,15 @@ from bn_lightning.kernels.stats import (
     store_partial,
     walk_statistics,
 )
-from bn_lightning.kernels.tile import count_tiles, load_channels, make_channels
+from bn_lightning.kernels.tile import (
+    count_blocks,
+    count_tiles,
+    load_channels,
+    locate_channels,
+    locate_columns,
+    make_channels,
+)
+from bn_lightning.kernels.walk import Tiling
 
 # The counters: tickets taken, programs that left, then for each group arrivals and the flag.
 TICKET = tl.constexpr(0)
@@ -150,7 +158,7 @@ def _bn_forward_persistent_kernel(
     counters_ptr = queue.counters_ptr
     S = queue.S
     tiles = count_tiles(tiling)
-    groups = tl.cdiv(tiling.C, tiling.BLOCK_C)
+    groups = count_blocks(tiling)
     items = (groups + queue.lag) * 2 * S
     ticket = _take_ticket(counters_ptr)
     while ticket < items:
@@ -161,12 +169,11 @@ def _bn_forward_persistent_kernel(
         end = tl.minimum(first + queue.tiles_per_split, tiles)
         if place < S:
             if step < groups:
-                offs_c = step * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
-                moments = walk_statistics(tensors.x_ptr, offs_c, first, end, tiling)
-                store_partial(partials, moments, split, offs_c, tiling.C)
+                moments = walk_statistics(tensors.x_ptr, step, first, end, tiling)
+                offs_c, mask_c = locate_channels(step, tiling)
+                store_partial(partials, moments, split * tiling.C + offs_c, mask_c)
                 if _arrive(counters_ptr, step, S):
-                    whole = combine_partials(partials, offs_c, S, tiling.C, total, BLOCK_S)
-                    mask_c = offs_c < tiling.C
+                    whole = combine_partials(partials, offs_c, mask_c, S, tiling.C, total, BLOCK_S)
                     finish_channels(
                         whole, channels, running, offs_c, mask_c, total, eps, COUNTED=False
                     )
@@ -174,17 +181,16 @@ def _bn_forward_persistent_kernel(
         else:
             if step >= queue.lag:
                 group = step - queue.lag
-                offs_c = group * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
-                mask_c = offs_c < tiling.C
+                owner, mask, _ = locate_columns(group, tiling)
                 _wait_for_flag(counters_ptr, group)
                 mean = tl.load(
-                    channels.mean_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg"
+                    channels.mean_ptr + owner, mask=mask, other=0.0, cache_modifier=".cg"
                 )
                 rstd = tl.load(
-                    channels.rstd_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg"
+                    channels.rstd_ptr + owner, mask=mask, other=0.0, cache_modifier=".cg"
                 )
-                values = make_channels(mean, rstd, channels, offs_c, mask_c)
-                walk_normalize(tensors, values, offs_c, first, end, tiling)
+                values = make_channels(mean, rstd, channels, owner, mask)
+                walk_normalize(tensors, values, group, first, end, tiling)
         ticket = _take_ticket(counters_ptr)
     _leave(counters_ptr, groups, running.num_batches_tracked)
 
@@ -202,7 +208,7 @@ def _bn_backward_persistent_kernel(
     counters_ptr = queue.counters_ptr
     S = queue.S
     tiles = count_tiles(tiling)
-    groups = tl.cdiv(tiling.C, tiling.BLOCK_C)
+    groups = count_blocks(tiling)
     items = (groups + queue.lag) * 2 * S
     ticket = _take_ticket(counters_ptr)
     while ticket < items:
@@ -211,26 +217,26 @@ def _bn_backward_persistent_kernel(
         split = place % S
         first = split * queue.tiles_per_split
         end = tl.minimum(first + queue.tiles_per_split, tiles)
-        group = tl.where(place < S, step, step - queue.lag)
-        offs_c = group * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
-        mask_c = (offs_c >= 0) & (offs_c < tiling.C)
-        values = load_channels(channels, offs_c, mask_c)
         if place < S:
-            if group < groups:
-                found = walk_sums(tensors, values, offs_c, first, end, tiling)
+            if step < groups:
+                owner, mask, _ = locate_columns(step, tiling)
+                values = load_channels(channels, owner, mask)
+                found = walk_sums(tensors, values, step, first, end, tiling)
+                offs_c, mask_c = locate_channels(step, tiling)
                 store_sums(found, partials, split * tiling.C + offs_c, mask_c)
-                if _arrive(counters_ptr, group, S):
-                    whole = sum_partials(partials, offs_c, S, tiling.C, BLOCK_S)
+                if _arrive(counters_ptr, step, S):
+                    whole = sum_partials(partials, offs_c, mask_c, S, tiling.C, BLOCK_S)
                     store_sums(whole, sums, offs_c, mask_c)
-                    _raise_flag(counters_ptr, group)
+                    _raise_flag(counters_ptr, step)
         else:
-            if group >= 0:
+            if step >= queue.lag:
+                group = step - queue.lag
+                owner, mask, _ = locate_columns(group, tiling)
+                values = load_channels(channels, owner, mask)
                 _wait_for_flag(counters_ptr, group)
-                dweight = tl.load(
-                    sums.dweight + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg"
-                )
-                dbias = tl.load(sums.dbias + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg")
-                walk_gradients(tensors, values, Sums(dweight, dbias), offs_c, first, end, tiling)
+                dweight = tl.load(sums.dweight + owner, mask=mask, other=0.0, cache_modifier=".cg")
+                dbias = tl.load(sums.dbias + owner, mask=mask, other=0.0, cache_modifier=".cg")
+                walk_gradients(tensors, values, Sums(dweight, dbias), group, first, end, tiling)
         ticket = _take_ticket(counters_ptr)
     _leave(counters_ptr, groups, None)
 
@@ -273,8 +279,8 @@ def _counters(device: torch.device, wanted: int) -> Tensor:
 
 
 def _queue(x: Tensor, schedule: Schedule) -> Queue:
-    counters = make_anew(partial(_counters, x.device, 2 + 2 * schedule.channel_blocks))
-    return Queue(counters, schedule.splits, schedule.lag, schedule.tiles_per_split)
+    counters = make_anew(partial(_counters, x.device, 2 + 2 * schedule.reduction.blocks))
+    return Queue(counters, schedule.splits, schedule.lag, schedule.reduction.tiles_per_split)
 
 
 def forward_persistent(
@@ -303,9 +309,9 @@ def forward_persistent(
         queue=_queue(call.x, schedule),
         total=float(schedule.values_per_channel),
         eps=eps,
-        tiling=schedule.tiling,
+        tiling=schedule.reduction.tiling,
         BLOCK_S=schedule.finish_tile[0],
-        **schedule.walk_options,
+        **schedule.reduction.options,
     )
     return y, mask, mean_C, rstd_C
 
@@ -334,8 +340,8 @@ def backward_persistent(
         sums=sums,
         partials=Sums(*call.mean.new_empty((2, schedule.splits, schedule.C)).unbind()),
         queue=_queue(call.dy, schedule),
-        tiling=schedule.tiling,
+        tiling=schedule.reduction.tiling,
         BLOCK_S=schedule.finish_tile[0],
-        **schedule.walk_options,
+        **schedule.reduction.options,
     )
     return dx, dresidual, sums.dweight, sums.dbias

@@ -12,36 +12,43 @@ Three regimes:
     persistent     one launch of programs that take work items one after another; each element is
                    read from memory once (persistent.py).
 
-A reduction goes through tiles of N x C x L, and a split is the run of tiles of one program. The
-elementwise pass of `two_pass` goes through memory in order.
+A reduction goes through the tiles of a block of channels, and a split is the run of tiles of one
+program. The elementwise pass of `two_pass` has blocks of its own, which may cross channels.
 """
 
 import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, NamedTuple
+
+from bn_lightning.kernels.walk import Shape, Walk, cdiv, next_power_of_2
 
 # The sizes below are derived from the hardware. None has been measured on a GPU.
 
-# 16 values of each tensor for each thread: enough loads in flight, and no spill with the two
-# tensors and two accumulators of the backward.
-TILE_ELEMENTS = 4096
-# The elementwise pass has no loop, so half of that leaves registers for twice the warps.
-FLAT_ELEMENTS = 2048
+# Bytes of a tensor in a tile: one load of 16 bytes for each thread in the elementwise pass, and two
+# in a reduction, which has more to do for each tile.
+ELEMENTWISE_BYTES = 4096
+REDUCTION_BYTES = 8192
 MAX_THREADS = 256
 # One cache line: narrower rows waste bandwidth, wider ones leave fewer programs across C.
 ROW_BYTES = 128
+# The most positions of a tile in which channels differ: each position's values are in registers.
+MOST_COLUMNS = 1024
+# The most elements that sum positions to channels, once for each split.
+MOST_SUMMED = 8192
 # The share of a row of L that may be padding before a narrower tile is taken.
 MAX_PADDING = 1 / 8
-# Programs for each multiprocessor: of a reduction, and those that run at once in `persistent` and
-# `single_launch`.
-PROGRAMS_PER_PROCESSOR = 8
+# Programs of each multiprocessor that run at once, of kernels that reduce and of those that do not:
+# as many as registers and loads in flight allow. At 4.3 TB/s 26 KB for each hide 0.8 us.
 PROGRAMS_AT_WORK = 2
-# The finishing kernels load all splits of some channels at once, so their order is fixed.
-MAX_SPLITS = 256
+ELEMENTWISE_AT_WORK = 4
+# Tiles that a reduction has in flight or at work, by asynchronous copies.
+LOOP_STAGES = 3
+# Splits of a block of channels: each costs the finishing kernel a row of partials.
+MAX_SPLITS = 512
+# Partials that are loaded at once.
 FINISH_ELEMENTS = 2048
 # Below this a launch costs more than the traffic: 1 MB takes 0.5 us at an H200's 4.3 TB/s, and a
 # launch about 3 us.
@@ -78,7 +85,7 @@ class Device:
 
 
 # For the interpreter: few programs, because it is slow, and an H200's cache.
-INTERPRETER = Device(processors=2, cache_bytes=50 << 20)
+INTERPRETER = Device(processors=4, cache_bytes=50 << 20)
 
 
 @dataclass(frozen=True)
@@ -87,143 +94,40 @@ class Schedule:
 
     Attributes:
         regime: which kernels run.
-        N: samples; N * L of the tensor if it is channels-last.
-        C: channels.
-        L: positions in space; 1 if the tensor is channels-last.
-        block_n: samples in a tile, a power of two like the other two.
-        block_c: channels in a tile.
-        block_l: positions in a tile.
-        num_warps: of a program that goes through tiles.
-        splits: programs or items that share a block of channels, in [1, MAX_SPLITS].
-        tiles_per_split: consecutive tiles of a split.
+        shape: of the tensor in memory.
+        reduction: of kernels that reduce; in `single_launch` and `persistent` of all.
+        elementwise: of kernels that do not.
         lag: of `persistent`: blocks of channels between the two readings of a block.
         programs: of `persistent`.
-        wide: whether a position in a tile may exceed 2^31, in or beyond the tensor.
-        max_warps: of any program; a thread then has at least 16 bytes of a 16-bit dtype.
-        max_registers: of a thread that goes through tiles; None for the compiler's choice.
     """
 
     regime: Regime
-    N: int
-    C: int
-    L: int
-    block_n: int
-    block_c: int
-    block_l: int
-    num_warps: int
-    splits: int
-    tiles_per_split: int
+    shape: Shape
+    reduction: Walk
+    elementwise: Walk
     lag: int
     programs: int
-    wide: bool
-    max_warps: int
-    max_registers: int | None
+
+    @property
+    def C(self) -> int:
+        """Channels."""
+        return self.shape.C
+
+    @property
+    def splits(self) -> int:
+        """Partials of a channel."""
+        return self.reduction.splits
 
     @property
     def values_per_channel(self) -> int:
         """M = N * L."""
-        return self.N * self.L
-
-    @property
-    def eights(self) -> str:
-        """Channels of eight neighbours from a multiple of 8 on: "one", "consecutive" or "any"."""
-        if (self.C if self.L == 1 else self.L) % 8:
-            return "any"
-        return "consecutive" if self.L == 1 else "one"
-
-    @property
-    def channel_blocks(self) -> int:
-        """Number of blocks of `block_c` channels."""
-        return cdiv(self.C, self.block_c)
+        return self.shape.N * self.shape.L
 
     @property
     def finish_tile(self) -> tuple[int, int]:
-        """(splits, channels) of a tile of the kernels that combine the splits; all splits fit."""
-        block_s = _next_power_of_2(self.splits)
-        return block_s, min(FINISH_ELEMENTS // block_s, _next_power_of_2(self.C))
-
-    @property
-    def flat_elements(self) -> int:
-        """Elements of a program of the elementwise pass."""
-        return min(FLAT_ELEMENTS, max(8, _next_power_of_2(self.N * self.C * self.L)))
-
-    @property
-    def flat_grid(self) -> tuple[int]:
-        """Programs of the elementwise pass."""
-        return (cdiv(self.N * self.C * self.L, self.flat_elements),)
-
-    @property
-    def flat_warps(self) -> int:
-        """Warps of a program of the elementwise pass."""
-        return max(1, self.flat_elements * self.max_warps // FLAT_ELEMENTS)
-
-    @functools.cached_property
-    def tiling(self) -> "Tiling":
-        """The argument of kernels that go through tiles."""
-        blocks = (self.block_n, self.block_c, self.block_l, self.wide)
-        return Tiling(self.N, self.C, self.L, *map(as_constexpr, blocks))
-
-    @functools.cached_property
-    def flat(self) -> "Flat":
-        """The argument of kernels of the elementwise pass."""
-        constants = map(as_constexpr, (self.flat_elements, self.eights))
-        return Flat(self.N * self.C * self.L, self.C, self.L, *constants)
-
-    @functools.cached_property
-    def walk_options(self) -> dict[str, int]:
-        """Launch options of kernels that go through tiles."""
-        # Not every backend accepts `maxnreg`.
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return limit | {"num_warps": self.num_warps}
-
-
-class Tiling(NamedTuple):
-    """The shape of a tensor and of its tiles.
-
-    Attributes:
-        N: samples.
-        C: channels.
-        L: positions in space.
-        BLOCK_N: samples in a tile, constexpr like all that follow.
-        BLOCK_C: channels in a tile.
-        BLOCK_L: positions in a tile.
-        WIDE: whether a position in a tile may exceed 2^31, in or beyond the tensor.
-    """
-
-    N: Any
-    C: Any
-    L: Any
-    BLOCK_N: Any
-    BLOCK_C: Any
-    BLOCK_L: Any
-    WIDE: Any
-
-
-class Flat(NamedTuple):
-    """The shape of a tensor whose elements are taken in the order of memory.
-
-    Attributes:
-        numel: N * C * L.
-        C: channels.
-        L: positions in space.
-        BLOCK: elements of a program, constexpr like the next.
-        EIGHTS: channels of eight neighbours, see `Schedule.eights`.
-    """
-
-    numel: Any
-    C: Any
-    L: Any
-    BLOCK: Any
-    EIGHTS: Any
-
-
-@functools.lru_cache(maxsize=None, typed=True)
-def as_constexpr(value: bool | int | str) -> Any:
-    """Mark a value inside a NamedTuple as a constant of the kernel it is passed to."""
-    # Imported here, because this module is also used where Triton is not installed.
-    from triton.language import constexpr
-
-    return constexpr(value)
+        """(splits, channels) of a tile of the kernels that combine the splits."""
+        block_c = min(32, next_power_of_2(self.C))
+        return min(FINISH_ELEMENTS // block_c, next_power_of_2(self.splits)), block_c
 
 
 def flatten(shape: Sequence[int], channels_last: bool) -> tuple[int, int, int]:
@@ -248,8 +152,8 @@ _forced: Regime | None = None
 def forced_regime(regime: Regime) -> Iterator[None]:
     """Run every BatchNorm inside in `regime`, in all threads; for tests and benchmarks.
 
-    Two cases still run in `two_pass`: a mask whose groups of eight neighbours in memory may belong
-    to different rows, and `single_launch` with a cumulative average.
+    Two cases still run in `two_pass`: a mask of whose bytes some belong to two blocks of channels,
+    and `single_launch` with a cumulative average.
     """
     global _forced
     before, _forced = _forced, regime
@@ -315,101 +219,186 @@ def _make_schedule(
     cumulative: bool,
     chosen: Regime | None,
 ) -> Schedule:
-    N, C, L = flatten(shape, channels_last)
-    regime = chosen or choose_regime(N, C, L, itemsize, device)
-    if writes_mask and (C if L == 1 else L) % 8:
-        # Eight neighbours must belong to one row, or two programs would write the same byte.
-        regime = Regime.TWO_PASS
+    s = Shape(*flatten(shape, channels_last), itemsize)
+    regime = chosen or choose_regime(*s, device)
     if cumulative and regime is Regime.SINGLE_LAUNCH:
         # Its programs would read the number of batches while one of them writes it.
         regime = Regime.TWO_PASS
-
-    # One launch needs the registers of both passes. If rows of channels start at any address, a
-    # thread loads single values and keeps their addresses. Half the values leave room for either.
-    halved = regime is not Regime.TWO_PASS or (L == 1 and C % 16 != 0)
-    tile_elements = TILE_ELEMENTS // 2 if halved else TILE_ELEMENTS
-    block_l = min(_columns(L), tile_elements)
-    row = max(1, ROW_BYTES // itemsize // block_l)
-    block_c = min(_next_power_of_2(C), row)
-    if regime is Regime.SINGLE_LAUNCH and N * L * block_c < tile_elements:
-        # Several channels for each program, as many as fit a tile, if enough programs are left.
-        room = tile_elements // (_next_power_of_2(N) * block_l)
-        share = 1 << max(0, (C // device.processors).bit_length() - 1)
-        block_c = max(block_c, min(room, share, _next_power_of_2(C)))
-    block_n = min(_next_power_of_2(N), max(1, tile_elements // (block_c * block_l)))
-    elements = block_n * block_c * block_l
-    max_warps = MAX_THREADS // device.warp_size
-    tiles = cdiv(N, block_n) * cdiv(L, block_l)
-
-    blocks = cdiv(C, block_c)
-    if regime is Regime.SINGLE_LAUNCH:
-        splits = 1
-    elif regime is Regime.PERSISTENT:
-        # One item of a group combines all splits of its channels.
-        splits = min(
-            tiles * elements * itemsize // PERSISTENT_ITEM_BYTES, FINISH_ELEMENTS // block_c
-        )
-    else:
-        splits = cdiv(PROGRAMS_PER_PROCESSOR * device.processors, blocks)
-    tiles_per_split = cdiv(tiles, max(1, min(splits, tiles, MAX_SPLITS)))
-    # Counted again, so that no split is empty.
-    splits = cdiv(tiles, tiles_per_split)
-    programs = min(PROGRAMS_AT_WORK * device.processors, blocks * splits)
-    max_registers = None
-    if regime is Regime.PERSISTENT and device.registers:
-        # Without the limit ptxas saves registers for programs that do not exist, and spills some.
-        max_registers = device.registers // (PROGRAMS_AT_WORK * MAX_THREADS)
+    reduction = _reduction(s, regime, device)
+    if writes_mask and not reduction.has_eights:
+        # Two programs would write the same byte.
+        regime = Regime.TWO_PASS
+        reduction = _reduction(s, regime, device)
+    elementwise = _elementwise(s, device)
+    elementwise = elementwise.split(
+        _fill(elementwise, ELEMENTWISE_AT_WORK * device.processors, elementwise.tiles)
+    )
+    at_work = PROGRAMS_AT_WORK * device.processors
+    if regime is Regime.PERSISTENT:
+        items = reduction.tiles * reduction.block_r * reduction.block_p * itemsize
+        reduction = reduction.split(min(items // PERSISTENT_ITEM_BYTES, MAX_SPLITS))
+    elif regime is Regime.TWO_PASS:
+        reduction = reduction.split(_fill(reduction, at_work, MAX_SPLITS))
+    programs = min(at_work, 2 * reduction.blocks * reduction.splits)
     return Schedule(
         regime=regime,
-        N=N,
-        C=C,
-        L=L,
-        block_n=block_n,
-        block_c=block_c,
-        block_l=block_l,
-        num_warps=max(1, elements * max_warps // tile_elements),
-        splits=splits,
-        tiles_per_split=tiles_per_split,
-        # Large enough that an item of the second reading finds the items it waits for finished.
-        lag=cdiv(programs, splits) + 1,
+        shape=s,
+        reduction=reduction,
+        elementwise=elementwise,
+        lag=_lag(reduction, programs, device),
         programs=programs,
-        wide=N * C * L + TILE_ELEMENTS > 1 << 31,
-        max_warps=max_warps,
-        max_registers=max_registers,
     )
+
+
+def _reduction(s: Shape, regime: Regime, device: Device) -> Walk:
+    """Cut a tensor into blocks of whole channels."""
+    elements = REDUCTION_BYTES // s.itemsize
+    most = s.C
+    if regime is Regime.SINGLE_LAUNCH and s.numel * s.itemsize > SINGLE_LAUNCH_BYTES:
+        most = max(1, _most_channels(s, device))
+    if s.L > 1:
+        group, block_p = _group(s, most)
+    else:
+        block_p = min(next_power_of_2(s.C), max(1, ROW_BYTES // s.itemsize))
+        if regime is Regime.SINGLE_LAUNCH and s.N * block_p < elements:
+            # Several channels for each program, as many as fit a tile, if enough programs are left.
+            room = elements // next_power_of_2(s.N)
+            share = 1 << max(0, (s.C // device.processors).bit_length() - 1)
+            block_p = max(block_p, min(room, share, next_power_of_2(s.C)))
+        group = min(block_p, s.C)
+    if s.C == 1:
+        # One channel is one row.
+        s = s._replace(N=1, L=s.N * s.L)
+        block_p = _columns(s.L, elements)
+    walk = _walk(s, device, elements, samples=1, span=group * s.L, group=group, block_p=block_p)
+    # Without the limit ptxas saves registers for programs that do not exist, and spills some.
+    limit = device.registers // (PROGRAMS_AT_WORK * MAX_THREADS) or None
+    return replace(walk, max_registers=limit)
+
+
+def _elementwise(s: Shape, device: Device) -> Walk:
+    """Cut a tensor into blocks of one channel, or into any runs of 16 bytes and more."""
+    elements = ELEMENTWISE_BYTES // s.itemsize
+    if s.C == 1:
+        s = s._replace(N=1, L=s.N * s.L)
+    if s.C == 1 or (s.L % 8 == 0 and s.L * s.itemsize >= ROW_BYTES):
+        block_p = max(8, _columns(s.L, elements))
+        return _walk(s, device, elements, samples=1, span=s.L, group=1, block_p=block_p)
+    row = s.C * s.L
+    block_p = min(MOST_COLUMNS // 4, elements)
+    samples = block_p // math.gcd(block_p, row)
+    if samples * 2 > s.N:
+        # Rows without padding would be too few: only as long as a byte of the mask needs.
+        samples = min(8 // math.gcd(8, row), s.N)
+        block_p = min(block_p, max(8, next_power_of_2(samples * row)))
+    return _walk(s, device, elements, samples=samples, span=block_p, group=0, block_p=block_p)
+
+
+def _walk(
+    s: Shape, device: Device, elements: int, *, samples: int, span: int, group: int, block_p: int
+) -> Walk:
+    """Return a walk with tiles of so many elements, or as many as there are rows for."""
+    rows = cdiv(s.N, samples)
+    block_r = min(next_power_of_2(rows), max(1, elements // block_p))
+    most_warps = MAX_THREADS // device.warp_size
+    walk = Walk(
+        shape=s,
+        samples=samples,
+        span=span,
+        group=group,
+        block_r=block_r,
+        block_p=block_p,
+        num_warps=max(1, block_r * block_p * most_warps // elements),
+        # AMD's compiler would need more shared memory than there is.
+        stages=LOOP_STAGES if device.warp_size == 32 else 1,
+    )
+    return walk.split(1)
+
+
+def _fill(walk: Walk, resident: int, most: int) -> int:
+    """Choose the number of splits with which full waves of programs take the least time."""
+    choices = {1, most} | {wave * resident // walk.blocks for wave in range(1, 9)}
+
+    def time(splits: int) -> int:
+        # What a program does once costs about as much as a tile.
+        return cdiv(walk.blocks * splits, resident) * (cdiv(walk.tiles, splits) + 1)
+
+    return min((c for c in choices if 1 <= c <= most), key=lambda c: (time(c), c))
+
+
+def _lag(walk: Walk, programs: int, device: Device) -> int:
+    """Choose the blocks between the two readings of a block.
+
+    The programs hold so many tickets at once, of 2 * splits a block. An item of the second reading
+    then finds the items that it waits for finished, unless dy, x and dx of so many blocks, and of
+    the two that are worked on, would not stay in L2. tests/kernels/test_cache_order.py simulates
+    both.
+    """
+    s = walk.shape
+    block = 3 * walk.rows * min(walk.span, walk.row) * s.itemsize
+    fits = int(CACHE_SHARE * device.cache_bytes / block) - 2
+    return max(1, min(cdiv(programs, 2 * walk.splits) + 1, fits))
+
+
+def _most_channels(s: Shape, device: Device) -> int:
+    """Return how many channels of each running program fit the share of L2."""
+    channel = PROGRAMS_AT_WORK * device.processors * s.N * s.L * s.itemsize
+    return int(CACHE_SHARE * device.cache_bytes) // channel
 
 
 def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regime:
     """Choose `single_launch` if one launch is enough, else `two_pass`.
 
-    One launch is enough for tensors below `SINGLE_LAUNCH_BYTES`, and for those with a channel for
-    each program and channels so short that what the programs read twice fits `CACHE_SHARE` of L2.
+    One launch is enough for tensors below `SINGLE_LAUNCH_BYTES`, and for those with a block of
+    channels for nearly each program, whose channels are so short that what the programs read twice
+    fits `CACHE_SHARE` of L2.
     """
-    if N * C * L * itemsize <= SINGLE_LAUNCH_BYTES:
+    s = Shape(N, C, L, itemsize)
+    if s.numel * s.itemsize <= SINGLE_LAUNCH_BYTES:
         return Regime.SINGLE_LAUNCH
-    channels = max(1, ROW_BYTES // itemsize) if L == 1 else 1
-    at_work = PROGRAMS_AT_WORK * device.processors
-    in_flight = at_work * channels * N * L * itemsize
-    if cdiv(C, channels) >= at_work and in_flight <= CACHE_SHARE * device.cache_bytes:
+    most = _most_channels(s, device)
+    group = max(1, ROW_BYTES // s.itemsize)
+    if s.L > 1:
+        group, _ = _group(s, most) if most else (1, 0)
+    enough = PROGRAMS_AT_WORK * device.processors * 7 // 8
+    if group <= most and cdiv(s.C, group) >= enough:
         return Regime.SINGLE_LAUNCH
     return Regime.TWO_PASS
 
 
-def _columns(L: int) -> int:
-    """Choose the positions in a tile: as many as possible without much padding."""
-    widest = min(_next_power_of_2(L), TILE_ELEMENTS)
+@functools.lru_cache(maxsize=4096)
+def _group(s: Shape, most: int) -> tuple[int, int]:
+    """Choose the channels of a block, at most `most`, and the positions of a tile, for L > 1.
+
+    An element costs its arithmetic and its share of a load, in lanes of which some are padding, and
+    a row shorter than a cache line costs a whole one. Several channels share a row where this makes
+    it longer, better aligned or less padded.
+    """
+
+    def cost(choice: tuple[int, int]) -> float:
+        group, block_p = choice
+        run = s.C * s.L if group == s.C else group * s.L
+        filled = run / (cdiv(run, block_p) * block_p)
+        line = 1.0 if group == s.C else min(1.0, run * s.itemsize / ROW_BYTES)
+        return (1 + 1 / math.gcd(8, s.C * s.L, run)) / filled / line
+
+    elements = REDUCTION_BYTES // s.itemsize
+    choices = [(1, _columns(s.L, elements))]
+    block_p = 8
+    while block_p <= min(MOST_COLUMNS, elements):
+        for group in range(2, min(s.C, most, block_p // s.L) + 1):
+            if next_power_of_2(group) * block_p <= MOST_SUMMED:
+                choices.append((group, block_p))
+        block_p *= 2
+    return min(choices, key=lambda choice: (cost(choice), choice))
+
+
+def _columns(L: int, elements: int) -> int:
+    """Choose the positions in a tile of one channel: many without much padding."""
+    widest = min(next_power_of_2(L), elements)
     columns = widest
     while columns > 64:
         if cdiv(L, columns) * columns - L <= MAX_PADDING * L:
             return columns
         columns //= 2
     return columns if cdiv(L, columns) * columns - L <= MAX_PADDING * L else min(widest, 256)
-
-
-def cdiv(a: int, b: int) -> int:
-    """Return a / b, rounded up; `triton.cdiv` takes over 1 us at every launch."""
-    return -(-a // b)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()

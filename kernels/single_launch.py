@@ -26,9 +26,17 @@ from bn_lightning.kernels.arguments import (
 from bn_lightning.kernels.backward import Sums, store_sums, walk_gradients, walk_sums
 from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.normalize import walk_normalize
-from bn_lightning.kernels.schedule import Schedule, Tiling
+from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.stats import count_batch, finish_channels, walk_statistics
-from bn_lightning.kernels.tile import count_tiles, load_channels, make_channels
+from bn_lightning.kernels.tile import (
+    count_tiles,
+    load_channels,
+    locate_channels,
+    locate_columns,
+    make_channels,
+    spread_channels,
+)
+from bn_lightning.kernels.walk import Tiling
 
 
 @triton.jit
@@ -40,14 +48,16 @@ def _bn_forward_single_launch_kernel(
     eps: tl.tensor,
     tiling: Tiling,
 ) -> None:
-    offs_c = tl.program_id(0) * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
-    mask_c = offs_c < tiling.C
+    block = tl.program_id(0)
     tiles = count_tiles(tiling)
-    moments = walk_statistics(tensors.x_ptr, offs_c, 0, tiles, tiling)
+    moments = walk_statistics(tensors.x_ptr, block, 0, tiles, tiling)
+    offs_c, mask_c = locate_channels(block, tiling)
     rstd = finish_channels(moments, channels, running, offs_c, mask_c, total, eps, COUNTED=False)
-    count_batch(running.num_batches_tracked, tl.program_id(0) == 0)
-    values = make_channels(moments.mean, rstd, channels, offs_c, mask_c)
-    walk_normalize(tensors, values, offs_c, 0, tiles, tiling)
+    count_batch(running.num_batches_tracked, block == 0)
+    mean = spread_channels(moments.mean, tiling)
+    owner, mask, _ = locate_columns(block, tiling)
+    values = make_channels(mean, spread_channels(rstd, tiling), channels, owner, mask)
+    walk_normalize(tensors, values, block, 0, tiles, tiling)
 
 
 @triton.jit
@@ -57,13 +67,15 @@ def _bn_backward_single_launch_kernel(
     sums: Sums,  # pointers, (C,) fp32, written
     tiling: Tiling,
 ) -> None:
-    offs_c = tl.program_id(0) * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
-    mask_c = offs_c < tiling.C
+    block = tl.program_id(0)
     tiles = count_tiles(tiling)
-    values = load_channels(channels, offs_c, mask_c)
-    found = walk_sums(tensors, values, offs_c, 0, tiles, tiling)
+    owner, mask, _ = locate_columns(block, tiling)
+    values = load_channels(channels, owner, mask)
+    found = walk_sums(tensors, values, block, 0, tiles, tiling)
+    offs_c, mask_c = locate_channels(block, tiling)
     store_sums(found, sums, offs_c, mask_c)
-    walk_gradients(tensors, values, found, offs_c, 0, tiles, tiling)
+    spread = Sums(spread_channels(found.dweight, tiling), spread_channels(found.dbias, tiling))
+    walk_gradients(tensors, values, spread, block, 0, tiles, tiling)
 
 
 def forward_single_launch(
@@ -84,14 +96,14 @@ def forward_single_launch(
     mean_C, rstd_C = new_statistics(call.x)
     launch_kernel(
         _bn_forward_single_launch_kernel,
-        (schedule.channel_blocks,),
+        schedule.reduction.grid,
         tensors=call.tensors(y, mask),
         channels=call.channels(mean_C, rstd_C),
         running=running,
         total=float(schedule.values_per_channel),
         eps=eps,
-        tiling=schedule.tiling,
-        **schedule.walk_options,
+        tiling=schedule.reduction.tiling,
+        **schedule.reduction.options,
     )
     return y, mask, mean_C, rstd_C
 
@@ -114,11 +126,11 @@ def backward_single_launch(
     inverse_count = 1.0 / schedule.values_per_channel
     launch_kernel(
         _bn_backward_single_launch_kernel,
-        (schedule.channel_blocks,),
+        schedule.reduction.grid,
         tensors=call.tensors(dx, dresidual, inverse_count, training=True),
         channels=call.channels,
         sums=sums,
-        tiling=schedule.tiling,
-        **schedule.walk_options,
+        tiling=schedule.reduction.tiling,
+        **schedule.reduction.options,
     )
     return dx, dresidual, sums.dweight, sums.dbias

@@ -8,9 +8,12 @@ the sample variance", equations 2.1.
 
 Shapes: N batch, C channels, L flattened space, M = N * L, S splits of a channel.
 
-Each program goes through its tiles in order, with two passes over each tile (mean, then M2 about
-it), and adds them to its partial. A second kernel combines the S partials of a channel, again mean
-first. All arithmetic is in fp32 and every order is fixed, so two runs return the same bits.
+Each program goes through its tiles in order and sums d and d^2 with d = x - pilot, in accumulators
+of each element of a tile, which are added up at the end: M2 = sum d^2 - (sum d)^2 / n. The pilot is
+the mean of the first tile, where a block has several channels that of one position of each. A
+program with a pilot so far from the mean that the difference loses digits goes through its tiles
+again, with the mean as the pilot. A second kernel combines the S partials of a channel, mean first.
+All arithmetic is in fp32 and every order is fixed, so two runs return the same bits.
 
 M2 of values near 1e30 overflows fp32. A program whose M2 is not finite goes through its tiles again
 with deviations scaled by 2^-64. It stores sqrt(M2), which does not overflow.
@@ -29,60 +32,39 @@ from bn_lightning.kernels.arguments import (
     new_statistics,
 )
 from bn_lightning.kernels.launch_plan import launch_kernel
-from bn_lightning.kernels.schedule import Schedule, Tiling, cdiv
-from bn_lightning.kernels.tile import count_tiles, load_tile, locate_tile, sum_rows
+from bn_lightning.kernels.schedule import Schedule
+from bn_lightning.kernels.tile import (
+    count_tiles,
+    count_values,
+    find_place,
+    load_tile,
+    locate_channels,
+    locate_tile,
+    next_place,
+    pick_channels,
+    spread_channels,
+    sum_channels,
+)
+from bn_lightning.kernels.walk import Tiling, cdiv
+
+# A pilot so far from the mean that the squares about it lose two bits is replaced.
+FAR = tl.constexpr(4.0)
 
 
 class Moments(NamedTuple):
-    """The statistics of some values of BLOCK_C channels.
+    """The statistics of some values of some channels.
 
     Attributes:
         count: values per channel.
-        mean: (BLOCK_C,).
-        m2: (BLOCK_C,), M2 = m2 * unit^2, which may overflow fp32.
-        unit: (BLOCK_C,).
+        mean: (CHANNELS,).
+        m2: (CHANNELS,), M2 = m2 * unit^2, which may overflow fp32.
+        unit: (CHANNELS,).
     """
 
     count: tl.tensor
     mean: tl.tensor
     m2: tl.tensor
     unit: tl.tensor
-
-
-class Partial(NamedTuple):
-    """The statistics of the tiles so far.
-
-    Attributes:
-        count: values per channel.
-        mean: (BLOCK_C,).
-        low: (BLOCK_C,), the rounding error of `mean`: mean + low has twice the digits.
-        m2: (BLOCK_C,), M2 times the square of the scale of the deviations.
-    """
-
-    count: tl.tensor
-    mean: tl.tensor
-    low: tl.tensor
-    m2: tl.tensor
-
-
-@triton.jit
-def _add_tile(
-    partial: Partial,
-    tile_count: tl.tensor,
-    tile_mean: tl.tensor,  # minus `partial.mean`
-    tile_m2: tl.tensor,
-    scale: tl.tensor,  # of the deviations
-) -> Partial:
-    """Add a tile to a partial."""
-    total = partial.count + tile_count
-    share = tile_count / total
-    delta = tile_mean - partial.low
-    low = partial.low + delta * share
-    mean = partial.mean + low
-    low -= mean - partial.mean
-    delta *= scale
-    m2 = partial.m2 + tile_m2 + delta * delta * (partial.count * share)
-    return Partial(total, mean, low, m2)
 
 
 @triton.jit
@@ -127,66 +109,81 @@ def _sqrt(v: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _walk_once(
-    x_ptr: tl.tensor,  # (N, C, L)
-    offs_c: tl.tensor,
+def _sum_powers(
+    x_ptr: tl.tensor,
+    block: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
     tiling: Tiling,
-    scale: tl.tensor,  # of the deviations
-) -> Partial:
-    count = 0.0
-    mean = tl.zeros((tiling.BLOCK_C,), dtype=tl.float32)
-    low = mean
-    m2 = mean
-    for number in range(first, end):
-        tile, tile_count = locate_tile(number, offs_c, tiling, True)
+    pilot: tl.tensor,  # (CHANNELS,)
+    scale: tl.tensor,  # a power of two
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return sum d and sum d^2 with d = (x - pilot) * scale, (CHANNELS,) each."""
+    sums = tl.zeros((tiling.BLOCK_R, tiling.BLOCK_P), dtype=tl.float32)
+    squares = sums
+    shift = spread_channels(pilot * -scale, tiling)[None, :]
+    place = find_place(first, tiling)
+    for _ in tl.range(first, end, num_stages=tiling.STAGES):
+        tile = locate_tile(place, block, tiling)
         x = load_tile(x_ptr, tile, "")
-        if number == first:
-            # Close enough to the mean that the sum of the differences has small errors.
-            mean = sum_rows(x) / tile_count
-        x = tl.where(tile.inside, x - mean[:, None, None], 0.0)
-        tile_mean = sum_rows(x) / tile_count
-        centred = tl.where(tile.inside, (x - tile_mean[:, None, None]) * scale, 0.0)
-        tile_m2 = sum_rows(centred * centred)
-        partial = Partial(count, mean, low, m2)
-        count, mean, low, m2 = _add_tile(partial, tile_count, tile_mean, tile_m2, scale)
-    return Partial(count, mean, low, m2)
+        # Rounded once, because the scale is a power of two.
+        d = tl.where(tile.inside, tl.fma(x, scale, shift), 0.0)
+        sums += d
+        squares = tl.fma(d, d, squares)
+        place = next_place(place, tiling)
+    return sum_channels(sums, tiling), sum_channels(squares, tiling)
 
 
 @triton.jit
 def walk_statistics(
-    x_ptr: tl.tensor,  # (N, C, L)
-    offs_c: tl.tensor,
+    x_ptr: tl.tensor,
+    block: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
     tiling: Tiling,
 ) -> Moments:
-    """Return the statistics of the tiles from `first` to `end`, for BLOCK_C channels."""
+    """Return the statistics of the tiles from `first` to `end` of a block, (CHANNELS,) each."""
+    count = count_values(first, end, tiling)
+    place = find_place(first, tiling)
+    x = load_tile(x_ptr, locate_tile(place, block, tiling), "")
+    if tiling.CHANNELS == 1:
+        pilot = sum_channels(x, tiling) / count_values(first, first + 1, tiling)
+    else:
+        # At one position of each channel, of all rows.
+        rows = tl.minimum(tiling.R - place.row * tiling.BLOCK_R, tiling.BLOCK_R)
+        pilot = pick_channels(tl.sum(x, axis=0) / rows.to(tl.float32), tiling)
+    mean, m2, unit = pilot, tl.zeros_like(pilot), tl.zeros_like(pilot)
+    chosen = unit == 0.0
     scale = 1.0
-    count = 0.0
-    mean = tl.zeros((tiling.BLOCK_C,), dtype=tl.float32)
-    m2 = mean + float("inf")
-    unit = mean
-    again = tl.full((), 1, dtype=tl.int32)
-    while again > 0:
-        count, mean, _, found = _walk_once(x_ptr, offs_c, first, end, tiling, scale)
-        # The second pass replaces only what overflowed: it would lose small deviations.
-        finite = m2 < float("inf")
-        unit = tl.where(finite, unit, 1.0 / scale)
-        m2 = tl.where(finite, m2, found)
-        again = tl.where(scale == 1.0, tl.max(tl.where(m2 < float("inf"), 0, 1), axis=0), 0)
-        scale = 5.421010862427522e-20  # 2^-64
+    turn = tl.full((), 1, dtype=tl.int32)
+    while turn > 0:
+        total, squares = _sum_powers(x_ptr, block, first, end, tiling, pilot, scale)
+        delta = total / count
+        found = squares - total * delta
+        found = tl.where(found < 0.0, 0.0, found)
+        # Only the channels that need another turn take what it found.
+        mean = tl.where(chosen, pilot + delta / scale, mean)
+        m2 = tl.where(chosen, found, m2)
+        unit = tl.where(chosen, 1.0 / scale, unit)
+        is_far = chosen & (squares > found * FAR) & (squares < float("inf"))
+        is_wide = (m2 < float("inf")) == 0
+        any_far = (turn == 1) & (tl.max(tl.where(is_far, 1, 0), axis=0) > 0)
+        any_wide = (turn < 3) & (tl.max(tl.where(is_wide, 1, 0), axis=0) > 0)
+        chosen = tl.where(any_far, is_far, is_wide)
+        scale = tl.where(any_far, 1.0, 5.421010862427522e-20)  # 2^-64
+        turn = tl.where(any_far, 2, tl.where(any_wide, 3, 0))
+        pilot = tl.where(tl.abs(mean) < float("inf"), mean, pilot)
     return Moments(count, mean, m2, unit)
 
 
 @triton.jit
 def store_partial(
-    partials: Partials, moments: Moments, split: tl.tensor, offs_c: tl.tensor, C: tl.tensor
+    partials: Partials,
+    moments: Moments,
+    offsets: tl.tensor,
+    mask_c: tl.tensor,
 ) -> None:
     """Store the partial of one split."""
-    offsets = split * C + offs_c
-    mask_c = offs_c < C
     count = tl.zeros_like(moments.mean) + moments.count
     tl.store(partials.count_ptr + offsets, count, mask=mask_c)
     tl.store(partials.mean_ptr + offsets, moments.mean, mask=mask_c)
@@ -194,37 +191,61 @@ def store_partial(
 
 
 @triton.jit
+def locate_splits(
+    first: tl.tensor,
+    offs_c: tl.tensor,
+    mask_c: tl.tensor,
+    S: tl.tensor,
+    C: tl.tensor,
+    BLOCK_S: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the offsets of BLOCK_S partials of some channels, and their mask."""
+    offs_s = first + tl.arange(0, BLOCK_S)
+    return offs_s[:, None] * C + offs_c[None, :], (offs_s < S)[:, None] & mask_c[None, :]
+
+
+@triton.jit
 def combine_partials(
     partials: Partials,
     offs_c: tl.tensor,
+    mask_c: tl.tensor,
     S: tl.tensor,
     C: tl.tensor,
     total: tl.tensor,  # M
     BLOCK_S: tl.constexpr,
 ) -> Moments:
     """Return the statistics of all values of some channels."""
-    offs_s = tl.arange(0, BLOCK_S)
-    mask_c = offs_c < C
-    mask_sc = (offs_s < S)[:, None] & mask_c[None, :]
-    offsets = offs_s[:, None] * C + offs_c[None, :]
     # L1 is bypassed, because other programs may have written the partials in this launch. Splits
     # past S have a count of 0, which takes them out of both sums.
-    count = tl.load(partials.count_ptr + offsets, mask=mask_sc, other=0.0, cache_modifier=".cg")
-    means = tl.load(partials.mean_ptr + offsets, mask=mask_sc, other=0.0, cache_modifier=".cg")
-    roots = tl.load(partials.root_ptr + offsets, mask=mask_sc, other=0.0, cache_modifier=".cg")
     # The sum of means minus that of the first split cannot overflow and keeps its digits.
     mean_0 = tl.load(partials.mean_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg")
-    mean = mean_0 + tl.sum((means - mean_0[None, :]) * (count / total), axis=0)
-    between = tl.where(count > 0.0, tl.abs(means - mean[None, :]) * _sqrt(count), 0.0)
-    # The unit is a power of two in [1, 2^126], at most the largest root, so that squares fit fp32.
-    largest = tl.maximum(tl.max(roots, axis=0), tl.max(between, axis=0))
-    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    exponent = tl.minimum(tl.maximum(exponent, 0x3F800000), 0x7E800000)
-    unit = exponent.to(tl.float32, bitcast=True)
-    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
-    roots = roots * inverse[None, :]
-    between = between * inverse[None, :]
-    return Moments(total, mean, tl.sum(roots * roots + between * between, axis=0), unit)
+    mean = tl.zeros_like(mean_0)
+    for first in range(0, S, BLOCK_S):
+        offsets, mask = locate_splits(first, offs_c, mask_c, S, C, BLOCK_S)
+        count = tl.load(partials.count_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        means = tl.load(partials.mean_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        mean += tl.sum((means - mean_0[None, :]) * (count / total), axis=0)
+    mean += mean_0
+    m2 = tl.zeros_like(mean)
+    exponent = tl.full(mean.shape, 0x3F800000, dtype=tl.int32)
+    for first in range(0, S, BLOCK_S):
+        offsets, mask = locate_splits(first, offs_c, mask_c, S, C, BLOCK_S)
+        count = tl.load(partials.count_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        means = tl.load(partials.mean_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        roots = tl.load(partials.root_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        between = tl.where(count > 0.0, tl.abs(means - mean[None, :]) * _sqrt(count), 0.0)
+        # The unit is a power of two in [1, 2^126], at most the largest root, so that squares fit
+        # fp32.
+        largest = tl.maximum(tl.max(roots, axis=0), tl.max(between, axis=0))
+        found = tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 0x7E800000)
+        found = tl.maximum(found, exponent)
+        inverse = (0x7F000000 - found).to(tl.float32, bitcast=True)
+        ratio = exponent.to(tl.float32, bitcast=True) * inverse
+        roots = roots * inverse[None, :]
+        between = between * inverse[None, :]
+        m2 = m2 * ratio * ratio + tl.sum(roots * roots + between * between, axis=0)
+        exponent = found
+    return Moments(total, mean, m2, exponent.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -276,12 +297,13 @@ def _bn_forward_partial_statistics_kernel(
 ) -> None:
     # No program of this launch reads it, and the launch that reads it begins after this one ended.
     count_batch(tracked_ptr, (tl.program_id(0) == 0) & (tl.program_id(1) == 0))
-    offs_c = tl.program_id(0) * tiling.BLOCK_C + tl.arange(0, tiling.BLOCK_C)
+    block = tl.program_id(0)
     split = tl.program_id(1)
     first = split * tiles_per_split
     end = tl.minimum(first + tiles_per_split, count_tiles(tiling))
-    moments = walk_statistics(x_ptr, offs_c, first, end, tiling)
-    store_partial(partials, moments, split, offs_c, tiling.C)
+    moments = walk_statistics(x_ptr, block, first, end, tiling)
+    offs_c, mask_c = locate_channels(block, tiling)
+    store_partial(partials, moments, split * tiling.C + offs_c, mask_c)
 
 
 @triton.jit
@@ -297,8 +319,9 @@ def _bn_forward_finish_statistics_kernel(
     BLOCK_C: tl.constexpr,
 ) -> None:
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    moments = combine_partials(partials, offs_c, S, C, total, BLOCK_S)
-    finish_channels(moments, channels, running, offs_c, offs_c < C, total, eps, COUNTED=True)
+    mask_c = offs_c < C
+    moments = combine_partials(partials, offs_c, mask_c, S, C, total, BLOCK_S)
+    finish_channels(moments, channels, running, offs_c, mask_c, total, eps, COUNTED=True)
 
 
 @triton.jit
@@ -313,9 +336,10 @@ def _bn_forward_merge_partials_kernel(
     BLOCK_C: tl.constexpr,
 ) -> None:
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    moments = combine_partials(partials, offs_c, S, C, total, BLOCK_S)
-    tl.store(mean_ptr + offs_c, moments.mean, mask=offs_c < C)
-    tl.store(root_ptr + offs_c, _sqrt(moments.m2) * moments.unit, mask=offs_c < C)
+    mask_c = offs_c < C
+    moments = combine_partials(partials, offs_c, mask_c, S, C, total, BLOCK_S)
+    tl.store(mean_ptr + offs_c, moments.mean, mask=mask_c)
+    tl.store(root_ptr + offs_c, _sqrt(moments.m2) * moments.unit, mask=mask_c)
 
 
 @triton.jit
@@ -343,15 +367,16 @@ def compute_partials(x: Tensor, schedule: Schedule, tracked: Tensor | None = Non
         The partials, on the device of `x`.
     """
     partials = Partials.empty(x, schedule)
+    walk = schedule.reduction
     launch_kernel(
         _bn_forward_partial_statistics_kernel,
-        (schedule.channel_blocks, schedule.splits),
+        walk.grid,
         x_ptr=x,
         partials=partials,
         tracked_ptr=tracked,
-        tiles_per_split=schedule.tiles_per_split,
-        tiling=schedule.tiling,
-        **schedule.walk_options,
+        tiles_per_split=walk.tiles_per_split,
+        tiling=walk.tiling,
+        **walk.options,
     )
     return partials
 

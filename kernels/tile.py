@@ -4,9 +4,12 @@
 
 with scale = rstd * weight and shift = bias. All arithmetic is in fp32 and is rounded at the store.
 
-Shapes: N batch, C channels, L flattened space. A tensor is (N, C, L) in memory; a channels-last one
-is (N * L, C, 1), so the same addressing serves both layouts. A tile is BLOCK_N x BLOCK_C x BLOCK_L,
-or has its channels first.
+Shapes: N batch, C channels, L flattened space; a channels-last tensor is (N * L, C, 1). In memory a
+tensor is R rows of P positions: a row is a sample or several, and a position a place in it. A block
+is a run of positions, and a tile is BLOCK_R rows of BLOCK_P positions of one block. A block lies in
+one channel (CHANNELS is 1, and per-channel values are (1,)), or each of its positions has a channel
+of its own, found once for all rows (per-channel values are (BLOCK_P,)). So no element needs a
+division, and rows are read in vectors that may cross channels.
 
 `mask_ptr` is the mask of the derivative, which a forward saves for its backward. The masks of loads
 and stores are called `inside` for a tile and `mask_c` for channels.
@@ -21,25 +24,49 @@ import triton
 import triton.language as tl
 
 from bn_lightning.kernels.arguments import BackwardTensors, ChannelTensors, ForwardTensors
-from bn_lightning.kernels.schedule import Tiling
+from bn_lightning.kernels.element import (
+    apply_activation,
+    choose_branch,
+    multiply_derivative,
+    multiply_derivative_of_output,
+    on_upper_branch,
+)
+from bn_lightning.kernels.walk import Tiling
+
+
+class Place(NamedTuple):
+    """A tile of a block.
+
+    Attributes:
+        row: of tiles.
+        column: of tiles; 0 where a block is one tile wide.
+    """
+
+    row: tl.tensor
+    column: tl.tensor
 
 
 class Tile(NamedTuple):
-    """The elements of a tile.
+    """The elements of a tile, (BLOCK_R, BLOCK_P).
 
     Attributes:
-        start: a multiple of 8, from the start of the tensor; separate, so that `offsets` fit int32.
+        start: from the start of the tensor.
         offsets: of the elements, from `start`.
         inside: whether each element is part of the tensor.
+        groups: the offsets of the elements from which on, from `start`, eight or ALIGN neighbours
+            have their bits in one byte of the mask.
+        groups_inside: whether each of them is part of the tensor.
     """
 
     start: tl.tensor
     offsets: tl.tensor
     inside: tl.tensor
+    groups: tl.tensor
+    groups_inside: tl.tensor
 
 
 class ChannelValues(NamedTuple):
-    """The per-channel values that an element needs, fp32, of a shape that broadcasts to the tile.
+    """The per-channel values that an element needs, fp32, (1,) or (BLOCK_P,).
 
     Attributes:
         mean: of the batch, or the running one.
@@ -61,73 +88,184 @@ def _count_blocks(size: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def locate_tile(
-    number: tl.tensor,  # of the tile: blocks of positions within blocks of samples
-    offs_c: tl.tensor,  # (BLOCK_C,)
-    tiling: Tiling,
-    CHANNELS_FIRST: tl.constexpr,
-) -> tuple[Tile, tl.tensor]:
-    """Return the elements of a tile, and how many values of a channel it has."""
-    tiles_l = _count_blocks(tiling.L, tiling.BLOCK_L)
-    start_n = number // tiles_l
-    start_l = number % tiles_l
+def _lengths(tiling: Tiling) -> tuple[tl.tensor, tl.tensor]:
+    """Return the positions of a row and of a block, as multiples of ALIGN for the compiler."""
+    P, span = tiling.P, tiling.span
     if tiling.WIDE:
-        # Before the multiplication: the last tile may reach beyond 2^31.
-        start_n = start_n.to(tl.int64)
-        start_l = start_l.to(tl.int64)
-    start_n *= tiling.BLOCK_N
-    start_l *= tiling.BLOCK_L
-    offs_n = start_n + tl.arange(0, tiling.BLOCK_N)
-    offs_l = start_l + tl.arange(0, tiling.BLOCK_L)
-    if CHANNELS_FIRST:
-        n, c = offs_n[None, :, None], offs_c[:, None, None]
+        # Before the multiplication.
+        P = tl.cast(P, tl.int64)
+        span = tl.cast(span, tl.int64)
+    return P * tiling.ALIGN, span * tiling.ALIGN
+
+
+@triton.jit
+def _tiles_of_row(tiling: Tiling) -> tl.tensor:
+    """Return how many tiles wide a block is; one in which channels differ is one tile wide."""
+    if tiling.CHANNELS == 1:
+        _, span = _lengths(tiling)
+        return _count_blocks(span, tiling.BLOCK_P)
     else:
-        n, c = offs_n[:, None, None], offs_c[None, :, None]
-    inside = (n < tiling.N) & (c < tiling.C) & (offs_l < tiling.L)[None, None, :]
-    offsets = (n * tiling.C + c) * tiling.L + offs_l[None, None, :]
-    count_n = tl.minimum(tiling.N - start_n, tiling.BLOCK_N)
-    count_l = tl.minimum(tiling.L - start_l, tiling.BLOCK_L)
-    return Tile(0, offsets, inside), (count_n * count_l).to(tl.float32)
+        return 1
 
 
 @triton.jit
 def count_tiles(tiling: Tiling) -> tl.tensor:
-    """Return the number of tiles of a block of channels."""
-    return _count_blocks(tiling.N, tiling.BLOCK_N) * _count_blocks(tiling.L, tiling.BLOCK_L)
+    """Return the number of tiles of a block."""
+    return _count_blocks(tiling.R, tiling.BLOCK_R) * _tiles_of_row(tiling)
 
 
 @triton.jit
-def sum_rows(values: tl.tensor) -> tl.tensor:
-    """Sum a tile that has its channels first to (BLOCK_C,), in one reduction."""
-    BLOCK_C: tl.constexpr = values.shape[0]
-    return tl.sum(values.reshape((BLOCK_C, values.numel // BLOCK_C)), axis=1)
+def count_blocks(tiling: Tiling) -> tl.tensor:
+    """Return the number of blocks of a row."""
+    return (tiling.P - 1) // tiling.span + 1
 
 
 @triton.jit
-def sum_channels(values: tl.tensor) -> tl.tensor:
-    """Sum a tile to (BLOCK_C,)."""
-    if values.shape[2] == 1:
-        # Keeps the layout of the tile's channels across threads.
-        return tl.sum(tl.sum(values, axis=2), axis=0)
+def find_place(number: tl.tensor, tiling: Tiling) -> Place:
+    """Return the place of a tile, counted row by row."""
+    tiles = _tiles_of_row(tiling)
+    if tiling.WIDE:
+        # The last tile may reach beyond 2^31.
+        number = tl.cast(number, tl.int64)
+    return Place(number // tiles, number % tiles)
+
+
+@triton.jit
+def next_place(place: Place, tiling: Tiling) -> Place:
+    """Return the place after another one, without a division."""
+    if tiling.CHANNELS == 1:
+        column = place.column + 1
+        ends = column == _tiles_of_row(tiling)
+        return Place(place.row + tl.where(ends, 1, 0), tl.where(ends, 0, column))
     else:
-        return sum_rows(tl.permute(values, (1, 0, 2)))
+        return Place(place.row + 1, place.column)
 
 
 @triton.jit
-def as_tile(value_C: tl.tensor) -> tl.tensor:
-    """Reshape (BLOCK_C,) so that it broadcasts to a tile."""
-    return value_C[None, :, None]
+def previous_place(place: Place, tiling: Tiling) -> Place:
+    """Return the place before another one, without a division."""
+    if tiling.CHANNELS == 1:
+        begins = place.column == 0
+        column = tl.where(begins, _tiles_of_row(tiling), place.column) - 1
+        return Place(place.row - tl.where(begins, 1, 0), column)
+    else:
+        return Place(place.row - 1, place.column)
 
 
 @triton.jit
-def channels_as_tile(channels: ChannelValues) -> ChannelValues:
-    """Reshape (BLOCK_C,) values so that they broadcast to a tile."""
-    return ChannelValues(
-        as_tile(channels.mean),
-        as_tile(channels.rstd),
-        as_tile(channels.scale),
-        as_tile(channels.shift),
-    )
+def _count_before(number: tl.tensor, tiling: Tiling) -> tl.tensor:
+    """Return how many values a channel has in the tiles before one."""
+    place = find_place(number, tiling)
+    rows = tl.minimum(place.row * tiling.BLOCK_R, tiling.R)
+    if tiling.CHANNELS == 1:
+        _, span = _lengths(tiling)
+        column = tl.minimum(place.column * tiling.BLOCK_P, span)
+        return rows * span + tl.minimum(tiling.R - rows, tiling.BLOCK_R) * column
+    else:
+        return rows * tiling.L
+
+
+@triton.jit
+def count_values(first: tl.tensor, end: tl.tensor, tiling: Tiling) -> tl.tensor:
+    """Return how many values a channel has in the tiles from `first` to `end`."""
+    return (_count_before(end, tiling) - _count_before(first, tiling)).to(tl.float32)
+
+
+@triton.jit
+def locate_tile(place: Place, block: tl.tensor, tiling: Tiling) -> Tile:
+    """Return the elements of a tile."""
+    P, span = _lengths(tiling)
+    row = place.row * tiling.BLOCK_R
+    column = place.column * tiling.BLOCK_P
+    first = block * span
+    offs_r = tl.arange(0, tiling.BLOCK_R)[:, None]
+    offs_p = tl.arange(0, tiling.BLOCK_P)[None, :]
+    start = row * P + (first + column)
+    offsets = offs_r * P + offs_p
+    inside_r = row + offs_r < tiling.R
+    # Two comparisons, from which the compiler sees that neighbours are inside together.
+    inside = inside_r & (column + offs_p < span) & (first + column + offs_p < P)
+    WIDTH: tl.constexpr = 8 if tiling.EIGHTS else tiling.ALIGN
+    offs_g = tl.arange(0, tiling.BLOCK_P // WIDTH)[None, :] * WIDTH
+    groups = offs_r * P + offs_g
+    groups_inside = inside_r & (column + offs_g < span) & (first + column + offs_g < P)
+    if tiling.RAGGED:
+        # Some samples of the last row are beyond the end.
+        numel = tl.cast(tiling.numel, tl.int64) if tiling.WIDE else tiling.numel
+        inside = inside & (start + offsets < numel * tiling.ALIGN)
+        groups_inside = groups_inside & (start + groups < numel * tiling.ALIGN)
+    return Tile(start, offsets, inside, groups, groups_inside)
+
+
+@triton.jit
+def locate_columns(block: tl.tensor, tiling: Tiling) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the channel of each position of a block, and whether it is inside and a first one.
+
+    A first one is the first element of its channel in the tensor. All are (1,) or (BLOCK_P,).
+    """
+    if tiling.CHANNELS == 1:
+        channel = block + tl.arange(0, 1)
+        inside = channel < tiling.C
+        return channel, inside, inside
+    else:
+        P, span = _lengths(tiling)
+        offs_p = tl.arange(0, tiling.BLOCK_P)
+        position = block * span + offs_p
+        inside = (offs_p < span) & (position < P)
+        channel = position // tiling.L
+        is_first = inside & (channel < tiling.C) & (position == channel * tiling.L)
+        if tiling.WRAPS:
+            channel = channel % tiling.C
+        return channel, inside, is_first
+
+
+@triton.jit
+def locate_channels(block: tl.tensor, tiling: Tiling) -> tuple[tl.tensor, tl.tensor]:
+    """Return the channels of a block of GROUP channels, and whether each is inside, (CHANNELS,)."""
+    number = tl.arange(0, tiling.CHANNELS)
+    offs_c = block * tiling.GROUP + number
+    return offs_c, (number < tiling.GROUP) & (offs_c < tiling.C)
+
+
+@triton.jit
+def sum_channels(values: tl.tensor, tiling: Tiling) -> tl.tensor:
+    """Sum a tile to (CHANNELS,)."""
+    if tiling.CHANNELS == 1:
+        return tl.sum(values.reshape((1, tiling.BLOCK_R * tiling.BLOCK_P)), axis=1)
+    else:
+        return sum_positions(tl.sum(values, axis=0), tiling)
+
+
+@triton.jit
+def sum_positions(sums_P: tl.tensor, tiling: Tiling) -> tl.tensor:
+    """Sum (BLOCK_P,) to (CHANNELS,), of which there are several."""
+    if tiling.CHANNELS == tiling.BLOCK_P:
+        return sums_P
+    else:
+        # Adds nothing but zeros to the values of a channel, and no other channel's NaN.
+        owner = tl.arange(0, tiling.BLOCK_P) // tiling.L
+        is_own = tl.arange(0, tiling.CHANNELS)[:, None] == owner[None, :]
+        return tl.sum(tl.where(is_own, sums_P[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def pick_channels(value_P: tl.tensor, tiling: Tiling) -> tl.tensor:
+    """Return the value at the first position of each channel, (CHANNELS,), of (BLOCK_P,)."""
+    if tiling.CHANNELS == tiling.BLOCK_P:
+        return value_P
+    else:
+        first = tl.arange(0, tiling.CHANNELS) * tiling.L
+        return tl.gather(value_P, tl.minimum(first, tiling.BLOCK_P - 1), 0)
+
+
+@triton.jit
+def spread_channels(value_C: tl.tensor, tiling: Tiling) -> tl.tensor:
+    """Return the value of each position's channel, (1,) or (BLOCK_P,), from (CHANNELS,)."""
+    if tiling.CHANNELS == 1 or tiling.CHANNELS == tiling.BLOCK_P:
+        return value_C
+    else:
+        owner = tl.arange(0, tiling.BLOCK_P) // tiling.L
+        return tl.gather(value_C, tl.minimum(owner, tiling.CHANNELS - 1), 0)
 
 
 @triton.jit
@@ -178,22 +316,30 @@ def write_output(
     """Store y and, if there is a `mask_ptr`, the mask of the derivative.
 
     Bit i of byte b of the mask belongs to the element at offset 8 b + i. With a mask, eight
-    consecutive elements of the flattened tile are neighbours in memory from a multiple of 8 on, and
-    all of them are inside the tensor or none.
+    consecutive elements of a tile's row are neighbours in memory from a multiple of 8 on.
     """
-    shift = channels.shift
+    shift = channels.shift[None, :]
     if tensors.residual_ptr is not None:
         shift += load_tile(tensors.residual_ptr, tile, "evict_first")
-    z = tl.fma(x - channels.mean, channels.scale, shift)
+    z = tl.fma(x - channels.mean[None, :], channels.scale[None, :], shift)
     store_tile(tensors.y_ptr, tile, apply_activation(z, tensors.negative_slope, tensors.ACTIVATION))
     if tensors.mask_ptr is not None:
-        groups: tl.constexpr = z.numel // 8
-        upper = on_upper_branch(z, tensors.ACTIVATION).to(tl.int32).reshape((groups, 8))
-        packed = tl.sum(upper << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
-        first = tl.min(tile.offsets.broadcast_to(z.shape).reshape((groups, 8)), axis=1)
-        inside = tile.inside.broadcast_to(z.shape).to(tl.int32).reshape((groups, 8))
-        mask_ptr = tensors.mask_ptr + tile.start // 8
-        tl.store(mask_ptr + first // 8, packed, mask=tl.max(inside, axis=1) > 0)
+        upper = on_upper_branch(z, tensors.ACTIVATION) & tile.inside
+        eights = upper.to(tl.int32).reshape((z.shape[0], z.shape[1] // 8, 8))
+        packed = tl.sum(eights << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+        byte_ptr = tensors.mask_ptr + (tile.start + tile.groups) // 8
+        tl.store(byte_ptr, packed, mask=tile.groups_inside)
+
+
+@triton.jit
+def _load_mask(mask_ptr: tl.tensor, tile: Tile) -> tl.tensor:
+    """Load the bits of the mask that belong to a tile, as int32."""
+    first = tile.start + tile.groups
+    byte = tl.load(mask_ptr + first // 8, mask=tile.groups_inside, other=0).to(tl.int32)
+    byte = byte >> (first % 8).to(tl.int32)
+    WIDTH: tl.constexpr = tile.offsets.shape[1] // tile.groups.shape[1]
+    bits = byte[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]
+    return bits.reshape(tile.offsets.shape) & 1
 
 
 @triton.jit
@@ -209,168 +355,14 @@ def load_gradient(
     if tensors.ACTIVATION == "identity":
         return dy
     elif tensors.mask_ptr is not None:
-        mask_ptr = tensors.mask_ptr + tile.start // 8
-        byte = tl.load(mask_ptr + tile.offsets // 8, mask=tile.inside, other=0).to(tl.int32)
-        upper = (byte >> (tile.offsets % 8).to(tl.int32)) & 1
-        return choose_branch(dy, upper != 0, tensors.negative_slope, tensors.ACTIVATION)
+        upper = _load_mask(tensors.mask_ptr, tile) != 0
+        return choose_branch(dy, upper, tensors.negative_slope, tensors.ACTIVATION)
     elif tensors.y_ptr is not None:
         y = load_tile(tensors.y_ptr, tile, EVICTION)
         return multiply_derivative_of_output(dy, y, tensors.ACTIVATION)
     else:
-        shift = channels.shift
+        shift = channels.shift[None, :]
         if tensors.residual_ptr is not None:
             shift += load_tile(tensors.residual_ptr, tile, EVICTION)
-        z = tl.fma(x - channels.mean, channels.scale, shift)
+        z = tl.fma(x - channels.mean[None, :], channels.scale[None, :], shift)
         return multiply_derivative(dy, z, tensors.negative_slope, tensors.ACTIVATION)
-
-
-@triton.jit
-def expm1(z: tl.tensor) -> tl.tensor:
-    """Return exp(z) - 1, near 0 by its Taylor series, whose error is 0.5^8 / 9! = 1e-8."""
-    series = tl.fma(z, 1.0 / 40320.0, 1.0 / 5040.0)
-    series = tl.fma(series, z, 1.0 / 720.0)
-    series = tl.fma(series, z, 1.0 / 120.0)
-    series = tl.fma(series, z, 1.0 / 24.0)
-    series = tl.fma(series, z, 1.0 / 6.0)
-    series = tl.fma(series, z, 0.5)
-    return tl.where(tl.abs(z) < 0.5, tl.fma(series * z, z, z), tl.exp(z) - 1.0)
-
-
-@triton.jit
-def tanh(z: tl.tensor) -> tl.tensor:
-    """Return tanh(z) = 1 - 2 / (e^2z + 1), near 0 by Lambert's continued fraction up to z^2 / 9.
-
-    The error of the continued fraction is below 3e-10.
-    """
-    square = z * z
-    small = square * (315.0 + 14.0 * square) / (945.0 + square * (420.0 + 15.0 * square))
-    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(z)) + 1.0)
-    return tl.where(tl.abs(z) < 0.55, z - z * small, tl.where(z < 0.0, -large, large))
-
-
-@triton.jit
-def tanh_softplus(z: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Return t = tanh(log(1 + n)) = n (n + 2) / (n (n + 2) + 2) with n = e^z, and 1 - t^2."""
-    # From 20 on the result is 1 in fp32; n^4 must be finite.
-    n = tl.exp(tl.where(z > 20.0, 20.0, z))
-    d = n * (n + 2.0) + 2.0
-    cosine = 2.0 * (n + 1.0) / d
-    return n * (n + 2.0) / d, cosine * cosine
-
-
-@triton.jit
-def gelu_tanh_argument(z: tl.tensor) -> tl.tensor:
-    """Return twice the argument u of the tanh: (1 + tanh u) / 2 = sigmoid(2 u) cancels nothing."""
-    u = 1.5957691216057308 * (z + 0.044715 * z * z * z)  # 2 sqrt(2 / pi)
-    # Beyond 80 the sigmoid is 0 or 1 in fp32; e^u must be finite.
-    return tl.where(u > 80.0, 80.0, tl.where(u < -80.0, -80.0, u))
-
-
-@triton.jit
-def apply_activation(
-    z: tl.tensor,
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
-) -> tl.tensor:
-    """Return act(z); NaN stays NaN."""
-    if ACTIVATION == "relu":
-        return tl.where(z < 0.0, 0.0, z)
-    elif ACTIVATION == "relu6":
-        return tl.where(z < 0.0, 0.0, tl.where(z > 6.0, 6.0, z))
-    elif ACTIVATION == "leaky_relu":
-        return tl.where(z < 0.0, z * negative_slope, z)
-    elif ACTIVATION == "elu":
-        return tl.where(z > 0.0, z, expm1(z))
-    elif ACTIVATION == "silu":
-        return z / (1.0 + tl.exp(-z))
-    elif ACTIVATION == "gelu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # 1 / sqrt(2)
-    elif ACTIVATION == "gelu_tanh":
-        return z / (1.0 + tl.exp(-gelu_tanh_argument(z)))
-    elif ACTIVATION == "hardswish":
-        three = z + 3.0
-        return z * tl.where(three < 0.0, 0.0, tl.where(three > 6.0, 6.0, three)) / 6.0
-    elif ACTIVATION == "mish":
-        t, _ = tanh_softplus(z)
-        return z * t
-    elif ACTIVATION == "sigmoid":
-        return tl.sigmoid(z)
-    elif ACTIVATION == "tanh":
-        return tanh(z)
-    else:
-        tl.static_assert(ACTIVATION == "identity")
-        return z
-
-
-@triton.jit
-def multiply_derivative(
-    dy: tl.tensor,
-    z: tl.tensor,
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
-) -> tl.tensor:
-    """Return dy * act'(z), where act has a kink as torch does."""
-    if ACTIVATION == "relu" or ACTIVATION == "relu6" or ACTIVATION == "leaky_relu":
-        return choose_branch(dy, on_upper_branch(z, ACTIVATION), negative_slope, ACTIVATION)
-    elif ACTIVATION == "elu":
-        return tl.where(z > 0.0, dy, dy * tl.exp(z))
-    elif ACTIVATION == "silu":
-        return dy * (tl.sigmoid(z) * (1.0 + z * tl.sigmoid(-z)))
-    elif ACTIVATION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)  # 1 / sqrt(2 pi)
-        return dy * (0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density)
-    elif ACTIVATION == "gelu_tanh":
-        u = gelu_tanh_argument(z)
-        slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * z * z)
-        return dy * (tl.sigmoid(u) * (1.0 + z * slope * tl.sigmoid(-u)))
-    elif ACTIVATION == "hardswish":
-        inner = tl.where(z < 3.0, dy * (z / 3.0 + 0.5), dy)
-        return tl.where(z <= -3.0, 0.0, inner)
-    elif ACTIVATION == "mish":
-        t, rest = tanh_softplus(z)
-        return dy * (t + z * tl.sigmoid(z) * rest)
-    elif ACTIVATION == "sigmoid":
-        return dy * (tl.sigmoid(z) * tl.sigmoid(-z))
-    else:
-        tl.static_assert(ACTIVATION == "tanh")
-        # 1 - tanh^2, in a form that cancels nothing.
-        e = tl.exp(-2.0 * tl.abs(z))
-        return dy * (4.0 * e / ((1.0 + e) * (1.0 + e)))
-
-
-@triton.jit
-def multiply_derivative_of_output(
-    dy: tl.tensor, y: tl.tensor, ACTIVATION: tl.constexpr
-) -> tl.tensor:
-    """Return dy * act'(z) for an activation whose derivative is a function of y."""
-    if ACTIVATION == "elu":
-        return tl.where(y > 0.0, dy, dy * (y + 1.0))
-    elif ACTIVATION == "sigmoid":
-        return dy * (y * (1.0 - y))
-    else:
-        tl.static_assert(ACTIVATION == "tanh")
-        return dy * ((1.0 - y) * (1.0 + y))
-
-
-@triton.jit
-def on_upper_branch(z: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Return where the derivative of a piecewise linear activation is 1."""
-    if ACTIVATION == "relu6":
-        return (z > 0.0) & (z < 6.0)
-    else:
-        return z > 0.0
-
-
-@triton.jit
-def choose_branch(
-    dy: tl.tensor,
-    upper: tl.tensor,
-    negative_slope: tl.tensor,
-    ACTIVATION: tl.constexpr,
-) -> tl.tensor:
-    """Return dy * act'(z) for a piecewise linear activation."""
-    # Not a product with 0, because an infinite dy must not become NaN.
-    if ACTIVATION == "leaky_relu":
-        return tl.where(upper, dy, dy * negative_slope)
-    else:
-        return tl.where(upper, dy, 0.0)

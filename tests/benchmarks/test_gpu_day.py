@@ -81,7 +81,7 @@ def test_every_regime_layout_dtype_fusion_and_activation_is_checked() -> None:
 def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(launches, "SHAPES", ((2, 1, 96),))
     # Two samples are two tiles, and two splits.
-    monkeypatch.setattr(schedule, "TILE_ELEMENTS", 128)
+    monkeypatch.setattr(schedule, "REDUCTION_BYTES", 256)
     schedule._make_schedule.cache_clear()
     found = set()
 

@@ -65,7 +65,7 @@ def test_passes_and_launches_are_those_of_the_kernels(
 ) -> None:
     pytest.importorskip("triton")
     # Two samples are two tiles, and two splits.
-    monkeypatch.setattr(schedule, "TILE_ELEMENTS", 128)
+    monkeypatch.setattr(schedule, "REDUCTION_BYTES", 256)
     schedule._make_schedule.cache_clear()
     tensors = Tensors((2, 1, 96), BF16, False)
     x, residual = (torch.randn(tensors.shape).to(device, BF16).requires_grad_() for _ in "12")
@@ -128,7 +128,8 @@ def test_passes(fusion: Fusion, two_pass: tuple[float, float], read_once: tuple[
 
 def test_the_time_on_the_device_of_a_large_tensor_is_its_bytes():
     T_us = 256 * 256 * 56 * 56 * 2 / 4.3e6
-    launches = {"two_pass": 6, "bn": 4, "bn_relu": 6, "bn_add_relu": 7}
+    # 256 channels are a wave of programs without splits, which nothing adds.
+    launches = {"two_pass": 5, "bn": 4, "bn_relu": 6, "bn_add_relu": 7}
     for fusion, eager, ours in ((BN, 8, 8), (BN_RELU, 13, 8), (BN_ADD_RELU, 16, 10 + 3 / 16)):
         found = triton_cost(LARGE, fusion, H200)
         us = ours * T_us + launches["two_pass"] * cost.LAUNCH_US

@@ -35,7 +35,7 @@ RUNNING = ("running_mean", "running_var")
 @pytest.fixture(autouse=True)
 def no_plans_and_nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget all plans, cut tiles to 128 elements, and fill what torch.empty returns with NaN."""
-    for name, value in {"TILE_ELEMENTS": 128, "PERSISTENT_ITEM_BYTES": 256}.items():
+    for name, value in {"REDUCTION_BYTES": 512, "PERSISTENT_ITEM_BYTES": 256}.items():
         monkeypatch.setattr(schedule, name, value)
     schedule._make_schedule.cache_clear()
     eager._plans.clear()

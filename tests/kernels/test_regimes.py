@@ -4,7 +4,6 @@ The bar: our error is at most torch's own, or two units in the last place of the
 which for y is its largest value, for dx and the sums that of the terms it is the difference of.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from bn_lightning.kernels import batch_norm, dispatch, eager, reference, schedule
+from bn_lightning.kernels import batch_norm, eager, reference, schedule, walk
 from bn_lightning.kernels.activations import ACTIVATIONS, activate
 from bn_lightning.kernels.schedule import Regime, forced_regime
 
@@ -41,10 +40,11 @@ cases = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def small_tiles_and_nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Cut tiles to 128 elements or 64, and fill what torch.empty returns with NaN."""
+    """Cut tiles to 64 to 256 elements, and fill what torch.empty returns with NaN."""
     sizes = {
-        "TILE_ELEMENTS": 128,
-        "FLAT_ELEMENTS": 128,
+        "REDUCTION_BYTES": 512,
+        "ELEMENTWISE_BYTES": 256,
+        "MOST_COLUMNS": 64,
         "ROW_BYTES": 32,
         "PERSISTENT_ITEM_BYTES": 256,
     }
@@ -195,10 +195,7 @@ def test_repeats_give_the_same_bits(regime: Regime, device: str) -> None:
 
 @regimes
 def test_offsets_of_64_bits(regime: Regime, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    def wide(*arguments: Any, **options: Any) -> schedule.Schedule:
-        return dataclasses.replace(schedule.make_schedule(*arguments, **options), wide=True)
-
-    monkeypatch.setattr(dispatch, "make_schedule", wide)
+    monkeypatch.setattr(walk, "MOST_ELEMENTS", 1 << 32)
     t = _tensors((3, 8, 5, 3), True, torch.float32, device)
     with forced_regime(regime):
         _assert_three_way(t, True, training=True, activation="relu")

@@ -18,14 +18,16 @@ import pkgutil
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 class Layout(NamedTuple):
@@ -34,7 +36,7 @@ class Layout(NamedTuple):
     Attributes:
         shape: (N, C, ...).
         channels_last: whether the channels are neighbours in memory.
-        aligned: whether rows begin at multiples of 16 bytes in a 16-bit dtype.
+        aligned: whether rows begin at multiples of 16 bytes in a 16-bit dtype in every regime.
     """
 
     shape: tuple[int, ...]
@@ -68,7 +70,10 @@ def test_kernels_compile_without_spills_and_with_wide_accesses(
 ) -> None:
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    env |= {
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path]),
+    }
     result = subprocess.run(
         [sys.executable, __file__, backend, str(arch), str(warp_size), which],
         env=env,
@@ -85,11 +90,13 @@ def test_kernels_compile_without_spills_and_with_wide_accesses(
     for row in rows:
         assert row["binary_bytes"] > 0, row
         assert row["spills"] == 0, row
-        if row["aligned"] and row["reads_tensors"]:
-            assert row["loads_of_16_bytes"] > 0 and row["loads_of_2_bytes"] == 0, row
         assert not row.get("races"), row
+        # The channels of a sample have an even number of values in every layout.
+        assert row["loads_of_2_bytes"] == 0 and row["stores_of_2_bytes"] == 0, row
+        if row["aligned"] and row["reads_tensors"]:
+            assert row["loads_of_16_bytes"] > 0, row
         if row["aligned"] and row["writes_tensors"]:
-            assert row["stores_of_16_bytes"] > 0 and row["stores_of_2_bytes"] == 0, row
+            assert row["stores_of_16_bytes"] > 0, row
 
 
 class _Call(NamedTuple):
@@ -117,7 +124,7 @@ BRANCHES = (
 )
 
 
-def _calls(which: str) -> Iterator[_Call]:
+def _wanted(which: str) -> Iterator[_Call]:
     """List what is compiled: each branch once; and with "--activations" each activation, with and
     without a residual, in `two_pass` and one other regime, in alternating layouts; or with "--all"
     each of them in every combination."""
@@ -139,6 +146,29 @@ def _calls(which: str) -> Iterator[_Call]:
         yield _Call(layout, dtype, activation, has_residual, dtype != torch.float16)
 
 
+def _calls(which: str) -> Iterator[tuple[str, bool, Any]]:
+    """Return for each call and regime the layout, whether it is aligned, and a `compiled.Call`."""
+    from compiled import Call
+
+    from bn_lightning.kernels.schedule import Regime
+
+    for wanted in _wanted(which):
+        layout = LAYOUTS[wanted.layout]
+        for regime in wanted.regimes:
+            call = Call(
+                shape=layout.shape,
+                channels_last=layout.channels_last,
+                dtype=wanted.dtype,
+                activation=wanted.activation,
+                has_residual=wanted.has_residual,
+                affine=wanted.layout != "one_channel",
+                momentum=None if wanted.dtype is torch.float16 else 0.1,
+                training=wanted.training,
+                regime=Regime(regime),
+            )
+            yield wanted.layout, layout.aligned and wanted.dtype is torch.bfloat16, call
+
+
 def _kernels() -> list[str]:
     """Find the kernels by name in the modules of the package."""
     from bn_lightning import kernels
@@ -148,106 +178,6 @@ def _kernels() -> list[str]:
     ]
     modules = map(importlib.import_module, names)
     return sorted({n for m in modules for n in vars(m) if re.fullmatch(r"_bn_\w+_kernel", n)})
-
-
-class _Launch(NamedTuple):
-    """A launch that was recorded: of `kernel`, on tensors in `layout`."""
-
-    layout: str
-    aligned: bool
-    kernel: Any
-    arguments: dict[str, Any]
-
-
-def _record(warp_size: int, which: str) -> list[_Launch]:
-    """Make the calls, with the launcher replaced by a recorder."""
-    from triton.runtime import JITFunction
-
-    from bn_lightning.kernels import dispatch, launch, stats
-    from bn_lightning.kernels.schedule import Device, Regime, forced_regime
-
-    launches: list[tuple[Any, dict[str, Any]]] = []
-
-    def record(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
-        launches.append((kernel, arguments))
-
-    registers = 1 << 16 if warp_size == 32 else 0
-    device = Device(132, cache_bytes=50 << 20, warp_size=warp_size, registers=registers)
-    JITFunction.run = record
-    launch.check_device = lambda x: None
-    dispatch._device = lambda _: device
-    found = []
-    for wanted in _calls(which):
-        layout = LAYOUTS[wanted.layout]
-        begin = len(launches)
-        for regime in wanted.regimes:
-            with forced_regime(Regime(regime)):
-                _run(wanted, layout)
-        x = torch.empty(layout.shape, dtype=wanted.dtype, device="meta")
-        per_channel = torch.empty(layout.shape[1], device="meta")
-        schedule = dispatch.schedule_of(x, layout.channels_last)
-        partials = stats.compute_partials(x, schedule)
-        stats.merge_partials(partials, per_channel, per_channel, schedule)
-        aligned = layout.aligned and wanted.dtype is torch.bfloat16
-        found += [_Launch(wanted.layout, aligned, *new) for new in launches[begin:]]
-    return found
-
-
-def _run(wanted: _Call, layout: Layout) -> None:
-    """Run a forward in training and in evaluation, and a backward with all its gradients."""
-    from bn_lightning.kernels.activations import ACTIVATIONS, Saves
-    from bn_lightning.kernels.arguments import Backward, BackwardNeeds, Forward, RunningStatistics
-    from bn_lightning.kernels.launch import run_backward, run_forward
-
-    activation, has_residual = wanted.activation, wanted.has_residual
-    x = torch.empty(layout.shape, dtype=wanted.dtype, device="meta")
-    if layout.channels_last:
-        x = torch.empty_like(x, memory_format=torch.channels_last)
-    per_channel = torch.empty(x.shape[1], device="meta")
-    affine = None if wanted.layout == "one_channel" else per_channel
-    saves = ACTIVATIONS[activation].saves
-    writes_mask = has_residual and saves is Saves.MASK
-    forward = Forward(
-        x, x if has_residual else None, affine, affine, activation, 0.01, writes_mask=writes_mask
-    )
-    tracked = torch.empty((), dtype=torch.int64, device="meta")
-    momentum = None if wanted.dtype is torch.float16 else 0.1
-    running = RunningStatistics(affine, affine, tracked, momentum)
-    run_forward(forward, running, 1e-5, training=True)
-    running = RunningStatistics(per_channel, per_channel, None, momentum)
-    run_forward(forward, running, 1e-5, training=False)
-    backward = Backward(
-        x,
-        x,
-        x if has_residual and saves is Saves.RESIDUAL else None,
-        x if has_residual and saves is Saves.OUTPUT else None,
-        torch.empty(1, dtype=torch.uint8, device="meta") if writes_mask else None,
-        per_channel,
-        per_channel,
-        affine,
-        affine,
-        layout.channels_last,
-        activation,
-        0.01,
-    )
-    writes_dresidual = has_residual and activation != "identity"
-    needs = BackwardNeeds(wanted.training, dx=True, affine=True, dresidual=writes_dresidual)
-    run_backward(backward, needs)
-
-
-def _specialize(backend: Any, launch: _Launch) -> tuple[Any, dict[str, Any], str]:
-    """Return what Triton's launcher would compile, its options, and a key of both."""
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import create_function_from_signature
-
-    kernel = launch.kernel
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**launch.arguments)
-    _, signature, constants, attributes = kernel._pack_args(
-        backend, options, bound, specialization, options
-    )
-    key = repr((kernel.__name__, signature, constants, sorted(attributes.items()), options))
-    return ASTSource(kernel, signature, constants, attributes), options, key
 
 
 def _races(ptx: str) -> int:
@@ -275,31 +205,20 @@ def _resources(compiled: Any) -> dict[str, int]:
             "stores_of_16_bytes": len(re.findall(r"\b(?:global|buffer)_store_dwordx4", text)),
             "stores_of_2_bytes": len(re.findall(r"\b(?:global|buffer)_store_short", text)),
         }
-    import triton
+    from compiled import registers_and_stack
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+    registers, stack = registers_and_stack(compiled)
     ptx = compiled.asm["ptx"]
-    # STACK and LOCAL are where a kernel that calls nothing keeps what does not fit its registers.
-    spilled = re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)
-    if not spilled:
-        raise RuntimeError(f"expected cuobjdump to list STACK and LOCAL, got {usage!r}")
     return {
         "binary_bytes": len(compiled.asm["cubin"]),
-        "spills": sum(map(int, spilled)),
-        "loads_of_16_bytes": len(re.findall(r"\bld\.global\S*\.v4\.\w32\b", ptx)),
+        "spills": stack,
+        # Those of a loop are asynchronous copies to shared memory.
+        "loads_of_16_bytes": len(re.findall(r"\bld\.global\S*\.v4\.\w32\b|\bcp\.async\.cg", ptx)),
         "loads_of_2_bytes": len(re.findall(r"\bld\.global\S*\.\w16\b", ptx)),
         "stores_of_16_bytes": len(re.findall(r"\bst\.global\S*\.v4\.\w32\b", ptx)),
         "stores_of_2_bytes": len(re.findall(r"\bst\.global\S*\.\w16\b", ptx)),
         "races": _races(ptx),
-        "registers": max(map(int, re.findall(r"\bREG:(\d+)", usage))),
+        "registers": registers,
     }
 
 
@@ -316,29 +235,34 @@ def _compile(number: int) -> dict[str, Any]:
 
 
 def _main(backend: str, arch: str, warp_size: str, which: str = "--activations") -> None:
+    import compiled
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
 
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp_size))
     compiler = make_backend(target)
+    registers = compiled.H200.registers if warp_size == "32" else 0
+    device = replace(compiled.H200, warp_size=int(warp_size), registers=registers)
+    compiled.record_on(device)
     seen = set()
-    for launch in _record(int(warp_size), which):
-        source, options, key = _specialize(compiler, launch)
-        if key in seen:
-            continue
-        seen.add(key)
-        tensors = launch.arguments.get("tensors")
-        # dx and dresidual of the backward, y of the forward.
-        fields = ("dx_ptr", "dresidual_ptr") if hasattr(tensors, "dx_ptr") else ("y_ptr",)
-        row = {
-            "kernel": launch.kernel.__name__,
-            "layout": launch.layout,
-            "aligned": launch.aligned,
-            "reads_tensors": bool({"tiling", "flat"} & launch.arguments.keys()),
-            "writes_tensors": any(getattr(tensors, name, None) is not None for name in fields),
-            "specialized": key,
-        }
-        _variants.append((row, source, options, target))
+    for wanted, aligned, call in _calls(which):
+        for launch in compiled.record(call)[0]:
+            source, options, key = compiled.specialize(compiler, launch)
+            if key in seen:
+                continue
+            seen.add(key)
+            tensors = launch.arguments.get("tensors")
+            # dx and dresidual of the backward, y of the forward.
+            fields = ("dx_ptr", "dresidual_ptr") if hasattr(tensors, "dx_ptr") else ("y_ptr",)
+            row = {
+                "kernel": launch.kernel.__name__,
+                "layout": wanted,
+                "aligned": aligned,
+                "reads_tensors": "tiling" in launch.arguments,
+                "writes_tensors": any(getattr(tensors, name, None) is not None for name in fields),
+                "specialized": key,
+            }
+            _variants.append((row, source, options, target))
     # Compiling makes many objects and few cycles: looking for those takes 5 to 9 % of the time.
     gc.disable()
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:

@@ -71,20 +71,19 @@ def _statistics(
     return stats.finish_statistics(partials, running, EPS, schedule)
 
 
-def _many_tiles(shape: tuple[int, ...], tiles_per_split: int) -> Schedule:
-    """Return a schedule with tiles of 2 x 2 x 4, so that a small tensor has many."""
+def _many_tiles(shape: tuple[int, ...], tiles_per_split: int, group: int = 0) -> Schedule:
+    """Return a schedule with small tiles, of which a small tensor has many.
+
+    They have two rows, and two channels, or four positions of one channel, or all of a group.
+    """
     s = _schedule(shape)
-    block_l = 4 if s.L > 1 else 1
-    tiles = -(-s.N // 2) * -(-s.L // block_l)
-    return dataclasses.replace(
-        s,
-        block_n=2,
-        block_c=2,
-        block_l=block_l,
-        num_warps=1,
-        splits=-(-tiles // tiles_per_split),
-        tiles_per_split=tiles_per_split,
+    L = s.shape.L
+    group = group or (2 if L == 1 else 1)
+    block_p = 2 if L == 1 else 4 if group == 1 else 1 << (group * L - 1).bit_length()
+    walk = dataclasses.replace(
+        s.reduction, span=group * L, group=group, block_r=2, block_p=block_p, num_warps=1
     )
+    return dataclasses.replace(s, reduction=walk.split(-(-walk.tiles // tiles_per_split)))
 
 
 def _assert_three_way(x: Tensor, schedule: Schedule) -> None:
@@ -116,11 +115,33 @@ def test_statistics(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> 
 
 
 @pytest.mark.parametrize("tiles_per_split", [1, 2, 100])
-@pytest.mark.parametrize("shape", [(11, 5), (5, 3, 9)], ids=["mc", "ncl"])
+@pytest.mark.parametrize(
+    ("shape", "group"), [((11, 5), 2), ((5, 3, 9), 1), ((5, 5, 9), 3)], ids=["mc", "ncl", "groups"]
+)
 def test_statistics_over_many_tiles_and_splits(
-    shape: tuple[int, ...], tiles_per_split: int, device: str
+    shape: tuple[int, ...], group: int, tiles_per_split: int, device: str
 ) -> None:
-    _assert_three_way(_input(shape, device), _many_tiles(shape, tiles_per_split))
+    _assert_three_way(_input(shape, device), _many_tiles(shape, tiles_per_split, group))
+
+
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [((64, 2), 2), ((16, 2, 8), 1), ((16, 2, 8), 2)],
+    ids=["mc", "ncl", "groups"],
+)
+@pytest.mark.parametrize("jump", [1e4, 1e12])
+def test_a_pilot_far_from_the_mean_is_replaced(
+    shape: tuple[int, ...], group: int, jump: float, device: str
+) -> None:
+    # The first tile is far from all others: about its mean, squares are about 1e8 variances.
+    x = _input(shape, device, mean=0.0)
+    x[:2, 0] = jump
+    x[2:, 1] += jump
+    walk = _many_tiles(shape, 1000, group)
+    _, rstd = _statistics(x, walk, None, None)
+    _, var = reference.batch_statistics(x.double())
+    # Squares that lose two bits, and their sum.
+    torch.testing.assert_close(rstd.double(), torch.rsqrt(var + EPS), rtol=5e-7, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(64, 3), (16, 3, 9)], ids=["mc", "ncl"])

@@ -27,7 +27,7 @@ from bn_lightning.kernels.arguments import (
 )
 from bn_lightning.kernels.backward import Sums
 from bn_lightning.kernels.persistent import Queue
-from bn_lightning.kernels.schedule import Tiling, cdiv
+from bn_lightning.kernels.walk import Tiling, cdiv
 
 MODULE = "bn_lightning.kernels.persistent"
 EPS = 1e-5
@@ -81,7 +81,7 @@ def _case(direction: str, programs: int, seed: int) -> Case:
     """Return one of the 32 launches of so many programs."""
     splits = (1, 3)[seed % 2]
     # That of the schedule, then the smallest.
-    lag = (cdiv(programs, splits) + 1, 1)[seed // 2 % 2]
+    lag = (cdiv(programs, 2 * splits) + 1, 1)[seed // 2 % 2]
     starved = (None, seed % programs)[seed // 8 % 2]
     groups = (4, 1)[seed // 4 % 2]
     return Case(direction, programs, splits, groups, lag, seed // 16 % 2 == 0, starved)
@@ -123,7 +123,24 @@ class Launch:
         counters = self._updated("counters", np.zeros(2 + 2 * case.groups, np.int32))
         arguments = {
             "queue": Queue(counters, case.splits, case.lag, tiles_per_split=1),
-            "tiling": Tiling(self.N, self.C, 1, BLOCK_N, BLOCK_C, 1, False),
+            "tiling": Tiling(
+                R=self.N,
+                P=self.C,
+                span=BLOCK_C,
+                C=self.C,
+                L=1,
+                numel=self.N * self.C,
+                BLOCK_R=BLOCK_N,
+                BLOCK_P=BLOCK_C,
+                GROUP=BLOCK_C,
+                CHANNELS=BLOCK_C,
+                ALIGN=1,
+                STAGES=1,
+                WRAPS=False,
+                RAGGED=False,
+                EIGHTS=False,
+                WIDE=False,
+            ),
             "BLOCK_S": 1 << (case.splits - 1).bit_length(),
         }
         add = self._add_forward if case.direction == "forward" else self._add_backward

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bn_lightning.kernels import dispatch, tile
+from bn_lightning.kernels import dispatch, element, tile
 from bn_lightning.kernels.activations import (
     ACTIVATIONS,
     Saves,
@@ -18,7 +18,8 @@ from bn_lightning.kernels.activations import (
     lower_derivative,
     upper_branch,
 )
-from bn_lightning.kernels.schedule import Tiling, make_schedule
+from bn_lightning.kernels.schedule import make_schedule
+from bn_lightning.kernels.walk import Tiling
 
 SLOPE = 0.1
 # Relative, for values far from 0 and near it; absolute, where gelu and mish cancel below zero.
@@ -38,14 +39,14 @@ def _evaluate_kernel(
 ) -> None:
     offsets = tl.arange(0, 128)
     z = tl.load(z_ptr + offsets)
-    y = tile.apply_activation(z, negative_slope, ACTIVATION)
+    y = element.apply_activation(z, negative_slope, ACTIVATION)
     tl.store(value_ptr + offsets, y)
     one = tl.zeros_like(z) + 1.0
     if ACTIVATION != "identity":
-        slope = tile.multiply_derivative(one, z, negative_slope, ACTIVATION)
+        slope = element.multiply_derivative(one, z, negative_slope, ACTIVATION)
         tl.store(derivative_ptr + offsets, slope)
     if OF_OUTPUT:
-        slope = tile.multiply_derivative_of_output(one, y, ACTIVATION)
+        slope = element.multiply_derivative_of_output(one, y, ACTIVATION)
         tl.store(of_output_ptr + offsets, slope)
 
 
@@ -93,33 +94,39 @@ def test_the_mask_is_the_derivative(activation: str, device: str) -> None:
 
 @triton.jit
 def _last_tile_kernel(
-    first_ptr: tl.tensor,  # int64, offset of the first element
-    inside_ptr: tl.tensor,  # int64, number of elements inside
-    exact_ptr: tl.tensor,  # int64, number of elements inside whose offset is the right one
+    found_ptr: tl.tensor,  # (blocks, 3) int64: least and largest offset, and elements inside
     tiling: Tiling,
 ) -> None:
-    offs_c = tl.arange(0, tiling.BLOCK_C)
-    number = tile.count_tiles(tiling) - 1
-    last, count = tile.locate_tile(number, offs_c, tiling, True)
-    inside = last.inside.broadcast_to((tiling.BLOCK_C, tiling.BLOCK_N, tiling.BLOCK_L))
-    offsets = last.offsets.broadcast_to(inside.shape).to(tl.int64).reshape((inside.numel,))
-    first = tl.min(offsets, axis=0)
-    right = offsets == first + tl.arange(0, inside.numel)
-    inside = inside.reshape((inside.numel,))
-    tl.store(first_ptr, first)
-    tl.store(inside_ptr, tl.sum(inside.to(tl.int64), axis=0))
-    tl.store(exact_ptr, tl.sum((inside & right).to(tl.int64), axis=0))
+    place = tile.find_place(tile.count_tiles(tiling) - 1, tiling)
+    last = tile.locate_tile(place, tl.program_id(0), tiling)
+    found_ptr += 3 * tl.program_id(0)
+    offsets = (last.start + last.offsets).to(tl.int64)
+    inside = last.inside.broadcast_to(offsets.shape)
+    beyond = tl.full(offsets.shape, 1 << 62, dtype=tl.int64)
+    tl.store(found_ptr, tl.min(tl.min(tl.where(inside, offsets, beyond), axis=1), axis=0))
+    tl.store(found_ptr + 1, tl.max(tl.max(tl.where(inside, offsets, -1), axis=1), axis=0))
+    tl.store(found_ptr + 2, tl.sum(tl.sum(inside.to(tl.int64), axis=1), axis=0))
 
 
-# One channel, whose values are the positions of the tensor in memory.
+# The addressing alone: the last tiles of all blocks end at the end of the tensor.
 @pytest.mark.parametrize("beyond", [-5000, -5, -1, 3])
-@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-def test_the_last_tile_near_2_to_the_31(channels_last: bool, beyond: int, device: str) -> None:
-    values = (1 << 31) + beyond
+@pytest.mark.parametrize(
+    ("channels", "channels_last"),
+    [(1, False), (1, True), (2, True), (8, True), (24, True)],
+    ids=["contiguous", "channels_last", "2_channels", "8_channels", "24_channels"],
+)
+def test_the_last_tile_near_2_to_the_31(
+    channels: int, channels_last: bool, beyond: int, device: str
+) -> None:
+    values = (1 << 31) // channels + beyond
     found_on = dispatch._device(torch.device(device))
-    schedule = make_schedule((1, 1, values), 2, channels_last, found_on)
-    first, inside, exact = torch.full((3,), -1, dtype=torch.int64, device=device)
-    _last_tile_kernel[(1,)](first, inside, exact, schedule.tiling)
-    elements = schedule.block_n * schedule.block_l
-    start = (values - 1) // elements * elements
-    assert (first.item(), inside.item(), exact.item()) == (start, values - start, values - start)
+    schedule = make_schedule((1, channels, values), 2, channels_last, found_on)
+    for walk in (schedule.reduction, schedule.elementwise):
+        found = torch.full((walk.blocks, 3), -1, dtype=torch.int64, device=device)
+        _last_tile_kernel[(walk.blocks,)](found, walk.tiling)
+        least, largest, inside = found[found[:, 2] > 0].unbind(1)
+        assert largest.max() == schedule.shape.numel - 1
+        ends = schedule.shape.numel - walk.block_r * walk.row
+        assert ends <= least.min() and inside.sum() <= walk.block_r * walk.row
+        if walk.blocks == 1:
+            assert inside == largest - least + 1

@@ -353,6 +353,10 @@ class Language:
         return np.asarray(value).view(dtype) if bitcast else np.asarray(value).astype(dtype)[()]
 
     @staticmethod
+    def range(start: int, end: int, num_stages: int) -> range:
+        return range(start, end)
+
+    @staticmethod
     def cdiv(a: int, b: int) -> int:
         return -(-a // b)
 
