@@ -25,6 +25,7 @@ The files in reading order:
     autograd.py       the gradient of the ops, and the gradient of that
     eager.py          the path of eager code around the ops: a plan for each kind of call
     ops.py            the ops, their fakes, gradients and vmap
+    planned_stage.py  plans for the stages of a batch on several ranks
     sync_ops.py       the stages of a batch on several ranks, under ATen's names
     sync_autograd.py  the stages with the communication between ranks, and the gradient
 

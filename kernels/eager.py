@@ -64,7 +64,7 @@ _grad_mode = torch.is_grad_enabled
 _empty_like = torch.empty_like
 
 
-def _make_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+def make_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Return what tells whether other tensors are like these.
 
     It compares types, shapes, strides, dtypes, devices, `requires_grad`, and the dispatch keys,
@@ -78,7 +78,7 @@ def _make_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return guards.check
 
 
-def _misalignment(addresses: Sequence[int]) -> tuple[int, ...] | None:
+def misalignment_of(addresses: Sequence[int]) -> tuple[int, ...] | None:
     """Return how far the addresses are past aligned ones; None if all are aligned."""
     if not functools.reduce(operator.or_, addresses) & _MISALIGNED:
         return None
@@ -113,8 +113,8 @@ class Plan:
 
     def __init__(self, a: BatchNormArguments, is_native: bool = False) -> None:
         tensors = [t for t in a[:7] if t is not None]
-        self.is_alike = _make_guard(tensors)
-        self.misalignment = _misalignment([t.data_ptr() for t in tensors])
+        self.is_alike = make_guard(tensors)
+        self.misalignment = misalignment_of([t.data_ptr() for t in tensors])
         self.is_native = is_native
         self.options = SavedOptions.of(a)
         self.needs_gradient = _grad_mode() and any(t.requires_grad for t in a.inputs)
@@ -174,7 +174,7 @@ def run_known(fields: tuple[Any, ...], backend: str, *, recomputes: bool = False
     for plan in plans:
         if plan.is_alike(*tensors):
             addresses = tuple([t.data_ptr() for t in tensors])
-            if _misalignment(addresses) == plan.misalignment:
+            if misalignment_of(addresses) == plan.misalignment:
                 return NATIVE if plan.is_native else run_plan(plan, fields, tensors, addresses)
     return None
 
@@ -187,7 +187,7 @@ def keep_plan(a: BatchNormArguments, backend: str, is_native: bool) -> Plan | No
     tensors = [t for t in a[:7] if t is not None]
     if TensorGuards is None or not all(type(t) in _PLAIN_TYPES for t in tensors):
         return None
-    if _is_observed() or not all(map(_has_memory, tensors)):
+    if _is_observed() or not all(map(has_memory, tensors)):
         return None
     plan = Plan(a, is_native)
     if len({t.data_ptr() for t in tensors}) == len(tensors):
@@ -315,7 +315,7 @@ class _EagerBatchNorm(torch.autograd.Function):
                 tensors[0] = as_layout(dy, plan.options.channels_last)
                 is_alike = planned.is_alike(*tensors)
             addresses = [t.data_ptr() for t in tensors]
-            if is_alike and _misalignment(addresses) == planned.misalignment:
+            if is_alike and misalignment_of(addresses) == planned.misalignment:
                 dx, dresidual, dweight, dbias = _repeat_backward(
                     plan, planned.launches, needs, tensors[0], addresses
                 )
@@ -323,7 +323,7 @@ class _EagerBatchNorm(torch.autograd.Function):
                     dresidual = dy
                 return dx, dresidual, dweight, dbias, *_NO_GRADIENTS
         run: Any = torch.ops.bn_lightning.batch_norm_backward
-        if not _is_observed() and all(map(_has_memory, tensors)):
+        if not _is_observed() and all(map(has_memory, tensors)):
             run = functools.partial(_launch_backward, plan, needs, tensors[1:])
         return (*compute_gradients(plan.options, ctx, dy, run, saved), *_NO_GRADIENTS)
 
@@ -332,7 +332,7 @@ class _EagerBatchNorm(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _EagerBatchNorm).apply
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def has_memory(tensor: Tensor) -> bool:
     """Return whether a plain tensor is what its memory holds."""
     if tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
         return False
@@ -358,7 +358,7 @@ def _launch_backward(
         launches = make_plan(recording, tensors, results)
         if launches is not None:
             plan.backwards[needs] = _PlannedBackward(
-                _make_guard(tensors), _misalignment([t.data_ptr() for t in tensors]), launches
+                make_guard(tensors), misalignment_of([t.data_ptr() for t in tensors]), launches
             )
     return dx, dweight, dbias, dresidual
 

@@ -31,6 +31,7 @@ from bn_lightning.kernels.arguments import BACKWARD_SCHEMA, Backward, BackwardNe
 from bn_lightning.kernels.dispatch import check_device, schedule_of
 from bn_lightning.kernels.layout import as_layout, is_channels_last
 from bn_lightning.kernels.ops import or_empty
+from bn_lightning.kernels.planned_stage import run_stage
 
 # A count travels as two numbers below 2^24, because fp32 holds each of them exactly.
 _HALF = 1 << 24
@@ -185,12 +186,19 @@ def _stats(x: Tensor) -> Tensor:
     channels_last = is_channels_last(x)
     x = as_layout(x, channels_last)
     schedule = schedule_of(x, channels_last)
-    packed = _fake_stats(x)
-    mean, root, *halves = packed.split([schedule.C, schedule.C, 1, 1])
-    for half, value in zip(halves, divmod(schedule.values_per_channel, _HALF), strict=True):
-        half.fill_(value)
-    with torch.cuda.device_of(x):
+
+    def launch() -> tuple[Tensor]:
+        packed = _fake_stats(x)
+        mean, root, _ = packed.split([schedule.C, schedule.C, 2])
         merge_partials(compute_partials(x, schedule), mean, root, schedule)
+        return (packed,)
+
+    with torch.cuda.device_of(x):
+        packed: Any = run_stage("stats", (x,), launch)[0]
+    for half, value in zip(
+        packed[-2:].unbind(), divmod(schedule.values_per_channel, _HALF), strict=True
+    ):
+        half.fill_(value)
     return packed
 
 
@@ -206,9 +214,12 @@ def _elemt(mean: Tensor, rstd: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
     channels_last = is_channels_last(call.x)
     call = call.in_layout(channels_last)
     schedule = schedule_of(call.x, channels_last, writes_mask=call.writes_mask)
+    tensors = (mean, rstd, *call[:4])
     with torch.cuda.device_of(call.x):
-        y, mask = launch_normalize(call, mean, rstd, schedule)
-    return y, or_empty(mask, y)
+        y, mask = run_stage(
+            ("elemt", *call[4:]), tensors, lambda: launch_normalize(call, mean, rstd, schedule)
+        )
+    return or_empty(y, call.x), or_empty(mask, call.x)
 
 
 def _fake_elemt(mean: Tensor, rstd: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -224,7 +235,10 @@ def _backward_reduce(*arguments: Any) -> Tensor:
     check_device(call.dy)
     schedule = schedule_of(call.dy, call.channels_last)
     with torch.cuda.device_of(call.dy):
-        dweight_C, dbias_C = affine_gradients(call, schedule)
+        sums: Any = run_stage(
+            ("backward_reduce", *call[9:]), call[:9], lambda: affine_gradients(call, schedule)
+        )
+    dweight_C, dbias_C = sums
     return torch.stack([dbias_C, dweight_C])
 
 
@@ -243,9 +257,15 @@ def _backward_elemt(
     schedule = schedule_of(call.dy, call.channels_last)
     needs = BackwardNeeds(training=True, dx=needs_dx, affine=False, dresidual=needs_dresidual)
     # The kernel divides by the count of this rank's part.
-    dbias_C, dweight_C = (means * schedule.values_per_channel).unbind()
+    sums = means * schedule.values_per_channel
+
+    def launch() -> tuple[Tensor | None, Tensor | None]:
+        dbias_C, dweight_C = sums
+        return input_gradients(call, needs, dweight_C, dbias_C, schedule)
+
     with torch.cuda.device_of(call.dy):
-        dx, dresidual = input_gradients(call, needs, dweight_C, dbias_C, schedule)
+        name = ("backward_elemt", needs, *call[9:])
+        dx, dresidual = run_stage(name, (sums, *call[:9]), launch)
     return or_empty(dx, call.dy), or_empty(dresidual, call.dy)
 
 

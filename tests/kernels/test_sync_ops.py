@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from bn_lightning.kernels import dispatch, reference
+from bn_lightning.kernels import dispatch, planned_stage, reference
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves, activate
 from bn_lightning.kernels.arguments import Backward, BackwardNeeds, Forward
+from bn_lightning.kernels.launch_plan import LaunchPlan
 from bn_lightning.kernels.layout import is_channels_last
 from bn_lightning.kernels.schedule import Regime, forced_regime
 from bn_lightning.kernels.sync_ops import (
@@ -239,3 +240,28 @@ def test_opcheck(device):
     means = torch.rand(2, C, device=device)
     for needs in ((True, True), (True, False), (False, True)):
         opcheck(library.batch_norm_backward_elemt, (means, *needs, *backward))
+
+
+@needs_triton
+@layouts
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu", "tanh"])
+def test_stages_that_repeat_launches_have_the_same_bits(activation, layout, device, monkeypatch):
+    t = _tensors(device, torch.float32)
+    other = {k: v.flip(0) for k, v in t.items()}
+    t, other = (
+        d | {k: d[k].to(memory_format=layout) for k in ("x", "residual", "dy")} for d in (t, other)
+    )
+    planned_stage._stages.clear()
+    expected = _run(other, activation, True, triton=True)
+    planned_stage._stages.clear()
+    _run(t, activation, True, triton=True)
+    assert len(planned_stage._stages) == 4
+    repeated = []
+    launch = LaunchPlan.launch
+    monkeypatch.setattr(
+        LaunchPlan, "launch", lambda plan, values: (repeated.append(plan), launch(plan, values))
+    )
+    found = _run(other, activation, True, triton=True)
+    assert len(repeated) == 4
+    for value, wanted in zip(found, expected, strict=True):
+        assert torch.equal(value, wanted) and value.stride() == wanted.stride()
