@@ -4,12 +4,14 @@ At every launch Triton binds the arguments, computes what the kernel is speciali
 up the compiled kernel. `bind_launch` keeps what it found for one launch, so that further launches
 whose arguments differ in addresses alone go directly to the launcher, which is written in C.
 
-The private fields are those of Triton 3.7 for CUDA. For another version and another GPU
+The private fields are those of Triton 3.6 and 3.7 for CUDA. For another version and another GPU
 `bind_launch` returns None, and the caller launches the kernel as Triton documents it. The
 interpreter needs none of them: a launch in it is an ordinary one on tensors made of the addresses.
 """
 
 import ctypes
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-_KNOWN_VERSIONS = ("3.7",)
+_KNOWN_VERSIONS = ("3.6", "3.7")
 
 
 class BoundLaunch(NamedTuple):
@@ -59,29 +61,28 @@ def bind_launch(
         return _bind_interpreted(kernel, grid, arguments)
     if not _is_known(compiled):
         return None
-    from triton.backends.nvidia.driver import annotate_arguments
-
     launcher, types = compiled.run, compiled.src.signature
     kept = zip(_leaves(list(types.values())), _leaves([arguments[n] for n in types]), strict=True)
     leaves = [leaf for kind, leaf in kept if kind != "constexpr"]
+    options = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+    # Metadata for the hooks, and the two hooks.
+    unobserved = (compiled.packed_metadata, None, None, None)
+    no_scratch = (None, None)
+    if _version() == "3.6":
+        start = _spread(launcher.launch, tuple(types.values()))
+        after = (*options, *no_scratch, *unobserved)
+    else:
+        from triton.backends.nvidia.driver import annotate_arguments
+
+        start = launcher.launch
+        # Of arguments that are flat and hold no constants.
+        annotations = annotate_arguments(["i32"] * len(leaves))
+        after = (*options, *unobserved, *no_scratch, annotations, launcher.kernel_signature)
     driver = triton.runtime.driver.active
     return BoundLaunch(
-        start=launcher.launch,
+        start=start,
         before=(*grid, 1, 1)[:3],
-        after=(
-            compiled.function,
-            launcher.launch_cooperative_grid,
-            launcher.launch_pdl,
-            compiled.packed_metadata,
-            None,  # metadata for the hooks, the two hooks, and two kinds of scratch memory
-            None,
-            None,
-            None,
-            None,
-            # Of arguments that are flat and hold no constants.
-            annotate_arguments(["i32"] * len(leaves)),
-            launcher.kernel_signature,
-        ),
+        after=after,
         leaves=leaves,
         device=driver.get_current_device(),
         current_device=driver.get_current_device,
@@ -91,8 +92,37 @@ def bind_launch(
 
 def knows_triton() -> bool:
     """Return whether the private fields of this Triton, on its GPU, are known."""
-    version = ".".join(triton.__version__.split(".")[:2])
-    return version in _KNOWN_VERSIONS and torch.version.hip is None
+    return _version() in _KNOWN_VERSIONS and torch.version.hip is None
+
+
+def _version() -> str:
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def _spread(launch: Callable[..., None], types: tuple[Any, ...]) -> Callable[..., None]:
+    """Return a launcher that takes the values as one tuple, of one that takes the arguments.
+
+    The arguments are nested like `types`. Those of constants are in the place of a value, and are
+    not read.
+    """
+    arrange = _arrange(types, itertools.count())
+
+    def start(*arguments: Any) -> None:
+        *options, values = arguments
+        launch(*options, *arrange((*values, None)))
+
+    return start
+
+
+def _arrange(types: tuple[Any, ...], places: Iterator[int]) -> Callable[[tuple[Any, ...]], Any]:
+    """Return a function that nests flat values like `types`; the last value is for constants."""
+    picks = [
+        _arrange(kind, places)
+        if isinstance(kind, tuple)
+        else operator.itemgetter(-1 if kind == "constexpr" else next(places))
+        for kind in types
+    ]
+    return lambda values: tuple([pick(values) for pick in picks])
 
 
 def _is_known(compiled: Any) -> bool:

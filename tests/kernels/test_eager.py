@@ -328,7 +328,16 @@ def test_an_unknown_triton_launches_as_it_documents(
     assert not repeated
 
 
-@pytest.mark.parametrize("version", ["3.5.9", "3.6.0", "4.0.0"])
+def test_triton_3_6_gets_one_argument_for_each_parameter() -> None:
+    """Nested like them; what stands in the place of a constant is not read."""
+    calls: list[Any] = []
+    types = ("*fp32", "constexpr", ("*fp32", ("i32", "constexpr"), "constexpr"), "fp32")
+    start = triton_launcher._spread(lambda *arguments: calls.append(arguments), types)
+    start("grid", "stream", (16, 32, 3, 0.5))
+    assert calls == [("grid", "stream", 16, None, (32, (3, None), None), 0.5)]
+
+
+@pytest.mark.parametrize("version", ["3.5.9", "3.8.0", "4.0.0"])
 def test_only_known_versions_of_the_launcher_are_bound(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
