@@ -57,7 +57,7 @@ class HostTime(NamedTuple):
 # 2.13.0, Triton 3.7.1, 2026-11-26, `python benchmarks/host_overhead.py`.
 EAGER_HOST = {True: HostTime(67.8, 14.4, 9.6), False: HostTime(11.2, 1.9, 1.9)}
 TRITON_HOST = {True: HostTime(78.6, 0.0, 7.7), False: HostTime(13.5, 0.0, 0.2)}
-# The same where Triton itself launches each kernel (triton_launcher.py), measured with Triton 3.6.0.
+# The same where Triton itself launches each kernel (triton_launcher.py); of Triton 3.6.0.
 ORDINARY_LAUNCH_HOST = {True: HostTime(251.4, 0.0, 9.3), False: HostTime(61.2, 0.0, 1.9)}
 
 
