@@ -16,13 +16,21 @@ import torch
 from observer import Observer, is_batch_norm, tensors_in
 from torch import Tensor, nn
 
-from bn_lightning import convert_batchnorm, fold_batchnorm, kernels, revert_batchnorm
+from bn_lightning import (
+    convert_batchnorm,
+    fold_batchnorm,
+    fusion_counts,
+    kernels,
+    revert_batchnorm,
+)
 
 STEPS = 3
 # Of the largest value of a tensor. One rounding is 1.1e-16 in fp64 and 6.0e-8 in fp32, and three
 # steps of training multiply it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 GRADIENT_FLOOR = 1e-2  # of the largest gradient of the network: smaller ones count as this
+LEARNING_RATE = 1e-2
+STATE_FLOOR = LEARNING_RATE * GRADIENT_FLOOR  # a step moves all parameters together by 0.01 at most
 FOLDING_TOLERANCE = 1e-10  # in fp64: folding rounds every weight once more
 
 
@@ -62,25 +70,27 @@ class Verdict:
         return ", ".join([*parts, f"{self.seconds:.2f} s"])
 
 
-def judge(network: nn.Module, inputs: tuple[Tensor, ...]) -> Verdict:
+def judge(network: nn.Module, inputs: tuple[Tensor, ...], slack: float = 1.0) -> Verdict:
     """Trains a network for three steps with and without conversion, in fp64 and in fp32.
 
     Args:
         network: in fp32; it is not changed.
         inputs: its arguments, the floating-point ones in fp32.
+        slack: multiplies `TOLERANCE`.
     """
     verdict = Verdict()
     for dtype in (torch.float64, torch.float32):
         plain = copy.deepcopy(network).to(dtype).train()
         given = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-        _compare(plain, given, dtype, verdict)
+        _compare(plain, given, slack * TOLERANCE[dtype], verdict)
     return verdict
 
 
 def _compare(
-    plain: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, verdict: Verdict
+    plain: nn.Module, inputs: tuple[Tensor, ...], tolerance: float, verdict: Verdict
 ) -> None:
     """Compares in one dtype; what is counted is counted in fp64."""
+    dtype = next(plain.parameters()).dtype
     converted = copy.deepcopy(plain)
     observer = _observed(copy.deepcopy(plain), inputs) if dtype == torch.float64 else None
     before, plain_before = _state(converted), _state(plain)
@@ -89,12 +99,17 @@ def _compare(
     verdict.seconds = max(verdict.seconds, time.thread_time() - begin)
 
     steps = zip(_train(plain, inputs), _train(converted, inputs), strict=True)
+    fused = 0
     with _kernel_calls() as calls:
         for number, (expected, got) in enumerate(steps):
-            found = _differences(got, expected, TOLERANCE[dtype])
+            found = _differences(got, expected, tolerance)
             verdict.mismatches += [f"{dtype}, step {number}: {what}" for what in found[:3]]
             last_step = calls.copy()
+            fused += sum(fuses for _, fuses in calls)
             calls.clear()
+    reported = sum(count.fused for count in fusion_counts(converted).values())
+    if reported != fused:
+        verdict.mismatches.append(f"{dtype}: {reported} fused calls reported, {fused} made")
     if observer is not None:
         _count(observer, converted, set(conversion.converted), last_step, verdict)
         _fold(plain, converted, inputs, verdict)
@@ -208,7 +223,7 @@ def _named(kind: str, tensors: list[Tensor]) -> dict[str, Any]:
 
 def _train(network: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[dict[str, Any]]:
     """Yields after each step the outputs, gradients, buffers and parameters by name."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
     for step in range(STEPS):
         _seed(step)
         given = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
@@ -251,8 +266,8 @@ def _differences(got: dict[str, Any], expected: dict[str, Any], tolerance: float
             found[f"{name} has another shape or dtype"] = float("inf")
         elif not torch.equal(got[name], value):
             scale = float(value.abs().max())
-            if name.startswith("gradient of"):
-                scale = max(scale, least)
+            if not name.startswith("output"):
+                scale = max(scale, least if name.startswith("gradient of") else STATE_FLOOR)
             error = float((got[name].double() - value.double()).abs().max()) / (scale or 1.0)
             if not error <= tolerance:
                 found[f"{name} differs by {error:.1e}"] = error

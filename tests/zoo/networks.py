@@ -393,20 +393,13 @@ MONAI: dict[str, Callable[[Any], Made]] = {
         "EfficientNetBN", "efficientnet-b0", spatial_dims=2, in_channels=1, pretrained=False
     ),
     "high_res_net": _monai("HighResNet", spatial_dims=2, **_SEGMENTS, norm_type="batch", size=24),
+    "vnet": _monai("VNet", spatial_dims=2, **_SEGMENTS),
     "auto_encoder": _monai(
         "AutoEncoder", spatial_dims=2, **_SEGMENTS, channels=(8, 16), strides=(2, 2), **_BATCH
     ),
     "classifier": _monai("Classifier", (1, 32, 32), 3, (8, 16, 16), (2, 2, 2), **_BATCH),
     "regressor": _monai("Regressor", (1, 32, 32), (1,), (8, 16, 16), (2, 2, 2), **_BATCH),
     "flexible_unet": _monai("FlexibleUNet", 3, 2, "efficientnet-b0", channels_in=3, size=64),
-    "voxel_morph": _monai(
-        "VoxelMorphUNet",
-        spatial_dims=2,
-        in_channels=1,
-        unet_out_channels=8,
-        channels=(8, 8, 8, 8),
-        final_conv_channels=(8,),
-    ),
     "patch_discriminator": _monai("PatchDiscriminator", spatial_dims=2, channels=8, in_channels=1),
 }
 
@@ -443,3 +436,8 @@ NETWORKS: dict[str, dict[str, Callable[[Any], Made]]] = {
     "monai": MONAI,
     "segmentation_models_pytorch": SMP,
 }
+
+# An input of several layers gets a sum of gradients, in the reverse order of their calls. Deferral
+# calls a BatchNorm later, and with statistics of a few values rounding grows from block to block.
+SUMMED_IN_ANOTHER_ORDER = {"unetplusplus_mobileone", "mobileone_s0", "repvgg_a0"}
+SLACK = 1000.0
