@@ -126,6 +126,11 @@ class Loop(NamedTuple):
         return any(i.kind == "store" for i in self.body)
 
     @property
+    def copies(self) -> bool:
+        """Whether it copies to shared memory."""
+        return any(i.name.startswith("LDGSTS") for i in self.body)
+
+    @property
     def bytes_loaded(self) -> int:
         """Bytes that a thread loads from global memory in one iteration."""
         return sum(i.bytes for i in self.body if i.kind == "load")
@@ -279,6 +284,8 @@ def _bodies(work: Work, code: Code, a_thread: float) -> list[tuple[list[Instruct
     bodies = []
     for stores in (False, True):
         of_role = [loop for loop in code.loops if loop.stores is stores]
+        # A loop that adds partials loads nothing ahead.
+        of_role = [loop for loop in of_role if loop.copies] or of_role
         if of_role:
             # The others are what is left of an unrolled loop.
             widest = max(of_role, key=lambda loop: loop.bytes_loaded)
