@@ -32,6 +32,7 @@ The files in reading order:
 Only files with kernels import Triton, and they are imported when a kernel runs.
 """
 
+from bn_lightning.kernels.dispatch import update_in_recomputation
 from bn_lightning.kernels.ops import batch_norm
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "update_in_recomputation"]

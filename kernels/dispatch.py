@@ -118,8 +118,30 @@ def check_device(x: Tensor) -> None:
 
 
 def is_recomputation() -> bool:
-    """Return whether a backward pass is running, as when checkpointing re-runs a forward."""
-    return not torch.compiler.is_compiling() and _tracker.is_bw
+    """Return whether a backward pass is running, as when checkpointing re-runs a forward.
+
+    Never after `update_in_recomputation(True)`.
+    """
+    return not (torch.compiler.is_compiling() or _updates_in_recomputation) and _tracker.is_bw
+
+
+_updates_in_recomputation = False
+
+
+def update_in_recomputation(enabled: bool) -> None:
+    """Choose how often activation checkpointing, which runs a forward twice, updates statistics.
+
+    Args:
+        enabled: True for twice, as torch's BatchNorms do; False, the default, for once. For all
+            BatchNorms of this package.
+    """
+    global _updates_in_recomputation
+    _updates_in_recomputation = enabled
+
+
+def updates_in_recomputation() -> bool:
+    """Return what `update_in_recomputation` chose."""
+    return _updates_in_recomputation
 
 
 def schedule_of(

@@ -187,7 +187,7 @@ def keep_plan(a: BatchNormArguments, backend: str, is_native: bool) -> Plan | No
     tensors = [t for t in a[:7] if t is not None]
     if TensorGuards is None or not all(type(t) in _PLAIN_TYPES for t in tensors):
         return None
-    if _is_observed() or not all(map(has_memory, tensors)):
+    if is_observed() or not all(map(has_memory, tensors)):
         return None
     plan = Plan(a, is_native)
     if len({t.data_ptr() for t in tensors}) == len(tensors):
@@ -199,7 +199,7 @@ def keep_plan(a: BatchNormArguments, backend: str, is_native: bool) -> Plan | No
     return plan
 
 
-def _is_observed() -> bool:
+def is_observed() -> bool:
     """Return whether more than autograd has to see the operations on plain tensors."""
     return bool(
         _len_torch_dispatch_stack()
@@ -323,7 +323,7 @@ class _EagerBatchNorm(torch.autograd.Function):
                     dresidual = dy
                 return dx, dresidual, dweight, dbias, *_NO_GRADIENTS
         run: Any = torch.ops.bn_lightning.batch_norm_backward
-        if not _is_observed() and all(map(has_memory, tensors)):
+        if not is_observed() and all(map(has_memory, tensors)):
             run = functools.partial(_launch_backward, plan, needs, tensors[1:])
         return (*compute_gradients(plan.options, ctx, dy, run, saved), *_NO_GRADIENTS)
 

@@ -37,7 +37,7 @@ from bn_lightning.kernels.arguments import (
 from bn_lightning.kernels.autograd import BatchNormFunction, unpack_backward
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import chooses_triton, is_recomputation
-from bn_lightning.kernels.eager import NATIVE, keep_plan, run_known, run_plan
+from bn_lightning.kernels.eager import NATIVE, is_observed, keep_plan, run_known, run_plan
 from bn_lightning.kernels.layout import as_layout, is_channels_last
 from bn_lightning.kernels.measurements import Fusion
 
@@ -176,8 +176,18 @@ def _composite(a: BatchNormArguments) -> Tensor:
 
     A cumulative average does not wait for the device to report its count.
     """
-    batch_mean, batch_var = a.running_mean, a.running_var
+    tracked = a.num_batches_tracked
     cumulative = a.training and a.momentum is None
+    if (
+        cumulative
+        and type(tracked) is Tensor
+        and tracked.device.type == "cpu"
+        and not (torch.compiler.is_compiling() or is_observed())
+    ):
+        # torch's weight, to the bit.
+        a = a._replace(momentum=1.0 / (tracked.item() + 1))
+        cumulative = False
+    batch_mean, batch_var = a.running_mean, a.running_var
     if cumulative and batch_mean is not None and batch_var is not None:
         batch_mean, batch_var = torch.zeros_like(batch_mean), torch.zeros_like(batch_var)
     factor = 1.0 if a.momentum is None else a.momentum
@@ -186,7 +196,6 @@ def _composite(a: BatchNormArguments) -> Tensor:
     except ValueError:
         check_batch(a.x, a.training)
         raise
-    tracked = a.num_batches_tracked
     if tracked is not None:
         tracked.add_(1)
     if cumulative and a.x.numel() > 0 and tracked is not None:
