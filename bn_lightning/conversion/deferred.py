@@ -28,7 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from bn_lightning.conversion.deferred_call import ALL, NOTHING, DeferredCall, Site, Value
+from bn_lightning.conversion.deferred_call import (
+    ALL,
+    NOTHING,
+    DeferredCall,
+    Site,
+    Value,
+    saved_tensors_hooks_now,
+)
 from bn_lightning.conversion.fusable import (
     ADDITIONS,
     IN_PLACE_ADDITIONS,
@@ -39,7 +46,8 @@ from bn_lightning.conversion.fusable import (
 )
 from bn_lightning.conversion.traced import trace
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves
-from bn_lightning.kernels.dispatch import uses_triton
+from bn_lightning.kernels.dispatch import chooses_triton, updates_in_recomputation, uses_triton
+from bn_lightning.kernels.measurements import Fusion
 
 _AllKeys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
 
@@ -113,6 +121,8 @@ def _may_wait(
         or module._backward_pre_hooks
         # So does reentrant checkpointing, which must not return a tensor without values.
         or (options["training"] and not torch.is_grad_enabled())
+        # What is computed after a checkpointed part is not run again with it.
+        or (updates_in_recomputation() and saved_tensors_hooks_now() is not None)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -265,10 +275,11 @@ def compute_all(value: Any) -> Any:
 def _defer(value: Value, like: Tensor) -> Deferred:
     """Return a deferred tensor for a value, connected to the graph of autograd."""
     call = value.call
-    inputs = (*call.inputs, value.addend)
-    needs_grad = call.grad and any(x is not None and x.requires_grad for x in inputs)
+    addend = value.addend
+    needs_grad = call.needs_grad or (call.grad and addend is not None and addend.requires_grad)
     if needs_grad and not call.site.is_known:
-        made = _Bridge.apply(value, (like,), *inputs)  # in a tuple, because it is no input
+        # `like` in a tuple, because it is no input.
+        made = _Bridge.apply(value, (like,), *call.inputs, addend)
     else:
         made = _wrap(value, like, needs_grad)
     module: Any = call.compute.__self__  # type: ignore[attr-defined]
@@ -307,7 +318,8 @@ def _activate(y: Deferred, activation: FusableActivation) -> Tensor | None:
     if not activation.in_place:
         return applied.run() if call.site.is_known else _defer(applied, y)
     # torch computes the gradient of an ELU in place from its output, ATen's ops from its input.
-    if activation.name == "elu" and not uses_triton(call.input, call.options["backend"]):
+    fusion = Fusion("elu", value.residual is not None, call.options["training"])
+    if activation.name == "elu" and not chooses_triton(call.input, call.options["backend"], fusion):
         return None
     value.tensor = applied.run()
     return read(y)

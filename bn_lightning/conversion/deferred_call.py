@@ -74,7 +74,13 @@ class DeferredCall:
         self.is_done = self.is_candidate = False
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
-        self.hooks = _saved_tensors_hooks() if self.grad else None
+        weight, bias = state[:2]
+        self.needs_grad = self.grad and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        )
+        self.hooks = saved_tensors_hooks_now() if self.grad else None
         self.stream = _current_stream(input)
         # A tensor of inference mode has no version. A lazy clone keeps its values of now, because
         # a write to either copies first.
@@ -94,7 +100,7 @@ class DeferredCall:
         return (
             torch.is_grad_enabled() is self.grad
             and torch.is_inference_mode_enabled() is self.inference
-            and (not self.grad or _saved_tensors_hooks() == self.hooks)
+            and (not self.grad or saved_tensors_hooks_now() == self.hooks)
             and (self.stream is None or _current_stream(self.input) == self.stream)
         )
 
@@ -281,6 +287,7 @@ def _current_stream(x: Tensor) -> int | None:
     return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
 
 
-def _saved_tensors_hooks() -> Any:
+def saved_tensors_hooks_now() -> Any:
+    """Return the innermost hooks on saved tensors, or None."""
     # Non-reentrant checkpointing uses them; there is no public function for them.
     return torch._C._autograd._top_saved_tensors_default_hooks(True)

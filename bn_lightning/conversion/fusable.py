@@ -1,8 +1,7 @@
 """The operations that a deferred BatchNorm takes in, as `__torch_function__` sees them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch.nn import functional as F
 _SLOPE = 0.01  # torch's default for leaky_relu, ignored by the others
 
 
-@dataclass(frozen=True)
-class FusableActivation:
+class FusableActivation(NamedTuple):
     """A call of an activation that the kernels have.
 
     Attributes:

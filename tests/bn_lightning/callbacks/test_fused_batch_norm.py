@@ -1,6 +1,8 @@
 """FusedBatchNorm: runs with it give the same values, and the model is restored."""
 
+import copy
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bn_lightning import BatchNorm2d, FusedBatchNorm, convert_batchnorm, fusion_counts
+from bn_lightning import BatchNorm1d, BatchNorm2d, FusedBatchNorm, convert_batchnorm, fusion_counts
 
 pytestmark = [
     # Lightning 2.6 uses a class that torch 2.13 deprecates.
@@ -103,11 +106,10 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
         accelerator="cpu",
         default_root_dir=folder,
         callbacks=list(callbacks),
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **{"max_epochs": 2, "enable_checkpointing": False, **options},
+        **{"max_epochs": 2, "enable_checkpointing": False, "logger": False, **options},
     )
 
 
@@ -337,3 +339,102 @@ def test_from_lightnings_command_line(tmp_path: Path) -> None:
     cli.trainer.fit(cli.model, loader())
     assert not callback.fuse and set(cli.model.seen) == {BatchNorm2d}
     assert type(cli.model.stem[1]) is nn.BatchNorm2d
+
+
+class HoldsANetwork(Model):
+    """Its hyperparameters hold the network, as those of many templates do."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(self.block(self.stem(x)).mean((2, 3))))
+
+
+class During(Callback):
+    """Calls a function in the middle of a fit."""
+
+    def __init__(self, function: Callable[[Trainer, Any], None]) -> None:
+        self.function = function
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        if trainer.global_step == 2:
+            self.function(trainer, pl_module)
+
+
+def with_network() -> HoldsANetwork:
+    seed_everything(0, verbose=False)
+    return HoldsANetwork(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()))
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`.*")
+class TestInTheMiddle:
+    """What is saved, copied or traced while the model is converted is torch's."""
+
+    def test_saved(self, tmp_path: Path) -> None:
+        def save(trainer: Trainer, module: HoldsANetwork) -> None:
+            assert type(module.net[1]) is BatchNorm1d
+            trainer.save_checkpoint(tmp_path / "all.ckpt")
+            trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+            torch.save(module.net, tmp_path / "network.pt")
+            torch.save(module.hparams, tmp_path / "hparams.pt")
+
+        run = trainer(tmp_path, FusedBatchNorm(), During(save), max_epochs=1)
+        run.fit(with_network(), loader())
+        files = ["all.ckpt", "weights.ckpt", "network.pt", "hparams.pt"]
+        for name in files:
+            with zipfile.ZipFile(tmp_path / name) as archive:
+                (pickled,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
+                assert b"bn_lightning" not in archive.read(pickled), name
+
+    def test_copied(self, tmp_path: Path) -> None:
+        copies: list[nn.Module] = []
+        run = trainer(
+            tmp_path,
+            FusedBatchNorm(),
+            During(lambda trainer, module: copies.append(copy.deepcopy(module))),
+            EMAWeightAveraging(decay=0.5),
+            max_epochs=1,
+        )
+        run.fit(module := with_network(), loader())
+        assert {type(m) for m in copies[0].modules()} == {type(m) for m in module.modules()}
+        x = next(iter(loader()))[0]
+        assert copies[0](x).shape == module(x).shape
+
+    def test_traced(self, tmp_path: Path) -> None:
+        x = next(iter(loader()))[0]
+
+        def trace(trainer: Trainer, module: HoldsANetwork) -> None:
+            module.eval()
+            with torch.no_grad():
+                traced = module.to_torchscript(method="trace", example_inputs=x)
+                torch.testing.assert_close(traced(x), module(x))
+            with pytest.raises(RuntimeError, match="revert_batchnorm"):
+                torch.jit.script(module.net)
+            module.train()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated
+            run = trainer(tmp_path, FusedBatchNorm(), During(trace), max_epochs=1)
+            run.fit(with_network(), loader())
+
+    def test_logged_as_a_graph(self, tmp_path: Path) -> None:
+        pytest.importorskip("tensorboard", reason="needs TensorBoard")
+        module = with_network()
+        module.example_input_array = next(iter(loader()))[0]
+        logger = TensorBoardLogger(tmp_path, log_graph=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = trainer(tmp_path, FusedBatchNorm(), logger=logger, max_epochs=1)
+            run.fit(module, loader(1))
+        assert list(tmp_path.rglob("events*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+def test_quantizations_fusion_names_the_class_it_met() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    convert_batchnorm(model, fuse=True)
+    with pytest.raises(AssertionError, match="bn_lightning"):
+        torch.ao.quantization.fuse_modules(model, [["0", "1", "2"]])

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bn_lightning import BatchNorm2d, convert_batchnorm, fusion_counts, revert_batchnorm
 from bn_lightning.conversion.deferred import Deferred
+from bn_lightning.kernels import update_in_recomputation
 
 
 class Net(nn.Module):
@@ -447,8 +448,9 @@ def test_an_output_read_twice_is_normalized_once(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 @pytest.mark.parametrize("last", [False, True], ids=["inside", "last"])
-def test_checkpointed(reentrant: bool, last: bool) -> None:
-    """The statistics are updated once, where torch's are twice."""
+@pytest.mark.parametrize("updates", [1, 2], ids=["once", "as_torch"])
+def test_checkpointed(reentrant: bool, last: bool, updates: int) -> None:
+    """The statistics are updated once, or, if chosen, twice as torch's are."""
 
     def forward(self, x):
         part = nn.Sequential(self.conv1, self.bn1, *([] if last else [self.relu]))
@@ -456,14 +458,19 @@ def test_checkpointed(reentrant: bool, last: bool) -> None:
 
     module, untouched = net(forward)
     found = []
+    update_in_recomputation(updates == 2)
     for m in (module, untouched):
         x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double()
         x.requires_grad_()
         y = m(x * 1)
         (y - 1).square().sum().backward()
         found.append([y, x.grad, *(p.grad for p in (*m.conv1.parameters(), *m.bn1.parameters()))])
+    update_in_recomputation(False)
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-    assert module.bn1.num_batches_tracked == 1 and untouched.bn1.num_batches_tracked == 2
+    if updates == 2:
+        torch.testing.assert_close(module.bn1.running_var, untouched.bn1.running_var)
+    else:
+        assert module.bn1.num_batches_tracked == 1 and untouched.bn1.num_batches_tracked == 2
 
 
 class TestOwnStep:
