@@ -68,6 +68,7 @@ def bind_launch(
     # Metadata for the hooks, and the two hooks.
     unobserved = (compiled.packed_metadata, None, None, None)
     no_scratch = (None, None)
+    after: tuple[Any, ...]
     if _version() == "3.6":
         start = _spread(launcher.launch, tuple(types.values()))
         after = (*options, *no_scratch, *unobserved)

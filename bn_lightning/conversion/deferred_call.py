@@ -80,6 +80,7 @@ class DeferredCall:
             or (weight is not None and weight.requires_grad)
             or (bias is not None and bias.requires_grad)
         )
+        self.place = _reserve_place() if self.needs_grad else 0
         self.hooks = saved_tensors_hooks_now() if self.grad else None
         self.stream = _current_stream(input)
         # A tensor of inference mode has no version. A lazy clone keeps its values of now, because
@@ -146,7 +147,11 @@ class DeferredCall:
                 self.input = self.snapshot  # because the input was written to
             self.snapshot = None
         given = {"residual": residual, "activation": activation, "negative_slope": slope}
-        return self.compute(self.input, *self.state, **(self.options | given))
+        first = torch._C._autograd._get_sequence_nr()
+        y = self.compute(self.input, *self.state, **(self.options | given))
+        if y.grad_fn is not None and self.place + 1 < first:
+            _put_in_place(y.grad_fn, first, self.place)
+        return y
 
     def run_again(self, inputs: tuple[Tensor | None, ...], activation: str, slope: float) -> Tensor:
         """Compute the BatchNorm of `inputs` and a residual without updating statistics."""
@@ -277,6 +282,31 @@ class Value:
             site = self.call.site
             site.fuses = NOTHING if self.residual is None else min(site.fuses, ADDITION)
         self.is_shared = False
+
+
+def _reserve_place() -> int:
+    """Return the place in the order of autograd that the node of an operation would have now."""
+    return torch._C._functions.UndefinedGrad()._sequence_nr()  # type: ignore[attr-defined]
+
+
+def _put_in_place(node: Any, first: int, place: int) -> None:
+    """Give the node of a BatchNorm the place that was reserved by its call.
+
+    A backward takes nodes from the last place to the first. If x has three readers or more, the
+    order decides the rounding of the sum of their gradients.
+
+    Args:
+        node: of what was computed, a BatchNorm and perhaps an addition and an activation after it.
+        first: the first place of the nodes made for that.
+        place: the reserved one.
+    """
+    last = node._sequence_nr()
+    while True:
+        found = [n for n, _ in node.next_functions if n and first <= n._sequence_nr() < last]
+        if not found:
+            break
+        node = min(found, key=lambda n: n._sequence_nr())
+    node._set_sequence_nr(place)
 
 
 def _version(x: Tensor | None) -> int | None:

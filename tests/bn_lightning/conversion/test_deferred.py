@@ -609,6 +609,38 @@ def test_hooks_see_what_they_see_without(on: str, kind: str) -> None:
     torch.testing.assert_close(*seen, rtol=1e-12, atol=1e-12)
 
 
+class Branches(nn.Module):
+    """The input of three branches has three gradients, whose sum is rounded by their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.skip = nn.BatchNorm2d(8)
+        self.small = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.large = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        skip = self.skip(x)  # deferred until after both convolutions
+        small = self.small(x)
+        return torch.relu(self.large(x) + small + skip)
+
+
+def test_gradients_are_summed_in_the_order_of_the_calls() -> None:
+    torch.manual_seed(0)
+    untouched = Branches()
+    converted = copy.deepcopy(untouched)
+    convert_batchnorm(converted, fuse=True)
+    for _ in range(3):
+        x, dy = torch.randn(4, 3, 12, 12), torch.randn(4, 8, 10, 10)
+        for module in (untouched, converted):
+            module.zero_grad()
+            module(x).backward(dy)
+        for a, b in zip(untouched.parameters(), converted.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+    assert fusion_counts(converted)["skip"].fused == 3
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_modes_of_autograd() -> None:
     module, untouched = net(addition_relu)
