@@ -257,8 +257,8 @@ def _reduction(s: Shape, regime: Regime, device: Device) -> Walk:
     if regime is Regime.SINGLE_LAUNCH and s.numel * s.itemsize > SINGLE_LAUNCH_BYTES:
         most = max(1, _most_channels(s, device))
     group, block_p = _group(s, most) if s.L > 1 else (s.C, 1)
-    if regime is not Regime.TWO_PASS and group > 1:
-        # The values of each position's channel are in registers, too, those of both passes.
+    if group > 1 and (regime is not Regime.TWO_PASS or s.L == 1):
+        # The values of each position's channel are in registers, too.
         elements //= 2
     if s.L == 1:
         block_p = min(next_power_of_2(s.C), max(1, ROW_BYTES // s.itemsize))
