@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from bn_lightning.conversion.convert import (
@@ -16,14 +17,14 @@ from bn_lightning.conversion.convert import (
 
 
 class FusedBatchNorm(Callback):
-    """Converts the model's BatchNorms to this package's at setup, and reverts them at the end.
+    """Converts the model's BatchNorms to this package's at the start, and reverts them at the end.
 
     Works in fit, validate, test and predict. Parameters, optimizers and the keys of the
     `state_dict` are those of the original model, so checkpoints load with and without this
     callback; a copy or a pickle of the model made during the run has torch's BatchNorms. Prints one
     line about what it converted, and one after the first batch about what ran fused; the attribute
-    `conversion` has the details of the former (None before setup), `fusion_counts` of the latter.
-    Layers that `configure_model` creates after setup are not converted.
+    `conversion` has the details of the former (None before), `fusion_counts` of the latter.
+    A model is converted at setup, or after its `configure_model` if it has one.
 
     Args:
         fuse: whether to fuse each BatchNorm with the addition and activation that follow it.
@@ -38,11 +39,36 @@ class FusedBatchNorm(Callback):
         self.revert = revert
         self.backend = backend
         self.conversion: Conversion | None = None
+        self._is_due = False
         self._reverts = False
         self._has_printed = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_due = True
+        if not is_overridden("configure_model", pl_module):
+            self._convert(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._convert(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._convert(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._convert(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._convert(pl_module)
+
+    def _convert(self, pl_module: LightningModule) -> None:
+        if not self._is_due:
+            return
+        self._is_due = False
         # `_reverts` is still set if an earlier setup of this callback had no teardown.
         self._reverts = self.revert and (self._reverts or not is_converted(pl_module))
         self.conversion = convert_model(

@@ -288,6 +288,14 @@ def test_the_same_with_the_callback(tmp_path, use):
     assert_same(plain, fused, tolerance)
 
 
+def test_layers_of_configure_model_are_converted(tmp_path):
+    callback = FusedBatchNorm()
+    module = Configured()
+    trainer(tmp_path, [callback], max_epochs=1).fit(module, loader(), loader())
+    assert "tail.1" in callback.conversion.converted
+    assert type(module.tail[1]) is nn.BatchNorm1d
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["from_plain", "from_fused"])
 @pytest.mark.parametrize("second", [False, True], ids=["to_plain", "to_fused"])
 def test_resuming_a_run_with_or_without_the_callback(tmp_path, first, second):
