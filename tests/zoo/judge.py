@@ -70,26 +70,23 @@ class Verdict:
         return ", ".join([*parts, f"{self.seconds:.2f} s"])
 
 
-def judge(network: nn.Module, inputs: tuple[Tensor, ...], amplifies: bool = False) -> Verdict:
+def judge(network: nn.Module, inputs: tuple[Tensor, ...]) -> Verdict:
     """Trains a network for three steps with and without conversion, in fp64 and in fp32.
 
     Args:
         network: in fp32; it is not changed.
         inputs: its arguments, the floating-point ones in fp32.
-        amplifies: whether the steps multiply rounding by so much that only the first, in fp64, can
-            be compared.
     """
     verdict = Verdict()
     for dtype in (torch.float64, torch.float32):
         plain = copy.deepcopy(network).to(dtype).train()
         given = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-        compared = 0 if amplifies and dtype == torch.float32 else 1 if amplifies else STEPS
-        _compare(plain, given, compared, verdict)
+        _compare(plain, given, verdict)
     return verdict
 
 
-def _compare(plain: nn.Module, inputs: tuple[Tensor, ...], compared: int, verdict: Verdict) -> None:
-    """Compares the first steps in one dtype; what is counted is counted in fp64."""
+def _compare(plain: nn.Module, inputs: tuple[Tensor, ...], verdict: Verdict) -> None:
+    """Compares the steps in one dtype; what is counted is counted in fp64."""
     dtype = next(plain.parameters()).dtype
     converted = copy.deepcopy(plain)
     observer = _observed(copy.deepcopy(plain), inputs) if dtype == torch.float64 else None
@@ -102,7 +99,7 @@ def _compare(plain: nn.Module, inputs: tuple[Tensor, ...], compared: int, verdic
     fused = 0
     with _kernel_calls() as calls:
         for number, (expected, got) in enumerate(steps):
-            found = _differences(got, expected, TOLERANCE[dtype]) if number < compared else []
+            found = _differences(got, expected, TOLERANCE[dtype])
             verdict.mismatches += [f"{dtype}, step {number}: {what}" for what in found[:3]]
             last_step = calls.copy()
             fused += sum(fuses for _, fuses in calls)

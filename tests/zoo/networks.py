@@ -435,8 +435,3 @@ NETWORKS: dict[str, dict[str, Callable[[Any], Made]]] = {
     "monai": MONAI,
     "segmentation_models_pytorch": SMP,
 }
-
-# Here a BatchNorm and convolutions read one input. Its gradients are added in the reverse order of
-# the calls, and deferral calls a BatchNorm later. Three steps multiply this rounding by 1e4 to 1e8;
-# the plain network's gradients change more if its weights change by one rounding.
-AMPLIFY_ROUNDING = {"fastvit_t8", "mobileone_s0", "repvgg_a0", "unetplusplus_mobileone"}

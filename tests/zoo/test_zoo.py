@@ -5,7 +5,7 @@
 
 import pytest
 from judge import Verdict, judge
-from networks import AMPLIFY_ROUNDING, NETWORKS, make
+from networks import NETWORKS, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages
 
@@ -32,7 +32,7 @@ def test_all_networks():
 
 
 def judged(package: str, name: str) -> Verdict:
-    return judge(*make(package, name), amplifies=name in AMPLIFY_ROUNDING)
+    return judge(*make(package, name))
 
 
 def check(verdicts: dict[str, Verdict]) -> None:
