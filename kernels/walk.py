@@ -97,7 +97,7 @@ class Walk:
         """The power of two, at most 8, that divides the offset where any run of a tile begins."""
         whole = (self.row, self.span) if self.blocks > 1 else (self.row,)
         ragged = (self.shape.numel,) if self.is_ragged else ()
-        return math.gcd(8, *whole, *ragged)
+        return math.gcd(8, self.block_p, *whole, *ragged)
 
     @property
     def is_ragged(self) -> bool:

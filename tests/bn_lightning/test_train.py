@@ -414,7 +414,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 BAD = {
     "unknown experiment": (["+experiment=nope"], "experiment/nope"),
-    "unknown option": (["norm=foo"], "batch none sync torch"),
+    "unknown option": (["norm=foo"], "batch ghost none sync torch"),
     "typo in an override": (["trainer.max_stps=5"], "did you mean `trainer.max_steps`?"),
     "no network and no fallback": (
         ["data=mnist", "data.root=empty", "data.download=false", "data.fallback=null"],

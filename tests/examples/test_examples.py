@@ -46,7 +46,7 @@ def test_swap_resnet_trains_fused_and_reverts(tmp_path):
     # Of the processor, because other processes may take turns with this one.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 30
     assert re.search(r"^100 steps .*: about \d+ s", output)
-    assert "5 fused" in output
+    assert "5 of 5 ran fused" in output
     assert "after the run: torch.nn.modules.batchnorm.BatchNorm2d" in output
 
 
