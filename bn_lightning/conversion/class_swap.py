@@ -7,6 +7,7 @@ Several swaps may be active at once, each under its own key, and may end in any 
 """
 
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -95,6 +96,15 @@ def restore_class(module: nn.Module, key: str) -> bool:
     else:
         del module.__dict__[_SWAPS]
     return True
+
+
+def has_instance_forward(module: nn.Module) -> bool:
+    """Return whether an instance has another forward than its class.
+
+    After a fit in several processes Lightning leaves the class's forward on the instance.
+    """
+    own = vars(module).get("forward")
+    return own is not None and own != MethodType(type(module).forward, module)
 
 
 def restore_all(module: nn.Module) -> None:

@@ -6,7 +6,6 @@ stay, so an optimizer that was created before, a shared module and a checkpoint 
 
 import warnings
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 from bn_lightning.conversion.adapted import AdaptedBatchNorm, Adapter, adapt
 from bn_lightning.conversion.adapters import find_adapter, is_batchnorm, reason_not_adapted
 from bn_lightning.conversion.class_swap import (
+    has_instance_forward,
     is_swapped,
     replace_class,
     restore_all,
@@ -220,9 +220,7 @@ def _reason_not_converted(module: nn.Module, adapter: Adapter | None) -> str | N
             "nn.SyncBatchNorm synchronizes by itself; for both, use torch's plain BatchNorm with"
             " the Lightning plugin bn_lightning.FusedSyncBatchNorm"
         )
-    own = module.__dict__.get("forward")
-    # After a fit in several processes Lightning leaves the class's forward on the instance.
-    if own is not None and own != MethodType(type(module).forward, module):
+    if has_instance_forward(module):
         return "the instance has its own forward"
     if adapter is None and parametrize.type_before_parametrizations(module) not in _OUR_CLASSES:
         return reason_not_adapted(module)

@@ -43,6 +43,7 @@ from bn_lightning.conversion.fusable import (
     UNCHANGED,
     FusableActivation,
     activation_of,
+    replace_tensors,
 )
 from bn_lightning.conversion.traced import trace
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves
@@ -261,15 +262,7 @@ def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
 
 def compute_all(value: Any) -> Any:
     """Return an argument with all deferred tensors in it computed."""
-    if type(value) is Deferred:
-        return read(value)
-    if type(value) in (list, tuple):
-        items = [compute_all(item) for item in value]
-        changed = any(a is not b for a, b in zip(items, value, strict=True))
-        return type(value)(items) if changed else value
-    if type(value) is dict:
-        return {key: compute_all(item) for key, item in value.items()}
-    return value
+    return replace_tensors(value, Deferred, read)
 
 
 def _defer(value: Value, like: Tensor) -> Deferred:

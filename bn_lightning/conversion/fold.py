@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bn_lightning.conversion.adapters import find_adapter, is_batchnorm, reason_not_adapted
+from bn_lightning.conversion.class_swap import has_instance_forward
 from bn_lightning.conversion.convert import revert_batchnorm
 from bn_lightning.conversion.fold_arithmetic import FoldedPair, fold_pair, follow_norm
 from bn_lightning.conversion.fold_by_export import NotExportable, find_pairs_in_export
-from bn_lightning.conversion.fold_by_forward import find_pairs_in_forwards, has_instance_forward
+from bn_lightning.conversion.fold_by_forward import find_pairs_in_forwards
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.modules.ghost_batch_norm import (
     GhostBatchNorm1d,

@@ -9,11 +9,11 @@ layer below it in any way, so nothing below it is folded.
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any
 
 from torch import fx, nn
 
+from bn_lightning.conversion.class_swap import has_instance_forward
 from bn_lightning.conversion.fold_arithmetic import FoldedPair
 
 
@@ -76,15 +76,6 @@ def find_pairs_in_forwards(
                 continue
         skipped[norm] = reason
     return pairs, skipped
-
-
-def has_instance_forward(module: nn.Module) -> bool:
-    """Return whether an instance has another forward than its class.
-
-    After a fit in several processes Lightning leaves the class's forward on the instance.
-    """
-    own = vars(module).get("forward")
-    return own is not None and own != MethodType(type(module).forward, module)
 
 
 def _reason_other_channels(norm: Any, layer: Any) -> str | None:

@@ -120,3 +120,21 @@ METADATA: set[Any] = {
     *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device),
     *(Tensor.element_size, Tensor.__len__, torch.numel, torch.is_floating_point),
 }
+
+
+def replace_tensors(value: Any, cls: type[Tensor], replace: Callable[[Any], Tensor]) -> Any:
+    """Return an argument with `replace(x)` for each x of a class, in lists, tuples and dicts too.
+
+    What holds none is returned itself. Dynamo traces this function.
+    """
+    if isinstance(value, cls):
+        return replace(value)
+    if type(value) in (list, tuple):
+        items = [replace_tensors(item, cls, replace) for item in value]
+        changed = [a is not b for a, b in zip(items, value, strict=True)]
+        return type(value)(items) if any(changed) else value
+    if type(value) is dict:
+        items = [replace_tensors(item, cls, replace) for item in value.values()]
+        changed = [a is not b for a, b in zip(items, value.values(), strict=True)]
+        return dict(zip(value, items, strict=True)) if any(changed) else value
+    return value

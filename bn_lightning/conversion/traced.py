@@ -22,6 +22,7 @@ from bn_lightning.conversion.fusable import (
     METADATA,
     UNCHANGED,
     activation_of,
+    replace_tensors,
 )
 from bn_lightning.kernels.dispatch import uses_triton
 
@@ -186,14 +187,8 @@ def _add(in_place: bool, left: Any, right: Any) -> Tensor | None:
 
 def compute_traced(value: Any) -> Any:
     """Return an argument, or what a model returns, with all traced tensors in it computed."""
-    if isinstance(value, Traced):
-        return value._value.compute()
-    if type(value) in (list, tuple):
-        items = [compute_traced(item) for item in value]
-        changed = [a is not b for a, b in zip(items, value, strict=True)]
-        return type(value)(items) if any(changed) else value
-    if type(value) is dict:
-        items = [compute_traced(item) for item in value.values()]
-        changed = [a is not b for a, b in zip(items, value.values(), strict=True)]
-        return dict(zip(value, items, strict=True)) if any(changed) else value
-    return value
+    return replace_tensors(value, Traced, _compute)
+
+
+def _compute(tensor: Any) -> Tensor:
+    return tensor._value.compute()

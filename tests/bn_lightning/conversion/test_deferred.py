@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from swish import Swish
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -230,21 +231,6 @@ FUSED = {
 @pytest.mark.parametrize(("forward", "names"), FUSED.items(), ids=[f.__name__ for f in FUSED])
 def test_fused(forward: Forward, names: str) -> None:
     assert fused(compared(forward)) == names
-
-
-class Swish(torch.autograd.Function):
-    """Reads its input where torch functions cannot see it."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * torch.sigmoid(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        s = torch.sigmoid(x)
-        return dy * s * (1 + x * (1 - s))
 
 
 class Same(torch.autograd.Function):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from swish import Swish
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -108,19 +109,6 @@ def test_traced_by_fx(name: str) -> None:
     fused, untouched, x = pair(name)
     again = fx.symbolic_trace(fused.eval())
     torch.testing.assert_close(again(x), untouched.eval()(x))
-
-
-class Swish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * torch.sigmoid(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        s = torch.sigmoid(x)
-        return dy * s * (1 + x * (1 - s))
 
 
 class Net(nn.Module):
