@@ -234,6 +234,10 @@ class Backward(NamedTuple):
         """Allocate dweight and dbias, each (C,) fp32."""
         return torch.empty_like(self.mean), torch.empty_like(self.mean)
 
+    def new_partials(self, splits: int) -> tuple[Tensor, ...]:
+        """Allocate dweight and dbias of each split, each (splits, C) fp32."""
+        return self.mean.new_empty((2, splits, *self.mean.shape)).unbind()
+
 
 class BackwardNeeds(NamedTuple):
     """Which gradients a backward computes, and in which mode.

@@ -28,7 +28,6 @@ from bn_lightning.kernels.stats import locate_splits
 from bn_lightning.kernels.tile import (
     ChannelValues,
     Tile,
-    count_tiles,
     find_place,
     load_channels,
     load_gradient,
@@ -41,6 +40,7 @@ from bn_lightning.kernels.tile import (
     store_tile,
     sum_channels,
     sum_positions,
+    tiles_of_split,
 )
 from bn_lightning.kernels.walk import Tiling, cdiv
 
@@ -159,8 +159,7 @@ def _bn_backward_partial_sums_kernel(
 ) -> None:
     block = tl.program_id(0)
     split = tl.program_id(1)
-    first = split * tiles_per_split
-    end = tl.minimum(first + tiles_per_split, count_tiles(tiling))
+    first, end = tiles_of_split(split, tiles_per_split, tiling)
     owner, mask, _ = locate_columns(block, tiling)
     values = load_channels(channels, owner, mask)
     sums = walk_sums(tensors, values, block, first, end, tiling)
@@ -192,8 +191,7 @@ def _bn_backward_input_kernel(
 ) -> None:
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     split = tl.num_programs(1) - 1 - tl.program_id(1)
-    first = split * tiles_per_split
-    end = tl.minimum(first + tiles_per_split, count_tiles(tiling))
+    first, end = tiles_of_split(split, tiles_per_split, tiling)
     owner, mask, _ = locate_columns(block, tiling)
     values = load_channels(channels, owner, mask)
     dweight = values.rstd
@@ -263,7 +261,7 @@ def _sum(call: Backward, tensors: BackwardTensors, schedule: Schedule) -> Sums:
     partials = sums
     walk = schedule.reduction
     if walk.splits > 1:
-        partials = Sums(*call.mean.new_empty((2, walk.splits, schedule.C)).unbind())
+        partials = Sums(*call.new_partials(walk.splits))
     launch_kernel(
         _bn_backward_partial_sums_kernel,
         walk.grid,

@@ -164,9 +164,7 @@ def run_known(fields: tuple[Any, ...], backend: str, *, recomputes: bool = False
     plans = _plans.get(_key(fields, backend))
     if (
         plans is None
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or forward_ad._current_level >= 0
+        or _is_watched()
         or (fields[7] and not recomputes and _current_graph_task_id() != -1)
     ):
         return None
@@ -201,12 +199,13 @@ def keep_plan(a: BatchNormArguments, backend: str, is_native: bool) -> Plan | No
 
 def is_observed() -> bool:
     """Return whether more than autograd has to see the operations on plain tensors."""
+    return _is_watched() or bool(_are_functorch_transforms_active() or _is_tracing())
+
+
+def _is_watched() -> bool:
+    """Return whether a mode or forward-mode differentiation is active, which no guard notices."""
     return bool(
-        _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _is_tracing()
+        _len_torch_dispatch_stack() or _len_torch_function_stack() or forward_ad._current_level >= 0
     )
 
 
@@ -300,9 +299,7 @@ class _EagerBatchNorm(torch.autograd.Function):
             torch.compiler.is_compiling()
             or _grad_mode()
             or type(dy) not in _PLAIN_TYPES
-            or _len_torch_dispatch_stack()
-            or _len_torch_function_stack()
-            or forward_ad._current_level >= 0
+            or _is_watched()
         ):
             op = torch.ops.bn_lightning.batch_norm_backward
             return (*compute_gradients(plan.options, ctx, dy, op), *_NO_GRADIENTS)

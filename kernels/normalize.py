@@ -24,7 +24,6 @@ from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.stats import load_running_statistics
 from bn_lightning.kernels.tile import (
     ChannelValues,
-    count_tiles,
     find_place,
     load_channels,
     load_tile,
@@ -32,6 +31,7 @@ from bn_lightning.kernels.tile import (
     locate_tile,
     make_channels,
     previous_place,
+    tiles_of_split,
     write_output,
 )
 from bn_lightning.kernels.walk import Tiling
@@ -49,8 +49,7 @@ def _bn_forward_normalize_kernel(
     # The last programs first, because the cache holds what the last ones read before.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     split = tl.num_programs(1) - 1 - tl.program_id(1)
-    first = split * tiles_per_split
-    end = tl.minimum(first + tiles_per_split, count_tiles(tiling))
+    first, end = tiles_of_split(split, tiles_per_split, tiling)
     owner, mask, is_first = locate_columns(block, tiling)
     if running.mean is not None:
         mean, rstd = load_running_statistics(running, owner, mask, eps)

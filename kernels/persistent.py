@@ -71,11 +71,11 @@ from bn_lightning.kernels.stats import (
 )
 from bn_lightning.kernels.tile import (
     count_blocks,
-    count_tiles,
     load_channels,
     locate_channels,
     locate_columns,
     make_channels,
+    tiles_of_split,
 )
 from bn_lightning.kernels.walk import Tiling
 
@@ -157,7 +157,6 @@ def _bn_forward_persistent_kernel(
 ) -> None:
     counters_ptr = queue.counters_ptr
     S = queue.S
-    tiles = count_tiles(tiling)
     groups = count_blocks(tiling)
     items = (groups + queue.lag) * 2 * S
     ticket = _take_ticket(counters_ptr)
@@ -165,8 +164,7 @@ def _bn_forward_persistent_kernel(
         step = ticket // (2 * S)
         place = ticket % (2 * S)
         split = place % S
-        first = split * queue.tiles_per_split
-        end = tl.minimum(first + queue.tiles_per_split, tiles)
+        first, end = tiles_of_split(split, queue.tiles_per_split, tiling)
         if place < S:
             if step < groups:
                 moments = walk_statistics(tensors.x_ptr, step, first, end, tiling)
@@ -207,7 +205,6 @@ def _bn_backward_persistent_kernel(
 ) -> None:
     counters_ptr = queue.counters_ptr
     S = queue.S
-    tiles = count_tiles(tiling)
     groups = count_blocks(tiling)
     items = (groups + queue.lag) * 2 * S
     ticket = _take_ticket(counters_ptr)
@@ -215,8 +212,7 @@ def _bn_backward_persistent_kernel(
         step = ticket // (2 * S)
         place = ticket % (2 * S)
         split = place % S
-        first = split * queue.tiles_per_split
-        end = tl.minimum(first + queue.tiles_per_split, tiles)
+        first, end = tiles_of_split(split, queue.tiles_per_split, tiling)
         if place < S:
             if step < groups:
                 owner, mask, _ = locate_columns(step, tiling)
@@ -338,7 +334,7 @@ def backward_persistent(
         tensors=call.tensors(dx, dresidual, inverse_count, training=True),
         channels=call.channels,
         sums=sums,
-        partials=Sums(*call.mean.new_empty((2, schedule.splits, schedule.C)).unbind()),
+        partials=Sums(*call.new_partials(schedule.splits)),
         queue=_queue(call.dy, schedule),
         tiling=schedule.reduction.tiling,
         BLOCK_S=schedule.finish_tile[0],

@@ -34,7 +34,6 @@ from bn_lightning.kernels.arguments import (
 from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.tile import (
-    count_tiles,
     count_values,
     find_place,
     load_tile,
@@ -44,6 +43,7 @@ from bn_lightning.kernels.tile import (
     pick_channels,
     spread_channels,
     sum_channels,
+    tiles_of_split,
 )
 from bn_lightning.kernels.walk import Tiling, cdiv
 
@@ -299,8 +299,7 @@ def _bn_forward_partial_statistics_kernel(
     count_batch(tracked_ptr, (tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     block = tl.program_id(0)
     split = tl.program_id(1)
-    first = split * tiles_per_split
-    end = tl.minimum(first + tiles_per_split, count_tiles(tiling))
+    first, end = tiles_of_split(split, tiles_per_split, tiling)
     moments = walk_statistics(x_ptr, block, first, end, tiling)
     offs_c, mask_c = locate_channels(block, tiling)
     store_partial(partials, moments, split * tiling.C + offs_c, mask_c)

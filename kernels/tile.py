@@ -115,6 +115,15 @@ def count_tiles(tiling: Tiling) -> tl.tensor:
 
 
 @triton.jit
+def tiles_of_split(
+    split: tl.tensor, tiles_per_split: tl.tensor, tiling: Tiling
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the first tile of a split, and the tile after its last one."""
+    first = split * tiles_per_split
+    return first, tl.minimum(first + tiles_per_split, count_tiles(tiling))
+
+
+@triton.jit
 def count_blocks(tiling: Tiling) -> tl.tensor:
     """Return the number of blocks of a row."""
     return (tiling.P - 1) // tiling.span + 1
