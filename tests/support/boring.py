@@ -9,11 +9,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+FIT_WARNINGS = [
+    # Lightning 2.6 uses a class that torch 2.13 has deprecated.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    # Lightning's advice for larger data.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
+    pytest.mark.filterwarnings("ignore:The number of training batches.*"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty.*"),
+]
+"""The marks of tests that fit these networks."""
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from boring import Boring, boring, classes, loader, trainer
+from boring import FIT_WARNINGS, Boring, boring, classes, loader, trainer
 from lightning import Callback
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -26,16 +26,7 @@ import bn_lightning
 from bn_lightning import FusedBatchNorm, FusedSyncBatchNorm
 from bn_lightning.callbacks import FreezeBatchNorm, PreciseBatchNorm
 
-pytestmark = [
-    # Lightning 2.6 uses a class that torch 2.13 deprecates.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # Lightning's advice for larger data.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`.*"),
-    pytest.mark.filterwarnings("ignore:The number of training batches.*"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty.*"),
-]
+pytestmark = FIT_WARNINGS
 
 State = dict[str, Tensor]
 
