@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bn_lightning.kernels.layout import as_layout, contiguous
+from bn_lightning.kernels.layout import as_layout, contiguous, is_channels_last, mask_shape
 from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.walk import as_constexpr
 
@@ -96,7 +96,8 @@ class Forward(NamedTuple):
         x = self.x
         if not self.writes_mask:
             return torch.empty_like(x), None
-        return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        shape = mask_shape(x.shape, is_channels_last(x))
+        return torch.empty_like(x), x.new_empty(shape, dtype=torch.uint8)
 
 
 class RunningStatistics(NamedTuple):
@@ -163,7 +164,7 @@ class Backward(NamedTuple):
         x: as the forward read it; None in evaluation if neither z nor dweight needs it.
         residual: the forward's, if z is recomputed and there was one.
         y: the forward's, if act' is computed from it.
-        mask: the forward's, (ceil(N * C * L / 8),) uint8, if act' is read from it.
+        mask: the forward's, uint8 of `mask_shape`, if act' is read from it.
         mean: (C,) in the compute dtype (fp32 for the kernels), as the forward used it.
         rstd: as `mean`.
         weight: any float dtype, or None for ones.
@@ -268,7 +269,7 @@ class ForwardTensors(NamedTuple):
         x_ptr: (N, C, L).
         residual_ptr: (N, C, L) or None.
         y_ptr: (N, C, L), written.
-        mask_ptr: (ceil(N * C * L / 8),) uint8, written, or None.
+        mask_ptr: uint8 of `mask_shape`, written, or None.
         negative_slope: of leaky_relu.
         ACTIVATION: constexpr, a key of `ACTIVATIONS`.
     """
@@ -289,7 +290,7 @@ class BackwardTensors(NamedTuple):
         x_ptr: (N, C, L), or None if neither dx nor z needs it.
         residual_ptr: (N, C, L) or None.
         y_ptr: (N, C, L) or None.
-        mask_ptr: (ceil(N * C * L / 8),) uint8 or None.
+        mask_ptr: uint8 of `mask_shape`, or None.
         dx_ptr: (N, C, L), written, or None.
         dresidual_ptr: (N, C, L), written, or None.
         inverse_count: 1 / M.

@@ -106,10 +106,17 @@ def triton_is_cheaper(tensors: Tensors, fusion: Fusion, machine: Machine, table:
 def triton_cost(tensors: Tensors, fusion: Fusion, machine: Machine) -> Cost:
     """Count the cost of the Triton kernels, in the regimes that the schedule chooses."""
     shape, dtype, channels_last = tensors
-    writes_mask = fusion.training and saves_mask(fusion.activation, fusion.has_residual)
+    has_mask = fusion.training and saves_mask(fusion.activation, fusion.has_residual)
     forward, backward = (
-        make_schedule(shape, dtype.itemsize, channels_last, machine.device, writes_mask=mask)
-        for mask in (writes_mask, False)
+        make_schedule(
+            shape,
+            dtype.itemsize,
+            channels_last,
+            machine.device,
+            writes_mask=has_mask and is_forward,
+            reads_mask=has_mask and not is_forward,
+        )
+        for is_forward in (True, False)
     )
     passes = forward_passes(fusion, dtype, forward.regime)
     launches = 1
@@ -147,7 +154,7 @@ def backward_passes(fusion: Fusion, dtype: torch.dtype, regime: Regime) -> float
 
 
 def _mask_passes(dtype: torch.dtype) -> float:
-    """Return the size of a bit mask, in tensors of `dtype`."""
+    """Return the size of a bit mask without the padding of its rows, in tensors of `dtype`."""
     return 1 / (8 * dtype.itemsize)
 
 

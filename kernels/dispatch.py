@@ -145,7 +145,12 @@ def updates_in_recomputation() -> bool:
 
 
 def schedule_of(
-    x: Tensor, channels_last: bool, *, writes_mask: bool = False, cumulative: bool = False
+    x: Tensor,
+    channels_last: bool,
+    *,
+    writes_mask: bool = False,
+    reads_mask: bool = False,
+    cumulative: bool = False,
 ) -> Schedule:
     """Return the schedule of `x` on its device; the flags are those of `make_schedule`."""
     tensors = Tensors(tuple(x.shape), x.dtype, channels_last)
@@ -155,6 +160,7 @@ def schedule_of(
         channels_last,
         _device(x.device),
         writes_mask=writes_mask,
+        reads_mask=reads_mask,
         cumulative=cumulative,
         measured=load_table().regime(device_name(x.device), tensors),
     )

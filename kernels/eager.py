@@ -33,7 +33,7 @@ from bn_lightning.kernels.autograd import (
     unpack_backward,
 )
 from bn_lightning.kernels.launch_plan import LaunchPlan, make_plan, recorded
-from bn_lightning.kernels.layout import as_layout
+from bn_lightning.kernels.layout import as_layout, mask_shape
 from bn_lightning.kernels.schedule import forced
 
 # Private, because torch has no public functions that tell. Without them all calls take the ops.
@@ -127,7 +127,7 @@ class Plan:
         self.C = a.x.shape[1]
         self.rstd_offset = 4 * rstd_begin(self.C)  # bytes
         self.statistics_numel = 2 * rstd_begin(self.C)
-        self.mask_bytes = (a.x.numel() + 7) // 8
+        self.mask_shape = mask_shape(a.x.shape, self.options.channels_last)
         # Of torch's functions, `new_empty` makes a tensor in the least time.
         self.new_floats = a.x.new_empty(0, dtype=torch.float32).new_empty
         self.new_bytes = a.x.new_empty(0, dtype=torch.uint8).new_empty
@@ -273,7 +273,7 @@ class _EagerBatchNorm(torch.autograd.Function):
             mean = statistics.data_ptr()
             results: tuple[int, ...] = (mean, mean + plan.rstd_offset)
             if plan.writes_mask:
-                mask = plan.new_bytes(plan.mask_bytes)
+                mask = plan.new_bytes(plan.mask_shape)
                 results = (mask.data_ptr(), *results)
             launches.launch((*addresses, y.data_ptr(), *results))
             if plan.updates:

@@ -88,7 +88,7 @@ def run_backward(
         dx, dresidual, dweight and dbias, each None if it is not needed; the last two (C,) fp32.
     """
     call = call.in_layout()
-    schedule = schedule_of(call.dy, call.channels_last)
+    schedule = schedule_of(call.dy, call.channels_last, reads_mask=call.mask is not None)
     dweight = dbias = None
     with torch.cuda.device_of(call.dy):
         if not (needs.affine or (needs.training and needs.dx)):

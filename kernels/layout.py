@@ -1,5 +1,6 @@
-"""The layout of a tensor in memory: contiguous or channels-last."""
+"""The layout of a tensor in memory, contiguous or channels-last, and that of its mask."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -30,6 +31,27 @@ def as_layout(value: Tensor, channels_last: bool) -> Tensor:
     if not channels_last:
         return value.contiguous()
     return value.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def mask_rows(shape: Sequence[int], channels_last: bool) -> tuple[int, int]:
+    """Return the rows of the mask of a tensor, and the positions of each.
+
+    A row is a sample, or a position in space if the tensor is channels-last, so that in memory its
+    elements are neighbours. One channel is one row.
+    """
+    N, C, L = shape[0], shape[1], math.prod(shape[2:])
+    if C == 1:
+        return 1, N * L
+    return (N * L, C) if channels_last else (N, C * L)
+
+
+def mask_shape(shape: Sequence[int], channels_last: bool) -> tuple[int, int]:
+    """Return the shape of the mask of a tensor: rows, and bytes of a row.
+
+    Each row begins with a byte of its own, and its last byte may have bits of no element.
+    """
+    rows, positions = mask_rows(shape, channels_last)
+    return rows, (positions + 7) // 8
 
 
 def contiguous(value: Tensor | None) -> Tensor | None:

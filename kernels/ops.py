@@ -38,7 +38,7 @@ from bn_lightning.kernels.autograd import BatchNormFunction, unpack_backward
 from bn_lightning.kernels.checks import check_average, check_batch, check_choices, check_like_aten
 from bn_lightning.kernels.dispatch import chooses_triton, is_recomputation
 from bn_lightning.kernels.eager import NATIVE, is_observed, keep_plan, run_known, run_plan
-from bn_lightning.kernels.layout import as_layout, is_channels_last
+from bn_lightning.kernels.layout import as_layout, is_channels_last, mask_shape
 from bn_lightning.kernels.measurements import Fusion
 
 __all__ = ["batch_norm"]
@@ -241,9 +241,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, *_, writes_mask = arguments
-    y = torch.empty_like(as_layout(x, is_channels_last(x)))
+    channels_last = is_channels_last(x)
+    y = torch.empty_like(as_layout(x, channels_last))
     mean, rstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    mask = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) if writes_mask else None
+    shape = mask_shape(x.shape, channels_last)
+    mask = x.new_empty(shape, dtype=torch.uint8) if writes_mask else None
     return y, mean, rstd, or_empty(mask, x)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bn_lightning.kernels.activations import ACTIVATIONS, derivative, lower_derivative
 from bn_lightning.kernels.arguments import Backward
+from bn_lightning.kernels.layout import mask_rows
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -265,21 +266,22 @@ def pack_mask(each: Tensor, channels_last: bool) -> Tensor:
         channels_last: whether memory is in the order of channels-last.
 
     Returns:
-        (ceil(N * C * L / 8),) uint8.
+        uint8 of `mask_shape`.
     """
-    flat = (each.movedim(1, -1) if channels_last else each).flatten().to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
-    shifts = torch.arange(8, dtype=torch.uint8, device=flat.device)
-    return (flat.view(-1, 8) << shifts).sum(dim=1, dtype=torch.uint8)
+    rows, positions = mask_rows(each.shape, channels_last)
+    each = (each.movedim(1, -1) if channels_last else each).reshape(rows, positions)
+    each = torch.nn.functional.pad(each.to(torch.uint8), (0, -positions % 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=each.device)
+    return (each.unflatten(1, (-1, 8)) << shifts).sum(dim=2, dtype=torch.uint8)
 
 
 def unpack_mask(mask: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     """Return what `pack_mask` packed, as (N, C, ...) bool of shape `shape`."""
-    each = (mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    flat = each.flatten()[: shape.numel()] != 0
+    each = (mask[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    each = each.flatten(1)[:, : mask_rows(shape, channels_last)[1]] != 0
     if not channels_last:
-        return flat.reshape(shape)
-    return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        return each.reshape(shape)
+    return each.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def _project(g: Tensor, x_hat: Tensor) -> Tensor:

@@ -152,8 +152,8 @@ _forced: Regime | None = None
 def forced_regime(regime: Regime) -> Iterator[None]:
     """Run every BatchNorm inside in `regime`, in all threads; for tests and benchmarks.
 
-    Two cases still run in `two_pass`: a mask of whose bytes some belong to two blocks of channels,
-    and `single_launch` with a cumulative average.
+    Two cases still run in `two_pass`: a mask of whose bytes some belong to two blocks of channels
+    however these are chosen, and `single_launch` with a cumulative average.
     """
     global _forced
     before, _forced = _forced, regime
@@ -175,6 +175,7 @@ def make_schedule(
     device: Device,
     *,
     writes_mask: bool = False,
+    reads_mask: bool = False,
     cumulative: bool = False,
     measured: Regime | None = None,
 ) -> Schedule:
@@ -187,7 +188,8 @@ def make_schedule(
         itemsize: bytes of an element.
         channels_last: whether the channels are neighbours in memory.
         device: on which the kernels run.
-        writes_mask: whether the forward writes the mask of the derivative.
+        writes_mask: whether the kernels of a forward write the mask of the derivative.
+        reads_mask: whether the kernels of a backward read it.
         cumulative: whether `momentum` is None in training.
         measured: the best regime by measurement, which `forced_regime` overrides; None if none is.
 
@@ -203,6 +205,7 @@ def make_schedule(
         channels_last,
         device,
         writes_mask=writes_mask,
+        reads_mask=reads_mask,
         cumulative=cumulative,
         chosen=_forced or measured,
     )
@@ -216,6 +219,7 @@ def _make_schedule(
     device: Device,
     *,
     writes_mask: bool,
+    reads_mask: bool,
     cumulative: bool,
     chosen: Regime | None,
 ) -> Schedule:
@@ -224,12 +228,12 @@ def _make_schedule(
     if cumulative and regime is Regime.SINGLE_LAUNCH:
         # Its programs would read the number of batches while one of them writes it.
         regime = Regime.TWO_PASS
-    reduction = _reduction(s, regime, device)
-    if writes_mask and not reduction.has_eights:
+    reduction = _reduction(s, regime, device, writes_mask=writes_mask)
+    if writes_mask and not reduction.can_write_mask:
         # Two programs would write the same byte.
         regime = Regime.TWO_PASS
         reduction = _reduction(s, regime, device)
-    elementwise = _elementwise(s, device)
+    elementwise = _elementwise(s, device, has_mask=writes_mask or reads_mask)
     elementwise = elementwise.split(
         _fill(elementwise, ELEMENTWISE_AT_WORK * device.processors, elementwise.tiles)
     )
@@ -250,13 +254,15 @@ def _make_schedule(
     )
 
 
-def _reduction(s: Shape, regime: Regime, device: Device) -> Walk:
+def _reduction(s: Shape, regime: Regime, device: Device, *, writes_mask: bool = False) -> Walk:
     """Cut a tensor into blocks of whole channels."""
+    # Of `two_pass` the elementwise pass writes it.
+    writes_mask = writes_mask and regime is not Regime.TWO_PASS
     elements = REDUCTION_BYTES // s.itemsize
     most = s.C
     if regime is Regime.SINGLE_LAUNCH and s.numel * s.itemsize > SINGLE_LAUNCH_BYTES:
         most = max(1, _most_channels(s, device))
-    group, block_p = _group(s, most) if s.L > 1 else (s.C, 1)
+    group, block_p = _group(s, most, writes_mask) if s.L > 1 else (s.C, 1)
     if group > 1 and (regime is not Regime.TWO_PASS or s.L == 1):
         # The values of each position's channel are in registers, too.
         elements //= 2
@@ -278,7 +284,7 @@ def _reduction(s: Shape, regime: Regime, device: Device) -> Walk:
     return replace(walk, max_registers=limit)
 
 
-def _elementwise(s: Shape, device: Device) -> Walk:
+def _elementwise(s: Shape, device: Device, *, has_mask: bool) -> Walk:
     """Cut a tensor into blocks of one channel, or into any runs of 16 bytes and more."""
     elements = ELEMENTWISE_BYTES // s.itemsize
     if s.C == 1:
@@ -289,8 +295,12 @@ def _elementwise(s: Shape, device: Device) -> Walk:
     row = s.C * s.L
     block_p = min(MOST_COLUMNS // 4, elements)
     samples = block_p // math.gcd(block_p, row)
-    if samples * 2 > s.N:
-        # Rows without padding would be too few: only as long as a byte of the mask needs.
+    if has_mask and row % 8:
+        # Each sample begins with a byte of its own.
+        samples = 1
+        block_p = min(block_p, max(8, next_power_of_2(row)))
+    elif samples * 2 > s.N:
+        # Rows without padding would be too few: only as long as a load needs.
         samples = min(8 // math.gcd(8, row), s.N)
         block_p = min(block_p, max(8, next_power_of_2(samples * row)))
     return _walk(s, device, elements, samples=samples, span=block_p, group=0, block_p=block_p)
@@ -361,7 +371,7 @@ def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regi
     most = _most_channels(s, device)
     group = max(1, ROW_BYTES // s.itemsize)
     if s.L > 1:
-        group, _ = _group(s, most) if most else (1, 0)
+        group, _ = _group(s, most, False) if most else (1, 0)
     enough = PROGRAMS_AT_WORK * device.processors * 7 // 8
     if group <= most and cdiv(s.C, group) >= enough:
         return Regime.SINGLE_LAUNCH
@@ -369,16 +379,18 @@ def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regi
 
 
 @functools.lru_cache(maxsize=4096)
-def _group(s: Shape, most: int) -> tuple[int, int]:
+def _group(s: Shape, most: int, writes_mask: bool) -> tuple[int, int]:
     """Choose the channels of a block, at most `most`, and the positions of a tile, for L > 1.
 
     An element costs its arithmetic and its share of a load, in lanes of which some are padding, and
     a row shorter than a cache line costs a whole one. Several channels share a row where this makes
-    it longer, better aligned or less padded.
+    it longer, better aligned or less padded. With a mask, a block begins with a byte, if any can.
     """
 
     def cost(choice: tuple[int, int]) -> float:
         group, block_p = choice
+        if writes_mask and group < s.C and group * s.L % 8:
+            return math.inf
         run = s.C * s.L if group == s.C else group * s.L
         filled = run / (cdiv(run, block_p) * block_p)
         line = 1.0 if group == s.C else min(1.0, run * s.itemsize / ROW_BYTES)

@@ -111,8 +111,8 @@ def batch_norm_elemt(
         triton: whether to run the Triton kernels.
 
     Returns:
-        y, with the shape, dtype and strides of x; the mask, (ceil(N * C * L / 8),) uint8 in memory
-        order, or (0,) if `call.writes_mask` is False.
+        y, with the shape, dtype and strides of x; the mask, uint8 of `mask_shape`, or (0,) if
+        `call.writes_mask` is False.
     """
     if triton:
         return torch.ops.bn_lightning.batch_norm_elemt(mean, rstd, *call)
@@ -233,7 +233,7 @@ def _backward_reduce(*arguments: Any) -> Tensor:
 
     call = Backward(*arguments).in_layout()
     check_device(call.dy)
-    schedule = schedule_of(call.dy, call.channels_last)
+    schedule = schedule_of(call.dy, call.channels_last, reads_mask=call.mask is not None)
     with torch.cuda.device_of(call.dy):
         sums: Any = run_stage(
             ("backward_reduce", *call[9:]), call[:9], lambda: affine_gradients(call, schedule)
@@ -254,7 +254,7 @@ def _backward_elemt(
 
     call = Backward(*arguments).in_layout()
     check_device(call.dy)
-    schedule = schedule_of(call.dy, call.channels_last)
+    schedule = schedule_of(call.dy, call.channels_last, reads_mask=call.mask is not None)
     needs = BackwardNeeds(training=True, dx=needs_dx, affine=False, dresidual=needs_dresidual)
     # The kernel divides by the count of this rank's part.
     sums = means * schedule.values_per_channel

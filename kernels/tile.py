@@ -53,16 +53,18 @@ class Tile(NamedTuple):
         start: from the start of the tensor.
         offsets: of the elements, from `start`.
         inside: whether each element is part of the tensor.
-        groups: the offsets of the elements from which on, from `start`, eight or ALIGN neighbours
-            have their bits in one byte of the mask.
-        groups_inside: whether each of them is part of the tensor.
+        bytes: the offsets in the mask of the bytes with the bits of MASK_WIDTH neighbours each,
+            (BLOCK_R, BLOCK_P / MASK_WIDTH).
+        bits: of each byte the bit of the first of them, (1, BLOCK_P / MASK_WIDTH).
+        bytes_inside: whether each first neighbour is part of the tensor.
     """
 
     start: tl.tensor
     offsets: tl.tensor
     inside: tl.tensor
-    groups: tl.tensor
-    groups_inside: tl.tensor
+    bytes: tl.tensor
+    bits: tl.tensor
+    bytes_inside: tl.tensor
 
 
 class ChannelValues(NamedTuple):
@@ -194,16 +196,21 @@ def locate_tile(place: Place, block: tl.tensor, tiling: Tiling) -> Tile:
     inside_r = row + offs_r < tiling.R
     # Two comparisons, from which the compiler sees that neighbours are inside together.
     inside = inside_r & (column + offs_p < span) & (first + column + offs_p < P)
-    WIDTH: tl.constexpr = 8 if tiling.EIGHTS else tiling.ALIGN
-    offs_g = tl.arange(0, tiling.BLOCK_P // WIDTH)[None, :] * WIDTH
-    groups = offs_r * P + offs_g
-    groups_inside = inside_r & (column + offs_g < span) & (first + column + offs_g < P)
+    offs_g = tl.arange(0, tiling.BLOCK_P // tiling.MASK_WIDTH)[None, :] * tiling.MASK_WIDTH
+    bytes_inside = inside_r & (column + offs_g < span) & (first + column + offs_g < P)
+    # A row of the mask begins with a byte of its own.
+    mask_P = (P + 7) >> 3
+    if tiling.MASK_WIDTH == 8:
+        bytes = row * mask_P + ((first + column) >> 3) + (offs_r * mask_P + (offs_g >> 3))
+    else:
+        bytes = (row + offs_r) * mask_P + ((first + column + offs_g) >> 3)
+    bits = ((first + column + offs_g) & 7).to(tl.int32)
     if tiling.RAGGED:
         # Some samples of the last row are beyond the end.
         numel = tl.cast(tiling.numel, tl.int64) if tiling.WIDE else tiling.numel
         inside = inside & (start + offsets < numel * tiling.ALIGN)
-        groups_inside = groups_inside & (start + groups < numel * tiling.ALIGN)
-    return Tile(start, offsets, inside, groups, groups_inside)
+        bytes_inside = bytes_inside & (start + offs_r * P + offs_g < numel * tiling.ALIGN)
+    return Tile(start, offsets, inside, bytes, bits, bytes_inside)
 
 
 @triton.jit
@@ -324,8 +331,8 @@ def write_output(
 ) -> None:
     """Store y and, if there is a `mask_ptr`, the mask of the derivative.
 
-    Bit i of byte b of the mask belongs to the element at offset 8 b + i. With a mask, eight
-    consecutive elements of a tile's row are neighbours in memory from a multiple of 8 on.
+    Bit i of byte b of a row of the mask belongs to position 8 b + i of that row of the tensor. A
+    tile that writes it has all bits of each byte.
     """
     shift = channels.shift[None, :]
     if tensors.residual_ptr is not None:
@@ -334,19 +341,19 @@ def write_output(
     store_tile(tensors.y_ptr, tile, apply_activation(z, tensors.negative_slope, tensors.ACTIVATION))
     if tensors.mask_ptr is not None:
         upper = on_upper_branch(z, tensors.ACTIVATION) & tile.inside
-        eights = upper.to(tl.int32).reshape((z.shape[0], z.shape[1] // 8, 8))
-        packed = tl.sum(eights << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
-        byte_ptr = tensors.mask_ptr + (tile.start + tile.groups) // 8
-        tl.store(byte_ptr, packed, mask=tile.groups_inside)
+        WIDTH: tl.constexpr = tile.offsets.shape[1] // tile.bytes.shape[1]
+        each = upper.to(tl.int32).reshape((z.shape[0], z.shape[1] // WIDTH, WIDTH))
+        packed = tl.sum(each << tl.arange(0, WIDTH)[None, None, :], axis=2).to(tl.uint8)
+        tl.store(tensors.mask_ptr + tile.bytes, packed, mask=tile.bytes_inside)
 
 
 @triton.jit
 def _load_mask(mask_ptr: tl.tensor, tile: Tile) -> tl.tensor:
     """Load the bits of the mask that belong to a tile, as int32."""
-    first = tile.start + tile.groups
-    byte = tl.load(mask_ptr + first // 8, mask=tile.groups_inside, other=0).to(tl.int32)
-    byte = byte >> (first % 8).to(tl.int32)
-    WIDTH: tl.constexpr = tile.offsets.shape[1] // tile.groups.shape[1]
+    byte = tl.load(mask_ptr + tile.bytes, mask=tile.bytes_inside, other=0).to(tl.int32)
+    WIDTH: tl.constexpr = tile.offsets.shape[1] // tile.bytes.shape[1]
+    if WIDTH < 8:
+        byte = byte >> tile.bits
     bits = byte[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]
     return bits.reshape(tile.offsets.shape) & 1
 

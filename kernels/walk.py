@@ -105,11 +105,14 @@ class Walk:
         return self.shape.N % self.samples != 0
 
     @property
-    def has_eights(self) -> bool:
-        """Whether tiles begin at multiples of 8, so that a byte of the mask belongs to one tile."""
-        whole_rows = self.rows == 1 or self.row % 8 == 0
-        whole_blocks = self.blocks == 1 or self.span % 8 == 0
-        return whole_rows and whole_blocks and self.block_p % 8 == 0
+    def mask_width(self) -> int:
+        """The power of two, at most 8, of neighbours in a tile that have one byte of the mask."""
+        return math.gcd(8, self.block_p, *((self.span,) if self.blocks > 1 else ()))
+
+    @property
+    def can_write_mask(self) -> bool:
+        """Whether each byte of the mask belongs to one tile."""
+        return self.mask_width == 8 or (self.blocks == 1 and self.row <= self.block_p < 8)
 
     def split(self, splits: int) -> "Walk":
         """Return the same with at most so many splits, none of which is empty."""
@@ -132,7 +135,7 @@ class Walk:
             self.stages,
             self.samples > 1,
             self.is_ragged,
-            self.has_eights,
+            self.mask_width,
             numel + MOST_ELEMENTS > 1 << 31,
         )
         row, span = self.row // self.align, self.span // self.align
@@ -166,7 +169,7 @@ class Tiling(NamedTuple):
         STAGES: tiles that a reduction has in flight or at work.
         WRAPS: whether a row has several samples.
         RAGGED: whether the last row has fewer samples.
-        EIGHTS: whether tiles begin at multiples of 8.
+        MASK_WIDTH: neighbours in a tile that have one byte of the mask.
         WIDE: whether a position in a tile may exceed 2^31, in or beyond the tensor.
     """
 
@@ -184,7 +187,7 @@ class Tiling(NamedTuple):
     STAGES: Any
     WRAPS: Any
     RAGGED: Any
-    EIGHTS: Any
+    MASK_WIDTH: Any
     WIDE: Any
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from bn_lightning.kernels import batch_norm, dispatch, ops, reference
 from bn_lightning.kernels.activations import ACTIVATIONS
+from bn_lightning.kernels.layout import mask_shape
 
 needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 triton = pytest.param("triton", marks=needs_triton)
@@ -344,7 +345,8 @@ def test_opcheck(activation: str, training: bool, device: str) -> None:
     plain = [v.detach() for v in (x, residual, weight, bias)]
     check(op.batch_norm_forward.default, (*plain, *state, *options, activation == "relu"))
     mean, rstd = torch.randn(3, device=device), torch.rand(3, device=device) + 0.5
-    y, mask = torch.randn_like(plain[0]), torch.zeros(12, dtype=torch.uint8, device=device)
+    y = torch.randn_like(plain[0])
+    mask = torch.zeros(mask_shape(y.shape, False), dtype=torch.uint8, device=device)
     saved = (
         plain[1] if activation == "silu" else None,
         y if activation == "tanh" else None,

@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 
 from bn_lightning.kernels import batch_norm, eager, reference, schedule, walk
 from bn_lightning.kernels.activations import ACTIVATIONS, activate
+from bn_lightning.kernels.arguments import Forward, RunningStatistics
+from bn_lightning.kernels.launch import run_forward
 from bn_lightning.kernels.schedule import Regime, forced_regime
 
 EPS = 1e-5
@@ -160,6 +162,19 @@ def test_add_relu(
     t = _tensors(shape, channels_last, dtype, device)
     with forced_regime(regime):
         _assert_three_way(t, True, training=True, activation="relu")
+
+
+@regimes
+@pytest.mark.parametrize("name", ["rows", "odd_channels_last"])
+def test_the_mask_has_one_layout_in_every_regime(name: str, regime: Regime, device: str) -> None:
+    shape, channels_last, dtype = CASES[name]
+    t = _tensors(shape, channels_last, dtype, device)
+    call = Forward(t["x"], t["residual"], None, None, "relu", 0.0, writes_mask=True)
+    with forced_regime(regime):
+        y, mask, *_ = run_forward(
+            call, RunningStatistics(None, None, None, 0.1), EPS, training=True
+        )
+    assert mask is not None and torch.equal(mask, reference.pack_mask(y > 0, channels_last))
 
 
 # `single_launch` computes an activation as `persistent` does.

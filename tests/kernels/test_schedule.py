@@ -93,8 +93,6 @@ def test_runs_of_a_tile_begin_where_the_schedule_says(
     shape: tuple[int, ...], channels_last: bool, itemsize: int
 ) -> None:
     for s in _schedules(shape, itemsize, channels_last):
-        # The elementwise pass writes bytes of the mask.
-        assert s.elementwise.has_eights
         for walk in (s.reduction, s.elementwise):
             blocks = range(0, walk.row, walk.span)
             starts = {r * walk.row + b for r in (0, 1, walk.rows - 1) for b in (0, *blocks[-2:])}
@@ -102,6 +100,27 @@ def test_runs_of_a_tile_begin_where_the_schedule_says(
             # Only where the channels of a sample have an odd number of values loads are single.
             odd = walk.shape.C * walk.shape.L % 2 or walk.shape.L % 2 and walk.group == 1
             assert odd or walk.align > 1
+
+
+@itemsizes
+@pytest.mark.parametrize(
+    "shape",
+    [(60, 100), (129, 65), (2, 3), (7, 4), (4, 12, 7), (4, 3, 13), (3, 9, 49), (5, 1, 13)],
+    ids=str,
+)
+def test_each_byte_of_the_mask_belongs_to_one_tile(shape: tuple[int, ...], itemsize: int) -> None:
+    for regime in Regime:
+        with forced_regime(regime):
+            s = make_schedule(shape, itemsize, False, H200, writes_mask=True)
+        walk = s.elementwise if regime is Regime.TWO_PASS else s.reduction
+        assert s.regime is regime
+        owners: dict[int, tuple[int, int]] = {}
+        for position in range(walk.row):
+            block, inside = divmod(position, walk.span)
+            tile = (block, inside // walk.block_p)
+            assert owners.setdefault(position // 8, tile) == tile
+        # Rows of several samples are those of the mask, one after the other.
+        assert walk.samples == 1 or walk.row % (8 * walk.samples) == 0
 
 
 @itemsizes
@@ -250,13 +269,13 @@ def test_kernels_take_constants_in_a_named_tuple() -> None:
     assert found == {
         **{"R": 5, "P": 9, "span": 6, "C": 3, "L": 12, "numel": 45},
         **{"BLOCK_R": 8, "BLOCK_P": 32, "GROUP": 2, "CHANNELS": 2, "ALIGN": 4, "STAGES": 3},
-        **{"WRAPS": False, "RAGGED": False, "EIGHTS": False, "WIDE": False},
+        **{"WRAPS": False, "RAGGED": False, "MASK_WIDTH": 8, "WIDE": False},
     }
     found = s.elementwise.tiling
     assert isinstance(found, Tiling)
     # Two samples are a row of 72, of which the last has one.
     assert (found.R, found.P * found.ALIGN.value) == (3, 72)
-    assert found.WRAPS.value and found.RAGGED.value and found.EIGHTS.value
+    assert found.WRAPS.value and found.RAGGED.value and found.MASK_WIDTH.value == 8
     # Triton keeps True and 1 apart, and so does the cache of constants.
     assert as_constexpr(True).value is True and type(as_constexpr(1).value) is int
 
@@ -304,15 +323,16 @@ def test_regime(shape: tuple[int, ...], channels_last: bool, regime: Regime) -> 
 def test_what_a_regime_does_not_support_runs_in_two_passes() -> None:
     for regime in Regime:
         with forced_regime(regime):
-            # A byte of the mask may belong to two blocks, unless all channels of a sample, and the
-            # channels of a block, have a multiple of 8 values.
+            # A byte of the mask belongs to two blocks, if a block is shorter than 8 channels of an
+            # odd length, and there is more than one.
             for shape, expected in (
                 ((4, 8), regime),
-                ((4, 9), Regime.TWO_PASS),
-                ((4, 8, 7), regime),
-                ((4, 12, 7), Regime.TWO_PASS),
-                ((4, 8, 2), regime),
+                ((4, 9), regime),
+                ((4, 3), regime),
+                ((4, 12, 7), regime),
                 ((4, 3, 8), regime),
+                ((4, 3, 13), regime),
+                ((4, 9, 13 * 13), Regime.TWO_PASS),
                 ((4, 3, 4097), Regime.TWO_PASS),
             ):
                 assert make_schedule(shape, 4, False, H200, writes_mask=True).regime is expected
