@@ -36,7 +36,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     except Exception as error:
         record.end("failed", error=format_error(error))
         raise
-    print_run_table(record.content, directory)
+    print_run_table(record.content, directory, checkpoint.config)
     return record.content["metrics"]
 
 

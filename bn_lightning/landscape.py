@@ -28,8 +28,7 @@ from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.modules.preserve_state import preserve_state
 from bn_lightning.runs.atomic_write import write_atomically
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
-from bn_lightning.sweeps.analysis.arms import Style, label_of, style_of
-from bn_lightning.sweeps.analysis.compared_runs import arm_of_config
+from bn_lightning.sweeps.analysis.arms import Style, arm_of_config, style_of, title_of
 from bn_lightning.sweeps.report.figure import Axis, Band, Figure, Line, Panel, Rule
 from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
 
@@ -74,8 +73,8 @@ def landscape(config: DictConfig) -> Path:
     relative_BE = [[loss / losses[0] for loss in losses[1:]] for losses in losses_BE]
     arm = arm_of_config(checkpoint.config)
     step = checkpoint.content["global_step"]
-    caption = f"{label_of(arm)}, step {step:,}, {len(losses_BE)} batches"
-    figure = landscape_figure(steps[1:], relative_BE, arm, caption)
+    title = f"{title_of(checkpoint.config)}, step {step:,}"
+    figure = landscape_figure(steps[1:], relative_BE, arm, title)
     save(figure, figures_folder(directory) / "landscape")
     print(describe(steps[1:], relative_BE))
     print(directory / "figures" / "landscape.png")
@@ -84,7 +83,7 @@ def landscape(config: DictConfig) -> Path:
 
 
 def landscape_figure(
-    steps: Sequence[float], relative_BE: Sequence[Sequence[float]], arm: str, caption: str
+    steps: Sequence[float], relative_BE: Sequence[Sequence[float]], arm: str, title: str
 ) -> Figure:
     """Describe the relative loss against the step size.
 
@@ -95,24 +94,27 @@ def landscape_figure(
         steps: (E,) step sizes above 0.
         relative_BE: (B, E), the relative loss of each batch.
         arm: the arm whose color is used.
-        caption: what was measured.
+        title: what was measured.
     """
     values_BE = np.nan_to_num(np.asarray(relative_BE, dtype=float), nan=_ABOVE, posinf=_ABOVE)
     low, high = values_BE.min(axis=0), values_BE.max(axis=0)
     style = Style(style_of(arm).color)
+    count = len(relative_BE)
+    name = f"median of {count} batches" if count > 1 else "one batch"
+    band = "lowest to highest batch" if count > 1 else ""
     bounds = float(min(low.min(), 0.5) * 0.9), float(min(max(high.max(), 2), 1e3))
     panel = Panel(
         "landscape",
-        caption,
+        title,
         Axis("step size η along the gradient", "log"),
         Axis("loss(w − ηg) / loss(w)", "log", bounds),
         [
-            Band(steps, low.tolist(), high.tolist(), style.color),
-            Line(steps, np.median(values_BE, axis=0).tolist(), "", style),
+            Band(steps, low.tolist(), high.tolist(), style.color, band),
+            Line(steps, np.median(values_BE, axis=0).tolist(), name, style),
             Rule(1),
         ],
     )
-    return Figure([panel], (5, 3.5))
+    return Figure([panel], (5, 3.5), legend="panels")
 
 
 def describe(steps: Sequence[float], relative_BE: Sequence[Sequence[float]]) -> str:

@@ -2,23 +2,28 @@
 
 DIR is a sweep's directory, a storage URL (with --study NAME), the folder of an earlier report (its
 trials.csv and summary.json are enough), a run's directory, several of them, or a folder of runs.
-Writes report.html, summary.json, trials.csv and figures/ into --output.
+Writes report.html, summary.json, trials.csv and figures/ into DIR, or into --output. Runs that
+differ in seed alone are one arm. `bn-report --list DIR` lists the runs under DIR instead.
 """
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from bn_lightning.cli.command import format_versions, run_with_exit_code
 from bn_lightning.cli.error_line import FULL_ERROR
 from bn_lightning.sweeps.analysis.columns import Columns
+from bn_lightning.sweeps.analysis.run_list import list_runs
 from bn_lightning.sweeps.analysis.tolerance import TRAINED
 from bn_lightning.sweeps.report.write_report import ReportOptions, write_report
 
 EXAMPLES = """\
 examples:
   bn-report logs/mnist_bn/sweeps/quick
+  bn-report logs/mnist_bn/multiruns/TIME
   bn-report RUN RUN --output comparison
+  bn-report --list logs
   bn-report postgresql://user@host/database --study lr_init --output map
 """
 
@@ -33,7 +38,8 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=format_versions())
     parser.add_argument("sources", nargs="+", metavar="DIR", help="a sweep, or runs")
-    parser.add_argument("--output", type=Path, help="folder to write to (default: the sweep's own)")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: DIR)")
+    parser.add_argument("--list", action="store_true", help="list the runs under DIR, and stop")
     parser.add_argument("--study", help="name of the study, where a storage holds several")
     parser.add_argument("--lr", default="", metavar="KEY", help="parameter that is the rate")
     parser.add_argument("--init", default="", metavar="KEY", help="... the initialisation")
@@ -57,7 +63,16 @@ def main() -> None:
         threshold=given.threshold,
     )
     full_error = os.environ.get(FULL_ERROR) == "1"
-    run_with_exit_code(lambda: write_report(given.sources, options), full_error=full_error)
+    run_with_exit_code(
+        lambda: print_runs(given.sources) if given.list else write_report(given.sources, options),
+        full_error=full_error,
+    )
+
+
+def print_runs(folders: Sequence[str]) -> None:
+    """Print a table of the runs under each folder."""
+    for folder in folders:
+        print(list_runs(Path(folder)))
 
 
 if __name__ == "__main__":

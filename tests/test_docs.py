@@ -59,6 +59,7 @@ def check_overrides(config_name: str, arguments: list[str]) -> None:
 )
 def test_commands(page, monkeypatch):
     monkeypatch.setattr("bn_lightning.report.write_report", lambda sources, options: None)
+    monkeypatch.setattr("bn_lightning.report.print_runs", lambda sources: None)
     with initialize_config_module("bn_lightning.conf", version_base="1.3"):
         for module, *arguments in commands(page.read_text(encoding="utf-8")):
             name = module.removeprefix("bn_lightning.").removesuffix("_checkpoint")

@@ -1,5 +1,6 @@
 """Print the result of a run as tables."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,21 @@ from rich.console import Console
 from rich.table import Table
 
 from bn_lightning.runs.metrics_csv import read_metrics
+from bn_lightning.sweeps.analysis.arms import title_of
 
 
-def print_run_table(record: dict[str, Any], directory: str | Path) -> None:
-    """Print the result of a run, and below it the directory of its files."""
-    table = Table(title=f"{record['config']['task_name']}: {record['status']}", show_header=False)
+def print_run_table(
+    record: dict[str, Any], directory: str | Path, trained: Mapping[str, Any] | None = None
+) -> None:
+    """Print the result of a run, and below it the directory of its files.
+
+    Args:
+        record: of the run.
+        directory: of the run.
+        trained: the configuration that names task, arm and seed; None for that of the record.
+    """
+    title = f"{title_of(trained or record['config'])}: {record['status']}"
+    table = Table(title=title, show_header=False)
     rows = {}
     if data := record["data"]:
         sizes = " / ".join(f"{data[split]:,}" for split in ("train", "validation", "test"))

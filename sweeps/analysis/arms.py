@@ -1,10 +1,14 @@
 """The arms of a comparison: their labels, order, colors and line styles."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 BASELINE = "none"
 """The arm that the others are compared with."""
+
+AS_CONFIGURED = "as configured"
+"""The arm of a run without `norm`, and the value of what a study does not vary."""
 
 # Okabe & Ito's colors, distinct for color-blind readers and in grayscale. Gray takes the place of
 # their black, which is invisible on a dark page.
@@ -16,6 +20,14 @@ _LABELS = {
     "batch": "with BatchNorm",
     BASELINE: "without BatchNorm",
     "torch": "with torch's BatchNorm",
+}
+
+# The callables of conf/norm/ -> arm. Synchronized BatchNorm belongs to the same arm.
+_ARMS = {
+    "bn_lightning.models.normalization.batch_norm": "batch",
+    "bn_lightning.models.normalization.sync_batch_norm": "batch",
+    "bn_lightning.models.normalization.ghost_batch_norm": "ghost",
+    "bn_lightning.models.normalization.torch_batch_norm": "torch",
 }
 
 
@@ -37,6 +49,26 @@ class Style:
 def label_of(arm: str) -> str:
     """Return the name of an arm in sentences and legends."""
     return _LABELS.get(arm, arm)
+
+
+def arm_of_config(config: Mapping[str, Any]) -> str:
+    """Return the arm of a run's `norm`: one of this module, or the name of its callable."""
+    if "norm" not in config:
+        return AS_CONFIGURED
+    norm = config["norm"]
+    if norm is None:
+        return BASELINE
+    name = str(norm.get("_target_", norm) if isinstance(norm, Mapping) else norm)
+    return _ARMS.get(name, name)
+
+
+def title_of(config: Mapping[str, Any]) -> str:
+    """Return task, arm and seed of a run's configuration, those that it has, as a title."""
+    arm = arm_of_config(config)
+    parts = [str(config["task_name"])] if config.get("task_name") else []
+    parts += [label_of(arm)] if arm != AS_CONFIGURED else []
+    parts += [f"seed {config['seed']}"] if config.get("seed") is not None else []
+    return ", ".join(parts)
 
 
 def ordered(arms: Iterable[str]) -> list[str]:

@@ -4,12 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite, nan
 
+from bn_lightning.sweeps.analysis.arms import AS_CONFIGURED
 from bn_lightning.sweeps.analysis.provenance import SEED
 from bn_lightning.sweeps.analysis.tolerance import GridTrial
 from bn_lightning.sweeps.analysis.trials import Cell, TrialRow, TrialTable, is_diverged
-
-AS_CONFIGURED = "as configured"
-"""The value of an initialization or arm that the study does not vary."""
 
 UNKNOWN = "unknown"
 """The seed of a trial if neither the study nor its run says it."""

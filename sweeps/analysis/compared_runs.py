@@ -1,6 +1,7 @@
-"""Runs side by side: their labels, arms and metrics."""
+"""Runs side by side: their labels, arms and metrics, and which of them differ in seed alone."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,36 +13,41 @@ from omegaconf import OmegaConf
 
 from bn_lightning.runs.metrics_csv import read_metrics
 from bn_lightning.runs.record import read_run, training_seconds
-from bn_lightning.sweeps.analysis.arms import BASELINE, label_of
+from bn_lightning.sweeps.analysis.arms import BASELINE, arm_of_config, label_of
 from bn_lightning.sweeps.analysis.provenance import BUDGET, DATA, facts_of
 from bn_lightning.sweeps.analysis.trials import Cell, TrialRow
+from bn_lightning.sweeps.engine.space import key_of
 
 # Configuration key that may differ among runs of one arm -> its name in labels.
 _DIFFERENCES = {
-    "optimizer.lr": "lr",
-    "init.std": "std",
-    "seed": "seed",
+    "optimizer.lr": "learning rate",
+    "init.std": "initial standard deviation",
     "trainer.max_steps": "steps",
-    "data.batch_size": "batch",
+    "data.batch_size": "batch size",
 }
 
 MOST_CHARACTERS = 60  # of an override in a label
 
 OVERRIDES_FILE = ".hydra/overrides.yaml"
 
-# First words of overrides that do not change what a run trains, or that set its arm.
-_NOT_IN_LABELS = ("ckpt_path", "extras", "hydra", "logger", "norm", "paths", "resume", "task_name")
+# First words of overrides that do not change what a run trains, or that set its arm or its seed.
+_NOT_IN_LABELS = (
+    "ckpt_path",
+    "extras",
+    "hydra",
+    "logger",
+    "norm",
+    "paths",
+    "resume",
+    "seed",
+    "task_name",
+)
 
 # Keys that may differ among runs of the same configuration.
 _OF_ONE_RUN = ("ckpt_path", "logger", "paths", "resume", "seed", "task_name")
 
-# The callables of conf/norm/ -> arm. Synchronized BatchNorm belongs to the same arm.
-_ARMS = {
-    "bn_lightning.models.normalization.batch_norm": "batch",
-    "bn_lightning.models.normalization.sync_batch_norm": "batch",
-    "bn_lightning.models.normalization.ghost_batch_norm": "ghost",
-    "bn_lightning.models.normalization.torch_batch_norm": "torch",
-}
+WITH_RESULT = ("completed", "diverged", "stopped early")
+"""The statuses of runs that came to their end, and so have a result."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class ComparedRun:
 
     Attributes:
         directory: of the run.
+        group: name of the runs that differ from this one in seed alone, this one included.
         label: its name, unique among the runs that are read together.
         arm: its arm, as in arms.py.
         record: the content of its run.json.
@@ -57,13 +64,24 @@ class ComparedRun:
     """
 
     directory: Path
+    group: str
     label: str
     arm: str
     record: Mapping[str, Any]
     metrics: Mapping[str, Sequence[tuple[int, float]]]
 
-    def as_row(self, number: int) -> TrialRow:
-        """Return the run as a row of a table of trials."""
+    @property
+    def has_result(self) -> bool:
+        """Whether the run came to its end."""
+        return self.record["status"] in WITH_RESULT
+
+    @property
+    def task(self) -> str:
+        """The name of its task, "" if it has none."""
+        return str(self.record["config"].get("task_name") or "")
+
+    def as_row(self, number: int, base: Path) -> TrialRow:
+        """Return the run as a row of a table of trials, with its directory relative to `base`."""
         facts = facts_of(self.record)
         record = self.record
         attributes: dict[str, Cell] = {
@@ -72,54 +90,46 @@ class ComparedRun:
             "seconds": training_seconds(record),
             **{key: record[key] for key in ("steps_per_second", "diverged_at") if key in record},
             "label": self.label,
-            "directory": str(self.directory),
+            "directory": os.path.relpath(self.directory, base).replace(os.sep, "/"),
             "commit": record.get("commit"),
             DATA: facts.get("data"),
             BUDGET: _selected(record["config"], "trainer.max_steps"),
         }
-        states = {"completed": "COMPLETE", "diverged": "COMPLETE", "running": "RUNNING"}
         params: dict[str, Cell] = {
             key: _selected(record["config"], key)
-            for key in _DIFFERENCES
+            for key in (*_DIFFERENCES, "seed")
             if _selected(record["config"], key) is not None
         }
-        state = states.get(record["status"], "FAIL")
+        state = "COMPLETE" if self.has_result else "FAIL"
+        if record["status"] == "running":
+            state = "RUNNING"
         return TrialRow(number, state, (), {"norm": self.arm, **params}, attributes)
 
 
 def read_runs(directories: Sequence[Path]) -> list[ComparedRun]:
-    """Read runs that trained with and without normalization.
+    """Read runs, of any network and with any metrics.
 
     Raises:
-        ValueError: a directory does not hold a run, or its run lacks a metric of Figure 1.
+        ValueError: a directory does not hold a run.
     """
     records = [read_run(directory) for directory in directories]
     metrics = [read_metrics(directory) for directory in directories]
-    for directory, record, logged in zip(directories, records, metrics, strict=True):
-        wanted = {"test/accuracy", *(f"activation/p{number}" for number in (15, 50, 85))}
-        missing = sorted(wanted - logged.keys())
-        if "norm" not in record["config"] or missing:
-            raise ValueError(
-                f"expected `{directory}` to be a run of bn_lightning.train with its metrics.csv, "
-                f"got one without {', '.join(missing) or 'norm'}; run it with "
-                "data.test_curve=true and callbacks.activation_percentiles"
-            )
     arms = [arm_of_config(record["config"]) for record in records]
+    groups = _groups(arms, records, directories)
+    seeds = [record.get("seed") for record in records]
     return [
-        ComparedRun(directory, label, arm, record, logged)
-        for directory, label, arm, record, logged in zip(
-            directories, _labels(arms, records, directories), arms, records, metrics, strict=True
+        ComparedRun(
+            directory,
+            group,
+            group if seed is None else f"{group}, seed {seed}",
+            arm,
+            record,
+            logged,
+        )
+        for directory, group, seed, arm, record, logged in zip(
+            directories, groups, seeds, arms, records, metrics, strict=True
         )
     ]
-
-
-def arm_of_config(config: Mapping[str, Any]) -> str:
-    """Return the arm of a run's `norm`: one of arms.py, or the name of its callable."""
-    norm = config["norm"]
-    if norm is None:
-        return BASELINE
-    name = str(norm.get("_target_", norm) if isinstance(norm, Mapping) else norm)
-    return _ARMS.get(name, name)
 
 
 def width_growth(run: ComparedRun) -> float | None:
@@ -128,11 +138,13 @@ def width_growth(run: ComparedRun) -> float | None:
         growth = (p85 - p15 at the end) / (p85 - p15 at the start)
 
     The percentiles are medians over the units of the layer if the run logged them, else those of
-    one unit. None if the first width is 0.
+    one unit. None if the run logged neither, or if the first width is 0.
     """
     names = [f"activation/p{number}" for number in (15, 85)]
     medians = [f"{name}_median" for name in names]
     chosen = medians if run.metrics.keys() >= {*medians} else names
+    if not run.metrics.keys() >= {*chosen}:
+        return None
     low, high = (run.metrics[name] for name in chosen)
     first, last = (high[i][1] - low[i][1] for i in (0, -1))
     return last / first if first > 0 else None
@@ -184,24 +196,45 @@ def runtime_sentences(runs: Sequence[ComparedRun]) -> list[str]:
     return sentences
 
 
-def _labels(
+def _groups(
     arms: Sequence[str], records: Sequence[Mapping[str, Any]], directories: Sequence[Path]
 ) -> list[str]:
-    """Return unique labels: the arm, and the differences among runs of one arm.
+    """Return the name of each run's group: the arm, and the differences among groups of one arm.
 
-    If the task's name differs, it is the label; otherwise all differences are listed.
+    Runs of one group have the same task and configuration, and each has another seed. If the task's
+    name differs among the groups of an arm, it is enough; otherwise all differences are listed.
     """
+    repeats: Counter[tuple[str, ...]] = Counter()
+    keys = []
+    for arm, record in zip(arms, records, strict=True):
+        trained = arm, str(record["config"].get("task_name")), _trained(record)
+        of_seed = (*trained, str(record.get("seed")))
+        keys.append((*trained, str(repeats[of_seed])))
+        repeats[of_seed] += 1
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    places = sorted(first.values())
+    labels = _labels(
+        [arms[i] for i in places],
+        [records[i]["config"] for i in places],
+        [_typed(directories[i]) for i in places],
+    )
+    of_place = dict(zip(places, labels, strict=True))
+    return [of_place[first[key]] for key in keys]
+
+
+def _labels(
+    arms: Sequence[str], configs: Sequence[Mapping[str, Any]], typed: Sequence[Sequence[str]]
+) -> list[str]:
     labels = list(map(label_of, arms))
     for arm in set(arms):
         places = [i for i, other in enumerate(arms) if other == arm]
-        configs = [records[i]["config"] for i in places]
-        names = [str(config.get("task_name")) for config in configs]
+        names = [str(configs[i].get("task_name")) for i in places]
         words = [[name] if len(set(names)) > 1 else [] for name in names]
         if len(set(names)) < len(names):
-            known, typed = _known_differences(configs), [_typed(directories[i]) for i in places]
-            shared = set.intersection(*map(set, typed))
-            for i, texts in enumerate(typed):
-                words[i] += [*known[i], *(text for text in texts if text not in shared)]
+            known = _known_differences([configs[i] for i in places])
+            shared = set.intersection(*(set(typed[i]) for i in places))
+            for i, place in enumerate(places):
+                words[i] += [*known[i], *(text for text in typed[place] if text not in shared)]
         for i, place in enumerate(places):
             labels[place] = ", ".join([labels[place], *words[i]])
     seen: Counter[str] = Counter()
@@ -224,14 +257,19 @@ def _known_differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _typed(directory: Path) -> list[str]:
-    """Return the overrides that change what a run trains and are not in `_DIFFERENCES`."""
+def typed_overrides(directory: Path) -> list[str]:
+    """Return the overrides of a run as typed, [] if they are unknown."""
     try:
         overrides: Any = OmegaConf.to_container(OmegaConf.load(directory / OVERRIDES_FILE))
     except Exception:  # no such file, or the file of another program
         return []
-    texts = [text for text in overrides if isinstance(text, str)]
-    keys = [text.partition("=")[0].lstrip("+~") for text in texts]
+    return [text for text in overrides if isinstance(text, str)]
+
+
+def _typed(directory: Path) -> list[str]:
+    """Return the overrides that change what a run trains and are not in `_DIFFERENCES`."""
+    texts = typed_overrides(directory)
+    keys = [key_of(text) for text in texts]
     return [
         text.lstrip("+")[:MOST_CHARACTERS]
         for text, key in zip(texts, keys, strict=True)

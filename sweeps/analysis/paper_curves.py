@@ -23,11 +23,15 @@ def paper_accuracy() -> dict[str, tuple[tuple[int, float], ...]]:
     return {arm: tuple((step, value) for step, value in curves[key]) for key, arm in _ARMS.items()}
 
 
+STEPS = 50_000
+"""The budget of the paper's Figure 1."""
+
+
 def is_paper_experiment(record: Mapping[str, Any]) -> bool:
     """Return whether a run repeats the experiment of the paper's Figure 1.
 
-    That is MNIST, three hidden layers of 100 sigmoid units, 60 examples a step, and BatchNorm, if
-    any, before the sigmoids.
+    That is MNIST, three hidden layers of 100 sigmoid units, 60 examples a step, `STEPS` steps, and
+    BatchNorm, if any, before the sigmoids.
 
     Args:
         record: the content of the run's run.json.
@@ -40,4 +44,5 @@ def is_paper_experiment(record: Mapping[str, Any]) -> bool:
         and network.get("activation") == "sigmoid"
         and network.get("norm_position") == "before"
         and (config.get("data") or {}).get("batch_size") == 60
+        and (config.get("trainer") or {}).get("max_steps") == STEPS
     )

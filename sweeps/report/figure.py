@@ -4,9 +4,10 @@ matplotlib draws all panels of a figure into one picture. plotly draws each pane
 page. Names in a description may come from a configuration; each renderer escapes them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +15,8 @@ from jaxtyping import Float
 from bn_lightning.sweeps.analysis.arms import Style
 
 GRAY = "#888888"
+MOST_MARKERS = 30
+"""A line with more points has small markers."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Axis:
 
     Attributes:
         label: the quantity and its unit.
-        scale: "symlog" is linear below 1 (plotly: linear everywhere).
+        scale: "log1p" draws a value x at log10(1 + x), so that 0 has a place.
         bounds: lower and upper end; None for automatic.
         ticks: position -> label; None for automatic.
         number_format: "," for counts, "g" for short decimals, "" for the library's own.
@@ -30,7 +33,7 @@ class Axis:
     """
 
     label: str = ""
-    scale: Literal["linear", "log", "symlog"] = "linear"
+    scale: Literal["linear", "log", "log1p"] = "linear"
     bounds: tuple[float | None, float | None] = (None, None)
     ticks: Mapping[float, str] | None = None
     number_format: Literal["", ",", "g"] = ""
@@ -45,16 +48,24 @@ class Line:
         x, y: (P,), NaN for a gap.
         name: its entry in the legend, "" for none.
         style: color, line and marker.
-        shows: the curve, the curve with its points, or small open circles.
+        shows: the curve, the curve with a marker at each point, the markers alone, or small open
+            circles. Markers are smaller if there are more than `MOST_MARKERS`.
         width: relative to the usual one.
+        texts: (P,), what the page shows for a point; None for its coordinates.
     """
 
     x: Sequence[float]
     y: Sequence[float]
     name: str
     style: Style
-    shows: Literal["line", "line and points", "circles"] = "line"
+    shows: Literal["line", "line and points", "points", "circles"] = "line"
     width: float = 1.0
+    texts: Sequence[str] | None = None
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether its markers are small."""
+        return len(self.x) > MOST_MARKERS
 
 
 @dataclass(frozen=True)
@@ -64,12 +75,14 @@ class Band:
     Attributes:
         x, low, high: (P,).
         color: hexadecimal.
+        name: its entry in the legend, "" for none.
     """
 
     x: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
     color: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,6 +212,7 @@ class Figure:
         columns: panels side by side, 0 for all.
         legend: in each panel, or one above or below all panels, or "" for none.
         caption: below the label of the horizontal axis, which all panels then share.
+        title: above all panels of a picture.
     """
 
     panels: Sequence[Panel]
@@ -206,3 +220,20 @@ class Figure:
     columns: int = 0
     legend: Literal["panels", "above", "below", ""] = ""
     caption: str = ""
+    title: str = ""
+
+
+def to_log1p(values: Any) -> Any:
+    """Return the places of numbers or an array of them, above -1, on an axis of scale "log1p"."""
+    return np.log1p(values) / np.log(10)
+
+
+def from_log1p(places: Any) -> Any:
+    """Return the numbers at places of an axis of scale "log1p"."""
+    return np.expm1(np.multiply(places, np.log(10)))
+
+
+def log1p_ticks(highest: float) -> dict[float, str]:
+    """Return the ticks of an axis of scale "log1p" up to `highest`: 0 and the powers of 10."""
+    powers = [10.0**k for k in range(1 + max(0, math.floor(math.log10(max(highest, 1)))))]
+    return {0.0: "0"} | {power: f"{power:,.0f}" for power in powers}

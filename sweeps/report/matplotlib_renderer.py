@@ -28,6 +28,9 @@ from bn_lightning.sweeps.report.figure import (
     Line,
     Panel,
     Rule,
+    from_log1p,
+    log1p_ticks,
+    to_log1p,
 )
 
 _MOST_LETTERS, _MOST_IN_LEGEND = 30, 80  # letters of a tick's label, of a legend's entry
@@ -56,6 +59,8 @@ def draw(figure: Figure) -> matplotlib.figure.Figure:
             axes.set_xlabel(literal(panel.x.label))
         if figure.legend == "panels" and axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize="small")
+    if figure.title:
+        drawn.suptitle(literal(figure.title), fontsize="medium")
     if figure.caption:
         label = f"{figure.panels[0].x.label}\n{figure.caption}"
         drawn.supxlabel(literal(label), fontsize="medium", wrap=True)
@@ -116,8 +121,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         match series:
             case Line():
                 _draw_line(axes, series)
-            case Band(x, low, high, color):
-                axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            case Band(x, low, high, color, name):
+                label = _shortened(name, _MOST_IN_LEGEND) or None
+                axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0, label=label)
             case Rule(y):
                 axes.axhline(y, color=GRAY, linewidth=0.8)
             case Intervals():
@@ -151,9 +157,12 @@ def _draw_line(axes: Axes, line: Line) -> None:
         options |= {"marker": "o", "markersize": 2, "fillstyle": "none", "markeredgewidth": 0.5}
         axes.plot(line.x, line.y, linestyle="", **options)
         return
-    if line.shows == "line and points":
-        options |= {"marker": line.style.marker, "markersize": 3}
-    axes.plot(line.x, line.y, linestyle=line.style.line, linewidth=1.5 * line.width, **options)
+    if line.shows != "line":
+        options |= {"marker": line.style.marker, "markersize": 1.5 if line.is_crowded else 4}
+        # Markers at the edge of the axes are whole.
+        options["clip_on"] = False
+    style = "" if line.shows == "points" else line.style.line
+    axes.plot(line.x, line.y, linestyle=style, linewidth=1.5 * line.width, **options)
 
 
 def _draw_intervals(axes: Axes, intervals: Intervals) -> None:
@@ -221,9 +230,12 @@ def colormap_of(scale: ColorScale) -> Colormap:
 def _draw_axis(drawn: MatplotlibAxis, set_scale: Callable[..., None], axis: Axis) -> None:
     if axis.scale == "log":
         set_scale("log")
-    elif axis.scale == "symlog":
-        set_scale("symlog", linthresh=1, linscale=0.3)
-    if axis.ticks is not None:
+    elif axis.scale == "log1p":
+        set_scale("function", functions=(to_log1p, from_log1p))
+    if axis.scale == "log1p":
+        ticks = log1p_ticks(max(drawn.get_view_interval()))
+        drawn.set_ticks(list(ticks), labels=list(ticks.values()))
+    elif axis.ticks is not None:
         drawn.set_ticks(list(axis.ticks), labels=list(map(_shortened, axis.ticks.values())))
         drawn.set_ticks([], minor=True)
     elif axis.number_format == ",":

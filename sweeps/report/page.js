@@ -134,13 +134,29 @@
       }
       next += 200;
       more.hidden = next >= grid.trials.length;
+      stackTables();
     };
     more.addEventListener("click", add);
     details.addEventListener("toggle", () => details.open && next === 0 && add());
   }
 
+  // A table that is wider than the page becomes a list of rows, whose cells have their column's name.
+  function stackTables() {
+    for (const wide of document.querySelectorAll(".wide")) {
+      wide.classList.remove("stacked");
+      if (wide.scrollWidth <= wide.clientWidth) continue;
+      const heads = [...wide.querySelectorAll("thead th")].map((head) => head.textContent);
+      for (const row of wide.querySelectorAll("tbody tr")) {
+        [...row.children].forEach((cell, i) => (cell.dataset.head = heads[i]));
+      }
+      wide.classList.add("stacked");
+    }
+  }
+
   // In print, figures have the width of a sheet, one below the other.
   function redraw(isDark, width) {
+    document.querySelector("main").style.maxWidth = width ? `${width}px` : "";
+    stackTables();
     for (const { id, layout } of plots) {
       Plotly.update(id, {}, { ...themed(layout, isDark), width, autosize: width === undefined });
     }
@@ -148,6 +164,8 @@
 
   Promise.all(plots.map(draw)).then(() => {
     fillTable();
+    stackTables();
+    addEventListener("resize", stackTables);
     dark.addEventListener("change", () => redraw(dark.matches));
     addEventListener("beforeprint", () => redraw(false, 640));
     addEventListener("afterprint", () => redraw(dark.matches));

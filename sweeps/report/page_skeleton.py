@@ -15,6 +15,7 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 from plotly.offline import get_plotlyjs
 
@@ -104,10 +105,18 @@ def tag(name: str, *content: Content, **attributes: str) -> Html:
     return Html(f"<{name}{shown}>{inner}</{name}>")
 
 
+def link(directory: str, text: str) -> Html:
+    """Return a link to a directory, given relative to the page."""
+    return tag("a", text, href=quote(directory.rstrip("/")) + "/")
+
+
 def html_table(
     head: Sequence[Content], rows: Iterable[Sequence[Content]], caption: str = "", last: str = ""
 ) -> Html:
-    """Return a table that scrolls if it is too wide; `last` is the class of its last column."""
+    """Return a table; `last` is the class of its last column.
+
+    Where it is too wide, page.js shows each row as a list; without JavaScript it scrolls.
+    """
     made = []
     for row in rows:
         first, *others = row

@@ -19,13 +19,20 @@ from bn_lightning.sweeps.report.figure import (
     Panel,
     Rule,
     Series,
+    log1p_ticks,
+    to_log1p,
 )
 from bn_lightning.sweeps.report.matplotlib_renderer import colormap_of
 from bn_lightning.sweeps.report.page_skeleton import Plot
 
 _MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
 _DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
-_MODES = {"line": "lines", "line and points": "markers+lines", "circles": "markers"}
+_MODES = {
+    "line": "lines",
+    "line and points": "markers+lines",
+    "points": "markers",
+    "circles": "markers",
+}
 _LEGENDS = {"above": {"y": 1.02, "yanchor": "bottom"}, "below": {"y": -0.25, "yanchor": "top"}}
 
 # At most this many learning rates have horizontal labels below a small plot.
@@ -38,7 +45,7 @@ def plots_of(figure: Figure) -> list[Plot]:
 
 
 def _plot(panel: Panel) -> Plot:
-    traces = [trace for series in panel.series for trace in _traces(series)]
+    traces = [trace for series in panel.series for trace in _traces(series, panel.x)]
     heatmaps = [series for series in panel.series if isinstance(series, Heatmap)]
     layout: dict[str, Any] = {
         "height": panel.page_height,
@@ -69,18 +76,20 @@ def _plot(panel: Panel) -> Plot:
     if any(isinstance(series, Bars | Intervals) for series in panel.series):
         layout["yaxis"]["automargin"] = True  # for names of any length
         layout["margin"]["r"] = 40
+    if any(isinstance(series, Bars) for series in panel.series):
+        layout["yaxis"]["type"] = "category"
     arms = heatmaps[0].arms if heatmaps else ()
     return Plot(
         panel.id, panel.page_title, traces, layout, panel.page_caption, arms, panel.has_tools
     )
 
 
-def _traces(series: Series) -> list[dict[str, Any]]:
+def _traces(series: Series, x: Axis) -> list[dict[str, Any]]:
     match series:
         case Line():
-            return [_line(series)]
+            return [_line(series, x)]
         case Band():
-            return [_band(series)]
+            return [_band(series, x)]
         case Intervals():
             return [_intervals(series)]
         case Bars():
@@ -90,35 +99,48 @@ def _traces(series: Series) -> list[dict[str, Any]]:
     return []
 
 
-def _line(line: Line) -> dict[str, Any]:
+def _line(line: Line, x: Axis) -> dict[str, Any]:
     style = line.style
-    marker: dict[str, Any] = {"symbol": _MARKERS[style.marker], "size": 6}
+    marker: dict[str, Any] = {"symbol": _MARKERS[style.marker], "size": 3 if line.is_crowded else 7}
     if line.shows == "circles":
         marker = {"symbol": "circle-open", "size": 4}
-    return {
+    made: dict[str, Any] = {
         "type": "scatter",
         "mode": _MODES[line.shows],
         "name": line.name,
         **({} if line.name else {"showlegend": False}),
-        "x": list(map(rounded, line.x)),
+        "x": _places(line.x, x),
         "y": list(map(rounded, line.y)),
         "line": {"color": style.color, "dash": _DASHES[style.line], "width": 2 * line.width},
         "marker": {"color": style.color, **marker},
+        "cliponaxis": line.shows == "line",  # markers at the edge of the axes are whole
     }
+    if line.texts is not None:
+        made |= {"hovertext": list(line.texts), "hovertemplate": "%{hovertext}<extra></extra>"}
+    elif x.scale == "log1p":
+        made["customdata"] = list(map(rounded, line.x))
+        made["hovertemplate"] = "%{customdata:,}, %{y:.4g}"
+    return made
 
 
-def _band(band: Band) -> dict[str, Any]:
+def _band(band: Band, x: Axis) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines",
-        "x": [rounded(value) for value in (*band.x, *band.x[::-1])],
+        "x": _places((*band.x, *band.x[::-1]), x),
         "y": [rounded(value) for value in (*band.high, *band.low[::-1])],
         "fill": "toself",
         "fillcolor": f"{band.color}33",
         "line": {"width": 0},
         "hoverinfo": "skip",
-        "showlegend": False,
+        "name": band.name,
+        "showlegend": bool(band.name),
     }
+
+
+def _places(values: Sequence[float], axis: Axis) -> list[float]:
+    """Return where values are on an axis; plotly has no scale "log1p" of its own."""
+    return [rounded(to_log1p(value) if axis.scale == "log1p" else value) for value in values]
 
 
 def _intervals(found: Intervals) -> dict[str, Any]:
@@ -231,15 +253,20 @@ def _axis(axis: Axis, positive: Sequence[float]) -> dict[str, Any]:
     is_log = axis.scale == "log"
     title = {"text": axis.label.replace("\n", "<br>"), "font": {"size": 12}}
     made: dict[str, Any] = {"title": title, "type": "log" if is_log else "linear"}
-    if None not in axis.bounds:
-        made["range"] = [math.log10(x) if is_log else x for x in axis.bounds if x is not None]
-    if axis.ticks is not None:
+    if axis.bounds != (None, None):
+        made["range"] = [
+            math.log10(bound) if is_log and bound is not None else bound for bound in axis.bounds
+        ]
+    if axis.scale == "log1p":
+        ticks = log1p_ticks(max(positive, default=1.0))
+        made |= {"tickvals": _places(list(ticks), axis), "ticktext": list(ticks.values())}
+    elif axis.ticks is not None:
         made |= {"tickvals": list(axis.ticks), "ticktext": list(axis.ticks.values())}
     elif is_log and axis.number_format:
         made |= log_ticks(positive)
     elif is_log:
         made["exponentformat"] = "power"
-    if axis.number_format:
+    if axis.number_format and axis.scale != "log1p":
         made["tickformat"] = {",": ",d", "g": "~g"}[axis.number_format]
     if axis.is_reversed:
         made["autorange"] = "reversed"

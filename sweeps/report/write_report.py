@@ -11,7 +11,6 @@ from bn_lightning.runs.atomic_write import write_atomically, write_json
 from bn_lightning.runs.record import training_seconds
 from bn_lightning.sweeps.analysis.columns import Columns, GridTrials, NoGrid, grid_trials
 from bn_lightning.sweeps.analysis.compared_runs import (
-    ComparedRun,
     read_runs,
     runtime_sentences,
     runtimes,
@@ -24,6 +23,8 @@ from bn_lightning.sweeps.analysis.provenance import (
     mixed,
     with_provenance,
 )
+from bn_lightning.sweeps.analysis.run_list import text_table
+from bn_lightning.sweeps.analysis.seed_groups import ArmTable, seed_groups
 from bn_lightning.sweeps.analysis.sources import (
     SUMMARY_FILE,
     SUMMARY_SCHEMA_VERSION,
@@ -36,16 +37,16 @@ from bn_lightning.sweeps.analysis.trials import TABLE_FILE, Cell, TrialRow, Tria
 from bn_lightning.sweeps.engine.passwords import redacted
 from bn_lightning.sweeps.report.figure import Figure
 from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures
+from bn_lightning.sweeps.report.grid_page import grid_page
 from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
 from bn_lightning.sweeps.report.optuna_plotly import optuna_plots
-from bn_lightning.sweeps.report.page_text import grid_page, runs_page, study_page
 from bn_lightning.sweeps.report.run_figures import (
-    accuracy_figure,
+    COMPARED,
     comparison_figure,
-    loss_figure,
-    percentiles_figure,
-    throughput_figure,
+    figures_of_groups,
 )
+from bn_lightning.sweeps.report.runs_page import runs_page
+from bn_lightning.sweeps.report.study_page import study_page
 
 PAGE_FILE = "report.html"
 MOST_PLACES = 2
@@ -60,7 +61,7 @@ class ReportOptions:
     """The options of a report.
 
     Attributes:
-        output: the folder to write to; None for the sweep's directory, or this one for runs.
+        output: the folder to write to; None for the folder that is reported on, the only source.
         study: name of the study, if a storage has several.
         columns: parameters that are not found by their names.
         allow_mixed: whether trials of different data or budgets are reported together.
@@ -85,23 +86,40 @@ def write_report(sources: Sequence[str], options: ReportOptions = ReportOptions(
         options: what to write, and where.
 
     Raises:
-        ValueError: a source is neither, or its content cannot be reported together.
+        ValueError: a source is neither, its content cannot be reported together, or there are
+            several sources or a URL and no `options.output`.
     """
     runs = {source: runs_in(source) for source in sources}
     if all(runs.values()):
-        return _report_runs([run for found in runs.values() for run in found], options)
+        output = options.output or _folder_of(sources)
+        return _report_runs([run for found in runs.values() for run in found], output, options)
     if len(sources) > 1:
         others = [redacted(source, source) for source in sources if not runs[source]]
         raise ValueError(
             f"expected one sweep, or runs, got {len(sources)} places, and no run in "
             f"{', '.join(others)}; report a sweep by itself"
         )
+    output = options.output or _folder_of(sources)
     base, table = read_sweep(sources[0], options.study)
-    return _report_study(table, base, options)
+    return _report_study(table, base, output, options)
 
 
-def _report_study(table: TrialTable, base: Path, options: ReportOptions) -> Path:
-    output = options.output or base
+def _folder_of(sources: Sequence[str]) -> Path:
+    """Return the folder that a report is about, and so is written to.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if len(sources) > 1 or "://" in sources[0]:
+        what = f"{len(sources)} runs" if len(sources) > 1 else "a storage URL"
+        raise ValueError(
+            f"expected `--output`, the folder to write to, for {what}, got none; add --output DIR"
+        )
+    path = Path(sources[0])
+    return path.parent if path.is_file() else path
+
+
+def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOptions) -> Path:
     if options.threshold is not None:
         table = replace(table, about={**table.about, _THRESHOLD: options.threshold})
     counts = table.counts()
@@ -195,13 +213,18 @@ def _relative(path: Path, base: Path) -> str:
     return os.path.relpath(path, base).replace(os.sep, "/")
 
 
-def _report_runs(directories: list[Path], options: ReportOptions) -> Path:
-    output = options.output or Path(".")
+def _report_runs(directories: list[Path], output: Path, options: ReportOptions) -> Path:
     runs = read_runs(directories)
-    rows = tuple(run.as_row(number) for number, run in enumerate(runs))
+    groups = seed_groups(runs)
+    rows = tuple(run.as_row(number, output) for number, run in enumerate(runs))
     notes = _mixture_notes(rows, options.allow_mixed, [str(run.directory) for run in runs])
-    table = with_provenance(TrialTable("runs", (), rows), Path("."), is_of_sweep=False)
+    left_out = [run.label for run in runs if not run.has_result]
+    if left_out:
+        notes.append(f"Left out of means, because they have no result: {'; '.join(left_out)}.")
+    table = with_provenance(TrialTable("runs", (), rows), output, is_of_sweep=False)
+    arms = ArmTable.of(groups)
     content = _content("runs", table) | {
+        "arms": arms.as_json(),
         "runs": [
             {
                 "label": run.label,
@@ -219,32 +242,15 @@ def _report_runs(directories: list[Path], options: ReportOptions) -> Path:
         "seconds": runtimes(runs),
         "notes": notes,
     }
-    with_paper = any(is_paper_experiment(run.record) for run in runs)
-    figures = figures_of_runs(runs, with_paper)
+    with_paper = all(is_paper_experiment(run.record) for run in runs)
+    figures = figures_of_groups(groups, with_paper)
     _save_all(figures, output)
-    comparison = comparison_figure(figures["accuracy"], figures["percentiles"])
-    save(comparison, output / "comparison")
-    page = runs_page(runs, table, figures, with_paper, notes)
-    lines = [*runtime_sentences(runs), str(output / "comparison.png")]
+    lines = [text_table(arms.head(), arms.rows()), *runtime_sentences(runs)]
+    if figures.keys() & COMPARED:
+        save(comparison_figure(figures), output / "comparison")
+        lines.append(str(output / "comparison.png"))
+    page = runs_page(arms, table, figures, with_paper, notes)
     return _write(output, table, content, page, lines)
-
-
-def figures_of_runs(runs: Sequence[ComparedRun], with_paper: bool) -> dict[str, Figure]:
-    """Return file name -> figure, in the order of the page."""
-    arms = {run.label: run.arm for run in runs}
-    metrics = {run.label: run.metrics for run in runs}
-    accuracy = {label: logged["test/accuracy"] for label, logged in metrics.items()}
-    losses = {
-        label: logged["test/loss"] for label, logged in metrics.items() if "test/loss" in logged
-    }
-    key = "steps_per_second"
-    speeds = {run.label: run.record[key] for run in runs if key in run.record}
-    return {
-        "accuracy": accuracy_figure(accuracy, arms, with_paper),
-        **({"loss": loss_figure(losses, arms)} if losses else {}),
-        "percentiles": percentiles_figure(metrics, arms),
-        **({"throughput": throughput_figure(speeds, arms)} if speeds else {}),
-    }
 
 
 def _mixture_notes(

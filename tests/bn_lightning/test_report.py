@@ -17,13 +17,9 @@ from bn_lightning.report import main
 from bn_lightning.runs.atomic_write import write_json
 from bn_lightning.runs.record import RunRecord, read_run
 from bn_lightning.sweeps.analysis.columns import Columns
-from bn_lightning.sweeps.analysis.compared_runs import ComparedRun
-from bn_lightning.sweeps.report.run_figures import run_styles
-from bn_lightning.sweeps.report.write_report import (
-    ReportOptions,
-    figures_of_runs,
-    write_report,
-)
+from bn_lightning.sweeps.analysis.seed_groups import SeedGroup
+from bn_lightning.sweeps.report.run_figures import figures_of_groups, run_styles
+from bn_lightning.sweeps.report.write_report import ReportOptions, write_report
 
 METRICS = {
     "test/accuracy": 0.9,
@@ -48,14 +44,21 @@ hydra:
 
 
 def run(
-    directory: Path, norm: Any = None, leave_out: str = "", source: str = "digits", steps: int = 2
+    directory: Path,
+    norm: Any = None,
+    leave_out: str = "",
+    source: str = "digits",
+    steps: int = 2,
+    **config: Any,
 ) -> Path:
+    """Write a run; its accuracy is .9, and a hundredth more for each seed above 1."""
     directory.mkdir(parents=True)
-    config = {"seed": 1, "norm": norm, "trainer": {"max_steps": steps}}
-    record = RunRecord(directory, config)
-    record.end("completed", data={"source": source}, steps=steps, steps_per_second=100.0)
+    config = {"seed": 1, "norm": norm, "trainer": {"max_steps": steps}} | config
+    metrics = METRICS | {"test/accuracy": 0.9 + (config["seed"] - 1) / 100}
+    metrics = {name: value for name, value in metrics.items() if name != leave_out}
+    measured = {"steps": steps, "steps_per_second": 100.0, "seconds": 2.0, "metrics": metrics}
+    RunRecord(directory, config).end("completed", data={"source": source}, **measured)
     logger = MetricsCSVLogger(directory)
-    metrics = {k: v for k, v in METRICS.items() if k != leave_out}
     for step in (1, 2):
         logger.log_metrics(metrics, step)
     logger.save()
@@ -266,7 +269,7 @@ class TestSweep:
         assert summary(tmp_path / "sweep")["study"]["about"]["runs"]["data"] == {name: 48}
         runs = [run(tmp_path / "a"), run(tmp_path / "b", {"_target_": name})]
         write_report([*map(str, runs)], ReportOptions(tmp_path))
-        assert name in [found["label"] for found in summary(tmp_path)["runs"]]
+        assert name in [found["label"] for found in summary(tmp_path)["arms"]]
 
     def test_unequal_seeds(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweep = make_study(tmp_path, skip=lambda p: p["norm"] == "none" and p["seed"] == 3)
@@ -343,11 +346,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return the metrics of the runs of each report."""
     given: list[dict[str, Any]] = []
 
-    def recording(runs: list[ComparedRun], with_paper: bool) -> Any:
-        given.append({run.label: run.metrics for run in runs})
-        return figures_of_runs(runs, with_paper)
+    def recording(groups: list[SeedGroup], with_paper: bool) -> Any:
+        given.append({run.label: run.metrics for group in groups for run in group.runs})
+        return figures_of_groups(groups, with_paper)
 
-    monkeypatch.setattr(f"{write_report.__module__}.figures_of_runs", recording)
+    monkeypatch.setattr(f"{write_report.__module__}.figures_of_groups", recording)
     return given
 
 
@@ -373,13 +376,12 @@ class TestLinks:
         assert victim.read_text() == "mine"
         assert not any((sweep / name).is_symlink() for name in names)
 
-    def test_files_of_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_files_of_runs(self, tmp_path: Path) -> None:
         run(tmp_path / "runs/a"), run(tmp_path / "runs/b", BATCH)
-        monkeypatch.chdir(tmp_path / "runs")
-        Path("figures").mkdir()
+        (tmp_path / "runs/figures").mkdir()
         names = {*PAGE_FILES, "comparison.png", "comparison.svg", "figures/accuracy.svg"}
         victim = linked(tmp_path / "runs", names)
-        write_report(["a", "b"])
+        write_report([str(tmp_path / "runs")])
         assert victim.read_text() == "mine"
 
     def test_the_folder_of_figures(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
@@ -420,10 +422,10 @@ class TestRuns:
         assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (output / "comparison.svg").read_text()
         printed = capsys.readouterr().out.splitlines()
-        assert printed == [str(output / "comparison.png"), str(output / "report.html")]
+        assert printed[-2:] == [str(output / "comparison.png"), str(output / "report.html")]
         (runs_drawn,) = drawn
-        assert list(runs_drawn) == ["with BatchNorm", "without BatchNorm"]
-        assert runs_drawn["with BatchNorm"]["test/accuracy"] == [(1, 0.9), (2, 0.9)]
+        assert list(runs_drawn) == ["with BatchNorm, seed 1", "without BatchNorm, seed 1"]
+        assert runs_drawn["with BatchNorm, seed 1"]["test/accuracy"] == [(1, 0.9), (2, 0.9)]
         assert "percentiles-1" in page and "the paper" not in page
         assert [found["label"] for found in summary(output)["runs"]] == list(runs_drawn)
 
@@ -435,9 +437,10 @@ class TestRuns:
         for directory, seconds in zip(runs, (30.0, 20.0, 25.0), strict=True):
             write_json(directory / "run.json", read_run(directory) | {"seconds": seconds})
         page = write_report([*map(str, runs)], ReportOptions(tmp_path / "out")).read_text()
-        assert list(drawn[0]) == ["with BatchNorm", "without BatchNorm", "torch.nn.GroupNorm"]
+        arms = ["with BatchNorm", "without BatchNorm", "torch.nn.GroupNorm"]
+        assert list(drawn[0]) == [f"{arm}, seed 1" for arm in arms]
         assert "torch.nn.GroupNorm / without BatchNorm: 1.25" in capsys.readouterr().out
-        assert "Inputs of the last activation, torch.nn.GroupNorm" in page
+        assert "Inputs of the last activation, torch.nn.GroupNorm, seed 1" in page
         found = summary(tmp_path / "out")
         assert [of_run["arm"] for of_run in found["runs"]] == [
             "batch",
@@ -454,7 +457,7 @@ class TestRuns:
         for directory, seconds in zip(runs, (37.5, 28.55), strict=True):
             write_json(directory / "run.json", read_run(directory) | {"seconds": seconds})
         page = write_report([*map(str, runs)], ReportOptions(tmp_path / "out")).read_text()
-        line = capsys.readouterr().out.splitlines()[0]
+        line = capsys.readouterr().out.splitlines()[-3]
         assert "without BatchNorm 28.55 s; with BatchNorm / without BatchNorm: 1.31" in line
         assert line in page
         assert summary(tmp_path / "out")["seconds"] == {"batch": 37.5, "none": 28.55}
@@ -464,7 +467,8 @@ class TestRuns:
         for name in ("0", "1", "10", "2"):
             run(tmp_path / "job" / name)
         for _ in range(2):
-            write_report([str(tmp_path / "job")], ReportOptions(tmp_path / "job"))
+            page = write_report([str(tmp_path / "job")])
+            assert page == tmp_path / "job/report.html"
         first, second = drawn
         assert len(first) == 4 and first == second
         assert all(label.startswith("without BatchNorm") for label in first)
@@ -491,15 +495,85 @@ class TestRuns:
             write_report(runs, ReportOptions(tmp_path / "out"))
         assert words in str(caught.value)
         page = write_report(runs, ReportOptions(tmp_path / "out", allow_mixed=True)).read_text()
-        assert all(f"<code>{directory}</code>" in page for directory in runs)
+        assert all(f'<a href="../{name}/">../{name}</a>' in page for name in range(4))
 
-    @pytest.mark.parametrize("name", ["test/accuracy", "activation/p50"])
-    def test_a_run_that_did_not_log_what_is_drawn(self, tmp_path: Path, name: str) -> None:
+    @pytest.mark.parametrize(
+        ("name", "figures"),
+        [("test/accuracy", {"loss", "percentiles"}), ("activation/p50", {"accuracy", "loss"})],
+    )
+    def test_what_a_run_did_not_log_is_not_drawn(
+        self, tmp_path: Path, name: str, figures: set[str]
+    ) -> None:
         directory = run(tmp_path / "a", leave_out=name)
-        with pytest.raises(ValueError, match=f"{name}.*data.test_curve=true") as caught:
-            write_report([str(directory)], ReportOptions(tmp_path / "out"))
-        assert str(directory) in str(caught.value)
-        assert not (tmp_path / "out").exists()
+        write_report([str(directory)], ReportOptions(tmp_path / "out"))
+        drawn = {path.stem for path in (tmp_path / "out/figures").iterdir()}
+        assert drawn == figures | {"throughput"}
+
+    def test_runs_that_differ_in_seed_alone_are_one_arm(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Accuracies .90, .91, .92 of three seeds: mean .91, standard deviation .01."""
+        folder = tmp_path / "job"
+        for seed in (1, 2, 3):
+            run(folder / str(seed), BATCH, seed=seed, data={"seed": seed}, task_name="mine")
+        run(folder / "4", None, task_name="mine")
+        page = write_report([str(folder)]).read_text()
+        batch, none = summary(folder)["arms"]
+        assert (batch["label"], batch["seeds"]) == ("with BatchNorm", [1, 2, 3])
+        assert (none["label"], none["seeds"]) == ("without BatchNorm", [1])
+        found = batch["accuracy"]["end"]
+        assert (found["mean"], found["n"]) == (pytest.approx(0.91), 3)
+        assert found["deviation"] == pytest.approx(0.01)
+        assert none["accuracy"]["end"] == {"mean": 0.9, "deviation": None, "n": 1}
+        out = capsys.readouterr().out
+        rows = [[c.strip() for c in line.split("|")] for line in out.splitlines() if "|" in line]
+        assert rows[0][3:5] == ["test accuracy after 1 step", "test accuracy after 2 steps"]
+        assert rows[2][1:5] == ["with BatchNorm", "1, 2, 3", "0.910 ± 0.010", "0.910 ± 0.010"]
+        assert "Runs of mine" in page and "<td>0.910 ± 0.010</td>" in page
+        assert "with BatchNorm, 3 seeds" in page and "without BatchNorm, seed 1" in page
+
+    def test_a_run_without_a_result_is_left_out_of_means(self, tmp_path: Path) -> None:
+        folder = tmp_path / "job"
+        for seed in (1, 2, 3):
+            run(folder / str(seed), seed=seed)
+        record = read_run(folder / "3") | {"status": "failed"}
+        write_json(folder / "3/run.json", record)
+        write_report([str(folder)])
+        (arm,) = summary(folder)["arms"]
+        assert arm["accuracy"]["end"] == {
+            "mean": pytest.approx(0.905),
+            "deviation": pytest.approx(0.01 / 2**0.5),
+            "n": 2,
+        }
+        assert summary(folder)["notes"] == [
+            "Left out of means, because they have no result: without BatchNorm, seed 3."
+        ]
+
+    def test_a_run_that_diverged_counts_as_a_guess_from_then_on(self, tmp_path: Path) -> None:
+        folder = tmp_path / "job"
+        run(folder / "1"), run(folder / "2", seed=2, steps=1)
+        record = read_run(folder / "2")
+        record["config"]["trainer"] = {"max_steps": 2}
+        record |= {"status": "diverged", "steps": 0, "metrics": {"test/accuracy": 0.1}}
+        write_json(folder / "2/run.json", record)
+        (folder / "2/metrics.csv").unlink()
+        write_report([str(folder)])
+        (arm,) = summary(folder)["arms"]
+        means = [arm["accuracy"][name]["mean"] for name in ("1", "end")]
+        assert means == [pytest.approx(0.5), pytest.approx(0.5)]
+
+    def test_where_it_writes_is_never_guessed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One folder is written to; of several runs, or of a URL, the folder must be named."""
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        runs = [str(run(tmp_path / name)) for name in "ab"]
+        for sources in (runs, ["sqlite:///study.db"]):
+            with pytest.raises(ValueError, match="expected `--output`.*add --output DIR"):
+                write_report(sources)
+        assert write_report(runs[:1]) == tmp_path / "a/report.html"
+        assert not list((tmp_path / "here").iterdir())
 
 
 class TestNeither:
@@ -595,7 +669,30 @@ class TestCommand:
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
         self.main(monkeypatch, directory)
-        assert (tmp_path / "here/comparison.svg").exists()
+        assert (directory / "comparison.svg").exists()
+        assert not list((tmp_path / "here").iterdir())
+
+    def test_lists_runs(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run(tmp_path / "logs/mine/runs/a", BATCH)
+        run(tmp_path / "logs/mine/runs/b", seed=3, leave_out="test/accuracy")
+        (tmp_path / "logs/mine/runs/a/.hydra").mkdir()
+        overrides = "- norm=batch\n- optimizer.lr=0.1\n"
+        (tmp_path / "logs/mine/runs/a/.hydra/overrides.yaml").write_text(overrides)
+        (tmp_path / "logs/other").mkdir()
+        (tmp_path / "logs/other/run.json").write_text("{}")
+        self.main(monkeypatch, "--list", tmp_path / "logs")
+        lines = capsys.readouterr().out.splitlines()
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert rows[0] == ["run", "arm", "seed", "status", "accuracy", "overrides"]
+        assert rows[2:] == [
+            ["mine/runs/a", "with BatchNorm", "1", "completed", "0.9000", "optimizer.lr=0.1"],
+            ["mine/runs/b", "without BatchNorm", "3", "completed", "", ""],
+            ["other", "", "", "unreadable", "", ""],
+        ]
+        with pytest.raises(SystemExit):
+            self.main(monkeypatch, "--list", tmp_path / "nowhere")
 
     def test_options(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_study: Callable[..., Path]

@@ -48,6 +48,17 @@ class TestSummary:
             assert words in out
         assert "diverged" not in out
 
+    def test_the_title_names_task_arm_and_seed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """An evaluation names those of the network that it evaluates."""
+        record = ended(tmp_path).content
+        named = {"task_name": "mine", "norm": None, "seed": 3}
+        for config, trained in ((named, None), ({"task_name": "evaluate"}, named)):
+            print_run_table(record | {"config": config}, tmp_path, trained)
+            words = " ".join(capsys.readouterr().out.split())
+            assert "mine, without BatchNorm, seed 3: completed" in words
+
     @pytest.mark.parametrize(("steps", "is_said"), [(999, True), (1000, False)])
     def test_a_run_too_short_to_be_validated_says_so(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, is_said: bool

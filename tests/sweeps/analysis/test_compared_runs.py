@@ -9,18 +9,19 @@ import pytest
 
 from bn_lightning.runs.atomic_write import write_json
 from bn_lightning.runs.record import read_run
+from bn_lightning.sweeps.analysis.arms import arm_of_config
 from bn_lightning.sweeps.analysis.compared_runs import (
     ComparedRun,
-    arm_of_config,
     read_runs,
     runtime_sentences,
     runtimes,
     width_growth,
 )
+from bn_lightning.sweeps.analysis.seed_groups import seed_groups
+from bn_lightning.sweeps.report.page_parts import duration_text
 from bn_lightning.sweeps.report.page_skeleton import Plot
-from bn_lightning.sweeps.report.page_text import _duration
 from bn_lightning.sweeps.report.plotly_renderer import log_ticks, plots_of
-from bn_lightning.sweeps.report.write_report import figures_of_runs
+from bn_lightning.sweeps.report.run_figures import figures_of_groups
 
 BATCH = {"_target_": "bn_lightning.models.normalization.batch_norm"}
 SYNC = {"_target_": "bn_lightning.models.normalization.sync_batch_norm"}
@@ -48,11 +49,11 @@ def test_labels_say_what_differs(tmp_path: Path, make_run: Callable[..., Path]) 
         make_run(tmp_path / "c", None, lr=0.1, seed=2),
         make_run(tmp_path / "d", None, lr=0.1, seed=2),
     ]
-    assert [read.label for read in read_runs(runs)] == [
-        "with BatchNorm",
-        "without BatchNorm, seed 1",
-        "without BatchNorm, seed 2",
-        "without BatchNorm, seed 2 (2)",
+    assert [(read.group, read.label) for read in read_runs(runs)] == [
+        ("with BatchNorm", "with BatchNorm, seed 1"),
+        ("without BatchNorm", "without BatchNorm, seed 1"),
+        ("without BatchNorm", "without BatchNorm, seed 2"),
+        ("without BatchNorm (2)", "without BatchNorm (2), seed 2"),
     ]
 
 
@@ -69,12 +70,17 @@ def test_labels_of_runs_that_differ_by_what_was_typed(
     for run, overrides in zip(runs, typed.values(), strict=True):
         (run / ".hydra").mkdir()
         (run / ".hydra" / "overrides.yaml").write_text("\n".join(f"- '{o}'" for o in overrides))
-    assert [read.label for read in read_runs(runs[:3])] == [
-        "with BatchNorm, lr 1",
-        "with BatchNorm, lr 0.1, model.network.activation=relu",
-        f"with BatchNorm, lr 0.1, init=he, a={'x' * 58}",
+    networks = [{"activation": name} for name in ("sigmoid", "relu", "tanh")]
+    for run, network in zip(runs, networks, strict=False):
+        record = read_run(run)
+        record["config"]["model"] = {"network": network}
+        write_json(run / "run.json", record)
+    assert [read.group for read in read_runs(runs[:3])] == [
+        "with BatchNorm, learning rate 1",
+        "with BatchNorm, learning rate 0.1, model.network.activation=relu",
+        f"with BatchNorm, learning rate 0.1, init=he, a={'x' * 58}",
     ]
-    assert read_runs(runs)[3].label == "with BatchNorm, lr 0.1"
+    assert read_runs(runs)[3].group == "with BatchNorm, learning rate 0.1"
 
 
 def test_the_tasks_name_is_enough_where_it_differs(
@@ -85,17 +91,19 @@ def test_the_tasks_name_is_enough_where_it_differs(
         record = read_run(run)
         record["config"]["task_name"] = name
         write_json(run / "run.json", record)
-    labels = [run.label for run in read_runs([tmp_path / "a", tmp_path / "b"])]
+    labels = [run.group for run in read_runs([tmp_path / "a", tmp_path / "b"])]
     assert labels == ["without BatchNorm, two", "without BatchNorm, eps"]
-    labels = [run.label for run in read_runs([tmp_path / n for n in "abc"])]
-    assert labels == [f"without BatchNorm, {n}" for n in ("two, lr 1", "eps, lr 0.1", "eps, lr 1")]
+    labels = [run.group for run in read_runs([tmp_path / n for n in "abc"])]
+    names = ("two, learning rate 1", "eps, learning rate 0.1", "eps, learning rate 1")
+    assert labels == [f"without BatchNorm, {name}" for name in names]
 
 
 def test_a_run_as_a_line_of_a_table(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     (read,) = read_runs([make_run(tmp_path / "a", None)])
-    row = read.as_row(5)
+    row = read.as_row(5, tmp_path / "report")
     assert (row.number, row.state) == (5, "COMPLETE")
     assert row.params == {"norm": "none", "optimizer.lr": 1.0, "seed": 1, "trainer.max_steps": 2}
+    assert row.attributes["directory"] == "../a"
     assert row.attributes["test/accuracy"] == 0.9 and row.attributes["run/data"] == "mnist"
 
 
@@ -114,7 +122,7 @@ def timed(make_run: Callable[..., Path], directory: Path, norm: Any, **record: A
 
 
 def plots_of_runs(runs: list[ComparedRun]) -> dict[str, Plot]:
-    figures = figures_of_runs(runs, with_paper=False).values()
+    figures = figures_of_groups(seed_groups(runs), with_paper=False).values()
     return {plot.id: plot for figure in figures for plot in plots_of(figure)}
 
 
@@ -129,14 +137,23 @@ def test_nothing_lies_on_the_curves(tmp_path: Path, make_run: Callable[..., Path
     assert not plots["throughput"].has_tools
 
 
-@pytest.mark.parametrize(("points", "mode"), [(1, "markers+lines"), (3, "lines")])
-def test_a_single_evaluation_is_seen(
-    tmp_path: Path, make_run: Callable[..., Path], points: int, mode: str
+@pytest.mark.parametrize("points", [1, 2])
+def test_each_measurement_has_a_marker(
+    tmp_path: Path, make_run: Callable[..., Path], points: int
 ) -> None:
+    """A line through one point would be invisible."""
     (read,) = read_runs([make_run(tmp_path / "a", None)])
-    metrics = {name: series[:1] * points for name, series in read.metrics.items()}
+    metrics = {name: series[:points] for name, series in read.metrics.items()}
     plots = plots_of_runs([replace(read, metrics=metrics)])
-    assert [plots[name].traces[0]["mode"] for name in ("accuracy", "loss")] == [mode, mode]
+    for name in ("accuracy", "loss", "percentiles-0"):
+        assert plots[name].traces[-1]["mode"] == "markers+lines"
+        assert plots[name].traces[-1]["cliponaxis"] is False
+
+
+def test_bars_are_on_an_axis_of_names(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    """On an axis of numbers they would not be drawn."""
+    plots = plots_of_runs(read_runs([make_run(tmp_path / "a", None)]))
+    assert plots["throughput"].layout["yaxis"]["type"] == "category"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +174,7 @@ def test_ticks_of_a_logarithmic_axis(values: list[float], ticks: dict[str, Any])
     ("seconds", "text"), [(47.4, "47 seconds"), (600, "10 minutes"), (7000, "1.9 hours")]
 )
 def test_a_time_is_in_a_unit_that_suits_it(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration_text(seconds) == text
 
 
 def test_runtimes_of_the_arms(tmp_path: Path, make_run: Callable[..., Path]) -> None:
@@ -174,7 +191,7 @@ def test_runtimes_of_the_arms(tmp_path: Path, make_run: Callable[..., Path]) -> 
         "Time of training: with BatchNorm 35.00 s, without BatchNorm 28.00 s; "
         "with BatchNorm / without BatchNorm: 1.25"
     ]
-    assert read_runs(runs)[3].as_row(3).attributes["seconds"] is None
+    assert read_runs(runs)[3].as_row(3, tmp_path).attributes["seconds"] is None
     sentences = runtime_sentences(read_runs([*runs[:2], runs[3]]))
     assert sentences[0] == "Time of training: with BatchNorm 35.00 s"
     assert sentences[1].startswith("Time unknown: without BatchNorm,")

@@ -26,8 +26,9 @@ def test_points_of_the_table_in_the_paper() -> None:
         ({"activation": "relu"}, False),
         ({"batch_size": 64}, False),
         ({"norm_position": "after"}, False),
+        ({"max_steps": 1000}, False),
     ],
-    ids=["it is", "digits", "two layers", "relu", "batches of 64", "after"],
+    ids=["it is", "digits", "two layers", "relu", "batches of 64", "after", "1,000 steps"],
 )
 def test_which_experiment_is_the_papers(change: dict[str, Any], is_it: bool) -> None:
     values: dict[str, Any] = {
@@ -36,9 +37,14 @@ def test_which_experiment_is_the_papers(change: dict[str, Any], is_it: bool) -> 
         "activation": "sigmoid",
         "batch_size": 60,
         "norm_position": "before",
+        "max_steps": 50_000,
     } | change
     network = {key: values[key] for key in ("widths", "activation", "norm_position")}
-    config = {"model": {"network": network}, "data": {"batch_size": values["batch_size"]}}
+    config = {
+        "model": {"network": network},
+        "data": {"batch_size": values["batch_size"]},
+        "trainer": {"max_steps": values["max_steps"]},
+    }
     record = {"data": {"source": values["source"]}, "config": config}
     assert is_paper_experiment(record) is is_it
     assert not is_paper_experiment({"config": {}, "data": None})

@@ -11,6 +11,7 @@ from bn_lightning.sweeps.analysis.summary import summarize
 from bn_lightning.sweeps.analysis.tolerance import GridTrial
 from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
 from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures
+from bn_lightning.sweeps.report.grid_page import grid_page
 from bn_lightning.sweeps.report.optuna_plotly import optuna_plots
 from bn_lightning.sweeps.report.page_skeleton import (
     Html,
@@ -21,8 +22,8 @@ from bn_lightning.sweeps.report.page_skeleton import (
     render_page,
     tag,
 )
-from bn_lightning.sweeps.report.page_text import grid_page, study_page
 from bn_lightning.sweeps.report.plotly_renderer import plots_of
+from bn_lightning.sweeps.report.study_page import study_page
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{plotly}}"
 

@@ -10,20 +10,26 @@ from matplotlib.colors import to_rgb
 
 from bn_lightning.landscape import landscape_figure
 from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
+from bn_lightning.runs.record import RunRecord
+from bn_lightning.sweeps.analysis.compared_runs import ComparedRun, read_runs
 from bn_lightning.sweeps.analysis.paper_curves import paper_accuracy
 from bn_lightning.sweeps.report.figure import Figure
 from bn_lightning.sweeps.report.matplotlib_renderer import draw, save
+from bn_lightning.sweeps.report.plotly_renderer import plots_of
 from bn_lightning.sweeps.report.run_figures import (
     accuracy_figure,
     batch_norm_figure,
     comparison_figure,
     draw_run,
+    figures_of_run,
     loss_figure,
     percentiles_figure,
     throughput_figure,
 )
 
 ACCURACY = [(1, 0.1), (1000, 0.5), (50_000, 0.98)]
+CURVE = [(step, [value]) for step, value in ACCURACY]
+MANY = [(step, [0.5]) for step in range(1, 50_001, 1000)]
 PERCENTILES = {
     "activation/p15": [(0, -2.0), (10, -1.0)],
     "activation/p50": [(0, 0.5), (10, 0.25)],
@@ -66,35 +72,50 @@ def filled(axes: Axes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compared(labels: list[str]) -> Figure:
-    accuracy = accuracy_figure(dict.fromkeys(labels, ACCURACY))
-    return comparison_figure(accuracy, percentiles_figure(dict.fromkeys(labels, RUN)))
+    accuracy = accuracy_figure(dict.fromkeys(labels, CURVE))
+    percentiles = percentiles_figure(dict.fromkeys(labels, RUN))
+    return comparison_figure({"accuracy": accuracy, "percentiles": percentiles})
 
 
 class TestAccuracy:
-    def test_a_line_for_each_run(self) -> None:
-        other = [(1, 0.2), (50_000, 0.9)]
-        (axes,) = draw(accuracy_figure({"with": ACCURACY, "without": other})).axes
-        assert lines(axes) == [ACCURACY, other]
+    def test_a_line_for_each_group_of_runs(self) -> None:
+        other = [(1, [0.2]), (50_000, [0.9])]
+        (axes,) = draw(accuracy_figure({"with": CURVE, "without": other}, title="mnist")).axes
+        assert lines(axes) == [ACCURACY, [(1, 0.2), (50_000, 0.9)]]
         assert legend(axes) == ["with", "without"]
         styles = {(line.get_linestyle(), line.get_color()) for line in axes.get_lines()}
         assert len(styles) == 2
         assert axes.get_xlabel() == "training steps"
         assert axes.get_ylabel() == "test accuracy"
         assert axes.get_ylim()[1] == 1
+        assert axes.get_title() == "mnist"
+
+    def test_seeds_have_their_mean_and_a_band_from_lowest_to_highest(self) -> None:
+        curve = [(10, [0.2, 0.4]), (20, [0.5, 0.9])]
+        (axes,) = draw(accuracy_figure({"with": curve})).axes
+        np.testing.assert_allclose(lines(axes), [[(10, 0.3), (20, 0.7)]])
+        low, high = filled(axes)
+        assert low.tolist() == [10, 0.2] and high.tolist() == [20, 0.9]
 
     def test_one_run_needs_no_legend(self) -> None:
-        (axes,) = draw(accuracy_figure({"": ACCURACY})).axes
+        (axes,) = draw(accuracy_figure({"": CURVE})).axes
         assert lines(axes) == [ACCURACY]
         assert axes.get_legend() is None
 
-    def test_a_single_evaluation_is_seen(self) -> None:
+    @pytest.mark.parametrize("curve", [CURVE[:1], CURVE, MANY], ids=["one", "few", "many"])
+    def test_each_measurement_has_a_marker(self, curve: Any) -> None:
         """A line through one point would be invisible."""
-        (axes,) = draw(accuracy_figure({"": ACCURACY[:1]})).axes
+        (axes,) = draw(accuracy_figure({"": curve})).axes
         (line,) = axes.get_lines()
         assert line.get_marker() not in ("", "None", None)
+        assert not line.get_clip_on()  # whole at the edge, too
+
+    def test_few_points_are_on_a_linear_axis(self) -> None:
+        scales = [draw(accuracy_figure({"": c})).axes[0].get_xscale() for c in (CURVE, MANY)]
+        assert scales == ["linear", "log"]
 
     def test_many_runs_are_told_apart(self) -> None:
-        (axes,) = draw(accuracy_figure({str(i): ACCURACY for i in range(28)})).axes
+        (axes,) = draw(accuracy_figure({str(i): CURVE for i in range(28)})).axes
         styles = {(line.get_linestyle(), line.get_color()) for line in axes.get_lines()}
         assert len(styles) == 28
 
@@ -124,25 +145,27 @@ class TestArms:
     def test_colours_are_the_arms_in_any_order(self) -> None:
         colours = []
         for labels in (list(self.ARMS), list(self.ARMS)[::-1]):
-            (axes,) = draw(accuracy_figure(dict.fromkeys(labels, ACCURACY), self.ARMS)).axes
+            (axes,) = draw(accuracy_figure(dict.fromkeys(labels, CURVE), self.ARMS)).axes
             colours.append({line.get_label(): line.get_color() for line in axes.get_lines()})
         assert colours[0] == colours[1]
         assert colours[0]["a run"] == colours[0]["a third"] != colours[0]["another"]
 
     def test_runs_of_one_arm_have_lines_of_their_own(self) -> None:
-        (axes,) = draw(accuracy_figure(dict.fromkeys(self.ARMS, ACCURACY), self.ARMS)).axes
+        (axes,) = draw(accuracy_figure(dict.fromkeys(self.ARMS, CURVE), self.ARMS)).axes
         styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
         assert len(styles) == 3
 
     def test_the_papers_points_have_the_arms_colours(self) -> None:
-        (axes,) = draw(accuracy_figure({"ours": ACCURACY}, {"ours": "batch"}, with_paper=True)).axes
+        arms = {"ours": "batch", "other": "none"}
+        figure = accuracy_figure({"ours": CURVE}, arms, with_paper=True)
+        (axes,) = draw(figure).axes
         ours, with_, without = axes.get_lines()
         assert with_.get_label() == "the paper's, with BatchNorm"
         assert ours.get_color() == with_.get_color() != without.get_color()
         assert lines(axes)[1] == [tuple(map(float, p)) for p in paper_accuracy()["batch"]]
 
     def test_loss_is_drawn_on_a_logarithmic_axis(self) -> None:
-        (axes,) = draw(loss_figure({"with": [(1, 2.3), (100, 0.1)]})).axes
+        (axes,) = draw(loss_figure({"with": [(1, [2.3]), (100, [0.1])]})).axes
         assert lines(axes) == [[(1, 2.3), (100, 0.1)]]
         assert axes.get_yscale() == "log" and "nats" in axes.get_ylabel()
 
@@ -160,31 +183,40 @@ class TestArms:
         low, high = filled(axes)
         assert low.tolist() == [0.1, 0.4] and high[0] == 10
         assert axes.get_title() == "caption"
+        assert legend(axes) == ["lowest to highest batch", "median of 3 batches"]
 
 
 class TestSteps:
     def test_a_logarithmic_axis_ends_near_its_points(self) -> None:
-        for figure in (accuracy_figure({"": ACCURACY}), loss_figure({"": ACCURACY})):
+        for figure in (accuracy_figure({"": MANY}), loss_figure({"": MANY})):
             (axes,) = draw(figure).axes
             low, high = axes.get_xlim()
             assert 0.1 < low <= 1 and 50_000 <= high < 500_000
 
     def test_equal_ratios_are_equally_far_apart(self) -> None:
-        """Most of what normalisation changes happens early."""
+        """Most of what normalization changes happens early."""
         for figure in (
-            draw(accuracy_figure({"": ACCURACY})),
+            draw(accuracy_figure({"": MANY})),
             draw(percentiles_figure({"": PERCENTILES})),
         ):
             (axes,) = figure.axes
-            places = axes.transData.transform([(step, 0.5) for step in (10, 100, 1000)])[:, 0]
-            assert places[1] - places[0] == pytest.approx(places[2] - places[1])
+            places = axes.transData.transform([(step, 0.5) for step in (100, 1000, 10_000)])[:, 0]
+            assert places[1] - places[0] == pytest.approx(places[2] - places[1], rel=0.01)
 
-    def test_step_0_has_its_place(self) -> None:
-        (axes,) = draw(percentiles_figure({"": PERCENTILES})).axes
-        assert axes.get_xlim()[0] <= 0
-        zero, one = axes.transData.transform([(0, 0.5), (1, 0.5)])[:, 0]
-        assert np.isfinite(zero)
-        assert zero < one
+    def test_step_0_has_its_place_on_one_scale_in_picture_and_page(self) -> None:
+        figure = percentiles_figure({"": PERCENTILES})
+        (axes,) = draw(figure).axes
+        (plot,) = plots_of(figure)
+        drawn = axes.transData.transform([(0, 0), (1, 0), (10, 0)])[:, 0]
+        ticks = dict(
+            zip(plot.layout["xaxis"]["ticktext"], plot.layout["xaxis"]["tickvals"], strict=True)
+        )
+        paged = np.array([ticks[name] for name in ("0", "1", "10")])
+        assert drawn[0] < drawn[1] and plot.layout["xaxis"]["type"] == "linear"
+        shares = [np.diff(places) / np.ptp(places) for places in (paged, drawn)]
+        np.testing.assert_allclose(*shares, rtol=1e-5)
+        assert plot.traces[-1]["x"] == [ticks["0"], ticks["10"]]
+        assert plot.traces[-1]["customdata"] == [0, 10]
 
 
 class TestComparison:
@@ -207,7 +239,7 @@ class TestBatchNorm:
             expected = [metrics[f"batch_norm/network.{layer}/{number}"] for layer in range(2)]
             assert lines(panel) == expected
             assert panel.get_xlabel() == "training steps"
-            assert panel.get_xscale() == "log"
+            assert panel.get_xscale() == "linear"  # of three points
         titles = [panel.get_title() for panel in panels]
         assert len(set(titles)) == len(NUMBERS)
         for title, word in zip(
@@ -267,7 +299,7 @@ class TestBatchNorm:
 
 class TestSave:
     def test_png_and_svg(self, tmp_path: Path) -> None:
-        save(accuracy_figure({"": ACCURACY}), tmp_path / "new/folder/accuracy")
+        save(accuracy_figure({"": CURVE}), tmp_path / "new/folder/accuracy")
         assert {path.name for path in (tmp_path / "new/folder").iterdir()} == {
             "accuracy.png",
             "accuracy.svg",
@@ -278,7 +310,7 @@ class TestSave:
         assert text.rstrip().endswith("</svg>")
 
     def test_a_name_with_a_dot(self, tmp_path: Path) -> None:
-        save(accuracy_figure({"": ACCURACY}), tmp_path / "lr-0.5")
+        save(accuracy_figure({"": CURVE}), tmp_path / "lr-0.5")
         assert {path.name for path in tmp_path.iterdir()} == {"lr-0.5.png", "lr-0.5.svg"}
 
     @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -296,19 +328,28 @@ class TestSave:
 
 
 class TestRun:
-    ALL = {**RUN, **monitored()}
+    ALL = {**RUN, **monitored(), "train/loss": ACCURACY, "val/loss": ACCURACY}
     FILES = {
         f"{name}.{suffix}"
-        for name in ("accuracy", "percentiles", "batch_norm")
+        for name in ("accuracy", "loss", "percentiles", "batch_norm")
         for suffix in ("png", "svg")
     }
+    TITLE = "mnist_bn, without BatchNorm, seed 3"
 
-    def run(self, directory: Path, metrics: dict[str, Any]) -> set[str]:
+    def record(self, directory: Path, metrics: dict[str, Any], **config: Any) -> ComparedRun:
         logger = MetricsCSVLogger(directory)
         for name, points in metrics.items():
             for step, value in points:
                 logger.log_metrics({name: value}, step)
         logger.save()
+        named = {"task_name": "mnist_bn", "norm": None, "seed": 3}
+        record = RunRecord(directory, named | config)
+        record.end("completed", data={"source": "mnist"})
+        (run,) = read_runs([directory])
+        return run
+
+    def run(self, directory: Path, metrics: dict[str, Any]) -> set[str]:
+        self.record(directory, metrics)
         draw_run(directory)
         return {path.name for path in directory.glob("figures/*")}
 
@@ -319,19 +360,49 @@ class TestRun:
         ("metrics", "names"),
         [
             ({"test/accuracy": ACCURACY}, {"accuracy"}),
+            ({"val/accuracy": ACCURACY}, {"accuracy"}),
             (PERCENTILES, {"percentiles"}),
-            ({"train/loss": ACCURACY}, set()),
+            ({"train/loss": ACCURACY}, {"loss"}),
+            ({"lr": ACCURACY}, set()),
             ({}, set()),
         ],
-        ids=["accuracy", "percentiles", "none_of_them", "nothing"],
+        ids=["accuracy", "validation", "percentiles", "loss", "none_of_them", "nothing"],
     )
     def test_what_was_not_logged_is_left_out(
         self, tmp_path: Path, metrics: dict[str, Any], names: set[str]
     ) -> None:
-        expected = {file for file in self.FILES if file.partition(".")[0] in names}
-        assert self.run(tmp_path, metrics) == expected
+        assert figures_of_run(self.record(tmp_path, metrics)).keys() == names
 
     def test_a_diverged_run_is_drawn_as_far_as_it_came(self, tmp_path: Path) -> None:
         nan = float("nan")
         metrics = {name: [(1, 1.0), (2, nan)] for name in (*PERCENTILES, *monitored())}
-        assert self.run(tmp_path, {**metrics, "test/accuracy": ACCURACY[:1]}) == self.FILES
+        metrics |= {"test/accuracy": ACCURACY[:1], "train/loss": [(1, 2.0), (2, nan)]}
+        assert self.run(tmp_path, metrics) == self.FILES
+
+    def test_titles_name_task_arm_and_seed(self, tmp_path: Path) -> None:
+        for name, figure in figures_of_run(self.record(tmp_path, self.ALL)).items():
+            drawn = draw(figure)
+            top = drawn.get_suptitle() if name == "batch_norm" else drawn.axes[0].get_title()
+            assert top == self.TITLE
+
+    def test_loss_has_a_line_for_each_split(self, tmp_path: Path) -> None:
+        figure = figures_of_run(self.record(tmp_path, self.ALL))["loss"]
+        (axes,) = draw(figure).axes
+        assert legend(axes) == ["training", "validation"]
+        assert len({line.get_marker() for line in axes.get_lines()}) == 2
+
+    @pytest.mark.parametrize(("steps", "count"), [(50_000, 2), (1_000, 1)])
+    def test_the_papers_points_are_beside_its_own_experiment_and_budget_only(
+        self, tmp_path: Path, steps: int, count: int
+    ) -> None:
+        network = {"widths": [100] * 3, "activation": "sigmoid", "norm_position": "before"}
+        run = self.record(
+            tmp_path,
+            {"test/accuracy": ACCURACY},
+            model={"network": network},
+            data={"batch_size": 60},
+            trainer={"max_steps": steps},
+        )
+        (axes,) = draw(figures_of_run(run)["accuracy"]).axes
+        assert len(axes.get_lines()) == count
+        assert legend(axes) == ["the paper's, without BatchNorm"] * (count - 1)
