@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.cli.batch_norm_table import print_batch_norms
-from bn_lightning.cli.command import hydra_command, in_sweep, quiet_lightning
+from bn_lightning.cli.command import hydra_command, in_sweep, is_typed, quiet_lightning
 from bn_lightning.cli.config_check import check_config
 from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.run_table import print_run_table, print_validation_table
@@ -126,6 +126,7 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
         # True would make Lightning add a bar of its own.
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
+    _apply_typed_budget(trainer, config.trainer)
     if in_sweep() and trainer.world_size > 1:
         raise ValueError(
             "expected `trainer.devices` to be one process in a job of a multirun, got "
@@ -171,6 +172,14 @@ def _build_callbacks(
     return callbacks
 
 
+def _apply_typed_budget(trainer: Any, config: DictConfig) -> None:
+    """Let a typed budget replace that of `fast_dev_run`, which is an epoch of so many batches."""
+    typed = [key for key in ("max_steps", "max_epochs") if is_typed(f"trainer.{key}")]
+    if trainer.fast_dev_run and typed:
+        trainer.fit_loop.max_epochs = config.max_epochs
+        trainer.fit_loop.epoch_loop.max_steps = config.max_steps if "max_steps" in typed else -1
+
+
 def _build_loggers(config: Any) -> list[Any]:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -208,10 +217,7 @@ def _fit(
         print(f"going on from step {first_step:,}: {directory}")
         record.content["resumed_at"].append(first_step)
     elif trainer.is_global_zero and not in_sweep() and not in_trial():
-        budget, epochs = f"{trainer.max_steps:,} steps", trainer.max_epochs
-        if epochs is not None and epochs > 0:
-            budget = f"{epochs:,} epoch{'s' * (epochs > 1)} or {budget}, whichever comes first"
-        print(f"{config['task_name']}: {budget}, in {directory}", flush=True)
+        print(f"{config['task_name']}: {_budget(trainer)}, in {directory}", flush=True)
     if trainer.world_size == 1:
         # Before the clock starts. On several ranks Lightning chooses which of them download.
         datamodule.prepare_data()
@@ -251,14 +257,25 @@ def _fit(
     record.content["data"] = data_info(datamodule)
 
 
+def _budget(trainer: Any) -> str:
+    """Return how long the Trainer trains, as words."""
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    limits = [f"{epochs:,} epoch{'s' * (epochs > 1)}"] if epochs > 0 else []
+    limits += [f"{steps:,} steps"] if steps > 0 else []
+    whichever = ", whichever comes first" if len(limits) > 1 else ""
+    return (" or ".join(limits) or "until trainer.max_time") + whichever
+
+
 def _test(trainer: Any, model: Any, datamodule: Any, record: RunRecord, draws: bool) -> None:
     """Test unless training diverged, draw the run's figures, and end the record."""
     from bn_lightning.callbacks import DivergenceGuard
+    from bn_lightning.callbacks.training_loop import early_stop_reason, planned_steps
     from bn_lightning.data.protocol import data_info
 
     guards = [guard for guard in trainer.callbacks if isinstance(guard, DivergenceGuard)]
     diverged_at = next((guard.diverged_at for guard in guards if guard.diverged_at), None)
     metrics = record.content["metrics"]
+    stop_reason = early_stop_reason(trainer)
     if diverged_at is None:
         trainer.test(model, datamodule=datamodule, verbose=False)
     if draws and trainer.is_global_zero and not in_trial():
@@ -266,14 +283,22 @@ def _test(trainer: Any, model: Any, datamodule: Any, record: RunRecord, draws: b
 
         draw_run(record.path.parent)
     # Written last: a run that is killed earlier can be resumed.
-    if diverged_at is None:
-        record.end(
-            "completed",
-            data=data_info(datamodule),  # the test may have skipped images, too
-            metrics=metrics | logged_numbers(trainer.callback_metrics),
-        )
-    else:
+    if diverged_at is not None:
         record.end("diverged", metrics=metrics | model.chance_metrics(), diverged_at=diverged_at)
+        return
+    stop = {}
+    if stop_reason is not None:
+        stop = {
+            "stopped_at": record.content["steps"],
+            "planned_steps": planned_steps(trainer),
+            "stop_reason": stop_reason,
+        }
+    record.end(
+        "stopped early" if stop else "completed",
+        data=data_info(datamodule),  # the test may have skipped images, too
+        metrics=metrics | logged_numbers(trainer.callback_metrics),
+        **stop,
+    )
 
 
 def _check_takes(network: Any, shape: Sequence[int]) -> None:

@@ -130,8 +130,16 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # The budget and the log of a run count steps across epochs.
     warnings.filterwarnings("ignore", message="The number of training batches")
+    # A resumed run may have other callbacks, for example none that stops it early.
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
     # A resumed run writes to the folder of its checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+
+def is_typed(key: str) -> bool:
+    """Return whether an override of this command, or of this job of a multirun, sets a key."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return any(text.lstrip("+").startswith(f"{key}=") for text in overrides)
 
 
 def in_sweep() -> bool:

@@ -56,6 +56,10 @@ _POSITIVE = _Check("a positive number", lambda value: _is_number(value) and valu
 _NOT_NEGATIVE = _Check("a number of at least 0", lambda value: _is_number(value) and value >= 0)
 _TEXT = _Check("text", lambda value: isinstance(value, str) and value != "")
 _BOOLEAN = _Check("true or false", lambda value: type(value) is bool)
+_LIMIT = _Check(
+    "an integer of at least 1, or -1 for no limit",
+    lambda value: type(value) is int and (value >= 1 or value == -1),
+)
 _NODE = _Check("a `_target_` and its arguments, with `_partial_` true or false", _is_node)
 _NODES = _Check(
     "names, each null or with a `_target_` and its arguments",
@@ -84,8 +88,9 @@ _CHECKS: dict[str, _Check] = {
     "optimizer": _NODE,
     "optimizer.lr": _POSITIVE,
     "scheduler": _or_null(_NODE),
+    "scheduler.T_max": _POSITIVE,  # -1 where it follows trainer.max_steps=-1
     "trainer": _NODE,
-    "trainer.max_steps": _integer(1),
+    "trainer.max_steps": _LIMIT,
     "trainer.val_check_interval": _POSITIVE,
     "callbacks": _NODES,
     "logger": _NODES,
@@ -109,6 +114,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         if not check.allows(value):
             raise ValueError(f"expected `{key}` to be {check.expected}, got {value!r}")
     trainer = config["trainer"]
+    if trainer["max_steps"] == -1 and not _ends_otherwise(trainer):
+        raise ValueError(
+            "expected `trainer.max_steps` to be at least 1 where nothing else ends the run, got -1;"
+            " set it, or trainer.max_epochs"
+        )
     devices = trainer.get("devices")
     if type(devices) is int and devices > MAX_PROCESSES:
         raise ValueError(f"expected `trainer.devices` to be at most {MAX_PROCESSES}, got {devices}")
@@ -136,12 +146,19 @@ def _select(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def _ends_otherwise(trainer: Mapping[str, Any]) -> bool:
+    """Return whether a run without a number of steps has another end."""
+    epochs = trainer.get("max_epochs")
+    has_epochs = type(epochs) is int and epochs >= 1
+    return has_epochs or bool(trainer.get("max_time")) or bool(trainer.get("fast_dev_run"))
+
+
 def _never_validates(trainer: Mapping[str, Any]) -> bool:
     """Return whether the budget ends before an interval that counts steps across epochs."""
     interval = trainer.get("val_check_interval")
     return (
         type(interval) is int
-        and interval > trainer["max_steps"]
+        and interval > trainer["max_steps"] > 0
         and trainer.get("check_val_every_n_epoch", 1) is None
         and not trainer.get("fast_dev_run")
     )

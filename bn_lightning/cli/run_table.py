@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bn_lightning.runs.metrics_csv import read_metrics
+from bn_lightning.runs.record import stop_sentence
 from bn_lightning.sweeps.analysis.arms import title_of
 
 
@@ -30,6 +31,8 @@ def print_run_table(
     if record.get("diverged_at"):
         # The loss was NaN, or above max_loss for too long. The record does not tell which.
         rows["diverged"] = f"at step {record['diverged_at']:,}: scored as chance"
+    if record["status"] == "stopped early":
+        rows["stopped early"] = stop_sentence(record).removeprefix("stopped early ")
     for name in ("val/accuracy", "test/accuracy", "test/accuracy_top5", "test/auroc", "test/loss"):
         if name in record["metrics"]:
             value = record["metrics"][name]

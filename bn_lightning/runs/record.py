@@ -24,7 +24,15 @@ from bn_lightning.runs.directory import RUN_FILE
 from bn_lightning.runs.machine import git_commit, hardware, package_versions, peak_memory_mib
 
 SCHEMA_VERSION = 1
-STATUSES = ("running", "completed", "diverged", "pruned", "failed", "interrupted")
+STATUSES = (
+    "running",
+    "completed",
+    "diverged",
+    "stopped early",
+    "pruned",
+    "failed",
+    "interrupted",
+)
 
 
 class RunRecord:
@@ -35,7 +43,9 @@ class RunRecord:
     git checkout), `started` and `ended` (UTC, ISO 8601), `steps`, `seconds` (of training, of all
     parts of a resumed run; None if those before a checkpoint are unknown), `steps_per_second` (of
     these seconds, else of the last part), `peak_memory_mib`, `metrics`, `resumed_at` (steps), and
-    where they apply `diverged_at` (a step) and `error`.
+    where they apply `diverged_at` (a step), `stopped_at` (a step), `stop_reason` and
+    `planned_steps` (of the whole budget, None if unlimited) of a run that a callback stopped
+    early, and `error`.
 
     Args:
         directory: an existing folder.
@@ -108,15 +118,26 @@ def read_run(directory: str | Path) -> dict[str, Any]:
 
 def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
     """Return what a sweep stores of a run: its metrics and what tells runs apart."""
-    return record["metrics"] | {
-        "diverged": record["status"] == "diverged",
-        "diverged_at": record.get("diverged_at"),
-        "data": (record["data"] or {}).get("source"),
-        "classes": number_of_classes(record),
-        "commit": record["commit"],
-        "steps": record["steps"],
-        "seed": record["seed"],
-    }
+    return (
+        record["metrics"]
+        | {
+            "diverged": record["status"] == "diverged",
+            "diverged_at": record.get("diverged_at"),
+            "data": (record["data"] or {}).get("source"),
+            "classes": number_of_classes(record),
+            "commit": record["commit"],
+            "steps": record["steps"],
+            "seed": record["seed"],
+        }
+        | {key: record[key] for key in ("stopped_at", "stop_reason") if key in record}
+    )
+
+
+def stop_sentence(record: Mapping[str, Any]) -> str:
+    """Return where and why a callback stopped a run, whose status is `stopped early`."""
+    planned = record.get("planned_steps")
+    whole = "" if planned is None else f" of {planned:,}"
+    return f"stopped early at step {record['stopped_at']:,}{whole}: {record['stop_reason']}"
 
 
 def training_seconds(record: Mapping[str, Any]) -> float | None:

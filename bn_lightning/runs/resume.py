@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import bn_lightning
-from bn_lightning.runs.directory import LAST, RUN_FILE
-from bn_lightning.runs.record import RunRecord, read_run
+from bn_lightning.runs.directory import RUN_FILE, resumed_checkpoint
+from bn_lightning.runs.record import RunRecord, read_run, stop_sentence
 from bn_lightning.runs.trust import check_plain
 
 # A run is one configuration. Resuming it may change how it is run and watched, not what it trains.
@@ -47,23 +47,59 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
     """
     from bn_lightning.runs.checkpoint import load_checkpoint
 
-    path = directory / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
+    path = resumed_checkpoint(config.ckpt_path, directory)
     checkpoint = load_checkpoint(path)
     before = read_run(directory) if (directory / RUN_FILE).exists() else None
-    steps, max_steps = checkpoint["global_step"], config.trainer.max_steps
-    # A run with all its steps but another status was stopped before its test.
-    is_over = before is None or before["status"] in ("completed", "diverged", "pruned")
-    if steps > max_steps or (steps == max_steps and is_over):
-        raise ValueError(
-            f"expected `ckpt_path` to be a checkpoint of fewer than trainer.max_steps={max_steps} "
-            f"steps, got {steps} in {path}; raise trainer.max_steps, or leave ckpt_path out to "
-            "start a new run"
-        )
+    _refuse_ended(path, checkpoint["global_step"], config, before)
     resume_point = ResumePoint(path, checkpoint, copy.deepcopy(before))
     if before is not None:
         _restore_derived_values(config, record.content["config"], before, directory)
         record.content.update({key: before[key] for key in _KEPT if key in before})
     return resume_point
+
+
+def _refuse_ended(
+    path: Path, steps: int, config: DictConfig, before: dict[str, Any] | None
+) -> None:
+    """Refuse the checkpoint of a run that would end at once.
+
+    Args:
+        path: of the checkpoint.
+        steps: of the checkpoint.
+        config: with which the run is resumed.
+        before: run.json of the run, None if there is none.
+    """
+    max_steps = config.trainer.max_steps
+    status = None if before is None else before["status"]
+    # A run with all its steps but another status was stopped before its test.
+    is_over = status in (None, "completed", "diverged", "pruned")
+    if steps > max_steps > 0 or (steps == max_steps and is_over):
+        raise ValueError(
+            f"expected `ckpt_path` to be a checkpoint of fewer than trainer.max_steps={max_steps} "
+            f"steps, got {steps} in {path}; raise trainer.max_steps, or leave ckpt_path out to "
+            "start a new run"
+        )
+    if before is None or steps < before.get("steps", 0):
+        return
+    begun: dict[str, Any] = before["config"]
+    budget = ("max_steps", "max_epochs", "max_time")
+    is_same_budget = all(begun["trainer"].get(k) == config.trainer.get(k) for k in budget)
+    if status == "completed" and is_same_budget:
+        raise ValueError(
+            f"expected `ckpt_path` to be a checkpoint of a run that has not ended, got {path} of "
+            f"one that completed its {steps:,} steps; raise trainer.max_epochs, or leave ckpt_path "
+            "out to start a new run"
+        )
+    is_same_stop = begun["callbacks"].keys() <= config.callbacks.keys() and (
+        begun["trainer"].get("max_time") == config.trainer.get("max_time")
+    )
+    if status == "stopped early" and is_same_stop:
+        # Lightning restores the state and the patience of what stopped it.
+        raise ValueError(
+            f"expected `ckpt_path` to be a checkpoint of a run that has not ended, got {path} of "
+            f"one that {stop_sentence(before)}; leave out what stopped it, or leave ckpt_path out"
+            " to start a new run"
+        )
 
 
 def _restore_derived_values(

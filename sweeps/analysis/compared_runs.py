@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from bn_lightning.runs.metrics_csv import read_metrics
 from bn_lightning.runs.record import read_run, training_seconds
 from bn_lightning.sweeps.analysis.arms import BASELINE, arm_of_config, label_of
-from bn_lightning.sweeps.analysis.provenance import BUDGET, DATA, facts_of
+from bn_lightning.sweeps.analysis.provenance import BUDGET, DATA, budget_of, facts_of
 from bn_lightning.sweeps.analysis.trials import Cell, TrialRow
 from bn_lightning.sweeps.engine.space import key_of
 
@@ -88,12 +88,16 @@ class ComparedRun:
             **(record.get("metrics") or {}),
             **{key: record[key] for key in ("status", "steps") if key in record},
             "seconds": training_seconds(record),
-            **{key: record[key] for key in ("steps_per_second", "diverged_at") if key in record},
+            **{
+                key: record[key]
+                for key in ("steps_per_second", "diverged_at", "stopped_at")
+                if key in record
+            },
             "label": self.label,
             "directory": os.path.relpath(self.directory, base).replace(os.sep, "/"),
             "commit": record.get("commit"),
             DATA: facts.get("data"),
-            BUDGET: _selected(record["config"], "trainer.max_steps"),
+            BUDGET: budget_of(record),
         }
         params: dict[str, Cell] = {
             key: _selected(record["config"], key)

@@ -48,7 +48,7 @@ def with_provenance(table: TrialTable, base: Path, is_of_sweep: bool = True) -> 
             if record is not None:
                 facts = facts_of(record)
                 times += [str(record[key]) for key in ("started", "ended") if record.get(key)]
-                attributes |= {DATA: facts.get("data"), BUDGET: _budget(record)}
+                attributes |= {DATA: facts.get("data"), BUDGET: budget_of(record)}
                 attributes[SEED] = record["config"].get("seed")
         if record is None and row.is_complete:
             # The run is on another machine, so only what it returned to the study is known.
@@ -101,7 +101,7 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
     config, hardware = record.get("config") or {}, record.get("hardware") or {}
     facts = {
         "data": (record.get("data") or {}).get("source"),
-        "steps": _budget(record),
+        "steps": budget_of(record),
         "batch size": (config.get("data") or {}).get("batch_size"),
         "classes": number_of_classes(record),
         "processor": hardware.get("processor"),
@@ -123,8 +123,11 @@ def classes_of(about: Mapping[str, Any]) -> int | None:
     return None if found is None else int(found)
 
 
-def _budget(record: Mapping[str, Any]) -> Cell:
-    return ((record.get("config") or {}).get("trainer") or {}).get("max_steps")
+def budget_of(record: Mapping[str, Any]) -> Cell:
+    """Return the steps that a run may take, or its epochs as words if it has no limit of steps."""
+    trainer = (record.get("config") or {}).get("trainer") or {}
+    steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
+    return f"{epochs} epochs" if steps == -1 and epochs else steps
 
 
 def _record(directory: Path) -> dict[str, Any] | None:

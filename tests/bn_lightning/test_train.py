@@ -137,6 +137,68 @@ def test_a_run_of_an_epoch_announces_it(command):
     assert "mnist_bn: 1 epoch or 50,000 steps, whichever comes first, in" in result.out
 
 
+def test_a_run_of_epochs_alone_ends_with_the_last_and_resumes_with_more(command):
+    epochs = (*SHORT, *BARE, "trainer.max_steps=-1", "trainer.max_epochs=1")
+    result = command(main, *epochs)
+    run = result.directory
+    assert f"mnist_bn: 1 epoch, in {run}" in result.out
+    assert (read_run(run)["status"], read_run(run)["steps"]) == ("completed", 21)
+    again = command(main, *epochs, "ckpt_path=last")
+    assert again.code == 1 and "raise trainer.max_epochs" in again.err
+    more = command(main, *epochs, "trainer.max_epochs=2", f"ckpt_path={run}")
+    assert more.directory == run and read_run(run)["steps"] == 42
+
+
+EARLY = (*SHORT, *BARE, "trainer.max_steps=2000", "trainer.val_check_interval=5")
+STOPS = ("+callbacks=early_stopping", "optimizer.lr=1.0e-30")
+
+
+def test_a_run_that_is_stopped_early_says_where_and_why(command):
+    result = command(main, *EARLY, *STOPS)
+    assert result.code == 0, result.err
+    assert "mnist_bn: stopped early" in result.out
+    assert "at step 20 of 2,000: val/accuracy did not improve" in result.out
+    run = result.directory
+    record = read_run(run)
+    kept = ("status", "stopped_at", "planned_steps", "stop_reason")
+    reason = "val/accuracy did not improve"
+    assert [record[key] for key in kept] == ["stopped early", 20, 2000, reason]
+    assert "test/accuracy" in record["metrics"]
+    # The same command again would stop again after each validation.
+    again = command(main, *EARLY, *STOPS, "ckpt_path=last")
+    assert again.code == 1 and "leave out what stopped it" in again.err
+    assert read_run(run) == record
+    without = (*EARLY, STOPS[1], "trainer.max_steps=30", "ckpt_path=last")
+    assert command(main, *without).code == 0
+    record = read_run(run)
+    assert (record["status"], record["steps"], "stopped_at" in record) == ("completed", 30, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("+trainer.max_time=00:00:00:00",), "trainer.max_time is over"),
+        (
+            ("+callbacks=early_stopping", "+callbacks.early_stopping.stopping_threshold=0.0"),
+            "val/accuracy reached 0",
+        ),
+    ],
+    ids=["time", "threshold"],
+)
+def test_other_reasons_to_stop_early(command, overrides, reason):
+    result = command(main, *EARLY, *overrides)
+    assert result.code == 0, result.err
+    assert read_run(result.directory)["stop_reason"] == reason
+
+
+def test_best_resumes_from_the_best_checkpoint(command):
+    run = command(main, *SHORT, *BARE).directory
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)["global_step"]
+    result = command(main, *SHORT, *BARE, "ckpt_path=best")
+    assert result.code == 0, result.err
+    assert result.directory == run and read_run(run)["resumed_at"] == [best]
+
+
 def test_a_rerun_is_bitwise_equal(command):
     runs = [command(main, *SHORT, *BARE).directory for _ in range(2)]
     assert runs[0] != runs[1]
@@ -508,10 +570,16 @@ def test_a_finished_run_is_left_as_it_is(command):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_debug_ends_after_twenty_steps_whatever_the_experiment(command):
-    result = command(main, "+experiment=mnist_bn", "data=digits", "trainer=debug")
+@pytest.mark.parametrize(
+    ("typed", "steps"),
+    [([], 20), (["trainer.max_steps=40"], 40), (["trainer.max_epochs=3"], 60)],
+    ids=["as_it_is", "steps", "epochs"],
+)
+def test_debug_ends_after_twenty_steps_unless_a_budget_is_typed(command, typed, steps):
+    result = command(main, "+experiment=mnist_bn", "data=digits", "trainer=debug", *BARE, *typed)
     assert result.code == 0, result.err
-    assert read_run(result.directory)["steps"] == 20
+    assert read_run(result.directory)["steps"] == steps
+    assert not (result.directory / "checkpoints").exists()
 
 
 def test_a_run_is_not_resumed_as_another(command):

@@ -52,7 +52,7 @@ BAD = {
     "optimizer.lr": [*POSITIVE, None],
     "scheduler": [{"step_size": 7}],
     "trainer": [7],
-    "trainer.max_steps": [*COUNT, None],
+    "trainer.max_steps": [*COUNT, -2, None],
     "trainer.val_check_interval": POSITIVE,
     "callbacks": [None, [], {"a": 7}, {"a": {"every": 7}}],
     "logger": ["csv"],
@@ -100,6 +100,14 @@ def test_refused_by_name(key: str, value: Any) -> None:
 @pytest.mark.parametrize(("key", "value"), cases(EDGE))
 def test_the_edge_of_what_is_allowed(key: str, value: Any) -> None:
     check(**{key: value})
+
+
+@pytest.mark.parametrize(
+    "end", [{"max_epochs": 3}, {"max_time": "00:00:10:00"}, {"fast_dev_run": 20}], ids=str
+)
+def test_no_limit_of_steps_where_something_else_ends_the_run(end: dict[str, Any]) -> None:
+    changes = {f"trainer.{key}": value for key, value in end.items()}
+    check(**{"trainer.max_steps": -1, **changes})
 
 
 @pytest.mark.parametrize("key", ["task_name", "seed", "paths", "extras", "data", "logger"])
@@ -150,6 +158,12 @@ def test_a_trial_that_ends_before_what_it_is_chosen_by(
         return check(**changes)
     with pytest.raises(ValueError, match="set trainer.val_check_interval=999 or less"):
         check(**changes)
+
+
+def test_a_schedule_over_steps_that_have_no_limit() -> None:
+    scheduler = {"_target_": "a.Cosine", "_partial_": True, "T_max": -1}
+    with pytest.raises(ValueError, match=r"`scheduler\.T_max` to be a positive number, got -1"):
+        check(scheduler=scheduler)
 
 
 def test_a_million_ranks() -> None:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from bn_lightning.runs.directory import LAST, hydra_directory, run_directory
+from bn_lightning.runs.directory import (
+    BEST,
+    LAST,
+    hydra_directory,
+    resumed_checkpoint,
+    run_directory,
+    trained_checkpoint,
+)
 
 
 def run(runs: Path, name: str, age: float = 0, last: bool = True) -> Path:
@@ -66,6 +73,40 @@ class TestResumed:
         with pytest.raises(ValueError, match="`ckpt_path=last`.*got none; leave") as error:
             run_directory("last", str(runs), "now")
         assert str(runs) in str(error.value)
+
+    def test_best_is_the_newest_best_checkpoint(self, tmp_path: Path) -> None:
+        for name, age in (("2026-01-01", 10), ("2026-01-02", 30)):
+            best = run(tmp_path, name) / BEST
+            best.touch()
+            os.utime(best, (1e9 - age, 1e9 - age))
+        directory = run_directory("best", str(tmp_path), "now")
+        assert directory == str(tmp_path / "2026-01-01")
+        assert resumed_checkpoint("best", Path(directory)) == Path(directory) / BEST
+        assert hydra_directory("best") == hydra_directory("last")
+
+    def test_the_path_of_a_run_is_its_last(self, tmp_path: Path) -> None:
+        directory = run(tmp_path, "then")
+        assert run_directory(str(directory), "runs", "now") == str(directory)
+        assert resumed_checkpoint(str(directory), directory) == directory / LAST
+        assert hydra_directory(str(directory)) == hydra_directory("last")
+
+
+class TestTrained:
+    """The checkpoint that evaluate, predict, export, landscape and inspect read."""
+
+    def test_by_name_that_of_the_newest_run_of_any_task(self, tmp_path: Path) -> None:
+        run(tmp_path / "a/runs", "2026-01-02", age=30)
+        newest = run(tmp_path / "b/runs", "2026-01-01", age=10)
+        assert trained_checkpoint("last", str(tmp_path)) == str(newest / LAST)
+        with pytest.raises(ValueError, match="`ckpt_path=best`.*got none; give the path"):
+            trained_checkpoint("best", str(tmp_path))
+
+    def test_by_run_its_best(self, tmp_path: Path) -> None:
+        directory = run(tmp_path, "then")
+        assert trained_checkpoint(str(directory), "logs") == str(directory / LAST)
+        (directory / BEST).touch()
+        assert trained_checkpoint(str(directory), "logs") == str(directory / BEST)
+        assert trained_checkpoint("a.ckpt", "logs") == "a.ckpt"
 
 
 def test_a_resumed_run_keeps_the_hydra_directory_it_began_with(tmp_path: Path) -> None:

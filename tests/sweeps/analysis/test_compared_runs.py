@@ -57,6 +57,18 @@ def test_labels_say_what_differs(tmp_path: Path, make_run: Callable[..., Path]) 
     ]
 
 
+def test_a_run_that_was_stopped_early_is_complete_and_one_of_epochs_has_a_budget(
+    tmp_path: Path, make_run: Callable[..., Path]
+) -> None:
+    directory = make_run(tmp_path / "a", BATCH)
+    record = read_run(directory) | {"status": "stopped early", "stopped_at": 2}
+    record["config"]["trainer"] = {"max_steps": -1, "max_epochs": 3}
+    write_json(directory / "run.json", record)
+    row = read_runs([directory])[0].as_row(0)
+    assert (row.state, row.attributes["stopped_at"]) == ("COMPLETE", 2)
+    assert row.attributes["run/max_steps"] == "3 epochs"
+
+
 def test_labels_of_runs_that_differ_by_what_was_typed(
     tmp_path: Path, make_run: Callable[..., Path]
 ) -> None:
