@@ -24,8 +24,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     """
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     directory = Path(config.paths.output_dir)
-    checkpoint = TrainedCheckpoint.read(config.ckpt_path, config.trusted)
+    checkpoint = TrainedCheckpoint.of_command(config)
     record_config = resolved | {
+        "ckpt_path": checkpoint.path,
         "data": resolved.get("data") or checkpoint.config["data"],
         "model": checkpoint.config["model"],
     }

@@ -70,7 +70,7 @@ def export(config: DictConfig) -> Path:
     if config.format == "onnx":
         _check_onnx()
     quiet_lightning()
-    checkpoint = TrainedCheckpoint.read(config.ckpt_path, config.trusted)
+    checkpoint = TrainedCheckpoint.of_command(config)
     datamodule = checkpoint.build_data()
     check_data_module(datamodule)
     # Compiling the network would take longer than exporting it.
@@ -83,7 +83,7 @@ def export(config: DictConfig) -> Path:
         raise ValueError(
             "expected `input_shape` to be the shape of one input, because the data of this"
             " checkpoint do not have it, got null; give input_shape=[3,32,32], or what"
-            f" {config.ckpt_path} takes"
+            f" {checkpoint.path} takes"
         )
     program = network
     if config.fold:

@@ -56,7 +56,7 @@ def landscape(config: DictConfig) -> Path:
             f"expected `batches` to be an integer of at least 1, got {config.batches!r}"
         )
     quiet_lightning()
-    checkpoint = TrainedCheckpoint.read(config.ckpt_path, config.trusted)
+    checkpoint = TrainedCheckpoint.of_command(config)
     model = checkpoint.build_model()
     datamodule = checkpoint.build_data(config.get("data"))
     check_data_module(datamodule)

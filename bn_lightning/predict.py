@@ -39,7 +39,7 @@ def predict(config: DictConfig) -> Path:
     if output.is_dir():
         raise ValueError(f"expected `output` to be the name of a file, got the folder {output}")
     quiet_lightning()
-    checkpoint = TrainedCheckpoint.read(config.ckpt_path, config.trusted)
+    checkpoint = TrainedCheckpoint.of_command(config)
     datamodule = checkpoint.build_data()
     check_data_module(datamodule, "prediction_inputs")
     samples = _Samples(datamodule, Path(config.input), skip=config.corrupt == "skip")

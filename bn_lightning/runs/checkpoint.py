@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bn_lightning.runs.directory import trained_checkpoint
 from bn_lightning.runs.trust import UntrustedError, check_plain, check_trusted
 
 CONFIG_KEY = "config"
@@ -43,6 +44,21 @@ class TrainedCheckpoint:
         """Read a checkpoint file. Raises what `load_checkpoint` and `trusted_config` raise."""
         content = load_checkpoint(path)
         return cls(path, content, trusted_config(content, trusted, path))
+
+    @classmethod
+    def of_command(cls, config: Any) -> Self:
+        """Read the checkpoint that `ckpt_path` of a command names (`trained_checkpoint`).
+
+        Prints its path if the name is another.
+
+        Args:
+            config: with `ckpt_path`, `paths.log_dir` and `trusted`.
+        """
+        path = trained_checkpoint(config.ckpt_path, config.paths.log_dir)
+        checkpoint = cls.read(path, config.trusted)
+        if path != config.ckpt_path:
+            print(f"checkpoint: {path}")
+        return checkpoint
 
     def build_model(self) -> Any:
         """Build the LightningModule and load its weights.
@@ -105,11 +121,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         found = "no such file"
-        if str(path) == "last":
-            found += "; only bn-train takes `last`, other commands take the path of a checkpoint"
-        elif Path(path).is_dir():
-            best = [*Path(path).glob("best.ckpt"), *Path(path).glob("checkpoints/best.ckpt")]
-            found = "a directory" + "".join(f"; give {file}" for file in best)
+        if Path(path).is_dir():
+            best = Path(path, "best.ckpt")
+            found = "a directory" + f"; give {best}" * best.exists()
         raise CheckpointError(f"expected `ckpt_path` to be a checkpoint file, got {path}: {found}")
     try:
         with open(path, "rb") as file:

@@ -40,6 +40,12 @@ def test_it_gives_what_the_run_gave_and_leaves_the_run_alone(command, trained):
     assert "test/accuracy" in result.out
     assert "val_check_interval" not in result.out  # 1000, which concerns training only
     assert {path: path.read_bytes() for path in before} == before
+    best = trained / "checkpoints/best.ckpt"
+    for name in ("best", str(trained)):
+        result = command(evaluate.main, f"ckpt_path={name}")
+        path = best.relative_to(Path.cwd()) if name == "best" else best
+        assert f"checkpoint: {path}" in result.out
+        assert read_run(result.directory)["steps"] in (20, 40)
 
 
 def test_another_data_set(command, trained, mnist_root):
