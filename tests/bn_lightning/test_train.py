@@ -156,7 +156,7 @@ STOPS = ("+callbacks=early_stopping", "optimizer.lr=1.0e-30")
 def test_a_run_that_is_stopped_early_says_where_and_why(command):
     result = command(main, *EARLY, *STOPS)
     assert result.code == 0, result.err
-    assert "mnist_bn: stopped early" in result.out
+    assert "mnist_bn, with BatchNorm, seed 1: stopped early" in result.out
     assert "at step 20 of 2,000: val/accuracy did not improve" in result.out
     run = result.directory
     record = read_run(run)

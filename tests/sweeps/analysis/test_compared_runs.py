@@ -64,7 +64,7 @@ def test_a_run_that_was_stopped_early_is_complete_and_one_of_epochs_has_a_budget
     record = read_run(directory) | {"status": "stopped early", "stopped_at": 2}
     record["config"]["trainer"] = {"max_steps": -1, "max_epochs": 3}
     write_json(directory / "run.json", record)
-    row = read_runs([directory])[0].as_row(0)
+    row = read_runs([directory])[0].as_row(0, tmp_path)
     assert (row.state, row.attributes["stopped_at"]) == ("COMPLETE", 2)
     assert row.attributes["run/max_steps"] == "3 epochs"
 
