@@ -55,6 +55,7 @@ def export(config: DictConfig) -> Path:
         ValueError: a value of the configuration cannot be used, or a package is absent.
     """
     from bn_lightning.data.protocol import ShapedData, check_data_module
+    from bn_lightning.models.protocol import network_of
 
     if config.format not in FORMAT_SUFFIXES:
         raise ValueError(f"expected `format` to be torch or onnx, got {config.format!r}")
@@ -75,7 +76,7 @@ def export(config: DictConfig) -> Path:
     check_data_module(datamodule)
     # Compiling the network would take longer than exporting it.
     checkpoint.config["model"].pop("compile", None)
-    network = checkpoint.build_model().network.eval()
+    network = network_of(checkpoint.build_model()).eval()
     shape = config.input_shape
     if not shape and isinstance(datamodule, ShapedData):
         shape = datamodule.input_shape

@@ -49,6 +49,7 @@ def landscape(config: DictConfig) -> Path:
         ValueError: a number of the configuration cannot be used.
     """
     from bn_lightning.data.protocol import check_data_module
+    from bn_lightning.models.protocol import check_model
 
     steps = step_sizes(config.smallest, config.largest, config.points)
     if type(config.batches) is not int or config.batches < 1:
@@ -58,6 +59,7 @@ def landscape(config: DictConfig) -> Path:
     quiet_lightning()
     checkpoint = TrainedCheckpoint.of_command(config)
     model = checkpoint.build_model()
+    check_model(model, "network", "loss")
     datamodule = checkpoint.build_data(config.get("data"))
     check_data_module(datamodule)
     datamodule.prepare_data()

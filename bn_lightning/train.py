@@ -101,7 +101,8 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     from lightning.pytorch.callbacks import ProgressBar
 
     from bn_lightning.data.protocol import check_data_module
-    from bn_lightning.models.initialization import initialize_as_configured
+    from bn_lightning.models.initialization import DefaultScheme, initialize_as_configured
+    from bn_lightning.models.protocol import NetworkModel, check_model
     from bn_lightning.runs.checkpoint import CONFIG_KEY
 
     if in_sweep() and gc.get_freeze_count() == 0:
@@ -110,10 +111,15 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     datamodule = instantiate(config.data)
-    check_data_module(datamodule)
+    check_data_module(datamodule, "train_dataloader", "test_dataloader")
     model = instantiate(config.model)
+    check_model(model, "training_step", "configure_optimizers", "test_step")
     scheme = instantiate(config.get("init"))  # absent after ~init
-    told = initialize_as_configured(model.network, scheme, config.seed)
+    if scheme is not None and not isinstance(scheme, DefaultScheme):
+        check_model(model, "network")
+    told = None
+    if isinstance(model, NetworkModel):
+        told = initialize_as_configured(model.network, scheme, config.seed)
     if told and resume_point is None and record.write and not in_trial():
         print(told)
     # Lightning stores hyperparameters in every checkpoint. evaluate.py builds from them.
@@ -203,6 +209,7 @@ def _fit(
 ) -> None:
     """Train, and write steps, time and metrics into the record whether training fails or not."""
     from bn_lightning.data.protocol import ShapedData, data_info
+    from bn_lightning.models.protocol import NetworkModel
     from bn_lightning.runs.checkpoint import METRICS_KEY, SECONDS_KEY, check_fits
 
     directory, config = record.path.parent, record.content["config"]
@@ -240,8 +247,9 @@ def _fit(
                 "another rank of this run has ended, and its error is above if it had one; the "
                 "same command with ckpt_path=last resumes from the last checkpoint"
             ) from error
-        if isinstance(datamodule, ShapedData) and datamodule.input_shape is not None:
-            _check_takes(model.network, datamodule.input_shape)
+        shape = datamodule.input_shape if isinstance(datamodule, ShapedData) else None
+        if shape is not None and isinstance(model, NetworkModel):
+            _check_takes(model.network, shape)
         raise
     finally:
         seconds = time.perf_counter() - started
@@ -271,6 +279,7 @@ def _test(trainer: Any, model: Any, datamodule: Any, record: RunRecord, draws: b
     from bn_lightning.callbacks import DivergenceGuard
     from bn_lightning.callbacks.training_loop import early_stop_reason, planned_steps
     from bn_lightning.data.protocol import data_info
+    from bn_lightning.models.protocol import ChanceModel
 
     guards = [guard for guard in trainer.callbacks if isinstance(guard, DivergenceGuard)]
     diverged_at = next((guard.diverged_at for guard in guards if guard.diverged_at), None)
@@ -284,7 +293,8 @@ def _test(trainer: Any, model: Any, datamodule: Any, record: RunRecord, draws: b
         draw_run(record.path.parent)
     # Written last: a run that is killed earlier can be resumed.
     if diverged_at is not None:
-        record.end("diverged", metrics=metrics | model.chance_metrics(), diverged_at=diverged_at)
+        chance = model.chance_metrics() if isinstance(model, ChanceModel) else {}
+        record.end("diverged", metrics=metrics | dict(chance), diverged_at=diverged_at)
         return
     stop = {}
     if stop_reason is not None:

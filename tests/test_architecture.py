@@ -51,6 +51,7 @@ SAME_NAMES = {
     "ghost_batch_norm": "the same function as a module and an option of `norm`",
     "sync_batch_norm": "the same function as an op, a module and an option of `norm`",
     "main": "the entry point of a command",
+    "protocol": "the contract of what a folder holds: of data modules, of models",
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -12,6 +13,7 @@ from bn_lightning.modules.preserve_state import preserve_generators, preserve_st
 
 PERCENTILES = (15, 50, 85)
 
+_REMOVE = "remove the callback, from bn-train by ~callbacks.activation_percentiles"
 _MAX_ROWS = 2**24  # limit of torch.quantile
 _MAX_COUNT = 1_000_000
 
@@ -40,7 +42,7 @@ class ActivationPercentiles(Callback):
 
     Raises:
         ValueError: If `probe_size` or `points` is out of range; at the start of training, if the
-            network lacks `layer` or `unit`, or there is no validation loader.
+            model lacks `forward`, `layer` or `unit`, or there is no validation loader.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1 and Figure 1(b, c).
     """
@@ -66,6 +68,11 @@ class ActivationPercentiles(Callback):
         self._steps = probe_steps(
             int(min(trainer.estimated_stepping_batches, _MAX_COUNT)), self.points
         )
+        if not is_overridden("forward", pl_module):
+            raise ValueError(
+                "expected the model to have `forward`, by which ActivationPercentiles calls it, got"
+                f" `{type(pl_module).__qualname__}` without; add it, or {_REMOVE}"
+            )
         self._name = self.layer or last_activation(pl_module)
         with preserve_state(pl_module):  # a DataLoader draws a seed when iterated
             probe = first_inputs(trainer.val_dataloaders, self.probe_size)
@@ -119,7 +126,7 @@ def last_activation(network: nn.Module) -> str:
     if not names:
         raise ValueError(
             "expected `layer` to be the name of a module, got None, and the network has no"
-            " activation module; name another module, or remove the callback"
+            f" activation module; name another module, or {_REMOVE}"
         )
     return names[-1]
 
@@ -136,7 +143,7 @@ def first_inputs(loaders: Any, size: int) -> Float[Tensor, "N ..."]:
     if loader is None:
         raise ValueError(
             "expected a validation loader, from which ActivationPercentiles takes its probe set,"
-            " got none; add one, or remove the callback"
+            f" got none; add one, or {_REMOVE}"
         )
     batches: list[Tensor] = []
     with preserve_generators(loader):

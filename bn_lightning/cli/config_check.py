@@ -108,7 +108,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     for key, check in _CHECKS.items():
         value = _select(config, key)
-        if value is _ABSENT and check in (_POSITIVE, _NOT_NEGATIVE):
+        if value is _ABSENT and (check in (_POSITIVE, _NOT_NEGATIVE) or key == "model.network"):
             continue  # an argument that not every class has
         value = None if value is _ABSENT else value
         if not check.allows(value):

@@ -67,5 +67,6 @@ def print_validation_table(directory: str | Path) -> None:
     for heading in ("step", "val/loss", "val/accuracy"):
         table.add_column(heading, justify="right")
     for step, loss in losses.items():
-        table.add_row(f"{step:,}", f"{loss:.4f}", f"{accuracies[step]:.4f}")
+        accuracy = f"{accuracies[step]:.4f}" if step in accuracies else ""
+        table.add_row(f"{step:,}", f"{loss:.4f}", accuracy)
     Console().print(table)

@@ -1,7 +1,8 @@
 """The contract between a data module and the commands.
 
-A data module is a `LightningDataModule`; no command needs more to load its batches, `(inputs,
-targets)`. These members are optional:
+A data module is a `LightningDataModule` with `train_dataloader`, `val_dataloader` and
+`test_dataloader`; no command needs more to load its batches, `(inputs, targets)`. These members are
+optional:
 
 - `info`: `train` and `evaluate` write it to run.json, and `callbacks.SameData` compares its
   `sha256`. If there is an `info`, it must have all of `INFO_KEYS`.
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
@@ -117,11 +119,18 @@ def check_data_module(datamodule: object, *members: str) -> None:
         raise DataModuleError(
             f"expected `data` to be a LightningDataModule, got `{kind}`; derive `{kind}` from it"
         )
-    if missing := [name for name in members if not hasattr(datamodule, name)]:
+    if missing := [name for name in members if not _has(datamodule, name)]:
         raise DataModuleError(
             f"expected `data` to have `{'`, `'.join(missing)}`, got `{kind}` without; add it as"
             " described in bn_lightning/data/protocol.py"
         )
+
+
+def _has(datamodule: LightningDataModule, name: str) -> bool:
+    """Return whether it has a member; Lightning's own `test_dataloader`, for one, is none."""
+    if hasattr(LightningDataModule, name):
+        return is_overridden(name, datamodule)
+    return hasattr(datamodule, name)
 
 
 def data_info(datamodule: object) -> dict[str, Any] | None:
