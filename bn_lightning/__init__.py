@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         revert_batchnorm,
     )
     from bn_lightning.conversion.fold import fold_batchnorm
+    from bn_lightning.experiments import load_run, run_experiment, run_sweep
     from bn_lightning.models.classifier import Classifier
     from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from bn_lightning.modules.ghost_batch_norm import (
@@ -53,8 +54,11 @@ __all__ = [
     "convert_batchnorm",
     "fold_batchnorm",
     "fusion_counts",
+    "load_run",
     "register_batchnorm",
     "revert_batchnorm",
+    "run_experiment",
+    "run_sweep",
 ]
 
 _HOME = {
@@ -76,8 +80,11 @@ _HOME = {
     "convert_batchnorm": "bn_lightning.conversion.convert",
     "fold_batchnorm": "bn_lightning.conversion.fold",
     "fusion_counts": "bn_lightning.conversion.convert",
+    "load_run": "bn_lightning.experiments",
     "register_batchnorm": "bn_lightning.conversion.adapters",
     "revert_batchnorm": "bn_lightning.conversion.convert",
+    "run_experiment": "bn_lightning.experiments",
+    "run_sweep": "bn_lightning.experiments",
 }
 
 

@@ -24,6 +24,7 @@ from bn_lightning.runs.interruption import Interrupted, RankLostError
 from bn_lightning.runs.record import RunRecord, logged_numbers, run_outcome
 from bn_lightning.runs.resume import ResumePoint, read_resume_point
 from bn_lightning.sweeps.engine.environment import in_trial
+from bn_lightning.sweeps.engine.processes import as_typed, is_called, typed_arguments
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -50,6 +51,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     is_first_rank = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # set on the function
     record = RunRecord(directory, resolved, write=is_first_rank)
+    if is_called():
+        record.content["command"] = ["bn-train", *typed_arguments()]
     resume_point = None
     if config.ckpt_path is not None:
         resume_point = read_resume_point(config, record, directory)
@@ -139,6 +142,12 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
             f"{trainer.world_size}, of which the others would start the multirun again; use "
             "hydra/sweeper=bn_optuna, which runs such a trial as a command of its own, or leave -m "
             "out"
+        )
+    if is_called() and trainer.world_size > 1:
+        raise ValueError(
+            "expected `trainer.devices` to be one process in a run that Python called, got "
+            f"{trainer.world_size}, of which the others would start this program again; type "
+            f"{as_typed(['bn-train', *typed_arguments()])} and load the run by load_run"
         )
     _fit(trainer, model, datamodule, record, resume_point)
     _test(trainer, model, datamodule, record, config.extras.figures)

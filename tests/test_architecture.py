@@ -25,6 +25,7 @@ ORDER = {
     "data": 6,
     "cli": 7,
     "train": 8,
+    "experiments": 9,  # the same from Python
     "evaluate": 8,
     "report": 8,
     "landscape": 8,
@@ -52,6 +53,7 @@ SAME_NAMES = {
     "sync_batch_norm": "the same function as an op, a module and an option of `norm`",
     "main": "the entry point of a command",
     "protocol": "the contract of what a folder holds: of data modules, of models",
+    "run_sweep": "the same sweep from Python and in Hydra's plugin",
 }
 
 
@@ -137,13 +139,14 @@ def test_no_module_imports_itself_by_way_of_others():
             and found != module
         }
         for module, path in MODULES.items()
+        if path in PLACED
     }
     done: set[str] = set()
 
     def follow(module: str, way: tuple[str, ...]) -> None:
         assert module not in way, " -> ".join([*way[way.index(module) :], module])
         if module not in done:
-            for other in sorted(imports[module]):
+            for other in sorted(imports.get(module, ())):
                 follow(other, (*way, module))
             done.add(module)
 

@@ -1,27 +1,36 @@
 """Run a function as a command: Hydra composes its configuration, errors become exit codes."""
 
+import contextlib
 import functools
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.cli.error_line import FULL_ERROR, print_error
+from bn_lightning.cli.error_line import FULL_ERROR, one_line_errors, print_error
+from bn_lightning.cli.run_lock import RunRefusedError
 from bn_lightning.runs.directory import hydra_directory, run_directory, sweep_directory
 from bn_lightning.runs.interruption import Interrupted, handle_signals, raise_interrupted
 from bn_lightning.runs.machine import package_versions
 from bn_lightning.sweeps.engine.environment import in_trial
 from bn_lightning.sweeps.engine.passwords import refuse_typed_password
+from bn_lightning.sweeps.engine.processes import called_as
 
+_CONFIGURATIONS = "bn_lightning.conf"
 _ONE_LINE = "BN_LIGHTNING_ONE_LINE"  # tells the ranks of a run that nobody asked for tracebacks
 
 
@@ -40,18 +49,8 @@ def hydra_command(task: Callable[[DictConfig], Any], config_name: str) -> Callab
     for resolver in (run_directory, hydra_directory, sweep_directory, several_processes):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=True)
     failures: list[Exception] = []
-
-    @functools.wraps(task)
-    def run_job(config: DictConfig) -> Any:
-        try:
-            return task(config)
-        except Exception as error:
-            if in_sweep() or in_trial():
-                raise
-            # Hydra would print a line of its own above an error raised here.
-            failures.append(error)
-
-    hydra_main = hydra.main("pkg://bn_lightning.conf", config_name, version_base="1.3")(run_job)
+    run_job = _without_hydras_line(task, failures)
+    hydra_main = hydra.main(f"pkg://{_CONFIGURATIONS}", config_name, version_base="1.3")(run_job)
 
     def run() -> None:
         refuse_typed_password(sys.argv[1:])
@@ -78,6 +77,102 @@ def hydra_command(task: Callable[[DictConfig], Any], config_name: str) -> Callab
             os.environ.pop(_ONE_LINE, None)
 
     return command
+
+
+def call_command(
+    task: Callable[[DictConfig], Any],
+    config_name: str,
+    overrides: Sequence[str],
+    config_dir: str | Path | None = None,
+    *,
+    multirun: bool = False,
+) -> Any:
+    """Run the task of a command in this process, as the command does.
+
+    Hydra's global state and logging are as before when it returns.
+
+    Args:
+        task: what `hydra_command` made a command of.
+        config_name: as there.
+        overrides: the arguments of the command.
+        config_dir: its `--config-dir`.
+        multirun: its `-m`.
+
+    Returns:
+        What Hydra returns: the sweeper's result of a multirun, else its `JobReturn`.
+
+    Raises:
+        ExperimentError: for any error of the task, of Hydra or of the sweeper.
+        KeyboardInterrupt: SIGINT came.
+        SystemExit: SIGTERM came.
+    """
+    composed, arguments = list(overrides), [*(["-m"] if multirun else []), *overrides]
+    if config_dir is not None:
+        folder = str(Path(config_dir).absolute())
+        quoted = QuotedString(f"file://{folder}", Quote.single).with_quotes()
+        composed.append(f"hydra.searchpath=[{quoted}]")
+        arguments = ["--config-dir", folder, *arguments]
+    failures: list[Exception] = []
+    run_job = _without_hydras_line(task, failures)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(called_as(f"bn_lightning.{config_name}", arguments))
+        stack.enter_context(one_line_errors())
+        stack.enter_context(_logging_restored())
+        stack.enter_context(hydra.initialize_config_module(_CONFIGURATIONS, version_base="1.3"))
+        if threading.current_thread() is threading.main_thread():
+            stack.enter_context(handle_signals(raise_interrupted))
+        refuse_typed_password(overrides)
+        program: Any = GlobalHydra.instance().hydra
+        try:
+            result = (program.multirun if multirun else program.run)(config_name, run_job, composed)
+        except RunRefusedError as error:
+            raise ValueError(str(error)) from None
+        except Interrupted as interrupted:
+            _end_as_python_does(interrupted.exit_code)
+        except SystemExit as end:  # of a sweep that was asked to stop
+            _end_as_python_does(end.code)
+        if failures:
+            raise failures.pop()
+    return result
+
+
+def _without_hydras_line(
+    task: Callable[[DictConfig], Any], failures: list[Exception]
+) -> Callable[[DictConfig], Any]:
+    """Return the task with its errors in `failures`: Hydra prints a line above those it raises."""
+
+    @functools.wraps(task)
+    def run_job(config: DictConfig) -> Any:
+        try:
+            return task(config)
+        except Exception as error:
+            if in_sweep() or in_trial():
+                raise
+            failures.append(error)
+
+    return run_job
+
+
+@contextlib.contextmanager
+def _logging_restored() -> Iterator[None]:
+    """Restore what Hydra and `quiet_lightning` change: the root logger and filters of warnings."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            for handler in root.handlers:
+                if handler not in handlers:
+                    handler.close()
+            root.handlers[:] = handlers
+            root.setLevel(level)
+
+
+def _end_as_python_does(exit_code: Any) -> NoReturn:
+    if exit_code == 128 + signal.SIGINT:
+        raise KeyboardInterrupt from None
+    sys.exit(exit_code)
 
 
 def format_versions() -> str:
@@ -115,6 +210,8 @@ def run_with_exit_code(body: Callable[[], Any], full_error: bool = False) -> Non
             body()
     except Interrupted as interrupted:
         sys.exit(interrupted.exit_code)
+    except RunRefusedError as error:
+        sys.exit(print_error(ValueError(str(error))))
     except Exception as error:
         if full_error:
             raise

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -21,6 +22,7 @@ from omegaconf.errors import (
 )
 
 from bn_lightning.runs.moved_names import moved_hint
+from bn_lightning.sweeps.engine.processes import typed_arguments
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """The environment variable that shows tracebacks when it is 1."""
@@ -30,6 +32,21 @@ _LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 
 # File names may contain control characters and line breaks, of ASCII, Latin-1 and Unicode.
 _ESCAPED = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+
+
+class ExperimentError(RuntimeError):
+    """What Python called failed. The message is the line that the command prints."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an error inside the block into an `ExperimentError`."""
+    try:
+        yield
+    except ExperimentError:
+        raise
+    except Exception as error:
+        raise ExperimentError(format_error(error)) from error
 
 
 def print_error(error: Exception) -> int:
@@ -60,7 +77,7 @@ def _message(error: BaseException) -> str:
             return f"expected `{error.full_key}` to be given, got none; add {error.full_key}=VALUE"
         case ConfigKeyError() | ConfigAttributeError():
             hint = _nearest(error)
-            if _is_sweep_without_experiment(sys.argv[1:]):
+            if _is_sweep_without_experiment(typed_arguments()):
                 hint = "; the sweep needs an experiment that has it: add +experiment=mnist_bn"
             elif _is_of_trainer(str(error.full_key)):
                 hint = f"; Lightning's Trainer takes it: add +{error.full_key}=VALUE"
@@ -81,7 +98,8 @@ def _message(error: BaseException) -> str:
         case TypeError() if built and text:
             return f"`{built}` cannot be built of these values: {text}"
     if text.startswith("Config group override must be a string"):
-        group = next((a[:-5] for a in sys.argv[1:] if a.endswith("=null")), "GROUP").lstrip("+")
+        keys = (typed[:-5] for typed in typed_arguments() if typed.endswith("=null"))
+        group = next(keys, "GROUP").lstrip("+")
         return (
             f"expected `{group}` to be the name of an option, got null; use {group}=none if there "
             f"is such an option, or ~{group}"

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,14 +10,20 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from typing_extensions import override
 
-from bn_lightning.cli.error_line import print_error
 from bn_lightning.runs.atomic_write import remove_unfinished
 from bn_lightning.runs.directory import LAST, RESUMED, RUN_FILE
 from bn_lightning.sweeps.engine.environment import in_trial
 
 
+class RunRefusedError(BaseException):
+    """A run cannot have its directory.
+
+    Not an `Exception`, because Hydra turns those of a callback into warnings.
+    """
+
+
 class RunLock(Callback):
-    """Lock the directory of a run before Hydra writes there, or exit with code 1.
+    """Lock the directory of a run before Hydra writes there, or raise a `RunRefusedError`.
 
     The system holds the lock on the directory itself: it leaves no file and ends with the process.
     A new run needs a directory without a run, except a trial of a sweep, which is tried again in
@@ -40,16 +45,16 @@ class RunLock(Callback):
             RunLock._held = os.open(directory, os.O_RDONLY)
             fcntl.flock(RunLock._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _refuse(
+            raise RunRefusedError(
                 f"expected `hydra.run.dir` to be free, got {directory}, where a run is at work in "
                 "another process; wait for its end, or leave ckpt_path and hydra.run.dir out to "
                 "start a run beside it"
-            )
+            ) from None
         except OSError:
             return  # no lock; where nothing can be written, Hydra raises next
         is_new = config.hydra.output_subdir != RESUMED
         if is_new and (directory / RUN_FILE).exists() and not in_trial():
-            _refuse(
+            raise RunRefusedError(
                 f"expected `hydra.run.dir` to be a directory without a run, got {directory}; "
                 "resume that run by ckpt_path, or choose another directory"
             )
@@ -60,11 +65,6 @@ class RunLock(Callback):
     @override
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         _release()
-
-
-def _refuse(message: str) -> None:
-    # Hydra turns any other exception of a callback into a warning.
-    sys.exit(print_error(ValueError(message)))
 
 
 def _release() -> None:

@@ -7,7 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 from bn_lightning.sweeps.engine.passwords import redacted
 
@@ -17,15 +18,44 @@ _CONFIG_OPTIONS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir
 # Seconds between SIGTERM and SIGKILL.
 KILL_AFTER = 10.0
 
+# The module and the arguments of a command that is called from Python.
+_called: ContextVar[tuple[str, list[str]] | None] = ContextVar("called", default=None)
+
+
+@contextlib.contextmanager
+def called_as(module: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Call a command from Python inside the block: its processes are started as `python -m module`.
+
+    Args:
+        module: of the command.
+        arguments: of the command, which replace those of this process.
+    """
+    token = _called.set((module, list(arguments)))
+    try:
+        yield
+    finally:
+        _called.reset(token)
+
+
+def is_called() -> bool:
+    """Return whether the command is called from Python, so that this process is another program."""
+    return _called.get() is not None
+
+
+def typed_arguments() -> list[str]:
+    """Return the arguments of the command."""
+    called = _called.get()
+    return sys.argv[1:] if called is None else called[1]
+
 
 def same_command() -> list[str]:
     """Return the interpreter, the program and all arguments of this process."""
-    return [*_program(), *sys.argv[1:]]
+    return [*_program(), *typed_arguments()]
 
 
 def run_command(overrides: Sequence[str]) -> list[str]:
     """Return the command of a single run with the given overrides and the same configuration."""
-    options, arguments = [], iter(sys.argv[1:])
+    options, arguments = [], iter(typed_arguments())
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         if name in _CONFIG_OPTIONS:
@@ -65,6 +95,8 @@ def end_session(process: "subprocess.Popen[bytes]") -> None:
 def _program() -> list[str]:
     import __main__
 
+    if (called := _called.get()) is not None:
+        return [sys.executable, "-m", called[0]]
     spec = getattr(__main__, "__spec__", None)
     if spec is None:
         return [sys.executable, os.path.abspath(sys.argv[0])]

@@ -156,8 +156,7 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
         **found.as_json(),
         "notes": [*notes, *found.notes],
     }
-    metric = trials.metric.replace("/", " ")
-    figures = grid_figures(found, metric, _caption(table, found, metric))
+    figures = _figures_of_grid(table, trials, found)
     _save_all(figures, output)
     cells = cells_json(found.grid, trials.numbers, _links(table, base), _relative(base, output))
     page = grid_page(table, found, figures, cells, notes)
@@ -167,6 +166,21 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
         "--threshold asks for another.",
     ]
     return _write(output, table, content, page, lines)
+
+
+def map_figures(table: TrialTable) -> dict[str, Figure]:
+    """Describe the figures of a sweep over a grid of learning rates and initialisations, by name.
+
+    Raises:
+        NoGrid: the sweep is none.
+    """
+    _, trials, found = _grid_of(table, Columns())
+    return _figures_of_grid(table, trials, found)
+
+
+def _figures_of_grid(table: TrialTable, trials: GridTrials, found: Summary) -> dict[str, Figure]:
+    metric = trials.metric.replace("/", " ")
+    return grid_figures(found, metric, _caption(table, found, metric))
 
 
 def _grid_of(table: TrialTable, given: Columns) -> tuple[Columns, GridTrials, Summary]:

@@ -31,15 +31,15 @@ class OptunaSweeper(Sweeper):
     ) -> None:
         self._program = (hydra_context, task_function, config)
 
-    def sweep(self, arguments: list[str]) -> None:
-        """Run the sweep until it is over or stopped.
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the sweep until it is over or stopped, and return its `Location`.
 
         Raises:
             SweepError: the sweep cannot begin or be resumed, or too many trials failed.
         """
         from hydra_plugins.bn_optuna._sweep import run_sweep
 
-        run_sweep(self._settings, *self._program, arguments)
+        return run_sweep(self._settings, *self._program, arguments)
 
 
 class SweeperSearchPath(SearchPathPlugin):

@@ -9,7 +9,7 @@ from typing import Any
 
 import optuna
 from hydra.types import HydraContext, TaskFunction
-from hydra_plugins.bn_optuna._settings import Settings
+from hydra_plugins.bn_optuna._settings import Location, Settings
 from hydra_plugins.bn_optuna._trial_runner import RecordedTask, TrialRunner
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -51,8 +51,8 @@ def run_sweep(
     task: TaskFunction,
     config: DictConfig,
     arguments: list[str],
-) -> None:
-    """Run a sweep, or a worker's part of it.
+) -> Location:
+    """Run a sweep, or a worker's part of it, and return where the sweep is stored.
 
     Args:
         content: the sweeper's settings.
@@ -110,6 +110,7 @@ def run_sweep(
                 _end(study, plan, settings.max_failure_rate, stop)
         finally:
             study.close()
+    return place
 
 
 def _run(study: SweepStudy, runner: TrialRunner, config: DictConfig, stop: StopRequest) -> None:
