@@ -332,7 +332,7 @@ def test_an_exception_in_training_restores_the_classes(tmp_path):
     ("strategy", "variants"),
     # Spawning two processes takes seconds, so ddp_spawn runs fewer variants.
     [
-        pytest.param("ddp_spawn", ["plain", "fused+sync"], marks=pytest.mark.slow),
+        pytest.param("ddp_spawn", ["plain", "fused+sync"], marks=pytest.mark.soak),
         ("ddp_fork", ["plain", "fused", "fused+sync"]),
     ],
     ids=["ddp_spawn", "ddp_fork"],

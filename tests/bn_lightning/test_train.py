@@ -15,6 +15,7 @@ from pathlib import Path
 
 import own_network
 import pytest
+import run_process
 import torch
 
 from bn_lightning.runs.atomic_write import write_json
@@ -287,19 +288,13 @@ def test_networks_of_this_project_are_initialized_without_a_word(command):
     assert not torch.equal(weights["default"], weights["none"])
 
 
-STOPPED = (
-    sys.executable,
-    *("-m", "bn_lightning.train", *SHORT[:2], *BARE),
-    *("trainer.max_steps=1500", "trainer.val_check_interval=110"),
-)
+STOPPED = (*SHORT[:2], *BARE, "trainer.max_steps=1500", "trainer.val_check_interval=110")
 
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory) -> Path:
     """The directory of the run that the stopped ones are to end like."""
-    folder = tmp_path_factory.mktemp("unstopped")
-    done = subprocess.run(STOPPED, cwd=folder, capture_output=True, text=True, check=True)
-    return Path(done.stdout.strip().splitlines()[-1])
+    return run_process.run(tmp_path_factory.mktemp("unstopped"), *STOPPED)
 
 
 # SIGKILL, which leaves no word, is in tests/faults/test_kill.py.
@@ -310,18 +305,18 @@ def unstopped(tmp_path_factory) -> Path:
     ids=["SIGINT", "SIGTERM"],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, unstopped, command, signum, code):
-    process = subprocess.Popen(STOPPED, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = run_process.start(tmp_path, *STOPPED)
     wait_for(tmp_path, "logs/*/runs/*/checkpoints/last.ckpt")
     process.send_signal(signum)
-    assert process.wait(timeout=60) == code
-    (run,) = tmp_path.glob("logs/*/runs/*")
-    assert read_run(run)["status"] == "interrupted"
-    last_step = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    run_process.finish(process, code=code)
+    (stopped,) = tmp_path.glob("logs/*/runs/*")
+    assert read_run(stopped)["status"] == "interrupted"
+    last_step = torch.load(stopped / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 0 < last_step < 1500
-    resumed = command(main, *STOPPED[3:], "ckpt_path=last")
-    assert resumed.directory == run
-    assert_same_end(unstopped, run)
-    assert read_run(run)["resumed_at"] == [last_step]
+    resumed = command(main, *STOPPED, "ckpt_path=last")
+    assert resumed.directory == stopped
+    assert_same_end(unstopped, stopped)
+    assert read_run(stopped)["resumed_at"] == [last_step]
 
 
 def wait_for(folder: Path, pattern: str) -> None:
@@ -657,21 +652,10 @@ def test_inputs_that_are_not_numbers_are_an_error_of_the_data(command, monkeypat
 def test_two_ranks_on_a_cpu_train_as_one_with_the_double_batch(tmp_path, command):
     options = ("+experiment=mnist_bn", *BARE, "data=digits", "trainer.max_steps=20")
     # The ranks run the command again, so that it is one of its own.
-    two = subprocess.run(
-        [
-            *(sys.executable, "-m", "bn_lightning.train", *options),
-            *("trainer=ddp_sim", "norm=sync", "data.batch_size=30"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert two.returncode == 0, two.stderr
+    two = run_process.run(tmp_path, *options, "trainer=ddp_sim", "norm=sync", "data.batch_size=30")
     one = command(main, *options, "trainer=cpu", "norm=batch", "data.batch_size=60").directory
     losses = []
-    for directory in (Path(two.stdout.strip().splitlines()[-1]), one):
+    for directory in (two, one):
         record = read_run(directory)
         assert record["status"] == "completed" and record["steps"] == 20
         losses.append(record["metrics"]["test/loss"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import Forked
 
 from bn_lightning.runs.checkpoint import load_checkpoint
 from bn_lightning.runs.metrics_csv import read_rows
@@ -41,15 +42,18 @@ def small_images(root: Path) -> tuple[str, ...]:
 
 def start(
     folder: Path, *arguments: str, command: str = "train", **options: Any
-) -> subprocess.Popen[str]:
-    """Starts a command in a folder, with its output in pipes.
+) -> subprocess.Popen[str] | Forked:
+    """Starts a command in a folder and keeps its output.
 
     Args:
         folder: where it runs, and leaves its logs.
         arguments: overrides.
         command: "train" or "evaluate".
-        options: of `Popen`; `env` adds to this process's.
+        options: of `Popen`; `env` adds to this process's. Without any it is a fork, which is ready
+            4 s sooner.
     """
+    if not options:
+        return Forked(f"bn_lightning.{command}", arguments, folder)
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **os.environ}
     return subprocess.Popen(
         [sys.executable, "-m", f"bn_lightning.{command}", *arguments],
@@ -63,7 +67,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+def finish(process: subprocess.Popen[str] | Forked, code: int = 0) -> tuple[str, str]:
     """Waits for the end of a command, which must have this exit code; returns what it printed."""
     try:
         out, err = process.communicate(timeout=200)
