@@ -41,7 +41,14 @@ def commands(text: str) -> list[list[str]]:
 
 def check_overrides(config_name: str, arguments: list[str]) -> None:
     """Compose the first job that the arguments make."""
-    overrides = OverridesParser.create().parse_overrides([a for a in arguments if a != "-m"])
+    typed = [argument for argument in arguments if argument != "-m"]
+    for option in {"--config-dir", "--cfg"} & set(typed):
+        at = typed.index(option)
+        _, value = typed[at : at + 2]
+        typed[at : at + 2] = []
+        if option == "--config-dir":
+            typed.append(f"hydra.searchpath=[file://{ROOT / value}]")
+    overrides = OverridesParser.create().parse_overrides(typed)
     assert "-m" in arguments or not any(o.is_sweep_override() for o in overrides)
     first = [
         f"{o.get_key_element()}={next(o.sweep_string_iterator())}"
