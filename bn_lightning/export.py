@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bn_lightning.cli.command import hydra_command, quiet_lightning
+from bn_lightning.cli.install_hint import install_command
 from bn_lightning.conversion.fold import FoldError, fold_with_report
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
 
@@ -114,8 +115,7 @@ def _check_onnx() -> None:
     if absent:
         raise ValueError(
             f"expected {', '.join(_ONNX_PACKAGES)} for `format=onnx` to be installed, got no"
-            f' {" and no ".join(absent)}; pip install -c constraints.txt -e ".[export]", or use'
-            " format=torch"
+            f" {' and no '.join(absent)}; {install_command('export')}, or use format=torch"
         )
 
 

@@ -18,6 +18,7 @@ from bn_lightning.cli.batch_norm_table import print_batch_norms
 from bn_lightning.cli.command import hydra_command, in_sweep, is_typed, quiet_lightning
 from bn_lightning.cli.config_check import check_config
 from bn_lightning.cli.error_line import format_error
+from bn_lightning.cli.install_hint import install_command
 from bn_lightning.cli.run_table import print_run_table, print_validation_table
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.interruption import Interrupted, RankLostError
@@ -207,8 +208,8 @@ def _build_loggers(config: Any) -> list[Any]:
             if not isinstance(error.__cause__, ModuleNotFoundError):
                 raise
             raise ValueError(
-                f"expected the package of `logger={name}` to be installed, got none; pip install"
-                f' -c constraints.txt -e ".[{name}]"'
+                f"expected the package of `logger={name}` to be installed, got none; "
+                f"{install_command(name)}"
             ) from error
     return loggers
 

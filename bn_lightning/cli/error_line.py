@@ -21,6 +21,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from bn_lightning.cli.install_hint import install_command
 from bn_lightning.runs.moved_names import moved_hint
 from bn_lightning.sweeps.engine.processes import typed_arguments
 
@@ -106,8 +107,8 @@ def _message(error: BaseException) -> str:
         )
     if launcher := re.search(rf"'hydra/launcher/({'|'.join(_LAUNCHERS)})'", text):
         return (
-            f"expected the package of `hydra/launcher={launcher[1]}` to be installed, got none; pip"
-            ' install -c constraints.txt -e ".[cluster]"'
+            f"expected the package of `hydra/launcher={launcher[1]}` to be installed, got none; "
+            f"{install_command('cluster')}"
         )
     if text.startswith("BasicSweeper does not support sweep type"):
         return f"{text}; add hydra/sweeper=bn_optuna, or give values one by one"

@@ -73,11 +73,12 @@ def shown_command(url: str) -> str:
 
 
 def as_typed(command: Sequence[str]) -> str:
-    """Return a command as a user types it in a shell."""
+    """Return a command as a user types it in a shell; a console script by its name alone."""
     if command[0] != sys.executable:
         return shlex.join(command)
     script = os.path.basename(command[1])
-    if shutil.which(script) == command[1]:  # a console script in the PATH
+    is_of_environment = os.path.dirname(command[1]) == os.path.dirname(sys.executable)
+    if is_of_environment or shutil.which(script) == command[1]:
         return shlex.join([script, *command[2:]])
     return shlex.join(["python", *command[1:]])
 

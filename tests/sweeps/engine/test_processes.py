@@ -64,3 +64,6 @@ def test_a_console_script_is_typed_by_its_name(monkeypatch, tmp_path):
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert as_typed(command) == "bn-train x=1"
+    monkeypatch.setenv("PATH", "")  # of an environment that is not active
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert as_typed([sys.executable, *command[1:]]) == "bn-train x=1"
