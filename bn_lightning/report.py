@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list the runs under DIR, and stop")
     parser.add_argument("--study", help="name of the study, where a storage holds several")
     parser.add_argument("--lr", default="", metavar="KEY", help="parameter that is the rate")
-    parser.add_argument("--init", default="", metavar="KEY", help="... the initialisation")
+    parser.add_argument("--init", default="", metavar="KEY", help="... the initialization")
     parser.add_argument("--seed", default="", metavar="KEY", help="... the seed")
     parser.add_argument("--arm", default=[], nargs="+", metavar="KEY", help="... the network's arm")
     parser.add_argument(

@@ -42,7 +42,7 @@ def importances(trials: Iterable[GridTrial], random_sample: bool = False) -> dic
     if not random_sample and coverage(trials) < FULL_ENOUGH:
         raise ValueError(
             "expected trials on a grid, or `random_sample=True`, got points that share no rates "
-            "and initialisations; where a sampler chose them by their results, importances mislead"
+            "and initializations; where a sampler chose them by their results, importances mislead"
         )
     if len({trial.accuracy for trial in trials}) < 2:
         return {}

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bn_lightning.sweeps.analysis import intervals, tolerance
-from bn_lightning.sweeps.analysis.arms import BASELINE, label_of, ordered
+from bn_lightning.sweeps.analysis.arms import AS_CONFIGURED, BASELINE, label_of, ordered
 from bn_lightning.sweeps.analysis.importances import importances
 from bn_lightning.sweeps.analysis.intervals import Estimate
 from bn_lightning.sweeps.analysis.tolerance import (
@@ -29,10 +29,10 @@ def measures_of(levels: Levels) -> dict[str, str]:
     """Return measure -> its description; functions of tolerance.py compute them."""
     return {
         SHARE: f"share of cells with accuracy ≥ {levels.trained:.2f}",
-        "share_at_chance": f"share of cells at chance, accuracy < {levels.at_chance:.2f}",
+        "share_at_chance": f"share of cells that fail, accuracy < {levels.at_chance:.2f}",
         "share_diverged": "share of cells that diverged",
-        WIDTH: "decades of learning rate that train, mean over initialisations",
-        INITS: "initialisations that train at some rate",
+        WIDTH: "decades of learning rate that train, mean over initializations",
+        INITS: "initializations that train at some learning rate",
     }
 
 
@@ -196,10 +196,10 @@ def sentences(found: Summary) -> list[str]:
     if not found.comparisons:
         (arm,) = found.arms.values()
         share = arm.measures[SHARE]
-        texts.append(f"{capital(arm.label)} {percent(share)} of the grid trains.")
+        texts.append(f"{percent(share)} of the cells train {_in_arm(arm)}.")
         if WIDTH in arm.measures:
-            on_average = "On average over initialisations " if len(found.grid.inits) > 1 else ""
-            texts.append(f"{on_average}{decades(arm.measures[WIDTH])} of learning rate train.")
+            width = decades(arm.measures[WIDTH])
+            texts.append(f"The learning rates that train cover {width}{_mean_over(found.grid)}.")
     return texts
 
 
@@ -213,9 +213,9 @@ def points(found: Estimate) -> str:
     return _with_interval(found, lambda value: f"{100 * value:.0f}", " points")
 
 
-def decades(found: Estimate) -> str:
-    """Return a width as text: ≥ 2.5 decades [2.4, 2.6]."""
-    return _with_interval(found, lambda value: f"{value:.2f}", " decades")
+def decades(found: Estimate, unit: str = " decades") -> str:
+    """Return a width as text: ≥ 2.50 decades [2.40, 2.60]."""
+    return _with_interval(found, lambda value: f"{value:.2f}", unit)
 
 
 def plain(found: Estimate) -> str:
@@ -367,45 +367,50 @@ def _notes(grid: Grid, comparisons: tuple[Comparison, ...]) -> list[str]:
 def _comparison_sentences(
     grid: Grid, pair: Comparison, first: ArmSummary, second: ArmSummary
 ) -> list[str]:
-    one, other = first.label, second.label
-    share = pair.differences[SHARE]
-    times = ""
-    if math.isfinite(pair.ratio.value):
-        times = f", {plain(pair.ratio)} times as much"
+    one, other = _in_arm(first), _in_arm(second)
+    share, failed = pair.differences[SHARE], "share_at_chance"
+    times = f", a ratio of {plain(pair.ratio)}" if math.isfinite(pair.ratio.value) else ""
     texts = [
-        f"{capital(one)} {percent(first.measures[SHARE])} of the grid trains, {other} "
-        f"{percent(second.measures[SHARE])}: a difference of {points(share)}{times}.",
-        f"{capital(one)} {percent(first.measures['share_at_chance'])} of the grid is still at "
-        f"chance when the budget ends, {other} {percent(second.measures['share_at_chance'])}.",
+        f"{percent(first.measures[SHARE])} of the cells train {one}, "
+        f"{percent(second.measures[SHARE])} {other}: a difference of {points(share)}{times}.",
+        f"{percent(first.measures[failed])} of the cells fail {one}, "
+        f"{percent(second.measures[failed])} {other}: at the end of the budget their accuracy is "
+        f"below {grid.levels.at_chance:.2f}, hardly better than a guess.",
     ]
-    if WIDTH in pair.differences and len(grid.inits) == 1:
+    if WIDTH in pair.differences:
         texts.append(
-            f"{capital(one)} {decades(first.measures[WIDTH])} of learning rate train, {other} "
-            f"{decades(second.measures[WIDTH])}: a difference of "
+            f"The learning rates that train cover {decades(first.measures[WIDTH])} {one}, "
+            f"{decades(second.measures[WIDTH])} {other}{_mean_over(grid)}: a difference of "
             f"{decades(pair.differences[WIDTH])}."
-        )
-    elif WIDTH in pair.differences:
-        texts.append(
-            f"Averaged over {len(grid.inits)} initialisations, {decades(first.measures[WIDTH])} of "
-            f"learning rate train {one}, {decades(second.measures[WIDTH])} {other}: a difference "
-            f"of {decades(pair.differences[WIDTH])}."
         )
     if len(grid.inits) > 1:
         texts.append(
-            f"{capital(one)} {plain(first.measures[INITS])} of {len(grid.inits)} initialisations "
-            f"train at some rate, {other} {plain(second.measures[INITS])}."
+            f"{plain(first.measures[INITS])} of {len(grid.inits)} initializations train at some "
+            f"learning rate {one}, {plain(second.measures[INITS])} {other}."
         )
     if pair.headroom is not None:
         init, factor = pair.headroom
-        name = init if isinstance(init, str) else f"{init:.3g}"
+        name = f"initialization {init}"
+        if not isinstance(init, str):
+            name = f"initial standard deviation {init:.3g}"
         how = f"{factor:.3g} times as large" if factor != 1 else "the same"
-        where = f"At initialisation {name}, where the most rates train {other}, the"
+        where = f"At {name}, where the most learning rates train {other}, the"
         if len(grid.inits) == 1:
             where = "The"
-        texts.append(f"{where} largest rate that trains is {how} {one}.")
+        texts.append(f"{where} largest learning rate that trains is {how} {one}.")
     if not (share.low > 0 or share.high < 0) and not math.isnan(share.low):
         texts.append(
             "The interval of the difference of shares reaches zero: these seeds do not tell the "
             "arms apart."
         )
     return texts
+
+
+def _in_arm(arm: ArmSummary) -> str:
+    """Return the words that say in a sentence which arm it is about: with BatchNorm."""
+    is_phrase = arm.label.startswith(("with ", "without ")) or arm.label == AS_CONFIGURED
+    return arm.label if is_phrase else f"in arm {arm.label}"
+
+
+def _mean_over(grid: Grid) -> str:
+    return f" (mean over {len(grid.inits)} initializations)" if len(grid.inits) > 1 else ""

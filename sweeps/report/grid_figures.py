@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bn_lightning.sweeps.analysis.arms import label_of, style_of
+from bn_lightning.sweeps.analysis.importances import MOST_FOR_IMPORTANCES
 from bn_lightning.sweeps.analysis.summary import Summary, capital, decades
 from bn_lightning.sweeps.analysis.tolerance import Grid, GridOutcome, GridTrial
 from bn_lightning.sweeps.report.figure import (
@@ -134,7 +135,7 @@ def rates_figure(found: Summary, metric: str, caption: str) -> Figure:
                 )
                 series.append(Line(rates, mean, label_of(name), style, "line and points"))
                 series.append(Band(rates, low, high, style.color))
-        init, title = grid.inits[i], init_name(grid.inits[i])
+        title = f"{init_label(grid)} {init_name(grid.inits[i])}"
         panels.append(
             Panel(
                 f"rates-{i}",
@@ -142,7 +143,7 @@ def rates_figure(found: Summary, metric: str, caption: str) -> Figure:
                 x,
                 Axis(metric, bounds=(0, 1.02)),
                 series,
-                title if isinstance(init, str) else f"Standard deviation {title}",
+                capital(title),
                 page_height=260,
                 has_tools=False,
             )
@@ -194,29 +195,35 @@ def widths_figure(found: Summary, caption: str) -> Figure:
 def importances_figure(found: Summary, caption: str) -> Figure:
     """Describe the share of the variance of accuracy that each parameter explains in each arm."""
     shares = {name: arm for name, arm in found.arms.items() if arm.importances}
-    names = dict.fromkeys(name for arm in shares.values() for name in arm.importances)
+    keys = dict.fromkeys(key for arm in shares.values() for key in arm.importances)
+    names = {"lr": "learning rate", "init": init_label(found.grid)}
+    names |= {key: key for key in keys if key not in names}
     series = [
         Bars(
-            {parameter: arm.importances.get(parameter, 0.0) for parameter in names},
-            [style_of(name, shares).color] * len(names),
+            {names[key]: arm.importances.get(key, 0.0) for key in keys},
+            [style_of(name, shares).color] * len(keys),
             ".2f",
             arm.label,
             is_hatched=k % 2 == 1,
         )
         for k, (name, arm) in enumerate(shares.items())
     ]
+    counts = ", ".join(
+        f"{min(arm.trials, MOST_FOR_IMPORTANCES):,} trials {arm.label}" for arm in shares.values()
+    )
     panel = Panel(
         "importances",
         "",
-        Axis("share of the variance of accuracy (fANOVA)", bounds=(0, 1.1)),
+        Axis("share of the variance\nof accuracy (fANOVA)", bounds=(0, 1.1)),
         Axis(),
         series,
         "What accuracy depends on",
-        "fANOVA, each arm by itself",
+        f"fANOVA, each arm by itself, of {counts}",
         page_height=260,
         page_legend="above",
     )
-    return Figure([panel], (5, 1.6 + 0.5 * len(names)), legend="above", caption=caption)
+    inches = (5, 1.8 + 0.5 * len(keys))
+    return Figure([panel], inches, legend="above", caption=f"{counts}\n{caption}")
 
 
 def cells_json(
@@ -289,7 +296,7 @@ def most_common(outcomes_S: Iterable[GridOutcome]) -> GridOutcome:
 def init_label(grid: Grid) -> str:
     """Return the label of the axis of initializations."""
     named = any(isinstance(init, str) for init in grid.inits)
-    return "initialisation" if named else "standard deviation of the initial weights"
+    return "initialization" if named else "initial standard deviation"
 
 
 def init_name(init: str | float) -> str:
@@ -331,7 +338,7 @@ def _cells(grid: Grid, id: str, title: str, heatmap: Heatmap, page_caption: str)
 
 def _init_axis_label(grid: Grid) -> str:
     """Return `init_label` in two lines, for figures that are low."""
-    return init_label(grid).replace(" of", "\nof", 1)
+    return init_label(grid).replace(" standard", "\nstandard", 1)
 
 
 def _init_ticks(grid: Grid) -> dict[float, str]:

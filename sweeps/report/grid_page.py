@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bn_lightning.sweeps.analysis.arms import style_of
 from bn_lightning.sweeps.analysis.summary import (
     Summary,
     decades,
@@ -26,6 +27,7 @@ from bn_lightning.sweeps.report.page_skeleton import (
 )
 from bn_lightning.sweeps.report.plotly_renderer import plots_of
 
+_GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆"}
 _HELP = "Point at a cell, click it, or reach a map by the tab key and move by the arrow keys."
 
 
@@ -54,7 +56,7 @@ def grid_page(
         *notes_of([*notes, *found.notes]),
         tag("p", _budget_line(study, found), class_="soft"),
         _measures(found),
-        tag("h2", "Accuracy over learning rate and initialisation"),
+        tag("h2", f"Accuracy over learning rate and {init_label(found.grid)}"),
         tag("p", _HELP, class_="soft screen"),
         places_for(plots["accuracy"]),
         tag("div", tag("span", _HELP), id="cell", aria_live="polite", class_="screen"),
@@ -79,7 +81,7 @@ def _budget_line(study: TrialTable, found: Summary) -> str:
     data = " and ".join(runs["data"]) if "data" in runs else "data unknown"
     grid = found.grid
     seeds = f"{len(grid.seeds)} seed{'s' if len(grid.seeds) > 1 else ''}"
-    inits = f"{len(grid.inits)} initialisation{'s' if len(grid.inits) > 1 else ''}"
+    inits = f"{len(grid.inits)} {init_label(grid)}{'s' if len(grid.inits) > 1 else ''}"
     return (
         f"{data}, {budget}, {inits} × {len(grid.rates)} learning rates × {seeds} for each arm. "
         f"A cell trains from an accuracy of {grid.levels.trained:.2f} on. "
@@ -115,18 +117,20 @@ def _inits(found: Summary, has_widths: bool) -> Html:
         for arm in found.arms.values():
             of_init = arm.inits[i]
             rate = of_init.largest_rate
-            cells += [decades(of_init.width)] if has_widths else []
+            cells += [decades(of_init.width, unit="")] if has_widths else []
             cells += [plain(rate) if rate.seeds else "none trains"]
             cells += [plain(of_init.rate_sensitivity) if of_init.rate_sensitivity.seeds else "–"]
         rows.append(cells)
     heads = [init_label(found.grid)]
     for arm in found.arms.values():
-        heads += [f"width, {arm.label}"] if has_widths else []
-        heads += [f"largest rate that trains, {arm.label}", f"sensitivity (nats), {arm.label}"]
+        heads += [f"width (decades), {arm.label}"] if has_widths else []
+        heads += [f"largest learning rate that trains, {arm.label}"]
+        heads += [f"sensitivity (nats), {arm.label}"]
     return html_table(
         heads,
         rows,
-        "Each initialisation by itself; the largest rate is the geometric mean of seeds that train",
+        f"Each {init_label(found.grid)} by itself; the largest learning rate is the geometric mean "
+        "of the seeds that train",
     )
 
 
@@ -136,9 +140,15 @@ def _rates_note(found: Summary, drawn: Sequence[Plot]) -> Html:
         f"{found.grid.levels.trained:g}."
     )
     if len(drawn) < len(found.grid.inits):
-        text += f" {len(drawn)} of {len(found.grid.inits)} initialisations, evenly chosen."
-    labels = ", ".join(arm.label for arm in found.arms.values())
-    return tag("p", f"{text} Arms: {labels}.", class_="soft")
+        text += (
+            f" {len(drawn)} of {len(found.grid.inits)} {init_label(found.grid)}s, evenly chosen."
+        )
+    styles = [style_of(name, found.arms) for name in found.arms]
+    arms = [
+        [tag("span", f" {_GLYPHS[style.marker]} ", style=f"color: {style.color}"), arm.label]
+        for style, arm in zip(styles, found.arms.values(), strict=True)
+    ]
+    return tag("p", text, *(part for arm in arms for part in arm), class_="soft")
 
 
 def _all_trials(found: Summary) -> Html:

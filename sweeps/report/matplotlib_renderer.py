@@ -174,6 +174,7 @@ def _draw_intervals(axes: Axes, intervals: Intervals) -> None:
         marker,
         color=color,
         markersize=5,
+        clip_on=False,
         label=_shortened(intervals.name, _MOST_IN_LEGEND),
     )
     for x, y, at_least in zip(intervals.x, intervals.y, intervals.at_least, strict=True):

@@ -6,7 +6,7 @@
     String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
   const number = (value) => (value === null ? "–" : value.toFixed(4));
 
-  // The trials of each cell, by arm, initialisation and rate.
+  // The trials of each cell, by arm, initialization and rate.
   const cells = new Map();
   for (const trial of grid ? grid.trials : []) {
     const key = trial.slice(1, 4).join();

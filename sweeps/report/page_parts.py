@@ -73,12 +73,12 @@ def provenance_of(study: TrialTable, levels: Levels | None = None) -> list[Html]
             tag(
                 "p",
                 f"A cell trains if its accuracy at the end of its budget is {levels.trained:.2f} "
-                f"or more; below {levels.at_chance:.2f} it is at chance, and so counts a trial "
-                "that diverged. A width is the sum of the decades that the trained rates stand "
-                "for, ≥ where a rate at the edge of the grid trains. Every number is computed for "
-                "each seed, then averaged; its interval is the percentile bootstrap over seeds, "
-                "paired where both arms have the same seeds. Sensitivity: mean loss over rates "
-                "minus the best.",
+                f"or more. It fails if its accuracy is below {levels.at_chance:.2f}, or if its "
+                "training diverged. A width is the sum of the decades that the trained learning "
+                "rates stand for, ≥ where one at the edge of the grid trains. Every number is "
+                "computed for each seed, then averaged; its interval is the percentile bootstrap "
+                "over seeds, paired where both arms have the same seeds. Sensitivity: mean loss "
+                "over learning rates minus the best.",
             )
         )
     parts.append(definitions(items))

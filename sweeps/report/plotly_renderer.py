@@ -165,6 +165,7 @@ def _intervals(found: Intervals) -> dict[str, Any]:
             "size": 9,
             "symbol": ["triangle-right" if cut else symbol for cut in found.at_least],
         },
+        "cliponaxis": False,
         "hovertext": list(found.texts),
         "hovertemplate": "%{hovertext}",
     }

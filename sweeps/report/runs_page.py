@@ -44,7 +44,7 @@ def runs_page(
     body = [
         tag("h1", title),
         *notes_of(notes),
-        *([tag("p", f"The small circles are the paper's: {SOURCE}, digitised.")] * with_paper),
+        *([tag("p", f"The small circles are the paper's: {SOURCE}, digitized.")] * with_paper),
         html_table(
             arms.head(),
             arms.rows(),

@@ -190,7 +190,7 @@ def _grid_of(table: TrialTable, given: Columns) -> tuple[Columns, GridTrials, Su
     if filled < FULL_ENOUGH:
         raise NoGrid(
             f"its {len(trials.numbers):,} trials fill {filled:.1%} of a grid of "
-            "their learning rates, initialisations and seeds"
+            "their learning rates, initializations and seeds"
         )
     planned = is_planned(table.about)
     if planned is False:
@@ -201,7 +201,7 @@ def _grid_of(table: TrialTable, given: Columns) -> tuple[Columns, GridTrials, Su
     levels = Levels.of(classes, table.about.get(_THRESHOLD, TRAINED))
     found = summarize(trials.numbers.values(), math.log(classes), planned, levels)
     if found.comparisons and not any(pair.cells for pair in found.comparisons):
-        raise NoGrid("its arms have no learning rate and initialisation in common")
+        raise NoGrid("its arms have no learning rate and initialization in common")
     return columns, trials, found
 
 

@@ -95,7 +95,7 @@ class TestSweep:
         assert share == {"value": 0.75, "low": 0.75, "high": 0.75, "seeds": 3, "at_least": False}
         assert content["comparisons"][0]["ratio"]["value"] == 6
         out = capsys.readouterr().out
-        assert out.startswith("With BatchNorm 75% [75, 75] of the grid trains, without")
+        assert out.startswith("75% [75, 75] of the cells train with BatchNorm, ")
         assert out.endswith(
             f"A cell trains from an accuracy of 0.90 on; --threshold asks for another.\n{page}\n"
         )
@@ -216,16 +216,17 @@ class TestSweep:
             "No cell trains: the best accuracy is 0.800" in n for n in summary(sweep)["notes"]
         )
         page = write_report([str(sweep)], ReportOptions(threshold=0.75)).read_text()
-        assert "0.75 or more; below 0.60 it is at chance" in page
+        assert "0.75 or more. It fails if its accuracy is below 0.60" in page
         assert "accuracy ≥ 0.75" in page and "decades of learning rate that reach 0.75" in page
         content = summary(sweep)
         assert content["sentences"][:3] == [
-            "With BatchNorm 67% [67, 67] of the grid trains, without BatchNorm 0% [0, 0]: a "
+            "67% [67, 67] of the cells train with BatchNorm, 0% [0, 0] without BatchNorm: a "
             "difference of 67 points [67, 67].",
-            "With BatchNorm 33% [33, 33] of the grid is still at chance when the budget ends, "
-            "without BatchNorm 100% [100, 100].",
-            "With BatchNorm ≥ 2.00 decades [2.00, 2.00] of learning rate train, without BatchNorm "
-            "0.00 decades [0.00, 0.00]: a difference of ≥ 2.00 decades [2.00, 2.00].",
+            "33% [33, 33] of the cells fail with BatchNorm, 100% [100, 100] without BatchNorm: at "
+            "the end of the budget their accuracy is below 0.60, hardly better than a guess.",
+            "The learning rates that train cover ≥ 2.00 decades [2.00, 2.00] with BatchNorm, "
+            "0.00 decades [0.00, 0.00] without BatchNorm: a difference of ≥ 2.00 decades "
+            "[2.00, 2.00].",
         ]
         table = tmp_path / "table"
         table.mkdir()
@@ -306,7 +307,7 @@ class TestSweep:
             tmp_path, space=space, skip=lambda p: arms[p["optimizer.lr"]] != p["norm"]
         )
         write_report([str(sweep)])
-        assert "arms have no learning rate and initialisation in common" in summary(sweep)["reason"]
+        assert "arms have no learning rate and initialization in common" in summary(sweep)["reason"]
 
     def test_an_adaptive_samplers_points_are_no_grid(
         self, tmp_path: Path, make_study: Callable[..., Path]

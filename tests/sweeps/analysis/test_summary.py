@@ -81,11 +81,21 @@ def test_the_difference_is_paired(found: Summary) -> None:
 def test_sentences_say_the_numbers(found: Summary) -> None:
     text = " ".join(sentences(found))
     assert (
-        "With BatchNorm 75% [75, 75] of the grid trains, without BatchNorm 8% [0, 12]: a "
-        "difference of 67 points [62, 75], 9 [6, inf] times as much." in text
+        "75% [75, 75] of the cells train with BatchNorm, 8% [0, 12] without BatchNorm: a "
+        "difference of 67 points [62, 75], a ratio of 9 [6, inf]." in text
     )
-    assert "≥ 3.00 decades [3.00, 3.00] of learning rate train with BatchNorm" in text
-    assert "With BatchNorm 2 [2, 2] of 2 initialisations" in text
+    assert "25% [25, 25] of the cells fail with BatchNorm, 92% [88, 100] without" in text
+    assert "that train cover ≥ 3.00 decades [3.00, 3.00] with BatchNorm, " in text
+    assert "2 [2, 2] of 2 initializations train at some learning rate with BatchNorm" in text
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [("as configured", "train as configured."), ("torch.nn.GroupNorm", "train in arm torch.nn.G")],
+    ids=["the only one", "another"],
+)
+def test_sentences_say_which_arm_they_are_about(label: str, words: str) -> None:
+    assert words in sentences(summarize(grid_trials(arms=(label,)), 2.3))[0]
 
 
 def test_headroom_is_where_the_other_arm_does_best() -> None:
@@ -136,18 +146,18 @@ def test_one_arm_and_one_rate() -> None:
     trials = [t for t in grid_trials(arms=("batch",)) if t.lr == 1.0]
     found = summarize(trials, 2.3)
     assert found.comparisons == () and WIDTH not in found.arms["batch"].measures
-    assert sentences(found) == ["With BatchNorm 100% [100, 100] of the grid trains."]
+    assert sentences(found) == ["100% [100, 100] of the cells train with BatchNorm."]
 
 
 def test_one_initialisation_is_not_averaged_over() -> None:
     trials = [t for t in grid_trials() if t.init == 0.1 and t.seed < 3]
     text = " ".join(sentences(summarize(trials, 2.3)))
-    assert "With BatchNorm ≥ 3.00 decades [3.00, 3.00] of learning rate train, without" in text
-    assert "The largest rate that trains is the same with BatchNorm." in text
-    assert "initialisation" not in text
+    assert "train cover ≥ 3.00 decades [3.00, 3.00] with BatchNorm, " in text
+    assert "The largest learning rate that trains is the same with BatchNorm." in text
+    assert "initialization" not in text
     one_arm = [t for t in trials if t.arm == "batch"]
     assert sentences(summarize(one_arm, 2.3))[1] == (
-        "≥ 3.00 decades [3.00, 3.00] of learning rate train."
+        "The learning rates that train cover ≥ 3.00 decades [3.00, 3.00]."
     )
 
 
@@ -183,7 +193,7 @@ def test_an_arm_that_diverged_everywhere() -> None:
     none = found.arms["none"].measures
     assert none[SHARE].value == 0 and none[WIDTH].value == 0 and none["share_diverged"].value == 1
     text = " ".join(sentences(found))
-    assert "times as much" not in text and "nan" not in text
+    assert "a ratio of" not in text and "nan" not in text
 
 
 def test_importances_are_refused_for_adaptive_samplers() -> None:

@@ -73,7 +73,7 @@ def test_heatmaps_name_the_mean_of_the_seeds_that_are_there(found):
     hatched = [patch for patch in first.patches if patch.get_hatch()]
     assert [(patch.get_x(), patch.get_y()) for patch in hatched] == [(0.5, 0.5)]
     assert not second.patches
-    assert CAPTION in words(figure) and "standard deviation" in words(figure)
+    assert CAPTION in words(figure) and "initial\nstandard deviation" in words(figure)
 
 
 def test_both_arms_have_one_scale(found):
@@ -97,7 +97,8 @@ def test_outcomes_are_those_of_most_seeds_and_of_a_tie_the_worse(found):
 def test_rates_draws_the_mean_and_the_band_of_the_seeds(found):
     figure = drawn(found, "rates")
     panel = figure.axes[1]
-    assert panel.get_title() == "1" and panel.get_xscale() == "log"
+    assert not any(line.get_clip_on() for line in panel.lines[1:])  # markers at the edge are whole
+    assert panel.get_title() == "initial standard deviation 1" and panel.get_xscale() == "log"
     _, batch, none = panel.lines
     np.testing.assert_allclose(batch.get_xydata(), [[0.01, 0.725], [1, 0.53]])
     np.testing.assert_allclose(none.get_xydata(), [[0.01, 0.10]])
@@ -122,7 +123,9 @@ def test_importances_has_a_bar_for_each_parameter_and_arm(found):
     }
     axes = drawn(replace(found, arms=arms), "importances").axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.75, 0.25, 0.0, 1.0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["lr", "init"]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["learning rate", "initial standard deviation"]
+    assert "8 trials with BatchNorm, 5 trials without BatchNorm" in words(axes.figure)
 
 
 def test_named_initialisations():
@@ -131,7 +134,7 @@ def test_named_initialisations():
     ]
     figure = drawn(summary_of(trials), "accuracy")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["he", "zeros"]
-    assert figure.axes[0].get_ylabel() == "initialisation"
+    assert figure.axes[0].get_ylabel() == "initialization"
 
 
 @pytest.mark.parametrize("name", ["accuracy", "outcomes", "rates", "widths"])
@@ -150,7 +153,8 @@ def test_large_grids_have_fewer_labels_and_panels_and_no_numbers():
     assert not texts(axes) and len(axes.get_xticks()) == 13
     panels = [axes for axes in drawn(found, "rates").axes if axes.get_visible()]
     assert len(panels) == 12
-    assert panels[0].get_title() == "1" and panels[-1].get_title() == f"{1.1**24:.3g}"
+    assert panels[0].get_title().split()[-1] == "1"
+    assert panels[-1].get_title().split()[-1] == f"{1.1**24:.3g}"
 
 
 def test_names_are_short_and_no_mathematics():

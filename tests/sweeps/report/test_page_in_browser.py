@@ -29,6 +29,10 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium in the PATH"),
 ]
 
+# A function of JavaScript that returns what cannot be read.
+TEXT_BOXES = (Path(__file__).parents[2] / "support" / "text_boxes.js").read_text()
+MEASURE = TEXT_BOXES[TEXT_BOXES.index("() =>") :]
+
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 
@@ -55,13 +59,13 @@ class Opened:
         self.page.goto(path.absolute().as_uri())
         self.page.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
 
-    def check(self) -> None:
+    def check(self, readable: bool = True) -> None:
         """Check that all figures are drawn, without a message or a request but for the page."""
         assert self.said == []
         assert self.asked == [self.page.url]
         plots = self.page.locator(".plot")
         assert self.page.locator(".plot .main-svg").count() >= plots.count() > 0
-        # What is wider than the window scrolls by itself.
+        assert not readable or self.page.evaluate(MEASURE) == []
         width = self.page.evaluate("document.documentElement.scrollWidth")
         assert width <= self.page.viewport_size["width"]
 
@@ -79,6 +83,26 @@ def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
         one.page.close()
 
 
+@pytest.mark.parametrize(
+    ("style", "complaint"),
+    [
+        ("", None),
+        ("width: 20px; overflow: hidden; white-space: nowrap", "cut off by P"),
+        ("position: absolute; left: 380px; white-space: nowrap", "outside the window"),
+        ("margin-top: -20px", "overlap"),
+    ],
+    ids=["fine", "cut", "outside", "overlap"],
+)
+def test_what_cannot_be_read_is_found(
+    browser: Any, tmp_path: Path, style: str, complaint: str | None
+) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.set_content(f"<p>first line</p><p style='{style}'>second line</p>")
+    found = page.evaluate(MEASURE)
+    page.close()
+    assert any(complaint in text for text in found) if complaint else found == []
+
+
 @pytest.fixture
 def sweep_page(tmp_path: Path, make_study: Callable[..., Path]) -> Path:
     """Write the page of a grid whose trial 7 has a directory, and return its path."""
@@ -87,8 +111,10 @@ def sweep_page(tmp_path: Path, make_study: Callable[..., Path]) -> Path:
     return write_report([str(sweep)])
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(390, "light"), (390, "dark"), (768, "dark"), (1280, "light")],
+)
 def test_a_grid_is_drawn(open_page: Any, sweep_page: Path, width: int, scheme: str) -> None:
     opened = open_page(sweep_page, width=width, scheme=scheme)
     opened.check()
@@ -109,7 +135,7 @@ def test_pointing_at_a_cell_shows_its_trials(open_page: Any, sweep_page: Path) -
     hover = plot.locator(".hoverlayer text").first
     hover.wait_for(timeout=10_000)
     text = hover.text_content()
-    assert "learning rate 0.01" in text and "standard deviation of the initial weights 0.01" in text
+    assert "learning rate 0.01" in text and "initial standard deviation 0.01" in text
     assert "seed 3: 0.9500 (trial 5)" in text
     opened.page.mouse.click(x, y)
     opened.page.locator("#cell li").first.wait_for()
@@ -123,7 +149,7 @@ def test_cells_are_reached_by_keys_and_lead_to_their_runs(open_page: Any, sweep_
     for key in ("ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "ArrowLeft", "ArrowUp"):
         opened.page.keyboard.press(key)
     cell = opened.page.locator("#cell")
-    assert "weights 0.1, learning rate 0.01" in cell.inner_text()
+    assert "initial standard deviation 0.1, learning rate 0.01" in cell.inner_text()
     assert cell.locator("li").count() == 6
     link = cell.locator("a")
     assert link.count() == 1 and link.inner_text() == "trial 7"
@@ -169,7 +195,7 @@ def test_names_with_html_run_nothing(
     ]
     for page in pages:
         opened = open_page(page)
-        opened.check()
+        opened.check(readable=False)  # these names are longer than the page is wide
         assert opened.page.evaluate("window.hacked") is None
         assert opened.page.locator("img").count() == 0
         assert HOSTILE in opened.page.locator("h1").inner_text()
@@ -180,7 +206,7 @@ def test_names_with_html_run_nothing(
     assert opened.page.evaluate("window.hacked") is None
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [390, 768, 1280])
 def test_runs_are_drawn(
     open_page: Any, tmp_path: Path, make_run: Callable[..., Path], width: int
 ) -> None:
