@@ -144,11 +144,11 @@ def _rates_note(found: Summary, drawn: Sequence[Plot]) -> Html:
             f" {len(drawn)} of {len(found.grid.inits)} {init_label(found.grid)}s, evenly chosen."
         )
     styles = [style_of(name, found.arms) for name in found.arms]
-    arms = [
-        [tag("span", f" {_GLYPHS[style.marker]} ", style=f"color: {style.color}"), arm.label]
-        for style, arm in zip(styles, found.arms.values(), strict=True)
-    ]
-    return tag("p", text, *(part for arm in arms for part in arm), class_="soft")
+    arms: list[Content] = []
+    for style, arm in zip(styles, found.arms.values(), strict=True):
+        glyph = f" {_GLYPHS[style.marker]} "
+        arms += [tag("span", glyph, style=f"color: {style.color}"), arm.label]
+    return tag("p", text, *arms, class_="soft")
 
 
 def _all_trials(found: Summary) -> Html:
