@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from lightning import Callback, LightningModule, Trainer
@@ -183,6 +184,14 @@ def unit_percentiles(inputs: Float[Tensor, "M C"]) -> Float[Tensor, "P C"]:
     A column with a NaN has NaN percentiles. Above the limit of torch.quantile only evenly spaced
     rows are used.
     """
-    inputs = inputs[:: -(-len(inputs) // _MAX_ROWS)]
+    inputs = inputs[:: -(-len(inputs) // _MAX_ROWS)].float()
     q = torch.tensor(PERCENTILES, device=inputs.device, dtype=torch.float32) / 100
-    return torch.quantile(inputs.float(), q, dim=0)
+    if not inputs.is_cpu:
+        return torch.quantile(inputs, q, dim=0)
+    # The same values in a tenth of the time, because NumPy sorts with vector instructions.
+    ordered = torch.from_numpy(np.sort(inputs.numpy(), axis=0))
+    ranks = q * (len(ordered) - 1)
+    below, above = ranks.floor(), ranks.ceil()
+    values = torch.lerp(ordered[below.long()], ordered[above.long()], (ranks - below)[:, None])
+    values[:, ordered[-1].isnan()] = torch.nan  # NaN comes last
+    return values
