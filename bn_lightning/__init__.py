@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         SyncBatchNorm3d,
     )
     from bn_lightning.plugins.layer_sync import FusedSyncBatchNorm
+    from bn_lightning.stack.training import train_stack
 
 __version__ = "0.2.0"
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "revert_batchnorm",
     "run_experiment",
     "run_sweep",
+    "train_stack",
 ]
 
 _HOME = {
@@ -85,6 +87,7 @@ _HOME = {
     "revert_batchnorm": "bn_lightning.conversion.convert",
     "run_experiment": "bn_lightning.experiments",
     "run_sweep": "bn_lightning.experiments",
+    "train_stack": "bn_lightning.stack.training",
 }
 
 

@@ -23,15 +23,16 @@ ORDER = {
     "callbacks": 6,
     "models": 6,
     "data": 6,
-    "cli": 7,
-    "train": 8,
-    "experiments": 9,  # the same from Python
-    "evaluate": 8,
-    "report": 8,
-    "landscape": 8,
-    "inspect_checkpoint": 8,
-    "predict": 8,
-    "export": 8,
+    "stack": 7,  # many runs as one
+    "cli": 8,
+    "train": 9,
+    "evaluate": 9,
+    "report": 9,
+    "landscape": 9,
+    "inspect_checkpoint": 9,
+    "predict": 9,
+    "export": 9,
+    "experiments": 10,  # the same from Python
 }
 # The same inside sweeps/.
 SWEEPS_ORDER = {"engine": 0, "hydra_plugins": 1, "analysis": 1, "report": 2}

@@ -76,7 +76,7 @@ class DivergenceGuard(Callback):
         value = loss.item() * trainer.accumulate_grad_batches
         diverged = not math.isfinite(value)
         if diverged:
-            _check_inputs(batch, step)
+            check_finite_batch(batch, step)
         elif value <= self.max_loss:
             self._above_since = None
         else:
@@ -90,7 +90,16 @@ class DivergenceGuard(Callback):
             trainer.should_stop = True
 
 
-def _check_inputs(batch: Any, step: int) -> None:
+def check_finite_batch(batch: Any, step: int) -> None:
+    """Raise an error if a training batch has NaN or infinite values.
+
+    Args:
+        batch: a tensor, or a sequence or mapping of tensors and other values.
+        step: number of the optimizer step, for the message.
+
+    Raises:
+        ValueError: It has.
+    """
     values = batch.values() if isinstance(batch, Mapping) else batch
     if isinstance(values, Tensor) or not isinstance(values, Iterable):
         values = [values]

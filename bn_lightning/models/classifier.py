@@ -167,6 +167,25 @@ class Classifier(LightningModule):
         chance = self.chance_level()
         return {f"{split}/{name}": v for split in ("val", "test") for name, v in chance.items()}
 
+    def update_metrics(self, name: str, logits: Tensor, target: Int[Tensor, "N"]) -> None:
+        """Add a batch to the metrics of an evaluation, "val" or "test"."""
+        metrics = cast(MetricCollection, self.evaluations[name])
+        metrics["loss"].update(self.loss(logits, target), weight=len(target))
+        inputs = self.metric_inputs(logits)
+        for metric_name, metric in metrics.items(keep_base=True):
+            if metric_name != "loss":
+                metric.update(inputs, target)
+
+    def take_metrics(self) -> dict[str, Any]:
+        """Return the metrics of the evaluations since the last call, and reset them."""
+        values: dict[str, Any] = {}
+        for module in self.evaluations.values():
+            metrics = cast(MetricCollection, module)
+            if metrics["loss"].update_called:
+                values |= metrics.compute()
+                metrics.reset()
+        return values
+
     # Subclasses for other kinds of classification override the methods below.
 
     def loss(self, logits: Float[Tensor, "N K"], target: Int[Tensor, "N"]) -> Float[Tensor, ""]:
@@ -205,21 +224,10 @@ class Classifier(LightningModule):
 
     def _evaluate(self, name: str, batch: Batch) -> None:
         x, target = batch
-        logits = self.network(x)
-        metrics = cast(MetricCollection, self.evaluations[name])
-        metrics["loss"].update(self.loss(logits, target), weight=len(target))
-        inputs = self.metric_inputs(logits)
-        for metric_name, metric in metrics.items(keep_base=True):
-            if metric_name != "loss":
-                metric.update(inputs, target)
+        self.update_metrics(name, self.network(x), target)
 
     def _log_evaluations(self) -> None:
-        values: dict[str, Any] = {"step": float(self.global_step)}
-        for module in self.evaluations.values():
-            metrics = cast(MetricCollection, module)
-            if metrics["loss"].update_called:
-                values |= metrics.compute()
-                metrics.reset()
+        values = {"step": float(self.global_step), **self.take_metrics()}
         # torchmetrics has reduced the values over all ranks; sync_dist only avoids a warning.
         self.log_dict(values, sync_dist=True)
 

@@ -1,0 +1,62 @@
+"""Evaluate all members of a stack, or one that leaves it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bn_lightning.models.classifier import Classifier
+from bn_lightning.stack.context import Placed
+from bn_lightning.stack.network import StackedNetwork
+
+# Samples that pass the network at once: with a large batch, the activations of all members leave
+# the cache of a CPU.
+_SAMPLES = 250
+
+
+def evaluate_stack(
+    network: StackedNetwork, models: Sequence[Classifier], name: str, batches: Iterable[Any]
+) -> None:
+    """Add batches to the metrics of each member's evaluation, "val" or "test".
+
+    Args:
+        network: in any mode, which it keeps.
+        models: of the members.
+        name: of the evaluation.
+        batches: of inputs and targets, on any device.
+    """
+    first = next(network.network.parameters())
+    mode = network.network.training
+    network.network.eval()
+    try:
+        with torch.no_grad():
+            for x, target in batches:
+                x, target = placed_batch(x, first), target.to(first.device)
+                parts = [
+                    network.map(lambda member, x: member(x), Placed(part, None))
+                    for part in x.split(_SAMPLES)
+                ]
+                for model, logits in zip(models, torch.cat(parts, 1), strict=True):
+                    model.update_metrics(name, logits, target)
+    finally:
+        network.network.train(mode)
+
+
+def evaluate_one(model: Classifier, name: str, batches: Iterable[Any]) -> None:
+    """Add batches to the metrics of one member's evaluation, with its own network."""
+    first = next(model.network.parameters())
+    mode = model.network.training
+    model.network.eval()
+    try:
+        with torch.no_grad():
+            for x, target in batches:
+                logits = model.network(placed_batch(x, first))
+                model.update_metrics(name, logits, target.to(first.device))
+    finally:
+        model.network.train(mode)
+
+
+def placed_batch(x: Tensor, like: Tensor) -> Tensor:
+    """Return inputs on the device of a parameter, and in its dtype if they are real numbers."""
+    return x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)

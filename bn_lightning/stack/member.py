@@ -1,0 +1,172 @@
+"""One run of a stack: how it is built, and what it leaves."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import torch
+from lightning import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from bn_lightning.models.initialization import initialize_as_configured
+from bn_lightning.plugins.checkpoint_io import AtomicCheckpointIO
+from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
+from bn_lightning.runs.checkpoint import CONFIG_KEY, METRICS_KEY, SECONDS_KEY
+from bn_lightning.runs.directory import LAST
+from bn_lightning.runs.record import RunRecord, logged_numbers
+from bn_lightning.stack.stackable import RUN_CHECKPOINTS, STEPS_TO_ACCURACY, check_module
+
+
+class Member:
+    """One run of a stack, in its directory.
+
+    Args:
+        config: of the run, resolved.
+        like: the record of another member of this process, whose versions and hardware are this
+            one's too; None reads them.
+
+    Raises:
+        NotStackableError: the LightningModule trains in its own way.
+    """
+
+    def __init__(self, config: dict[str, Any], like: RunRecord | None) -> None:
+        from hydra.utils import instantiate
+
+        self.config = config
+        self.directory = Path(config["paths"]["output_dir"])
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.record = _record_like(like, self.directory, config)
+        # The order of a run, in which the network's constructor draws random numbers.
+        seed_everything(config["seed"], workers=True, verbose=False)
+        self.model = check_module(instantiate(config["model"]))
+        scheme = None if config.get("init") is None else instantiate(config["init"])
+        initialize_as_configured(self.model.network, scheme, config["seed"])
+        self.random_state = torch.get_rng_state()
+        self.metrics: dict[str, float] = {}
+        self.seconds = 0.0
+        self.steps = 0
+        self.epoch = 0
+        self.stops = False  # asked for by a callback
+        nodes = config["callbacks"].values()
+        targets = {node["_target_"]: node for node in nodes if node is not None}
+        self._checkpoints = targets.get(RUN_CHECKPOINTS)
+        self._best: tuple[float, dict[str, Any]] | None = None
+        self._callbacks = [
+            instantiate(targets[name]) for name in (STEPS_TO_ACCURACY,) if name in targets
+        ]
+        self._logger = MetricsCSVLogger(self.directory) if config["logger"] else None
+
+    def log(self, values: Mapping[str, float], *, kept: bool = True) -> None:
+        """Log metrics at the current step; `kept` ones are metrics of the run, too."""
+        if kept:
+            self.metrics |= values
+        if self._logger is not None:
+            self._logger.log_metrics(dict(values), self.steps)
+
+    def end_validation(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Call the callbacks after a validation, keep the best state, and write the metrics.
+
+        Args:
+            state: returns copies of the network's tensors, for the best checkpoint.
+        """
+        trainer = self._as_trainer()
+        for callback in self._callbacks:
+            callback.on_validation_end(trainer, self.model)
+        self.stops = trainer.should_stop
+        if self._checkpoints is not None:
+            monitor, mode = self._checkpoints["monitor"], self._checkpoints["mode"]
+            value = self.metrics.get(monitor)
+            if value is None:
+                raise ValueError(
+                    f"expected `callbacks.checkpoints.monitor` to be one of"
+                    f" {', '.join(self.metrics)}, got {monitor!r}; name one of them"
+                )
+            score = -value if mode == "min" else value
+            score = score if score == score else float("-inf")  # NaN is worst
+            if self._best is None or score > self._best[0]:
+                self._best = score, self._checkpoint(state())
+        if self._logger is not None:
+            self._logger.save()
+
+    def end_epoch(self) -> None:
+        """Log what callbacks log after an epoch."""
+        for callback in self._callbacks:
+            if callback.reached_at is not None:
+                value = {callback.name: float(callback.reached_at)}
+                self.metrics |= value
+                if self._logger is not None:
+                    # Lightning counts the last step only after the hook that logs this.
+                    self._logger.log_metrics({**value, "epoch": self.epoch}, self.steps - 1)
+
+    def save(self, state: Mapping[str, Tensor], data_state: Mapping[str, Any]) -> None:
+        """Write the checkpoints of the best validation and of now.
+
+        Args:
+            state: copies of the network's tensors.
+            data_state: name of the data module's class -> its state, for the checkpoints.
+        """
+        if self._checkpoints is not None:
+            folder = Path(self._checkpoints["dirpath"])
+            writer = AtomicCheckpointIO()
+            best = None if self._best is None else self._best[1]
+            for name, checkpoint in (("best.ckpt", best), (LAST.name, self._checkpoint(state))):
+                if checkpoint is not None:
+                    writer.save_checkpoint({**checkpoint, **data_state}, folder / name)
+            self._best = None
+
+    def end(self, status: str, **content: Any) -> None:
+        """Write the metrics and the record.
+
+        Args:
+            status: how the run ended.
+            content: other keys of the record; its `metrics` replace those that were logged.
+        """
+        if self._logger is not None:
+            self._logger.save()
+        metrics = self.metrics | content.pop("metrics", {})
+        seconds = round(self.seconds, 3)
+        self.record.end(
+            status,
+            steps=self.steps,
+            seconds=seconds,
+            steps_per_second=round(self.steps / seconds, 1) if seconds else None,
+            metrics=metrics,
+            **content,
+        )
+
+    def _checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return a checkpoint like Lightning's, without what only resuming needs."""
+        return {
+            "epoch": self.epoch,
+            "global_step": self.steps,
+            "pytorch-lightning_version": lightning.__version__,
+            "state_dict": {f"network.{name}": tensor for name, tensor in state.items()},
+            "hparams_name": None,
+            "hyper_parameters": {CONFIG_KEY: self.config},
+            METRICS_KEY: logged_numbers(self.metrics),
+            SECONDS_KEY: self.seconds,
+        }
+
+    def _as_trainer(self) -> Any:
+        """Return what callbacks read of a Trainer after a validation."""
+        return SimpleNamespace(
+            callback_metrics={name: torch.tensor(value) for name, value in self.metrics.items()},
+            current_epoch=self.epoch,
+            global_step=self.steps,
+            sanity_checking=False,
+            should_stop=False,
+            state=SimpleNamespace(fn=TrainerFn.FITTING),
+        )
+
+
+def _record_like(like: RunRecord | None, directory: Path, config: dict[str, Any]) -> RunRecord:
+    if like is None:
+        return RunRecord(directory, config)
+    record = copy.copy(like)
+    record.path = directory / like.path.name
+    record.content = {**like.content, "config": config, "seed": config.get("seed")}
+    return record

@@ -1,0 +1,315 @@
+"""Train runs that differ in numbers as one stack."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from bn_lightning.data.protocol import data_info
+from bn_lightning.models.classifier import Classifier
+from bn_lightning.runs.record import logged_numbers, run_outcome
+from bn_lightning.stack.context import DropoutStreams, Placed
+from bn_lightning.stack.evaluation import evaluate_one, evaluate_stack, placed_batch
+from bn_lightning.stack.loss_watch import LossWatch
+from bn_lightning.stack.member import Member
+from bn_lightning.stack.network import NotStackableError, StackedNetwork
+from bn_lightning.stack.optimizers import StackedOptimizer
+from bn_lightning.stack.percentiles import StackPercentiles
+from bn_lightning.stack.rehearsal import rehearse
+from bn_lightning.stack.seed_batches import SeedBatches, loaded_data
+from bn_lightning.stack.stackable import LOSS_GUARD, PROBE, stack_key
+
+
+def train_stack(configs: Sequence[DictConfig | dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train and test runs as one batched model; each leaves what `bn_lightning.train` leaves.
+
+    Every member has the initial weights, batches and dropout of its own run, and equals it up to
+    rounding. A member that diverges or stops early leaves the stack.
+
+    Args:
+        configs: one for each member, composed from `conf/train.yaml`, that differ in what
+            `bn_lightning.stack.stackable.stack_key` allows, and in `paths.output_dir`.
+
+    Returns:
+        The `run_outcome` of each member, in the order of `configs`.
+
+    Raises:
+        NotStackableError: the runs cannot be one stack; nothing has been trained.
+    """
+    resolved: list[Any] = [
+        OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+        for config in configs
+    ]
+    if not resolved:
+        raise ValueError("expected `configs` to have at least one configuration, got none")
+    if len({stack_key(config) for config in resolved}) > 1:
+        raise NotStackableError("the runs differ in more than seeds and numbers")
+    threads = resolved[0]["extras"]["num_threads"]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return StackTraining(resolved).run()
+
+
+class StackTraining:
+    """The training of one stack.
+
+    Args:
+        configs: resolved, with one `stack_key`.
+
+    Raises:
+        NotStackableError: something that is built cannot be stacked.
+    """
+
+    def __init__(self, configs: Sequence[dict[str, Any]]) -> None:
+        from hydra.utils import instantiate
+
+        first = configs[0]
+        self._trainer = first["trainer"]
+        self.members: list[Member] = []
+        for config in configs:
+            like = self.members[0].record if self.members else None
+            self.members.append(Member(config, like))
+        self.runs = list(self.members)  # those that left, too
+        self._datamodule = loaded_data(first["data"])
+        seeds = [config["data"].get("seed", 0) for config in configs]
+        self.batches = SeedBatches(self._datamodule, seeds)
+        device = _device(self._trainer["accelerator"])
+        dtype = torch.float64 if self._trainer.get("precision") == "64-true" else torch.float32
+        for member in self.members:
+            member.model.network.to(device, dtype)
+        self.network = StackedNetwork([member.model.network for member in self.members])
+        self.network.context.streams = _streams(self.members)
+        optimizers, self._schedulers = _optimizers(self.members)
+        parameters = list(self.network.network.parameters())
+        clip = self._trainer.get("gradient_clip_val")
+        self.optimizer = StackedOptimizer(parameters, optimizers, clip or None)
+        self._like = parameters[0]
+        nodes = {node["_target_"]: node for node in first["callbacks"].values() if node}
+        guard = nodes.get(LOSS_GUARD)
+        self._watch = None if guard is None else LossWatch(instantiate(guard), device, len(configs))
+        self._percentiles: StackPercentiles | None = None
+        if PROBE in nodes:
+            self._percentiles = StackPercentiles(
+                instantiate(nodes[PROBE]),
+                self.members[0].model,
+                self.network,
+                self._datamodule.val_dataloader(),
+                self._last_step(),
+            )
+        rehearse(self.network, self.members, self._first_batch())
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train and test all members, and return their outcomes."""
+        info = data_info(self._datamodule)
+        for index, member in enumerate(self.runs):
+            member.record.update(data=info, stack={"size": len(self.runs), "index": index})
+        try:
+            self._fit()
+            self._test()
+        except BaseException as error:
+            for member in self.members:
+                with suppress(OSError):  # as on a full disk, of which the first error tells
+                    if isinstance(error, Exception):
+                        member.end("failed", error=f"{type(error).__name__}: {error}")
+                    else:
+                        member.end("interrupted")
+            raise
+        return [run_outcome(member.record.content) for member in self.runs]
+
+    def _last_step(self) -> int:
+        epochs = self._trainer.get("max_epochs")
+        steps = self._trainer["max_steps"]
+        if epochs is not None and epochs >= 0:
+            steps = min(steps, epochs * len(self.batches))
+        return steps
+
+    def _first_batch(self) -> tuple[Placed, Placed]:
+        x, target = next(self.batches.epoch(0))
+        return self._placed(x), self._placed(target)
+
+    def _placed(self, x: Placed) -> Placed:
+        return Placed(placed_batch(x.value, self._like), x.dim)
+
+    def _fit(self) -> None:
+        step, epoch, last = 0, 0, self._last_step()
+        self.network.network.train()
+        self._clock = time.perf_counter()
+        if self._percentiles is not None:
+            self._percentiles.log(0, self.members)
+        while step < last and self.members:
+            for x, target in self.batches.epoch(epoch):
+                step += 1
+                for member in self.members:
+                    member.steps = step
+                self._step(step, self._placed(x), self._placed(target))
+                if step == last or not self.members:
+                    break
+            epoch += 1
+            for member in self.members:
+                member.end_epoch()
+                member.epoch = epoch
+
+    def _step(self, step: int, x: Placed, target: Placed) -> None:
+        """Train a step, log, validate, and let members leave, in the order of a run."""
+        every = self._trainer["log_every_n_steps"]
+        logs = bool(every) and step % every == 0
+        losses, accuracies = self._gradients(x, target, logs)
+        self.optimizer.step()
+        for scheduler in self._schedulers:
+            scheduler.step()
+        if self._schedulers:
+            self.optimizer.read_numbers()
+        diverged = self._watch.diverged(losses, x.value, step) if self._watch else []
+        if self._percentiles is not None:
+            self._percentiles.log(step, self.members)
+        if accuracies is not None:
+            pairs = zip(losses.tolist(), accuracies.tolist(), strict=True)
+            for member, (loss, accuracy) in zip(self.members, pairs, strict=True):
+                member.log({"train/loss": loss, "train/accuracy": accuracy})
+        if step % self._trainer["val_check_interval"] == 0:
+            self._validate()
+        elif diverged:
+            for k in diverged:
+                self._validate_one(k)
+        self._share_time()
+        stopped = {k for k, member in enumerate(self.members) if member.stops}
+        if leaving := stopped | set(diverged):
+            for k in sorted(leaving):
+                self._leave(k, diverged_at=step if k in diverged else None)
+            self._take([k for k in range(len(self.members)) if k not in leaving])
+
+    def _gradients(self, x: Placed, target: Placed, logs: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses (K,), and accuracies (K,) if they are logged; leave gradients."""
+        context = self.network.context
+        context.calls.clear()
+        context.update = self.optimizer.update
+        model = self.members[0].model
+
+        def compute(network: Any, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+            logits = network(x)
+            loss = model.loss(logits, target)
+            if not logs:
+                return (loss,)
+            right = model.predicted_classes(logits.detach()) == target
+            return loss, right.float().mean()
+
+        losses, *accuracies = self.network.map(compute, x, target)
+        losses.backward(torch.ones_like(losses))
+        return losses.detach(), accuracies[0] if logs else None
+
+    def _validate(self) -> None:
+        models = [member.model for member in self.members]
+        for name, batches in self._validation():
+            evaluate_stack(self.network, models, name, batches)
+        for k in range(len(self.members)):
+            self._end_validation(k)
+
+    def _validate_one(self, k: int) -> None:
+        for name, batches in self._validation():
+            evaluate_one(self._alone(k), name, batches)
+        self._end_validation(k)
+
+    def _end_validation(self, k: int) -> None:
+        member = self.members[k]
+        member.log(logged_numbers(member.model.take_metrics()))
+        member.end_validation(lambda: self.network.member_state(k))
+
+    def _validation(self) -> list[tuple[str, Any]]:
+        loaders = self._datamodule.val_dataloader()
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        return list(zip(("val", "test"), loaders, strict=False))
+
+    def _alone(self, k: int) -> Classifier:
+        """Return a member's own module, with the state that it has in the stack."""
+        model = self.members[k].model
+        model.network.load_state_dict(self.network.member_state(k))
+        return model
+
+    def _leave(self, k: int, diverged_at: int | None) -> None:
+        """End a member before the others."""
+        member = self.members[k]
+        member.end_epoch()
+        self._save(k)
+        if diverged_at is not None:
+            chance = member.model.chance_metrics()
+            member.end("diverged", diverged_at=diverged_at, metrics=chance)
+        else:
+            evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
+            member.log(logged_numbers(member.model.take_metrics()))
+            member.end("completed")
+
+    def _test(self) -> None:
+        """Test and end the members that are left."""
+        if not self.members:
+            return
+        models = [member.model for member in self.members]
+        evaluate_stack(self.network, models, "test", self._datamodule.test_dataloader())
+        for k, member in enumerate(self.members):
+            self._save(k)
+            member.log(logged_numbers(member.model.take_metrics()))
+            member.end("completed")
+
+    def _save(self, k: int) -> None:
+        state = self._datamodule.state_dict()
+        data_state = {type(self._datamodule).__qualname__: state} if state else {}
+        self.members[k].save(self.network.member_state(k), data_state)
+
+    def _share_time(self) -> None:
+        """Give each member its share of the time since the last call."""
+        now = time.perf_counter()
+        for member in self.members:
+            member.seconds += (now - self._clock) / len(self.members)
+        self._clock = now
+
+    def _take(self, members: list[int]) -> None:
+        """Keep the given members only."""
+        self.members = [self.members[k] for k in members]
+        if not members:
+            return
+        self.network.take(members)
+        self.optimizer.take(members, self.network.network.parameters())
+        self.batches.take(members)
+        if self._schedulers:
+            self._schedulers = [self._schedulers[k] for k in members]
+        if self._watch is not None:
+            self._watch.take(members)
+
+
+def _device(accelerator: str) -> torch.device:
+    is_gpu = accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if is_gpu else "cpu")
+
+
+def _streams(members: Sequence[Member]) -> DropoutStreams:
+    states = {member.random_state.numpy().tobytes(): member.random_state for member in members}
+    places = {key: place for place, key in enumerate(states)}
+    stream_of = [places[member.random_state.numpy().tobytes()] for member in members]
+    return DropoutStreams(list(states.values()), stream_of)
+
+
+def _optimizers(members: Sequence[Member]) -> tuple[list[Optimizer], list[Any]]:
+    """Return the optimizer of each member, and its scheduler if there are any.
+
+    Raises:
+        NotStackableError: the schedulers follow a metric.
+    """
+    optimizers: list[Optimizer] = []
+    schedulers: list[Any] = []
+    for member in members:
+        made = member.model.configure_optimizers()
+        if isinstance(made, dict):
+            schedulers.append(made["lr_scheduler"]["scheduler"])
+            made = made["optimizer"]
+        optimizers.append(made)
+    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
+        raise NotStackableError("`scheduler` follows a metric")
+    for optimizer in optimizers if schedulers else []:
+        # Without gradients it changes nothing. torch warns if a scheduler comes first.
+        optimizer.step()
+    return optimizers, schedulers
