@@ -20,6 +20,7 @@ from bn_lightning.cli.config_check import check_config
 from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.install_hint import install_command
 from bn_lightning.cli.run_table import print_run_table, print_validation_table
+from bn_lightning.cli.stacked_jobs import finished_job
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.interruption import Interrupted, RankLostError
 from bn_lightning.runs.record import RunRecord, logged_numbers, run_outcome
@@ -46,6 +47,9 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     check_config(resolved)
+    finished = finished_job(resolved)
+    if finished is not None:
+        return finished
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
     directory = Path(config.paths.output_dir)

@@ -1,15 +1,18 @@
-"""`hydra/sweeper=bn_optuna`: the sweeper as a plugin of Hydra.
+"""`hydra/sweeper=bn_optuna`: the sweeper as a plugin of Hydra, and a launcher of stacks of jobs.
 
 Hydra imports this module in each program that it starts, so Optuna is imported only in a sweep. In
 an editable install Hydra does not find the plugin; `register()`, before `hydra.main`, adds it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -42,6 +45,45 @@ class OptunaSweeper(Sweeper):
         return run_sweep(self._settings, *self._program, arguments)
 
 
+class StackLauncher(Launcher):
+    """A launcher that gives the jobs of a batch to a function before they run one by one.
+
+    The function may compute several jobs at once, as bn_lightning's `hydra/launcher=bn_stack` does.
+    Works with any sweeper. `hydra/sweeper=bn_optuna` runs it in each of its worker processes.
+
+    Args:
+        prepare: dotted path of the function of the jobs' resolved configurations and of `size`.
+        size: most jobs that are computed at once, at least 1.
+        batch: most jobs that `hydra/sweeper=bn_optuna` hands over at once.
+
+    Raises:
+        ValueError: `size` or `batch` is not a positive integer.
+    """
+
+    def __init__(self, prepare: str, size: int, batch: int) -> None:
+        for name, value in (("size", size), ("batch", batch)):
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"expected `hydra.launcher.{name}` to be a positive integer, got {value!r}"
+                )
+        self._prepare, self._size = prepare, size
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self._program = (hydra_context, task_function, config)
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run the jobs and return what each returned."""
+        from hydra_plugins.bn_optuna._stack_launcher import launch_together
+
+        return launch_together(
+            self._prepare, self._size, self._program, job_overrides, initial_job_idx
+        )
+
+
 class SweeperSearchPath(SearchPathPlugin):
     """Adds the sweeper's configurations to the search path of each program."""
 
@@ -68,6 +110,6 @@ class OutcomeCallback(Callback):
 
 
 def register() -> None:
-    """Register the sweeper with Hydra."""
-    for plugin in (OptunaSweeper, SweeperSearchPath):
+    """Register the sweeper and the launcher with Hydra."""
+    for plugin in (OptunaSweeper, StackLauncher, SweeperSearchPath):
         Plugins.instance().register(plugin)

@@ -40,6 +40,7 @@ from bn_lightning.sweeps.engine.sweep_error import SweepError
 from bn_lightning.sweeps.engine.workers import Workers, run_trials, stop_with_parent
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+STACK_LAUNCHER = "hydra_plugins.bn_optuna.StackLauncher"
 
 # Seconds between two checks of a study whose trials run in other processes.
 CHECK_INTERVAL = 1.0
@@ -103,7 +104,8 @@ def run_sweep(
         try:
             if is_worker:
                 stop_with_parent(stop)
-                run_trials(study, runner.run, stop)
+                run = runner.launch if _stacks(config) else runner.run
+                run_trials(study, run, stop, batch_size=_batch_size(config))
             else:
                 _begin(study, config)
                 _run(study, runner, config, stop)
@@ -116,7 +118,8 @@ def run_sweep(
 def _run(study: SweepStudy, runner: TrialRunner, config: DictConfig, stop: StopRequest) -> None:
     n_jobs = config.hydra.sweeper.n_jobs
     with Display(study.name, study.slots, study.directions) as display:
-        if config.hydra.launcher._target_ != BASIC_LAUNCHER:
+        is_basic = config.hydra.launcher._target_ == BASIC_LAUNCHER
+        if not is_basic and (n_jobs == 1 or not _stacks(config)):
             run_trials(study, runner.launch, stop, display.update, batch_size=_batch_size(config))
         elif n_jobs == 1:
             run_trials(study, runner.run, stop, display.update)
@@ -129,8 +132,17 @@ def _run(study: SweepStudy, runner: TrialRunner, config: DictConfig, stop: StopR
         display.update()
 
 
+def _stacks(config: DictConfig) -> bool:
+    """Return whether each process of the sweep launches batches of trials itself."""
+    return config.hydra.launcher._target_ == STACK_LAUNCHER
+
+
 def _batch_size(config: DictConfig) -> int:
-    """Return how many jobs a launcher runs at once: `n_jobs`, or what its configuration says."""
+    """Return how many jobs a launcher gets at once: what its configuration says, or `n_jobs`."""
+    if _stacks(config):
+        return int(config.hydra.launcher.batch)
+    if config.hydra.launcher._target_ == BASIC_LAUNCHER:
+        return 1
     if config.hydra.sweeper.n_jobs > 1:
         return int(config.hydra.sweeper.n_jobs)
     launcher = config.hydra.launcher

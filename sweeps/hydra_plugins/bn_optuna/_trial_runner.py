@@ -239,7 +239,8 @@ def _write(outcome: Outcome, directory: Path) -> None:
 
 def _timed(outcome: Outcome, started: float) -> Outcome:
     seconds = round(time.perf_counter() - started, 3)
-    return replace(outcome, attributes=outcome.attributes | {SECONDS: seconds})
+    # A task that was computed together with others returns its share of the time.
+    return replace(outcome, attributes={SECONDS: seconds} | outcome.attributes)
 
 
 def _kept_hydra_overrides(config: DictConfig) -> list[str]:

@@ -1,0 +1,97 @@
+"""Train the jobs of a batch as stacks, for `hydra/launcher=bn_stack`.
+
+`train_jobs` runs before the jobs. `finished_job` then returns what the job of a configuration has
+become, or None for a job that has to be trained alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bn_lightning.cli.config_check import check_config
+from bn_lightning.cli.run_table import print_run_table
+from bn_lightning.runs.record import read_run
+from bn_lightning.sweeps.engine.environment import in_trial
+from bn_lightning.sweeps.engine.stored_names import SECONDS
+
+_finished: dict[str, dict[str, Any] | Exception] = {}  # by the directory of the job
+
+
+def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
+    """Train jobs that can be stacked; print why the others will be trained one by one.
+
+    Args:
+        configs: of the jobs, resolved.
+        size: most members of a stack.
+    """
+    from bn_lightning.cli.command import quiet_lightning
+    from bn_lightning.stack.network import NotStackableError
+    from bn_lightning.stack.stackable import stack_key
+
+    quiet_lightning()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    alone: dict[str, int] = {}
+    for config in configs:
+        try:
+            check_config(config)
+            groups.setdefault(stack_key(config), []).append(config)
+        except NotStackableError as error:
+            alone[str(error)] = alone.get(str(error), 0) + 1
+        except ValueError:
+            pass  # the job raises it again
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            reason = _train(group[start : start + size])
+            if reason is not None:
+                alone[reason] = alone.get(reason, 0) + len(group[start : start + size])
+    for reason, count in alone.items():
+        print(f"{count} job{'s' * (count > 1)} one by one: {reason}", flush=True)
+
+
+def _train(configs: Sequence[dict[str, Any]]) -> str | None:
+    """Train one stack, and return why it cannot be one, or None."""
+    from bn_lightning.stack.network import NotStackableError
+    from bn_lightning.stack.training import StackTraining
+
+    if len(configs) == 1:
+        return "no other job of this batch differs in seeds and numbers only"
+    try:
+        training = StackTraining(configs)
+    except NotStackableError as error:
+        return str(error)
+    except Exception as error:  # of one configuration, which raises it again in its own job
+        return f"{type(error).__name__}: {error}"
+    print(f"{len(configs)} jobs as one stack", flush=True)
+    try:
+        outcomes: Sequence[dict[str, Any] | Exception] = training.run()
+    except Exception as error:
+        outcomes = [error] * len(configs)
+    for member, outcome in zip(training.runs, outcomes, strict=True):
+        if isinstance(outcome, dict):
+            # The job's own time is that of this look-up.
+            outcome = {**outcome, SECONDS: member.record.content["seconds"]}
+        _finished[str(member.directory)] = outcome
+    return None
+
+
+def finished_job(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what `train` would for a job that a stack has trained; None if none has.
+
+    Args:
+        config: of the job, resolved.
+
+    Raises:
+        Exception: the training of the stack ended with it.
+    """
+    directory = config["paths"]["output_dir"]
+    outcome = _finished.pop(directory, None)
+    if isinstance(outcome, Exception):
+        raise outcome
+    if outcome is None or in_trial():
+        return outcome
+    if config["extras"]["figures"]:
+        from bn_lightning.sweeps.report.run_figures import draw_run
+
+        draw_run(Path(directory))
+    print_run_table(read_run(directory), Path(directory))
+    return outcome
