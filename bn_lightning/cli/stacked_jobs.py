@@ -56,6 +56,8 @@ def _train(configs: Sequence[dict[str, Any]]) -> str | None:
     if len(configs) == 1:
         return "no other job of this batch differs in seeds and numbers only"
     try:
+        if configs[0]["trainer"].get("accelerator") == "cpu" and _has_convolutions(configs[0]):
+            return "convolutions gain nothing in a stack on a CPU"
         training = StackTraining(configs)
     except NotStackableError as error:
         return str(error)
@@ -72,6 +74,14 @@ def _train(configs: Sequence[dict[str, Any]]) -> str | None:
             outcome = {**outcome, SECONDS: member.record.content["seconds"]}
         _finished[str(member.directory)] = outcome
     return None
+
+
+def _has_convolutions(config: dict[str, Any]) -> bool:
+    from hydra.utils import instantiate
+    from torch.nn.modules.conv import _ConvNd
+
+    modules = instantiate(config["model"]).modules()
+    return any(isinstance(module, _ConvNd) for module in modules)
 
 
 def finished_job(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,13 +12,20 @@ from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from bn_lightning.callbacks.steps_to_accuracy import StepsToAccuracy
+from bn_lightning.callbacks.training_loop import early_stop_reason
 from bn_lightning.models.initialization import initialize_as_configured
 from bn_lightning.plugins.checkpoint_io import AtomicCheckpointIO
 from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
 from bn_lightning.runs.checkpoint import CONFIG_KEY, METRICS_KEY, SECONDS_KEY
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.record import RunRecord, logged_numbers
-from bn_lightning.stack.stackable import RUN_CHECKPOINTS, STEPS_TO_ACCURACY, check_module
+from bn_lightning.stack.stackable import (
+    EARLY_STOPPING,
+    RUN_CHECKPOINTS,
+    STEPS_TO_ACCURACY,
+    check_module,
+)
 
 
 class Member:
@@ -50,13 +57,16 @@ class Member:
         self.seconds = 0.0
         self.steps = 0
         self.epoch = 0
-        self.stops = False  # asked for by a callback
+        self.planned_steps = 0  # of the whole budget
+        self.stop_reason: str | None = None  # why a callback ended training before that
         nodes = config["callbacks"].values()
         targets = {node["_target_"]: node for node in nodes if node is not None}
         self._checkpoints = targets.get(RUN_CHECKPOINTS)
         self._best: tuple[float, dict[str, Any]] | None = None
         self._callbacks = [
-            instantiate(targets[name]) for name in (STEPS_TO_ACCURACY,) if name in targets
+            instantiate(targets[name])
+            for name in (STEPS_TO_ACCURACY, EARLY_STOPPING)
+            if name in targets
         ]
         self._logger = MetricsCSVLogger(self.directory) if config["logger"] else None
 
@@ -76,7 +86,7 @@ class Member:
         trainer = self._as_trainer()
         for callback in self._callbacks:
             callback.on_validation_end(trainer, self.model)
-        self.stops = trainer.should_stop
+        self.stop_reason = early_stop_reason(trainer)
         if self._checkpoints is not None:
             monitor, mode = self._checkpoints["monitor"], self._checkpoints["mode"]
             value = self.metrics.get(monitor)
@@ -95,7 +105,7 @@ class Member:
     def end_epoch(self) -> None:
         """Log what callbacks log after an epoch."""
         for callback in self._callbacks:
-            if callback.reached_at is not None:
+            if isinstance(callback, StepsToAccuracy) and callback.reached_at is not None:
                 value = {callback.name: float(callback.reached_at)}
                 self.metrics |= value
                 if self._logger is not None:
@@ -117,6 +127,18 @@ class Member:
                 if checkpoint is not None:
                     writer.save_checkpoint({**checkpoint, **data_state}, folder / name)
             self._best = None
+
+    def end_trained(self) -> None:
+        """Write the metrics and the record of a member that was trained and tested."""
+        if self.stop_reason is None:
+            self.end("completed")
+        else:
+            self.end(
+                "stopped early",
+                stopped_at=self.steps,
+                planned_steps=self.planned_steps,
+                stop_reason=self.stop_reason,
+            )
 
     def end(self, status: str, **content: Any) -> None:
         """Write the metrics and the record.
@@ -154,12 +176,16 @@ class Member:
     def _as_trainer(self) -> Any:
         """Return what callbacks read of a Trainer after a validation."""
         return SimpleNamespace(
+            callbacks=self._callbacks,
             callback_metrics={name: torch.tensor(value) for name, value in self.metrics.items()},
             current_epoch=self.epoch,
+            estimated_stepping_batches=self.planned_steps,
+            fast_dev_run=False,
             global_step=self.steps,
             sanity_checking=False,
             should_stop=False,
             state=SimpleNamespace(fn=TrainerFn.FITTING),
+            strategy=SimpleNamespace(reduce_boolean_decision=lambda stop, all: stop),
         )
 
 

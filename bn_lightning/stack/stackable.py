@@ -13,6 +13,7 @@ RUN_CHECKPOINTS = "bn_lightning.callbacks.RunCheckpoints"
 LOSS_GUARD = "bn_lightning.callbacks.DivergenceGuard"
 PROBE = "bn_lightning.callbacks.ActivationPercentiles"
 STEPS_TO_ACCURACY = "bn_lightning.callbacks.StepsToAccuracy"
+EARLY_STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
 CSV_LOGGER = "bn_lightning.plugins.metrics_logger.MetricsCSVLogger"
 
 # A stack is neither resumed nor pruned, and shows no bar for a member.
@@ -21,6 +22,7 @@ _CALLBACKS = {
     LOSS_GUARD,
     PROBE,
     STEPS_TO_ACCURACY,
+    EARLY_STOPPING,
     "bn_lightning.callbacks.OptunaPruning",
     "bn_lightning.callbacks.SameData",
     "bn_lightning.callbacks.StepProgress",
@@ -60,6 +62,9 @@ def stack_key(config: Mapping[str, Any]) -> str:
         for name, node in config[group].items():
             if node is not None and node["_target_"] not in known:
                 raise NotStackableError(f"`{group}.{name}` needs a run of its own")
+            # Lightning's default checks once an epoch if validations are as rare.
+            if node is not None and node.get("check_on_train_epoch_end", False) is not False:
+                raise NotStackableError(f"`{group}.{name}` stops at the end of an epoch")
     if config.get("ckpt_path") is not None:
         raise NotStackableError("`ckpt_path` resumes a run")
     if config["model"].get("compile"):
@@ -109,6 +114,8 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     for name, is_followed in expected.items():
         if not is_followed:
             raise NotStackableError(f"`trainer.{name}` is {trainer.get(name)!r}")
+    if trainer["max_steps"] < 0 and (trainer.get("max_epochs") or -1) < 0:
+        raise NotStackableError("`trainer.max_steps` is unlimited")
     if trainer["_target_"] not in _TRAINERS:
         raise NotStackableError(f"`trainer` is {trainer['_target_']}")
     others = sorted(trainer.keys() - _FOLLOWED - expected.keys())

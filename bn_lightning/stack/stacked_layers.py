@@ -214,7 +214,8 @@ class StackedSequential(StackedLayer, nn.Sequential):
     """Stacked layers in a row, called without leaving `InVmap` between them."""
 
     def compute(self, x: Placed) -> Placed:
-        for layer in self:
+        layers: Any = self
+        for layer in layers:
             x = layer.computed(x)
         return x
 

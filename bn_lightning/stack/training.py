@@ -108,6 +108,7 @@ class StackTraining:
         """Train and test all members, and return their outcomes."""
         info = data_info(self._datamodule)
         for index, member in enumerate(self.runs):
+            member.planned_steps = self._last_step()
             member.record.update(data=info, stack={"size": len(self.runs), "index": index})
         try:
             self._fit()
@@ -123,11 +124,9 @@ class StackTraining:
         return [run_outcome(member.record.content) for member in self.runs]
 
     def _last_step(self) -> int:
-        epochs = self._trainer.get("max_epochs")
-        steps = self._trainer["max_steps"]
-        if epochs is not None and epochs >= 0:
-            steps = min(steps, epochs * len(self.batches))
-        return steps
+        limits = [self._trainer["max_steps"]]
+        limits.append((self._trainer.get("max_epochs") or -1) * len(self.batches))
+        return min((limit for limit in limits if limit > 0), default=0)
 
     def _first_batch(self) -> tuple[Placed, Placed]:
         x, target = next(self.batches.epoch(0))
@@ -178,7 +177,7 @@ class StackTraining:
             for k in diverged:
                 self._validate_one(k)
         self._share_time()
-        stopped = {k for k, member in enumerate(self.members) if member.stops}
+        stopped = {k for k, member in enumerate(self.members) if member.stop_reason}
         if leaving := stopped | set(diverged):
             for k in sorted(leaving):
                 self._leave(k, diverged_at=step if k in diverged else None)
@@ -242,7 +241,7 @@ class StackTraining:
         else:
             evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
             member.log(logged_numbers(member.model.take_metrics()))
-            member.end("completed")
+            member.end_trained()
 
     def _test(self) -> None:
         """Test and end the members that are left."""
@@ -253,7 +252,7 @@ class StackTraining:
         for k, member in enumerate(self.members):
             self._save(k)
             member.log(logged_numbers(member.model.take_metrics()))
-            member.end("completed")
+            member.end_trained()
 
     def _save(self, k: int) -> None:
         state = self._datamodule.state_dict()

@@ -1,0 +1,192 @@
+"""What a member of a stack costs beside a run alone.
+
+    python benchmarks/stack.py step [--rounds 5] [--steps 60]
+    BN_LIGHTNING_DATA=DIR python benchmarks/stack.py sweep [--rounds 1]
+
+`step` trains the paper's network on random images by a bare PyTorch loop and as stacks of K
+members, on one thread, 60 examples a step, in turn. It prints the medians over rounds of
+milliseconds a step and member, of those of the loop, and of their ratios within a round. `sweep`
+runs a part of `+sweep=lr_init`, 33 trials of one arm, by the command that people type, one by one
+and as a stack. Times are of the processor; on a shared machine only ratios mean something.
+Rows are appended to results/stack_step.csv and results/stack_sweep.csv.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rows import append_rows
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bn_lightning.models.initialization import initialize, normal
+from bn_lightning.models.mlp import MLP
+from bn_lightning.models.normalization import batch_norm
+from bn_lightning.runs.machine import git_commit, hardware, package_versions
+from bn_lightning.stack.context import Placed
+from bn_lightning.stack.network import StackedNetwork
+from bn_lightning.stack.optimizers import StackedOptimizer
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = (2, 4, 8, 33, 99)
+ARMS = {"batch": partial(batch_norm, eps=1e-5, momentum=0.1, backend="auto"), "none": None}
+
+
+def network(arm: str, seed: int) -> nn.Module:
+    """The paper's network."""
+    made = MLP(784, [100, 100, 100], 10, "sigmoid", ARMS[arm], "before")
+    initialize(made, partial(normal, std=0.05), seed)
+    return made
+
+
+def plain_loop(arm: str) -> Callable[[Tensor, Tensor], None]:
+    """A step of one network, with torch's BatchNorm."""
+    layers: list[nn.Module] = []
+    for fan_in in (784, 100, 100):
+        norm = [nn.BatchNorm1d(100)] if arm == "batch" else []
+        layers += [nn.Linear(fan_in, 100), *norm, nn.Sigmoid()]
+    model = nn.Sequential(*layers, nn.Linear(100, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x: Tensor, target: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    return step
+
+
+def stacked_loop(arm: str, size: int) -> Callable[[Tensor, Tensor], None]:
+    """A step of K members that share the batch, each with its own rate."""
+    networks = [network(arm, seed) for seed in range(size)]
+    stack = StackedNetwork(networks)
+    rates = [0.1 / (k + 1) for k in range(size)]
+    pairs = zip(networks, rates, strict=True)
+    optimizers = [torch.optim.SGD(made.parameters(), lr=rate) for made, rate in pairs]
+    optimizer = StackedOptimizer(stack.network.parameters(), optimizers)
+
+    def step(x: Tensor, target: Tensor) -> None:
+        stack.context.calls.clear()
+        stack.context.update = optimizer.update
+        losses = stack.map(
+            lambda net, x, y: F.cross_entropy(net(x), y), Placed(x, None), Placed(target, None)
+        )
+        losses.backward(torch.ones_like(losses))
+        optimizer.step()
+
+    return step
+
+
+def measure_steps(rounds: int, steps: int) -> None:
+    """Measure all arms and sizes in turn."""
+    inputs, targets = torch.rand(55_000, 784), torch.randint(0, 10, (55_000,))
+
+    def milliseconds(step: Callable[[Tensor, Tensor], None], count: int) -> float:
+        indices = torch.randint(0, len(inputs), (count, 60))
+        started = time.process_time()
+        for index in indices:
+            step(inputs[index], targets[index])
+        return 1000 * (time.process_time() - started) / count
+
+    rows = []
+    for arm in ARMS:
+        loops = {size: stacked_loop(arm, size) for size in SIZES}
+        plain = plain_loop(arm)
+        milliseconds(plain, 50)
+        for loop in loops.values():
+            milliseconds(loop, 2)
+        for _ in range(rounds):
+            for size, loop in loops.items():
+                count = max(1, steps * 33 // (33 if size < 33 else size))
+                beside = milliseconds(plain, 5 * steps)
+                member = milliseconds(loop, count) / size
+                rows.append(
+                    {
+                        "arm": arm,
+                        "size": size,
+                        "member_ms": round(member, 4),
+                        "plain_ms": round(beside, 4),
+                        "member/plain": round(member / beside, 3),
+                        **provenance(),
+                    }
+                )
+    append_rows(RESULTS / "stack_step.csv", rows)
+    for arm in ARMS:
+        for size in SIZES:
+            mine = [row for row in rows if (row["arm"], row["size"]) == (arm, size)]
+            columns = ("member_ms", "plain_ms", "member/plain")
+            medians = [statistics.median(row[name] for row in mine) for name in columns]
+            print(f"{arm:6} K={size:3} " + " ".join(f"{value:.3f}" for value in medians))
+
+
+def measure_sweeps(rounds: int) -> None:
+    """Measure the processor time of the same sweep with both launchers."""
+    rows = []
+    for _ in range(rounds):
+        for arm in ARMS:
+            seconds = {}
+            for launcher in ("basic", "bn_stack"):
+                with tempfile.TemporaryDirectory() as folder:
+                    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                    subprocess.run(
+                        [
+                            *(sys.executable, "-m", "bn_lightning.train", "-m"),
+                            *("+experiment=mnist_bn", "+sweep=lr_init", "data.fallback=null"),
+                            *(f"norm={arm}", "seed=1", "init.std=0.01,0.1,1"),
+                            *(f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}"),
+                        ],
+                        check=True,
+                        stdout=subprocess.DEVNULL,
+                    )
+                    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                seconds[launcher] = (
+                    after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+                )
+            rows.append(
+                {
+                    "arm": arm,
+                    "trials": 33,
+                    "basic_s": round(seconds["basic"], 1),
+                    "stack_s": round(seconds["bn_stack"], 1),
+                    "stack/basic": round(seconds["bn_stack"] / seconds["basic"], 3),
+                    **provenance(),
+                }
+            )
+            print(rows[-1], flush=True)
+    append_rows(RESULTS / "stack_sweep.csv", rows)
+
+
+def provenance() -> dict[str, object]:
+    """Columns that say where and by what a row was measured."""
+    return {
+        "processor": hardware()["processor"],
+        "torch": package_versions()["torch"],
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git_commit(),
+    }
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["step", "sweep"])
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--steps", type=int, default=60)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.what == "step":
+        measure_steps(arguments.rounds or 5, arguments.steps)
+    else:
+        measure_sweeps(arguments.rounds or 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`hydra/launcher=bn_stack`, by the command that people type."""
+
+import pytest
+
+from bn_lightning.runs.record import read_run
+from bn_lightning.train import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+
+SHORT = (
+    "+experiment=mnist_bn",
+    "data=digits",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "callbacks=none",
+    "extras.figures=false",
+    "hydra/launcher=bn_stack",
+)
+
+
+def test_hydras_own_sweeper_gets_stacks(command, tmp_path):
+    folder = tmp_path / "there"
+    result = command(main, "-m", *SHORT, "norm=none,batch", "seed=1,2", f"hydra.sweep.dir={folder}")
+    assert result.code == 0, result.err
+    assert result.out.count("2 jobs as one stack") == 2
+    for number in range(4):
+        record = read_run(folder / str(number))
+        assert record["status"] == "completed" and record["stack"]["size"] == 2
+        assert record["seed"] == number % 2 + 1
+        assert (folder / str(number) / ".hydra" / "config.yaml").exists()
+
+
+def test_a_value_that_no_run_takes_fails_its_own_job(command, tmp_path):
+    folder = tmp_path / "there"
+    values = "++optimizer.weight_decay=0.1,-1"
+    result = command(main, "-m", *SHORT, values, f"hydra.sweep.dir={folder}")
+    assert result.code == 1 and "weight_decay" in result.err
+    assert "2 jobs one by one" in result.out
+    assert read_run(folder / "0")["status"] == "completed"
+
+
+def test_jobs_that_share_nothing_run_one_by_one_and_say_why(command, tmp_path):
+    folder = tmp_path / "there"
+    result = command(
+        main, "-m", *SHORT, "model.network.widths=[3],[4]", f"hydra.sweep.dir={folder}"
+    )
+    assert result.code == 0, result.err
+    assert "2 jobs one by one: no other job" in result.out
+    assert "stack" not in read_run(folder / "0")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many"])
+def test_a_size_that_no_stack_can_have_is_refused(command, size):
+    result = command(main, "-m", *SHORT, f"hydra.launcher.size={size}", "seed=1,2")
+    assert result.code == 1 and "hydra.launcher.size" in result.err
