@@ -15,6 +15,10 @@ statistics are updated once, however often the output is read, and in the order 
                              passes it on unseen by __torch_function__, as autograd.Function does
     a value computed twice   `Site` learns in the first forward which outputs are read twice
 
+Where the same activation always follows directly, it is computed with the call, before anything
+asks for it (`Ahead`). If something else reads the output then, the BatchNorm is computed again
+alone.
+
 A `Deferred` that is computed becomes a plain tensor: the same object, with another class and
 content. Before the outermost module of a conversion returns, all of them do (outermost.py).
 """
@@ -26,15 +30,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from bn_lightning.conversion.deferrable import may_wait, planned
 from bn_lightning.conversion.deferred_call import (
     ALL,
     NOTHING,
+    Ahead,
+    CallPlan,
     DeferredCall,
     Site,
     Value,
-    saved_tensors_hooks_now,
+    modes_for,
+    versions_of,
 )
 from bn_lightning.conversion.fusable import (
     ADDITIONS,
@@ -43,14 +50,16 @@ from bn_lightning.conversion.fusable import (
     UNCHANGED,
     FusableActivation,
     activation_of,
+    fits,
     replace_tensors,
 )
 from bn_lightning.conversion.traced import trace
 from bn_lightning.kernels.activations import ACTIVATIONS, Saves
-from bn_lightning.kernels.dispatch import chooses_triton, updates_in_recomputation, uses_triton
+from bn_lightning.kernels.dispatch import chooses_triton
 from bn_lightning.kernels.measurements import Fusion
 
 _AllKeys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+_make_subclass: Any = Tensor._make_subclass
 
 
 class FusionCount(NamedTuple):
@@ -86,66 +95,50 @@ class Deferral:
     ) -> Tensor:
         """Return `compute(input, *state, **options)`, deferred where that is possible.
 
-        Args:
-            compute: a method of the module, called as `bn_lightning.kernels.batch_norm`.
-            input: x.
-            state: weight, bias, running_mean and running_var.
-            options: the keyword arguments.
+        The arguments are those of `BatchNormCall`; `compute` is a method of the module.
         """
         if torch.compiler.is_compiling():
             return trace(compute, input, state, options)
         if type(input) is Deferred:
             input = read(input)
-        module: Any = compute.__self__  # type: ignore[attr-defined]
         site = self._sites[options["training"]]
-        if site.fuses == NOTHING or not _may_wait(module, input, state, options):
+        module: Any = compute.__self__  # type: ignore[attr-defined]
+        plan = planned(site, module, input, state)
+        if plan is not None and plan.activation is not None:
+            return _run_ahead(plan, (self, site, compute, input, state, options))
+        waits = plan is not None or may_wait(module, input, state, options)
+        if site.fuses == NOTHING or not waits:
             self.separate += 1
             return compute(input, *state, **options)
-        earlier = _thread.latest.get(id(module))
+        earlier = _thread.latest.get(id(self))
         before = None if earlier is None else earlier()
-        if type(before) is Deferred and not before._value.call.is_done:
-            before._value.call.is_candidate = True
-            before._value.compute()
-        if site.first_pass is None:
-            site.first_pass = Site.passes
-        return _defer(Value(DeferredCall(self, site, compute, input, state, options)), input)
+        if type(before) is Deferred and not _value_of(before).call.is_done:
+            _value_of(before).call.is_candidate = True
+            _value_of(before).compute()
+        if not site.begin():
+            self.separate += 1
+            return compute(input, *state, **options)
+        return _defer(Value(DeferredCall(self, site, compute, input, state, options)))
 
 
-def _may_wait(
-    module: Any, input: Tensor, state: tuple[Tensor | None, ...], options: dict[str, Any]
-) -> bool:
-    """Return whether a call can be made later with the same result."""
-    if (
-        type(input) is not Tensor
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        # So does reentrant checkpointing, which must not return a tensor without values.
-        or (options["training"] and not torch.is_grad_enabled())
-        # What is computed after a checkpointed part is not run again with it.
-        or (updates_in_recomputation() and saved_tensors_hooks_now() is not None)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or not input.is_floating_point()
-        or input.layout is not torch.strided
-    ):
-        return False
-    channels, known = input.shape[1], state[0] if state[0] is not None else state[2]
-    if known is not None and (
-        known.shape[0] != channels
-        or known.device != input.device
-        or known.is_inference()
-        # FSDP frees such weights when the module around returns.
-        or known._is_view()
-    ):
-        return False
-    if options["backend"] == "triton":
-        uses_triton(input, "triton")  # raises for a tensor that the kernels do not support
-    return input.numel() > channels and (
-        input.is_contiguous()
-        or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
-    )
+def _run_ahead(plan: CallPlan, arguments: tuple[Any, ...]) -> Tensor:
+    """Compute BatchNorm and activation, and return a tensor that stands for the BatchNorm alone.
+
+    Args:
+        plan: of the site.
+        arguments: those of `DeferredCall`.
+    """
+    deferral, site, compute, x, state, options = arguments
+    versions = versions_of((x, *state))
+    activation: Any = plan.activation
+    options = {**options, "activation": activation.name, "negative_slope": activation.slope}
+    result = compute(x, *state, **options)
+    deferral.fused += 1
+    made = _make_subclass(Deferred, site.blank, result.requires_grad)
+    made._value = Ahead(result, arguments, versions, plan)
+    if _thread.outermost is not None:
+        _thread.made.append(weakref.ref(made))
+    return made
 
 
 class _Thread(threading.local):
@@ -153,7 +146,7 @@ class _Thread(threading.local):
 
     Attributes:
         outermost: the module whose forward runs and will compute all, or None.
-        latest: id of a module -> the last tensor deferred for it.
+        latest: id of a `Deferral` -> the last tensor that it deferred.
         made: the tensors deferred in the forward of `outermost`.
     """
 
@@ -194,7 +187,7 @@ def leave_outermost(module: nn.Module, has_failed: bool) -> bool:
 class Deferred(Tensor):
     """The output of a BatchNorm, not computed yet; made by `Deferral`."""
 
-    _value: Value
+    _value: Value | Ahead
 
     @classmethod
     def __torch_function__(
@@ -209,6 +202,11 @@ class Deferred(Tensor):
             if len(args) == 2 and kwargs in ({}, {"alpha": 1}):
                 result = _add(func in IN_PLACE_ADDITIONS, *args)
         elif args and type(args[0]) is cls:
+            ahead = args[0]._value
+            if type(ahead) is Ahead and ahead.activation[3:] == (func, args[1:], kwargs):
+                result = _take(args[0], ahead)
+                if result is not None:
+                    return result
             activation = activation_of(func, args, kwargs)
             if activation is not None:
                 result = _activate(args[0], activation)
@@ -227,6 +225,27 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
 
+def _take(y: Deferred, ahead: Ahead) -> Tensor | None:
+    """Return the activation that was computed ahead, None if it cannot be used."""
+    result = ahead.result
+    if result is None or modes_for(ahead.arguments[3]) != ahead.modes:
+        return None
+    ahead.result = None
+    if not ahead.activation.in_place:
+        return result
+    if _become(y, result):
+        return y
+    value = y._value = ahead.to_value()
+    value.tensor = result
+    return read(y)
+
+
+def _value_of(y: Deferred) -> Value:
+    if type(y._value) is Ahead:
+        y._value = y._value.to_value()
+    return y._value  # type: ignore[return-value]
+
+
 def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
     """Make a deferred tensor plain, and return it.
 
@@ -234,30 +253,38 @@ def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
         tensor: changed in place; if that cannot be, another tensor is returned.
         is_use: whether an operation reads it.
     """
-    value = tensor._value
+    value = _value_of(tensor)
     value.note_read(is_use)
     content = value.compute() if value.tensor is None else value.tensor
     with torch._C.DisableTorchFunctionSubclass():
         node = tensor.grad_fn
         if node is not None and getattr(node, "value", None) is not value:
             content = _Adopt.apply(tensor, content)  # an autograd.Function returned it
+    if _become(tensor, content):
+        value.tensor = tensor
+        return tensor
+    # C++ has it, on behalf of an autograd.Function, TorchScript or an extension.
+    if node is None and content.requires_grad:
+        value.call.fail(
+            "the output of a BatchNorm to be read by an addition or activation, as in the forwards "
+            "before, got one that autograd knows by itself"
+        )
+    value.call.site.misses += 1
+    value.tensor = content
+    return content
+
+
+def _become(tensor: Deferred, content: Tensor) -> bool:
+    """Make a deferred tensor plain, unless C++ refers to it; return whether it is plain now."""
+    with torch._C.DisableTorchFunctionSubclass():
         if tensor._use_count() > 1:  # type: ignore[attr-defined]
-            # C++ has it, on behalf of an autograd.Function, TorchScript or an extension.
-            if node is None and tensor.requires_grad:
-                value.call.fail(
-                    "the output of a BatchNorm to be read by an addition or activation, as in the "
-                    "forwards before, got one that autograd knows by itself"
-                )
-            value.call.site.miss()
-            value.tensor = content
-            return content
+            return False
         if content._use_count() > 1:  # type: ignore[attr-defined]
             content = content.view_as(content)
         torch._C._swap_tensor_impl(tensor, content)
     tensor.__class__ = Tensor  # type: ignore[assignment]
     del tensor._value
-    value.tensor = tensor
-    return tensor
+    return True
 
 
 def compute_all(value: Any) -> Any:
@@ -265,106 +292,131 @@ def compute_all(value: Any) -> Any:
     return replace_tensors(value, Deferred, read)
 
 
-def _defer(value: Value, like: Tensor) -> Deferred:
+def _defer(value: Value) -> Deferred:
     """Return a deferred tensor for a value, connected to the graph of autograd."""
     call = value.call
-    addend = value.addend
-    needs_grad = call.needs_grad or (call.grad and addend is not None and addend.requires_grad)
-    if needs_grad and not call.site.is_known:
-        # `like` in a tuple, because it is no input.
-        made = _Bridge.apply(value, (like,), *call.inputs, addend)
-    else:
-        made = _wrap(value, like, needs_grad)
-    module: Any = call.compute.__self__  # type: ignore[attr-defined]
-    value.owner = _thread.latest[id(module)] = weakref.ref(made)
+    inputs = (*call.inputs, value.addend)
+    needs_grad = call.grad and any([t is not None and t.requires_grad for t in inputs])
+    if needs_grad and not call.is_done and not call.place:
+        call.reserve_place()
+    is_bridged = needs_grad and not call.site.is_known
+    made = _Bridge.apply(value, *inputs) if is_bridged else _wrap(value, needs_grad)
+    value.owner = weakref.ref(made)
+    _thread.latest[id(call.deferral)] = value.owner
     if _thread.outermost is not None:
         _thread.made.append(value.owner)
     return made
 
 
-def _wrap(value: Value, like: Tensor, requires_grad: bool) -> Deferred:
-    with torch._C.DisableTorchFunctionSubclass():
-        made = Tensor._make_wrapper_subclass(
-            Deferred,
-            like.shape,
-            strides=like.stride(),
-            dtype=like.dtype,
-            device=like.device,
-            requires_grad=requires_grad,
-        )
+def _wrap(value: Value, requires_grad: bool) -> Deferred:
+    """Return a tensor that has the metadata of the input, and no memory."""
+    like, site = value.call.input, value.call.site
+    blank = site.blank
+    if (
+        blank is None
+        or blank.shape != like.shape
+        or blank.stride() != like.stride()
+        or blank.dtype != like.dtype
+        or blank.device != like.device
+    ):
+        with torch.inference_mode(False):
+            blank = site.blank = torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, device=like.device
+            )
+        blank.untyped_storage().resize_(0)
+        torch._C._set_throw_on_mutable_data_ptr(blank)
+    made: Any = _make_subclass(Deferred, blank, requires_grad)
     made._value = value
     return made
 
 
 def _activate(y: Deferred, activation: FusableActivation) -> Tensor | None:
     """Return the activation of `y`, None if it cannot be fused."""
-    value = y._value
-    call = value.call
+    value = _value_of(y)
+    call, site = value.call, value.call.site
     if not value.is_pending or not call.is_current():
         return None
     if value.residual is not None:
         # For these the gradient keeps the residual, which the model may change in place.
         keeps = call.grad and ACTIVATIONS[activation.name].saves is Saves.RESIDUAL
-        if keeps or call.site.fuses != ALL:
+        if keeps or site.fuses != ALL:
+            return None
+    if activation.in_place and activation.name == "elu":
+        # torch computes its gradient from the output, ATen's ops from the input.
+        fusion = Fusion("elu", value.residual is not None, call.options["training"])
+        if not chooses_triton(call.input, call.options["backend"], fusion):
             return None
     applied = Value(call, value, activation=activation)
+    if not (activation.in_place or site.is_known):
+        return _defer(applied)
+    result = applied.run()
     if not activation.in_place:
-        return applied.run() if call.site.is_known else _defer(applied, y)
-    # torch computes the gradient of an ELU in place from its output, ATen's ops from its input.
-    fusion = Fusion("elu", value.residual is not None, call.options["training"])
-    if activation.name == "elu" and not chooses_triton(call.input, call.options["backend"], fusion):
-        return None
-    value.tensor = applied.run()
+        return result
+    value.tensor = result
     return read(y)
 
 
 def _add(in_place: bool, left: Any, right: Any) -> Tensor | None:
     """Return the deferred sum of a deferred tensor and another, None if it cannot be fused."""
-    for y, other in ((left, right),) if in_place else ((left, right), (right, left)):
+    for y, other in ((left, right), (right, left)):
         if type(y) is not Deferred or y is other:
             continue
-        value = y._value
+        value = _value_of(y)
         if value.residual is not None or not value.is_pending or not value.call.is_current():
             continue
         if type(other) is Deferred:
             other = read(other)
-        if not value.is_pending or not _matches(other, value.call):
+        if not value.is_pending or not fits(other, value.call.input):
             continue
         if not in_place:
-            return _defer(Value(value.call, value, other), y)
-        summed = _defer(Value(value.call, residual=other), y)
+            return _defer(Value(value.call, value, other))
+        if y is right:
+            return _add_to(other, value)
+        summed = _defer(Value(value.call, residual=other))
         with torch._C.DisableTorchFunctionSubclass():
             torch._C._swap_tensor_impl(y, summed)
-        y._value = summed._value
+        y._value = _value_of(summed)
         y._value.owner = value.owner
         return y
     return None
 
 
-def _matches(other: Any, call: DeferredCall) -> bool:
-    x = call.input
-    return (
-        type(other) in (Tensor, nn.Parameter)
-        and other.shape == x.shape
-        and other.dtype == x.dtype
-        and other.device == x.device
-        and other.layout == x.layout
-        and other.stride() == x.stride()
-    )
+def _add_to(x: Tensor, value: Value) -> Tensor | None:
+    """Add bn(...) to a tensor in place, whose memory others may have."""
+    if not value.call.site.is_known:
+        value.call.is_candidate = value.is_shared = True
+        return x.add_(value.compute())
+    if value.call.grad and x.is_leaf and x.requires_grad:
+        return None  # torch raises
+    summed = Value(value.call, residual=x).run()
+    return _WriteOver.apply(x, summed) if summed.requires_grad else x.copy_(summed)
+
+
+class _WriteOver(torch.autograd.Function):
+    """Writes a sum over one of its operands, whose gradient comes from the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.copy_(value)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        return None, dy
 
 
 class _Bridge(torch.autograd.Function):
     """Connects a deferred tensor to what it will be computed from."""
 
     @staticmethod
-    def forward(ctx: Any, value: Value, like: tuple[Tensor], *inputs: Tensor | None) -> Deferred:
+    def forward(ctx: Any, value: Value, *inputs: Tensor | None) -> Deferred:
         ctx.value = value
-        return _wrap(value, *like, requires_grad=False)
+        return _wrap(value, requires_grad=False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         value: Value = ctx.value
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[1:]
         # Views, because one input may depend on another: x, say, and what is added to bn(x).
         with torch.enable_grad():
             inputs = (*value.call.inputs, value.addend)
@@ -373,7 +425,7 @@ class _Bridge(torch.autograd.Function):
         wanted: Any = [x for x, is_needed in zip(views, needs, strict=True) if is_needed]
         is_differentiated = torch.is_grad_enabled()
         gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=is_differentiated))
-        return None, None, *(next(gradients) if is_needed else None for is_needed in needs)
+        return None, *(next(gradients) if is_needed else None for is_needed in needs)
 
 
 class _Adopt(torch.autograd.Function):

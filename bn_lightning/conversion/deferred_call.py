@@ -2,19 +2,35 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from bn_lightning.conversion.fusable import FusableActivation
+from bn_lightning.conversion.fusable import BatchNormCall, FusableActivation
 from bn_lightning.kernels.dispatch import is_recomputation
+from bn_lightning.kernels.eager import TensorGuards, make_guard
 
 NOTHING, ADDITION, ALL = range(3)  # what a site fuses
 _UNCHANGED = "what a BatchNorm is computed from to stay unchanged until its output is read"
+
+
+class CallPlan(NamedTuple):
+    """What is known of a call if it is like an earlier one: it may be put off.
+
+    Attributes:
+        activation: the one that always follows directly, so that it can be computed before it is
+            called; None if an addition comes before.
+        is_alike: tells whether tensors are like x, parameters and statistics of the earlier call.
+        modes: of torch, in that call.
+    """
+
+    activation: FusableActivation | None
+    is_alike: Callable[..., bool]
+    modes: tuple[Any, ...]
 
 
 class Site:
@@ -23,116 +39,111 @@ class Site:
     Attributes:
         fuses: `NOTHING`, `ADDITION` or `ALL`; less than `ALL` after an output was read twice, or if
             what followed could not be fused.
+        plan: of calls like the last one, once the site is known.
         is_used: whether what followed could be fused.
         misses: number of calls after which it could not.
         first_pass: number of the first forward of the model.
         passes: number of forwards of models that returned, of all sites.
+        blank: a tensor without memory, with the metadata of the last output.
     """
 
     passes = 0
 
     def __init__(self) -> None:
         self.fuses = ALL
+        self.plan: CallPlan | None = None
         self.is_used = False
         self.misses = 0
         self.first_pass: int | None = None
+        self.blank: Tensor | None = None
 
     @property
     def is_known(self) -> bool:
         """Whether a whole forward showed that each output is read once, by what is fused."""
-        first = self.first_pass
-        return self.is_used and not self.misses and first is not None and first < Site.passes
+        return self.is_used and not self.misses and self._is_seen
 
-    def miss(self) -> None:
-        """Count an output that was read by what cannot be fused."""
-        self.misses += 1
-        if not self.is_used and self.misses > 2:
+    @property
+    def _is_seen(self) -> bool:
+        return self.first_pass is not None and self.first_pass < Site.passes
+
+    def begin(self) -> bool:
+        """Begin a call; return whether it may be put off."""
+        if self.first_pass is None:
+            self.first_pass = Site.passes
+        if self.misses and not self.is_used and (self.misses > 2 or self._is_seen):
             self.fuses = NOTHING
+        return self.fuses != NOTHING
 
 
-class DeferredCall:
+class DeferredCall(BatchNormCall):
     """One call of a module.
 
-    Attributes:
+    Args:
         deferral: counts the calls of the module.
         site: the module's, in training or in evaluation.
-        is_done: whether the BatchNorm was computed, and the statistics were updated.
+        arguments: those of `BatchNormCall`.
+
+    Attributes:
         is_candidate: whether the output could be fused, if only it were known to be read once.
+        place: in the order of autograd, reserved for what is computed later; 0 for none.
+        modes: those of torch that a computation later must have, too.
     """
 
-    def __init__(
-        self,
-        deferral: Any,
-        site: Site,
-        compute: Callable[..., Tensor],
-        input: Tensor,
-        state: tuple[Tensor | None, ...],
-        options: dict[str, Any],
-    ) -> None:
+    is_candidate = False
+    place = 0
+    snapshot: Tensor | None = None
+
+    def __init__(self, deferral: Any, site: Site, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.deferral, self.site = deferral, site
-        self.compute, self.input, self.state, self.options = compute, input, state, options
-        self.is_done = self.is_candidate = False
-        self.grad = torch.is_grad_enabled()
-        self.inference = torch.is_inference_mode_enabled()
-        weight, bias = state[:2]
-        self.needs_grad = self.grad and (
-            input.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        )
-        self.place = _reserve_place() if self.needs_grad else 0
-        self.hooks = saved_tensors_hooks_now() if self.grad else None
-        self.stream = _current_stream(input)
-        # A tensor of inference mode has no version. A lazy clone keeps its values of now, because
-        # a write to either copies first.
-        self.snapshot = torch._lazy_clone(input) if input.is_inference() else None
-        self.watched = [
-            t for t in (None if self.snapshot is not None else input, *state) if t is not None
-        ]
-        self.versions = [_version(t) for t in self.watched]
+        self.modes = modes_for(self.input)
+        self.watched = (self.input, *self.state)
+        self.versions = versions_of(self.watched)
+        if self.input.is_inference():
+            # It has no version. A lazy clone keeps its values, because a write to either copies.
+            self.snapshot = torch._lazy_clone(self.input)
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What the output has a gradient for: x, weight and bias."""
         return self.input, self.state[0], self.state[1]
 
+    @property
+    def grad(self) -> bool:
+        """Whether gradients were enabled."""
+        return bool(self.modes[0])
+
     def is_current(self) -> bool:
         """Return whether an operation now is computed as right after the call."""
-        return (
-            torch.is_grad_enabled() is self.grad
-            and torch.is_inference_mode_enabled() is self.inference
-            and (not self.grad or saved_tensors_hooks_now() == self.hooks)
-            and (self.stream is None or _current_stream(self.input) == self.stream)
-        )
+        return modes_for(self.input) == self.modes
 
     @contextmanager
     def as_called(self) -> Iterator[None]:
         """Restore gradient mode and stream of the call, without hooks on saved tensors."""
+        grad, inference, _, called_on = self.modes
         with ExitStack() as stack:
-            if torch.is_inference_mode_enabled() is not self.inference:
-                stack.enter_context(torch.inference_mode(self.inference))
-            stack.enter_context(torch.set_grad_enabled(self.grad))
-            if self.grad:
+            if torch.is_inference_mode_enabled() is not inference:
+                stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            if grad:
                 stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
-            if self.stream is not None and _current_stream(self.input) != self.stream:
+            if _current_stream(self.input) != called_on:
                 device = self.input.device
-                stream = torch.cuda.ExternalStream(self.stream, device=device)
+                stream = torch.cuda.ExternalStream(called_on, device=device)
                 stack.callback(torch.cuda.current_stream(device).wait_stream, stream)
                 stack.enter_context(torch.cuda.stream(stream))
             yield
 
+    def reserve_place(self) -> None:
+        """Reserve the place in the order of autograd that an operation would have now."""
+        self.place = torch._C._functions.UndefinedGrad()._sequence_nr()  # type: ignore[attr-defined]
+
     def run(
         self, residual: Tensor | None = None, activation: str = "identity", slope: float = 0.01
     ) -> Tensor:
-        """Compute the BatchNorm; only the first time updates statistics.
-
-        Raises:
-            RuntimeError: the input, a parameter or a statistic was changed in place.
-        """
-        self._check_unchanged()
+        """Compute the BatchNorm; only the first time updates statistics."""
         if self.is_done:
-            return self.run_again((*self.inputs, residual), activation, slope)
-        self.is_done = True
+            return super().run(residual, activation, slope)
         if residual is not None or activation != "identity":
             self.deferral.fused += 1
             self.site.is_used = True
@@ -141,32 +152,31 @@ class DeferredCall:
             if self.is_candidate:
                 self.site.is_used = True
             else:
-                self.site.miss()
+                self.site.misses += 1
         if self.snapshot is not None:
             if not torch._C._is_cow_tensor(self.input):  # type: ignore[attr-defined]
                 self.input = self.snapshot  # because the input was written to
             self.snapshot = None
-        given = {"residual": residual, "activation": activation, "negative_slope": slope}
-        first = torch._C._autograd._get_sequence_nr()
-        y = self.compute(self.input, *self.state, **(self.options | given))
-        if y.grad_fn is not None and self.place + 1 < first:
+        first = torch._C._autograd._get_sequence_nr() if self.place else 0
+        y = super().run(residual, activation, slope)
+        if self.place and y.grad_fn is not None and self.place + 1 < first:
             _put_in_place(y.grad_fn, first, self.place)
         return y
 
-    def run_again(self, inputs: tuple[Tensor | None, ...], activation: str, slope: float) -> Tensor:
-        """Compute the BatchNorm of `inputs` and a residual without updating statistics."""
-        x, weight, bias, residual = inputs
-        statistics = (None, None) if self.options["training"] else self.state[2:]
-        given = {"residual": residual, "activation": activation, "negative_slope": slope}
-        given |= {"num_batches_tracked": None, "momentum": 0.0}
-        return self.compute(x, weight, bias, *statistics, **(self.options | given))
+    def plan_next(self, activation: FusableActivation | None) -> None:
+        """Plan the calls that are like this one."""
+        site = self.site
+        if site.plan is not None or not site.is_known or self.is_done or TensorGuards is None:
+            return
+        if self.modes[2] is None:  # hooks on saved tensors are others in each forward
+            is_alike = make_guard([t for t in self.watched if t is not None])
+            site.plan = CallPlan(activation, is_alike, self.modes)
 
-    def _check_unchanged(self) -> None:
-        watched = self.watched
-        if self.is_done and self.options["training"]:
-            # The call itself has updated the statistics.
-            watched = watched[: sum(t is not None for t in self.inputs)]
-        if [_version(t) for t in watched] != self.versions[: len(watched)]:
+    def check_unchanged(self) -> None:
+        """Raise a RuntimeError if the input, a parameter or a statistic was changed in place."""
+        # Once done, the call itself has updated the statistics.
+        count = 3 if self.is_done and self.options["training"] else None
+        if versions_of(self.watched[:count]) != self.versions[:count]:
             self.fail(f"{_UNCHANGED}, got a change in place of input, parameters or statistics")
 
     def fail(self, reason: str) -> NoReturn:
@@ -181,9 +191,11 @@ class DeferredCall:
 
     def __del__(self) -> None:
         # Nobody has read the output, but the call updates the statistics.
-        updates = self.options["training"] and self.state[2] is not None
-        if updates and not self.is_done and not sys.is_finalizing() and not is_recomputation():
+        if self.is_done or not self.options["training"] or self.state[2] is None:
+            return
+        if not sys.is_finalizing() and not is_recomputation():
             with self.as_called(), torch.no_grad():
+                self.check_unchanged()
                 self.run()
 
 
@@ -204,6 +216,8 @@ class Value:
     """
 
     owner: "weakref.ref[Any]"
+    tensor: Tensor | None = None
+    is_shared = False
 
     def __init__(
         self,
@@ -214,9 +228,8 @@ class Value:
     ) -> None:
         self.call, self.residual, self.activation = call, residual, activation
         self.inner: Any = inner
-        self.version = _version(residual)
-        self.tensor: Tensor | None = None
-        self.is_shared = False
+        if residual is not None:
+            self.versions = versions_of((residual,))
 
     @property
     def is_pending(self) -> bool:
@@ -253,26 +266,32 @@ class Value:
         """Compute all in one call of the BatchNorm.
 
         Raises:
-            RuntimeError: what was added, or something else it depends on, was changed in place.
+            RuntimeError: what it depends on was changed in place.
         """
-        activation = self.activation
-        (self if activation is None else self.inner).check_residual()
-        if activation is None:
+        self.call.check_unchanged()
+        self.call.plan_next(self.activation if self.addend is None else None)
+        if self.activation is None:
+            self.check_residual()
             return self.call.run(self.residual)
-        return self.call.run(self.addend, activation.name, activation.slope)
+        self.inner.check_residual()
+        return self.call.run(self.addend, self.activation.name, self.activation.slope)
 
-    def run_again(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
+    def run_again(self, inputs: Sequence[Any]) -> Tensor:
         """Compute the value of other x, weight, bias and residual, without statistics."""
         if self.tensor is None:
             self.compute()
-        activation = self.activation
-        if activation is None:
-            return self.call.run_again(inputs, "identity", 0.01)
-        return self.call.run_again(inputs, activation.name, activation.slope)
+        x, weight, bias, residual = inputs
+        call = self.call
+        call.check_unchanged()
+        again = BatchNormCall(call.compute, x, (weight, bias, *call.state[2:]), call.options)
+        again.is_done = True
+        if self.activation is None:
+            return again.run(residual)
+        return again.run(residual, self.activation.name, self.activation.slope)
 
     def check_residual(self) -> None:
         """Raise a RuntimeError if what was added was changed in place."""
-        if _version(self.residual) != self.version:
+        if self.residual is not None and versions_of((self.residual,)) != self.versions:
             self.call.fail(f"{_UNCHANGED}, got a change in place of what was added to it")
 
     def note_read(self, is_use: bool) -> None:
@@ -284,9 +303,40 @@ class Value:
         self.is_shared = False
 
 
-def _reserve_place() -> int:
-    """Return the place in the order of autograd that the node of an operation would have now."""
-    return torch._C._functions.UndefinedGrad()._sequence_nr()  # type: ignore[attr-defined]
+class Ahead:
+    """What a deferred tensor stands for if the activation of it is computed.
+
+    Attributes:
+        result: the activation, until it is called.
+        arguments: those of `DeferredCall`.
+        versions: of x, parameters and statistics, before the call.
+        modes: of torch, in the call.
+        activation: the one that `result` is of.
+    """
+
+    def __init__(
+        self,
+        result: Tensor,
+        arguments: tuple[Any, ...],
+        versions: list[int | None],
+        plan: CallPlan,
+    ) -> None:
+        self.result: Tensor | None = result
+        self.arguments, self.versions, self.modes = arguments, versions, plan.modes
+        self.activation: Any = plan.activation
+
+    def to_value(self) -> Value:
+        """Return what it stands for if another operation reads it, or a second one."""
+        call = DeferredCall(*self.arguments)
+        call.modes, call.versions, call.is_done = self.modes, self.versions, True
+        value = Value(call)
+        if self.result is not None:
+            call.site.plan = None
+            call.site.misses += 1
+            call.deferral.fused -= 1
+            call.deferral.separate += 1
+            value.compute()
+        return value
 
 
 def _put_in_place(node: Any, first: int, place: int) -> None:
@@ -309,8 +359,19 @@ def _put_in_place(node: Any, first: int, place: int) -> None:
     node._set_sequence_nr(place)
 
 
-def _version(x: Tensor | None) -> int | None:
-    return None if x is None or x.is_inference() else x._version
+def versions_of(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    """Return the numbers of changes in place."""
+    try:
+        return [None if t is None else t._version for t in tensors]
+    except RuntimeError:  # one is of inference mode, and has none
+        return [None if t is None or t.is_inference() else t._version for t in tensors]
+
+
+def modes_for(x: Tensor) -> tuple[Any, ...]:
+    """Return gradient mode, inference mode, hooks on saved tensors and stream."""
+    grad = torch.is_grad_enabled()
+    hooks = saved_tensors_hooks_now() if grad else None
+    return grad, torch.is_inference_mode_enabled(), hooks, _current_stream(x)
 
 
 def _current_stream(x: Tensor) -> int | None:

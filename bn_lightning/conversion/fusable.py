@@ -1,13 +1,52 @@
-"""The operations that a deferred BatchNorm takes in, as `__torch_function__` sees them."""
+"""A call of a BatchNorm, and the operations it takes in, as `__torch_function__` sees them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 _SLOPE = 0.01  # torch's default for leaky_relu, ignored by the others
+
+
+class BatchNormCall:
+    """One call of a BatchNorm, which can be computed together with what follows, and again.
+
+    Args:
+        compute: called as `bn_lightning.kernels.batch_norm`.
+        input: x.
+        state: weight, bias, running_mean and running_var.
+        options: the keyword arguments.
+
+    Attributes:
+        is_done: whether it was computed, and the statistics were updated.
+    """
+
+    is_done = False
+
+    def __init__(
+        self,
+        compute: Callable[..., Tensor],
+        input: Tensor,
+        state: tuple[Tensor | None, ...],
+        options: dict[str, Any],
+    ) -> None:
+        self.compute, self.input, self.state, self.options = compute, input, state, options
+
+    def run(
+        self, residual: Tensor | None = None, activation: str = "identity", slope: float = _SLOPE
+    ) -> Tensor:
+        """Compute the BatchNorm with what follows; only the first time updates statistics."""
+        state, options = self.state, dict(self.options)
+        if self.is_done and options["training"]:
+            state = (*state[:2], None, None)
+            options["num_batches_tracked"], options["momentum"] = None, 0.0
+        self.is_done = True
+        options["residual"], options["activation"] = residual, activation
+        options["negative_slope"] = slope
+        return self.compute(self.input, *state, **options)
 
 
 class FusableActivation(NamedTuple):
@@ -120,6 +159,29 @@ METADATA: set[Any] = {
     *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device),
     *(Tensor.element_size, Tensor.__len__, torch.numel, torch.is_floating_point),
 }
+
+
+def fits(other: Any, x: Tensor) -> bool:
+    """Return whether the sum of a tensor and bn(x) is one that the kernels compute."""
+    return (
+        type(other) in (Tensor, Parameter)
+        and other.shape == x.shape
+        and other.dtype == x.dtype
+        and other.device == x.device
+        and other.layout == x.layout
+        and (other.stride() == x.stride() or _order(other) == _order(x))
+    )
+
+
+def _order(x: Tensor) -> list[int] | None:
+    """Return the dimensions from the largest stride to the smallest, None if two are equal.
+
+    With one order for both operands torch gives a sum the layout of the dense one, bn(x).
+    """
+    strides = {x.stride(i): i for i in range(x.dim()) if x.shape[i] > 1}
+    if len(strides) < sum(size > 1 for size in x.shape):
+        return None
+    return [strides[stride] for stride in sorted(strides, reverse=True)]
 
 
 def replace_tensors(value: Any, cls: type[Tensor], replace: Callable[[Any], Tensor]) -> Any:

@@ -21,41 +21,11 @@ from bn_lightning.conversion.fusable import (
     IN_PLACE_ADDITIONS,
     METADATA,
     UNCHANGED,
+    BatchNormCall,
     activation_of,
     replace_tensors,
 )
 from bn_lightning.kernels.dispatch import uses_triton
-
-
-class _TracedCall:
-    """One call of a BatchNorm."""
-
-    def __init__(
-        self,
-        compute: Callable[..., Tensor],
-        input: Tensor,
-        state: tuple[Tensor | None, ...],
-        options: dict[str, Any],
-    ) -> None:
-        self.compute = compute
-        self.input = input
-        self.state = state
-        self.options = options
-        self.is_done = False
-
-    def run(
-        self, residual: Tensor | None = None, activation: str = "identity", slope: float = 0.01
-    ) -> Tensor:
-        state, options = self.state, dict(self.options)
-        if self.is_done and options["training"]:
-            state = (*state[:2], None, None)
-            options["num_batches_tracked"] = None
-            options["momentum"] = 0.0
-        self.is_done = True
-        options["residual"] = residual
-        options["activation"] = activation
-        options["negative_slope"] = slope
-        return self.compute(self.input, *state, **options)
 
 
 class _TracedValue:
@@ -68,7 +38,7 @@ class _TracedValue:
         tensor: the value, once computed.
     """
 
-    def __init__(self, call: _TracedCall, residual: Tensor | None, pure: Tensor) -> None:
+    def __init__(self, call: BatchNormCall, residual: Tensor | None, pure: Tensor) -> None:
         self.call = call
         self.residual = residual
         self.pure = pure
@@ -143,7 +113,7 @@ def trace(
         if training:
             running_mean = running_var = None
         pure = F.batch_norm(input, running_mean, running_var, weight, bias, training, 0.0, eps)
-    return _traced(_TracedValue(_TracedCall(compute, input, state, options), None, pure))
+    return _traced(_TracedValue(BatchNormCall(compute, input, state, options), None, pure))
 
 
 def _traced(value: _TracedValue) -> Tensor:

@@ -214,6 +214,24 @@ def two_are_added(self, x):
     return self.relu(self.bn1(self.conv1(x)) + self.bn2(self.conv2(x)))
 
 
+def added_in_place_to_another(self, x):
+    y = z = x * 2
+    y += self.bn1(self.conv1(x))
+    return self.relu(y) + z
+
+
+def added_in_place_to_views(self, x):
+    y = x * 2
+    y[:, :, :2] += self.bn1(self.conv1(x))[:, :, :2]
+    y.view_as(y).add_(self.bn2(self.conv2(x)))
+    return y
+
+
+def slices_are_added(self, x):
+    a, b = torch.cat([x, x], 2).split(4, 2)
+    return F.relu(a + self.bn1(x)) + (self.bn2(x) + b)
+
+
 FUSED = {
     **dict.fromkeys([relu_module, relu_function, relu_of_torch, relu_method], "1"),
     **dict.fromkeys([relu_method_in_place, leaky_relu, relu6_as_hardtanh, gelu_tanh], "1"),
@@ -225,6 +243,9 @@ FUSED = {
     **dict.fromkeys([autocast_in_between, attributes_are_set, called_twice], "1"),
     called_twice_before_either_is_read: "1",
     two_are_added: "1",
+    added_in_place_to_another: "1",
+    added_in_place_to_views: "2",
+    slices_are_added: "12",
 }
 
 
@@ -293,12 +314,6 @@ def scaled_addition(self, x):
 def added_to_itself(self, x):
     y = self.bn1(x)
     return F.relu(y + y)
-
-
-def added_in_place_to_another(self, x):
-    y = z = x * 2
-    y += self.bn1(self.conv1(x))
-    return self.relu(y) + z
 
 
 def swish_of_functions(self, x):
@@ -391,7 +406,7 @@ def checkpointed_activation(self, x):
 NOT_FUSED = [
     *(read_by_a_convolution, activation_of_another_kind, elu_of_another_slope, elu_in_place),
     *(number_is_added, broadcast_is_added, other_strides_are_added, other_dtype_is_added),
-    *(scaled_addition, added_to_itself, added_in_place_to_another, swish_of_functions),
+    *(scaled_addition, added_to_itself, swish_of_functions),
     *(squeeze_and_excitation, read_twice_in_one_operation, read_again_later, kept, only_kept),
     *(discarded, autograd_function, torchscript, hook_on_the_tensor, no_grad_in_between),
     *(
@@ -692,6 +707,62 @@ def test_another_use_than_before_is_right_or_an_error() -> None:
     untouched.use = Swish.apply
     found, wanted = (run(m, 3, training=True) for m in (module, untouched))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def two_activations_of_it(y: Tensor) -> Tensor:
+    return F.relu(y) + F.tanh(y)
+
+
+def inside_no_grad(y: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = F.relu(y)
+    return z + y
+
+
+def added_to_another_twice(y: Tensor) -> Tensor:
+    z = y.detach() * 2
+    z += y
+    return z + y
+
+
+@pytest.mark.parametrize("first", [F.relu, F.relu_, lambda y: y + 1 * y.shape[0]])
+@pytest.mark.parametrize(
+    "then",
+    [
+        *(F.tanh, F.leaky_relu, F.relu_, torch.square, two_activations_of_it, inside_no_grad),
+        *(added_to_another_twice, lambda y: F.relu(y + y.detach()), lambda y: torch.ones(())),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_known_output_is_used_otherwise(first, then, training: bool) -> None:
+    """What was computed before it was asked for is not used, and nothing is updated twice."""
+
+    def forward(self, x):
+        return self.use(self.bn1(self.conv1(x))) * x
+
+    nets = net(forward)
+    for step, use in enumerate((first, first, first, then, then, first)):
+        for module in nets:
+            module.use = use
+        found, wanted = (run(m, step, training, twice=step == 3) for m in nets)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    counts = fusion_counts(nets[0])["bn1"]
+    assert counts.fused + counts.separate == 6
+
+
+def test_a_known_output_is_not_computed_of_changed_inputs() -> None:
+    module, _ = net(lambda self, x: self.use(self.bn1(x), x))
+    module.use = lambda y, x: F.relu(y)
+    for step in range(3):
+        run(module, step, training=True)
+
+    def use(y, x):
+        x.add_(1)
+        return F.tanh(y)
+
+    module.use = use
+    with pytest.raises(RuntimeError, match="unchanged until its output is read"):
+        run(module, 3, training=True)
 
 
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
