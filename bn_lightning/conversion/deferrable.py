@@ -60,7 +60,12 @@ def planned(
     plan = site.plan
     if plan is None or site.misses or site.fuses == NOTHING:
         return None
-    if type(x) is not Tensor or not plan.is_alike(x, *[t for t in state if t is not None]):
+    given = (x, *state)
+    if (
+        type(x) is not Tensor
+        or [t is None for t in given] != plan.missing
+        or not plan.is_alike(*[t for t in given if t is not None])
+    ):
         site.plan = None
         return None
     is_other = (

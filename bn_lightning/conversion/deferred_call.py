@@ -24,11 +24,13 @@ class CallPlan(NamedTuple):
     Attributes:
         activation: the one that always follows directly, so that it can be computed before it is
             called; None if an addition comes before.
-        is_alike: tells whether tensors are like x, parameters and statistics of the earlier call.
+        missing: which of x, parameters and statistics the earlier call did not have.
+        is_alike: tells whether tensors are like those that it had.
         modes: of torch, in that call.
     """
 
     activation: FusableActivation | None
+    missing: list[bool]
     is_alike: Callable[..., bool]
     modes: tuple[Any, ...]
 
@@ -169,8 +171,9 @@ class DeferredCall(BatchNormCall):
         if site.plan is not None or not site.is_known or self.is_done or TensorGuards is None:
             return
         if self.modes[2] is None:  # hooks on saved tensors are others in each forward
+            missing = [t is None for t in self.watched]
             is_alike = make_guard([t for t in self.watched if t is not None])
-            site.plan = CallPlan(activation, is_alike, self.modes)
+            site.plan = CallPlan(activation, missing, is_alike, self.modes)
 
     def check_unchanged(self) -> None:
         """Raise a RuntimeError if the input, a parameter or a statistic was changed in place."""

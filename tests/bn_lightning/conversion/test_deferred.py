@@ -750,6 +750,35 @@ def test_a_known_output_is_used_otherwise(first, then, training: bool) -> None:
     assert counts.fused + counts.separate == 6
 
 
+@pytest.mark.parametrize("forward", [relu_module, addition_relu], ids=["ahead", "deferred"])
+def test_a_known_batch_norm_changes(forward: Forward) -> None:
+    """Its statistics, parameters, hooks and modes may, as may shape and dtype of its input."""
+    nets = net(forward)
+    changes: list[Callable[[Net], Any]] = [
+        lambda m: setattr(m.bn1, "track_running_stats", False),
+        lambda m: setattr(m.bn1, "momentum", None),
+        lambda m: setattr(m.bn1, "bias", None),
+        lambda m: m.bn1.weight.requires_grad_(False),
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m.bn1.register_forward_hook(lambda m, args, y: y * 2),
+        lambda m: m.float(),
+    ]
+    for change in changes:
+        for step in range(3):
+            found = []
+            for m in nets:
+                x = torch.randn(2 + step, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+                y = m(x.requires_grad_().to(m.conv1.weight))
+                (y - 1).square().sum().backward()
+                found.append(
+                    [y, *m.buffers(), *(p.grad for p in m.parameters() if p.grad is not None)]
+                )
+                m.zero_grad()
+            torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+        for m in nets:
+            change(m)
+
+
 def test_a_known_output_is_not_computed_of_changed_inputs() -> None:
     module, _ = net(lambda self, x: self.use(self.bn1(x), x))
     module.use = lambda y, x: F.relu(y)
