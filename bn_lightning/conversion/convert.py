@@ -137,8 +137,10 @@ def convert_model(model: nn.Module, *, fuse: bool, backend: str, is_temporary: b
                 skipped[name] = (
                     "it has no size yet; to fuse it, convert again after the first batch"
                 )
+            elif hasattr(module._parameters.get("weight"), "to_local"):
+                skipped[name] = "FSDP frees its weight; to fuse it, give FSDP `ignored_params`"
             elif module.activation == "identity":
-                module.__dict__["deferral"] = Deferral()
+                module.__dict__["deferral"] = Deferral(module._parameters.get("weight"))
                 fusable.append(name)
     if fusable:
         add_hooks(model, is_temporary)

@@ -22,9 +22,7 @@ def may_wait(
     """Return whether a call can be made later with the same result."""
     if (
         type(input) is not Tensor
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        or _is_needed_early(module)
         # So does reentrant checkpointing, which must not return a tensor without values.
         or (options["training"] and not torch.is_grad_enabled())
         # What is computed after a checkpointed part is not run again with it.
@@ -38,11 +36,7 @@ def may_wait(
         return False
     channels, known = input.shape[1], state[0] if state[0] is not None else state[2]
     if known is not None and (
-        known.shape[0] != channels
-        or known.device != input.device
-        or known.is_inference()
-        # FSDP frees such weights when the module around returns.
-        or known._is_view()
+        known.shape[0] != channels or known.device != input.device or known.is_inference()
     ):
         return False
     if options["backend"] == "triton":
@@ -50,6 +44,20 @@ def may_wait(
     return input.numel() > channels and (
         input.is_contiguous()
         or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+def _is_needed_early(module: Any) -> bool:
+    """Return whether hooks need the output, or FSDP frees the weight before it may be read."""
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or (
+            "_is_fsdp_managed_module" in module.__dict__
+            # Another one during the forward, unless FSDP ignores it.
+            and module._parameters.get("weight") is not module.deferral.weight
+        )
     )
 
 
@@ -70,9 +78,7 @@ def planned(
         return None
     is_other = (
         modes_for(x) != plan.modes
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        or _is_needed_early(module)
         or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
     )

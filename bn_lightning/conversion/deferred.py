@@ -75,9 +75,14 @@ class FusionCount(NamedTuple):
 
 
 class Deferral:
-    """Defers the calls of one module; an attribute of the module."""
+    """Defers the calls of one module; an attribute of the module.
 
-    def __init__(self) -> None:
+    Args:
+        weight: the module's parameter, or None.
+    """
+
+    def __init__(self, weight: Tensor | None) -> None:
+        self.weight = weight
         self.fused = 0
         self.separate = 0
         self._sites = {True: Site(), False: Site()}
