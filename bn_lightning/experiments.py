@@ -19,7 +19,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.figure
 import numpy as np
 from jaxtyping import Float, Int
 from omegaconf import DictConfig
@@ -36,7 +35,7 @@ from bn_lightning.sweeps.analysis.provenance import with_provenance
 from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable, read_study, to_csv
 from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.report.figure import Figure
-from bn_lightning.sweeps.report.matplotlib_renderer import draw
+from bn_lightning.sweeps.report.matplotlib_renderer import Picture, draw
 from bn_lightning.sweeps.report.run_figures import figures_of_run
 from bn_lightning.sweeps.report.write_report import ReportOptions, map_figures, write_report
 from bn_lightning.train import train
@@ -97,8 +96,8 @@ class History(Mapping[str, LoggedMetric]):
         return frame
 
 
-class Figures(dict[str, matplotlib.figure.Figure]):
-    """Name -> matplotlib's figure. As the result of a cell, a notebook shows all of them.
+class Figures(dict[str, Picture]):
+    """Name -> a figure of matplotlib. As the result of a cell, a notebook shows all of them.
 
     Args:
         described: name -> description.
@@ -108,13 +107,11 @@ class Figures(dict[str, matplotlib.figure.Figure]):
         super().__init__({name: draw(figure) for name, figure in described.items()})
 
     def _repr_html_(self) -> str:
-        images = []
-        for name, figure in self.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=100)
-            data = base64.b64encode(buffer.getvalue()).decode()
-            images.append(f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">')
-        return "\n".join(images)
+        return "\n".join(
+            f'<img alt="{escape(name)}" src="data:image/png;base64,'
+            f'{base64.b64encode(picture._repr_png_()).decode()}">'
+            for name, picture in self.items()
+        )
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,20 @@ from bn_lightning.sweeps.report.figure import (
 _MOST_LETTERS, _MOST_IN_LEGEND = 30, 80  # letters of a tick's label, of a legend's entry
 
 
-def draw(figure: Figure) -> matplotlib.figure.Figure:
+class Picture(matplotlib.figure.Figure):
+    """A figure of matplotlib that a notebook shows, with or without `%matplotlib inline`."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def draw(figure: Figure) -> Picture:
     """Return the picture of a figure."""
     columns = figure.columns or len(figure.panels)
     rows = -(-len(figure.panels) // columns)
-    drawn = matplotlib.figure.Figure(figsize=figure.inches, layout="constrained")
+    drawn = Picture(figsize=figure.inches, layout="constrained")
     all_axes = list(drawn.subplots(rows, columns, squeeze=False).flat)
     for axes in all_axes[len(figure.panels) :]:
         axes.set_visible(False)

@@ -116,6 +116,7 @@ class TestRun:
         figures = run.figures()
         assert isinstance(figures["accuracy"], matplotlib.figure.Figure)
         assert "percentiles" in figures
+        assert figures["accuracy"]._repr_png_().startswith(b"\x89PNG")
         html = figures._repr_html_()
         assert html.count('src="data:image/png;base64,iVBOR') == len(figures)
 
