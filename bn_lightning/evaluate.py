@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.run_table import print_run_table
+from bn_lightning.cli.trainer_builder import build_trainer, print_profile
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
 from bn_lightning.runs.record import RunRecord, logged_numbers
 
@@ -37,21 +38,24 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     except Exception as error:
         record.end("failed", error=format_error(error))
         raise
+    print_profile(directory)
     print_run_table(record.content, directory, checkpoint.config)
     return record.content["metrics"]
 
 
 def _test(config: dict[str, Any], checkpoint: TrainedCheckpoint, record: RunRecord) -> None:
-    from hydra.utils import instantiate
-
     from bn_lightning.data.protocol import InfoCheck, check_data_module, data_info
 
     quiet_lightning()
     datamodule = checkpoint.build_data(config.get("data"))
     check_data_module(datamodule)
     model = checkpoint.build_model()
-    trainer = instantiate(
-        config["trainer"], logger=False, enable_checkpointing=False, enable_progress_bar=False
+    trainer = build_trainer(
+        OmegaConf.create(config["trainer"]),
+        record.path.parent,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
     )
     trainer.callbacks.append(InfoCheck())
     trainer.test(model, datamodule=datamodule, verbose=False)

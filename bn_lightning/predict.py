@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from bn_lightning.cli.command import hydra_command, quiet_lightning
+from bn_lightning.cli.trainer_builder import build_trainer, print_profile
 from bn_lightning.runs.atomic_write import write_atomically
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
 
@@ -29,8 +30,6 @@ def predict(config: DictConfig) -> Path:
         DataError: the input cannot be read, or differs from what the network was trained on.
         ValueError: a value of the configuration cannot be used.
     """
-    from hydra.utils import instantiate
-
     from bn_lightning.data.protocol import check_data_module
 
     if config.corrupt not in ("error", "skip"):
@@ -44,8 +43,12 @@ def predict(config: DictConfig) -> Path:
     check_data_module(datamodule, "prediction_inputs")
     samples = _Samples(datamodule, Path(config.input), skip=config.corrupt == "skip")
     model = checkpoint.build_model()
-    trainer = instantiate(
-        config.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    trainer = build_trainer(
+        config.trainer,
+        config.paths.output_dir,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
     )
     probabilities = [
         row for batch in trainer.predict(model, dataloaders=samples) for row in batch.tolist()
@@ -60,6 +63,7 @@ def predict(config: DictConfig) -> Path:
     if len(rows) <= _PRINTED:
         for name, label, probability, *_ in rows:
             print(f"{name}: {label}, {float(probability):.3f}")
+    print_profile(config.paths.output_dir)
     print(samples.summary())
     print(output)
     return output

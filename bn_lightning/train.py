@@ -21,6 +21,7 @@ from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.install_hint import install_command
 from bn_lightning.cli.run_table import print_run_table, print_validation_table
 from bn_lightning.cli.stacked_jobs import finished_job
+from bn_lightning.cli.trainer_builder import build_trainer, print_profile
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.interruption import Interrupted, RankLostError
 from bn_lightning.runs.record import RunRecord, logged_numbers, run_outcome
@@ -133,8 +134,9 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     # Lightning stores hyperparameters in every checkpoint. evaluate.py builds from them.
     model.save_hyperparameters({CONFIG_KEY: record.content["config"]}, logger=False)
     callbacks = _build_callbacks(config, record.path.parent, resume_point)
-    trainer = instantiate(
+    trainer = build_trainer(
         config.trainer,
+        record.path.parent,
         callbacks=callbacks,
         logger=_build_loggers(config.logger),
         # True would make Lightning add a bar of its own.
@@ -157,6 +159,7 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     _fit(trainer, model, datamodule, record, resume_point)
     _test(trainer, model, datamodule, record, config.extras.figures)
     if trainer.is_global_zero and not in_trial():
+        print_profile(record.path.parent)
         if config.extras.batch_norms:
             print_batch_norms(model.state_dict(), record.content["config"].get("norm"))
         if config.extras.step_table:
