@@ -19,13 +19,22 @@ from bn_lightning.cli.command import hydra_command, in_sweep, is_typed, quiet_li
 from bn_lightning.cli.config_check import check_config
 from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.install_hint import install_command
+from bn_lightning.cli.job import is_pruned
 from bn_lightning.cli.run_table import print_run_table, print_validation_table
 from bn_lightning.cli.stacked_jobs import finished_job
 from bn_lightning.cli.trainer_builder import build_trainer, print_profile
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.interruption import Interrupted, RankLostError
-from bn_lightning.runs.record import RunRecord, logged_numbers, run_outcome
+from bn_lightning.runs.record import (
+    RunRecord,
+    data_sentence,
+    end_sentence,
+    logged_numbers,
+    read_run,
+    run_outcome,
+)
 from bn_lightning.runs.resume import ResumePoint, read_resume_point
+from bn_lightning.runs.run_log import RUN_LOG
 from bn_lightning.sweeps.engine.environment import in_trial
 from bn_lightning.sweeps.engine.processes import as_typed, is_called, typed_arguments
 
@@ -50,6 +59,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     check_config(resolved)
     finished = finished_job(resolved)
     if finished is not None:
+        sentence = end_sentence(read_run(config.paths.output_dir))
+        RUN_LOG.info("seed %d, trained in a stack: %s", config.seed, sentence)
         return finished
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
@@ -59,6 +70,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     record = RunRecord(directory, resolved, write=is_first_rank)
     if is_called():
         record.content["command"] = ["bn-train", *typed_arguments()]
+    versions = record.content["versions"]
+    RUN_LOG.info("seed %d, torch %s, in %s", config.seed, versions["torch"], directory)
     resume_point = None
     if config.ckpt_path is not None:
         resume_point = read_resume_point(config, record, directory)
@@ -77,7 +90,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             record.content = resume_point.record  # leave the run as it was
             record.update()
             raise
-        if not _is_pruned(error):
+        if not is_pruned(error):
             # On a full disk the record cannot be written either. The first error says more.
             with contextlib.suppress(OSError):
                 record.end("failed", error=format_error(error))
@@ -94,14 +107,6 @@ def train(config: DictConfig) -> dict[str, Any]:
             # Reference cycles in Lightning keep the data of each job alive until a full collection.
             gc.collect()
     return run_outcome(record.content)
-
-
-def _is_pruned(error: Exception) -> bool:
-    if not in_trial():
-        return False
-    from optuna import TrialPruned
-
-    return isinstance(error, TrialPruned)
 
 
 def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoint | None) -> None:
@@ -129,8 +134,12 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     told = None
     if isinstance(model, NetworkModel):
         told = initialize_as_configured(model.network, scheme, config.seed)
-    if told and resume_point is None and record.write and not in_trial():
-        print(told)
+    if told and resume_point is None and record.write:
+        RUN_LOG.info(told)
+        if in_trial():
+            record.content["notice"] = told  # the sweep prints it
+        else:
+            print(told)
     # Lightning stores hyperparameters in every checkpoint. evaluate.py builds from them.
     model.save_hyperparameters({CONFIG_KEY: record.content["config"]}, logger=False)
     callbacks = _build_callbacks(config, record.path.parent, resume_point)
@@ -175,11 +184,12 @@ def _build_callbacks(
     from lightning.pytorch.utilities import rank_zero_only
 
     from bn_lightning.callbacks import RunCheckpoints
+    from bn_lightning.callbacks.run_log_lines import RunLogLines
     from bn_lightning.data.protocol import InfoCheck
     from bn_lightning.runs.metrics_csv import truncate_metrics
 
     callbacks = [instantiate(node) for node in config.callbacks.values() if node is not None]
-    callbacks.append(InfoCheck())
+    callbacks += [InfoCheck(), RunLogLines()]
     if in_sweep():
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if in_trial():
@@ -247,6 +257,7 @@ def _fit(
         datamodule.prepare_data()
         datamodule.setup("fit")
         record.update(data=data_info(datamodule))
+        RUN_LOG.info("data: %s", data_sentence(record.content) or type(datamodule).__qualname__)
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     started = time.perf_counter()

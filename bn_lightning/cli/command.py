@@ -22,6 +22,7 @@ from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.cli.error_line import FULL_ERROR, one_line_errors, print_error
+from bn_lightning.cli.job import remove_empty_multirun, run_task
 from bn_lightning.cli.run_lock import RunRefusedError
 from bn_lightning.runs.directory import hydra_directory, run_directory, sweep_directory
 from bn_lightning.runs.interruption import Interrupted, handle_signals, raise_interrupted
@@ -54,7 +55,11 @@ def hydra_command(task: Callable[[DictConfig], Any], config_name: str) -> Callab
 
     def run() -> None:
         refuse_typed_password(sys.argv[1:])
-        hydra_main()
+        try:
+            hydra_main()
+        except Exception:
+            remove_empty_multirun()
+            raise
         if failures:
             raise failures.pop()
 
@@ -125,6 +130,9 @@ def call_command(
         program: Any = GlobalHydra.instance().hydra
         try:
             result = (program.multirun if multirun else program.run)(config_name, run_job, composed)
+        except Exception:
+            remove_empty_multirun()
+            raise
         except RunRefusedError as error:
             raise ValueError(str(error)) from None
         except Interrupted as interrupted:
@@ -144,7 +152,7 @@ def _without_hydras_line(
     @functools.wraps(task)
     def run_job(config: DictConfig) -> Any:
         try:
-            return task(config)
+            return run_task(task, config)
         except Exception as error:
             if in_sweep() or in_trial():
                 raise
@@ -223,6 +231,7 @@ def quiet_lightning() -> None:
     import lightning.pytorch  # noqa: F401  importing it sets the level of its log
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # their reports
     # Lightning 2.6 calls what torch 2.13 deprecates.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # The budget and the log of a run count steps across epochs.

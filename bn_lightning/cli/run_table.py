@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bn_lightning.runs.metrics_csv import read_metrics
-from bn_lightning.runs.record import stop_sentence
+from bn_lightning.runs.record import data_sentence, stop_sentence
 from bn_lightning.sweeps.analysis.arms import title_of
 
 
@@ -25,9 +25,8 @@ def print_run_table(
     title = f"{title_of(trained or record['config'])}: {record['status']}"
     table = Table(title=title, show_header=False)
     rows = {}
-    if data := record["data"]:
-        sizes = " / ".join(f"{data[split]:,}" for split in ("train", "validation", "test"))
-        rows["data"] = f"{data['source']}, {sizes}"
+    if data := data_sentence(record):
+        rows["data"] = data
     if record.get("diverged_at"):
         # The loss was NaN, or above max_loss for too long. The record does not tell which.
         rows["diverged"] = f"at step {record['diverged_at']:,}: scored as chance"

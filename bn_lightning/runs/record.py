@@ -4,15 +4,17 @@ A run's directory holds
 
     .hydra/                   the configuration as Hydra composed it, and the typed overrides
     .hydra-resumed/           the same of the last time that the run was resumed
-    TASK.log                  the log; TASK is `task_name`
+    TASK.log                  the log (run_log.py); TASK is `task_name`
     run.json                  the record
     metrics.csv               metrics against steps (metrics_csv.py)
     checkpoints/best.ckpt     highest validation accuracy
     checkpoints/last.ckpt     where a resumed run starts
+    profiler/                 reports of `trainer.profiler`, if there is one
     figures/                  accuracy, activation percentiles, BatchNorm's statistics against steps
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -22,6 +24,7 @@ from typing import Any
 from bn_lightning.runs.atomic_write import write_json
 from bn_lightning.runs.directory import RUN_FILE
 from bn_lightning.runs.machine import git_commit, hardware, package_versions, peak_memory_mib
+from bn_lightning.runs.run_log import RUN_LOG
 
 SCHEMA_VERSION = 1
 STATUSES = (
@@ -45,7 +48,7 @@ class RunRecord:
     these seconds, else of the last part), `peak_memory_mib`, `metrics`, `resumed_at` (steps), and
     where they apply `diverged_at` (a step), `stopped_at` (a step), `stop_reason` and
     `planned_steps` (of the whole budget, None if unlimited) of a run that a callback stopped
-    early, and `error`.
+    early, `notice` (of a trial: whose weights `init` replaced or left) and `error`.
 
     Args:
         directory: an existing folder.
@@ -88,6 +91,8 @@ class RunRecord:
                 f"expected `status` to be one of {', '.join(STATUSES)}, got {status!r}"
             )
         self.update(status=status, ended=_now(), peak_memory_mib=peak_memory_mib(), **content)
+        if self.write and status != "failed":  # the command logs the error
+            RUN_LOG.info(end_sentence(self.content))
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
@@ -129,8 +134,29 @@ def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
             "steps": record["steps"],
             "seed": record["seed"],
         }
-        | {key: record[key] for key in ("stopped_at", "stop_reason") if key in record}
+        | {key: record[key] for key in ("stopped_at", "stop_reason", "notice") if key in record}
     )
+
+
+def data_sentence(record: Mapping[str, Any]) -> str:
+    """Return source and sizes of a run's data: training / validation / test; "" if unknown."""
+    data = record.get("data")
+    if not data:
+        return ""
+    sizes = " / ".join(f"{data[split]:,}" for split in ("train", "validation", "test"))
+    return f"{data['source']}, {sizes}"
+
+
+def end_sentence(record: Mapping[str, Any]) -> str:
+    """Return how a run ended, where and with which test metrics."""
+    if "stop_reason" in record:
+        text = stop_sentence(record)
+    else:
+        step = record.get("diverged_at") or record.get("steps") or 0
+        text = f"{record['status']} at step {step:,}"
+    metrics = (record.get("metrics") or {}).items()
+    tests = {k: math.nan if v is None else v for k, v in metrics if k.startswith("test/")}
+    return ", ".join([text, *(f"{name} {value:.4f}" for name, value in tests.items())])
 
 
 def stop_sentence(record: Mapping[str, Any]) -> str:

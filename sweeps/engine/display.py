@@ -22,6 +22,7 @@ from bn_lightning.sweeps.engine.stored_names import (
     DIVERGED,
     ERROR,
     INTERRUPTED,
+    NOTICE,
     RESULTS_FILE,
     SECONDS,
 )
@@ -49,6 +50,7 @@ class Display:
         self._directions = list(directions)
         self._console = console or Console(soft_wrap=True)
         self._best: list[FrozenTrial] = []
+        self._notices: set[str] = set()
         self._take_new()
         self._settled_before = slots.counts().settled
         self._started = time.monotonic()
@@ -69,6 +71,10 @@ class Display:
     def update(self) -> None:
         """Show the trials that have ended since the last call."""
         new = self._take_new()
+        for trial, _ in new:
+            if (notice := trial.user_attrs.get(NOTICE)) and notice not in self._notices:
+                self._notices.add(notice)
+                self._console.print(notice, highlight=False, markup=False)
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
             return

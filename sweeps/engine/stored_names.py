@@ -36,3 +36,6 @@ DUPLICATE = "duplicate"
 
 # User attribute of a trial that a task may return: training diverged.
 DIVERGED = "diverged"
+
+# What a task tells whoever started the sweep: a sentence, shown once however many trials have it.
+NOTICE = "notice"

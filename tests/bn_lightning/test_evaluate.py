@@ -79,6 +79,7 @@ def test_errors(command, trained):
         lines = result.err.strip().splitlines()
         assert len(lines) == 1, result.err
         assert words in lines[0]
+    assert not Path("logs/evaluate").exists()
 
 
 def test_checkpoints_of_version_0_1_0(command, trained):

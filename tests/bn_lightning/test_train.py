@@ -3,11 +3,13 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -190,6 +192,83 @@ def test_other_reasons_to_stop_early(command, overrides, reason):
     result = command(main, *EARLY, *overrides)
     assert result.code == 0, result.err
     assert read_run(result.directory)["stop_reason"] == reason
+
+
+def log_of(run: Path) -> str:
+    """The log of a run, without the times at which its lines were written."""
+    return re.sub(r"(?m)^\[[^]]*\]", "", (run / "mnist_bn.log").read_text())
+
+
+def test_the_log_has_what_happened(command, monkeypatch):
+    from bn_lightning.data import digits
+
+    setup = digits.DigitsDataModule.setup
+
+    def warns(self, stage):
+        warnings.warn("old images", stacklevel=2)
+        setup(self, stage)
+
+    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="old images"):
+        patched.setattr(digits.DigitsDataModule, "setup", warns)
+        run = command(main, *SHORT, *BARE, "trainer.max_steps=20").directory
+    log = log_of(run)
+    tests = f"test/accuracy {read_run(run)['metrics']['test/accuracy']:.4f}"
+    for line in (
+        "[INFO] seed 1, torch ",
+        "[WARNING] UserWarning: old images",
+        "[INFO] data: digits, 1,317 / 120 / 360",
+        "[INFO] training starts at step 0 of 20, on cpu in 1 process",
+        "[INFO] step 15: val/accuracy ",
+        f"[INFO] completed at step 20, {tests}",
+    ):
+        assert line in log, log
+    result = command(main, *SHORT, *BARE, "ckpt_path=last")
+    assert result.code == 0, result.err
+    added = log_of(run).removeprefix(log)
+    assert "training starts at step 20 of 50" in added
+    # The terminal does not repeat the lines.
+    assert "training starts" not in result.out + result.err
+
+
+def test_the_log_of_a_crash_has_the_traceback(command, monkeypatch):
+    from bn_lightning.callbacks import ActivationPercentiles
+
+    def crash(self, *_):
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(ActivationPercentiles, "on_train_batch_end", crash)
+    result = command(main, *SHORT, "extras.figures=false")
+    assert result.code == 1 and result.err.startswith("error: RuntimeError: lost")
+    (run,) = Path("logs/mnist_bn/runs").iterdir()
+    log = (run / "mnist_bn.log").read_text()
+    assert "[ERROR] RuntimeError: lost" in log and "in crash" in log
+    assert read_run(run)["status"] == "failed"
+
+
+@pytest.mark.filterwarnings("ignore:.*[Pp]rofiler.*")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("simple", "run_training_batch"),
+        pytest.param("advanced", "ncalls", marks=pytest.mark.slow),
+        pytest.param("pytorch", "Self CPU", marks=pytest.mark.slow),
+    ],
+)
+def test_a_profiler_prints_and_writes_what_it_measured(command, name, words):
+    result = command(main, *SHORT, *BARE, f"trainer.profiler={name}")
+    assert result.code == 0, result.err
+    report = result.directory / "profiler/fit-report.txt"
+    assert words in result.out and words in report.read_text()
+    assert str(report) in result.out and len(result.out.splitlines()) < 400
+    assert (result.directory / "profiler/test-report.txt").exists()
+
+
+def test_a_sweep_tells_once_whose_weights_it_replaces(command):
+    foreign = ("hydra.sweeper.n_trials=2", "model.network._target_=own_network.OwnNetwork")
+    short = ("trainer.max_steps=2", "trainer.val_check_interval=2")
+    result = command(main, *SWEEP, *foreign, "optimizer.lr=0.5,1.0", *short)
+    assert result.code == 0, result.err
+    assert result.out.count("init replaces the weights of 1 layers of own_network.") == 1
 
 
 def test_best_resumes_from_the_best_checkpoint(command):
@@ -524,11 +603,22 @@ def test_bad_input_is_one_line_that_says_what_to_do(
     assert len(lines) == 1, result.err
     assert lines[0].startswith("error: ")
     assert words in lines[0]
-    for run in tmp_path.rglob("run.json"):
-        record = read_run(run.parent)
-        assert record["status"] == "failed"
-        assert record["error"] in lines[0]
-        assert not list(run.parent.glob("checkpoints/*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+def test_refused_jobs_of_a_multirun_leave_nothing_and_the_others_stay(command, tmp_path):
+    assert command(main, "-m", *SHORT, *BARE, "optimizer.lr=-1,-2").code == 1
+    assert not list(tmp_path.iterdir())
+    short = ("trainer.max_steps=1", "hydra.sweep.dir=kept")
+    assert command(main, "-m", *SHORT, *BARE, *short, "optimizer.lr=-1,0.1").code == 1
+    assert {path.name for path in Path("kept").iterdir()} == {"1", "multirun.yaml"}
+    # In a directory that was there, what was there stays.
+    Path("mine").mkdir()
+    for place in ("mine", "."):
+        refused = command(main, *SHORT, "optimizer.lr=-1", f"hydra.run.dir={place}")
+        assert refused.code == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", "mine"}
+    assert not list(Path("mine").iterdir())
 
 
 def refuse_cpu(x: torch.Tensor) -> None:
