@@ -107,7 +107,7 @@ def grid_trials(table: TrialTable, columns: Columns) -> GridTrials:
         (s for s in _SPLITS if all(_number(row, f"{s}/accuracy") is not None for row in complete)),
         None,
     )
-    metric = f"{split}/accuracy" if split else "value"
+    metric = f"{split}/accuracy" if split else table.value_names[0]
     has_seed = bool(columns.seed) or all(type(row.attributes.get(SEED)) is int for row in complete)
     taken: set[tuple[str, str | float, float, int | str]] = set()
     numbers = {}

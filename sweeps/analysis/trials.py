@@ -78,6 +78,33 @@ class TrialTable:
         """The directions as Optuna's enum."""
         return [StudyDirection[name.upper()] for name in self.directions]
 
+    @property
+    def complete(self) -> list[TrialRow]:
+        """The trials that have a result."""
+        return [row for row in self.rows if row.is_complete]
+
+    @property
+    def value_names(self) -> list[str]:
+        """The names of the values: the metrics that the trials returned with them.
+
+        That is the attribute which equals the value in every complete trial, a metric of the
+        validation first; else the study's own name, else "value".
+        """
+        complete, count = self.complete, len(self.directions)
+        given = self.about.get("metrics") or (
+            ["value"] if count == 1 else [f"value {k}" for k in range(count)]
+        )
+        names = []
+        for k in range(count):
+            found = [
+                name
+                for name in (complete[0].attributes if complete else ())
+                if all(row.attributes.get(name) == row.values[k] for row in complete)
+            ]
+            found.sort(key=lambda name: (not name.startswith("val/"), len(name), name))
+            names.append(found[0] if found else given[k])
+        return names
+
     def counts(self) -> dict[str, int]:
         """Return the number of trials in each state, and of the following.
 
@@ -132,7 +159,7 @@ def read_study(storage: str | Path, name: str | None = None) -> TrialTable:
         study.study_name,
         tuple(direction.name.lower() for direction in study.directions),
         tuple(map(row_of, trials)),
-        _description(study),
+        _description(study, trials),
         notes,
     )
 
@@ -289,14 +316,22 @@ def _open_journal(path: Path) -> tuple[BaseStorage, tuple[str, ...]]:
         raise ValueError(f"expected `{path}` to be a journal of Optuna's, got {error!r}") from error
 
 
-def _description(study: optuna.Study) -> dict[str, Any]:
-    """Return the space, the fixed overrides and the command that the sweeper stored."""
+def _description(study: optuna.Study, trials: list[FrozenTrial]) -> dict[str, Any]:
+    """Return what the study says of itself: space, fixed overrides, command, names, log scales."""
+    is_log = {
+        name: getattr(distribution, "log", False)
+        for trial in trials
+        for name, distribution in trial.distributions.items()
+    }
+    on_log_scale = sorted(name for name, is_so in is_log.items() if is_so)
     found, command = (study.user_attrs.get(name) for name in (DESCRIPTION, COMMAND))
     if isinstance(found, dict):
         found = {key: found[key] for key in ("space", "overrides") if key in found}
     return {
         **({"sweep": found} if isinstance(found, dict) else {}),
         **({"command": command} if isinstance(command, str) else {}),
+        **({"metrics": list(study.metric_names)} if study.metric_names else {}),
+        **({"log": on_log_scale} if on_log_scale else {}),
     }
 
 

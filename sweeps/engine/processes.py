@@ -55,12 +55,31 @@ def same_command() -> list[str]:
 
 def run_command(overrides: Sequence[str]) -> list[str]:
     """Return the command of a single run with the given overrides and the same configuration."""
-    options, arguments = [], iter(typed_arguments())
+    return [*_program(), *_config_options(typed_arguments()), *overrides]
+
+
+def _config_options(words: Sequence[str]) -> list[str]:
+    options: list[str] = []
+    arguments = iter(words)
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         if name in _CONFIG_OPTIONS:
             options += [argument] if equals else [argument, next(arguments, "")]
-    return [*_program(), *options, *overrides]
+    return options
+
+
+def command_of_trial(command: str, overrides: Sequence[str]) -> str:
+    """Return the command of a single run with the program and the configuration of a sweep.
+
+    Args:
+        command: of the sweep, as `shown_command` returned it.
+        overrides: of the run.
+    """
+    words = shlex.split(command)
+    length = 1
+    if words[0].startswith("python"):
+        length = 3 if words[1:2] == ["-m"] else 2
+    return shlex.join([*words[:length], *_config_options(words[length:]), *overrides])
 
 
 def shown_command(url: str) -> str:

@@ -51,7 +51,7 @@ class Line:
         shows: the curve, the curve with a marker at each point, the markers alone, or small open
             circles. Markers are smaller if there are more than `MOST_MARKERS`.
         width: relative to the usual one.
-        texts: (P,), what the page shows for a point; None for its coordinates.
+        texts: (P,), what the page shows for a point, in lines; None for its coordinates.
     """
 
     x: Sequence[float]

@@ -15,7 +15,7 @@ from bn_lightning.sweeps.analysis.summary import (
 from bn_lightning.sweeps.analysis.trials import TrialTable
 from bn_lightning.sweeps.report.figure import Figure
 from bn_lightning.sweeps.report.grid_figures import init_label, init_name
-from bn_lightning.sweeps.report.page_parts import counts_of, notes_of, provenance_of
+from bn_lightning.sweeps.report.page_parts import best_of, counts_of, notes_of, provenance_of
 from bn_lightning.sweeps.report.page_skeleton import (
     Content,
     Html,
@@ -36,6 +36,7 @@ def grid_page(
     found: Summary,
     figures: Mapping[str, Figure],
     cells: Mapping[str, Any],
+    links: Mapping[int, str],
     notes: Sequence[str],
 ) -> str:
     """Return the page of a study of learning rates and initializations.
@@ -45,6 +46,7 @@ def grid_page(
         found: its numbers.
         figures: file name -> figure, as `grid_figures` returns them.
         cells: as `cells_json` returns them.
+        links: number of a trial -> its directory relative to the page, if that exists.
         notes: shown first.
     """
     plots = {name: plots_of(figure) for name, figure in figures.items()}
@@ -67,6 +69,7 @@ def grid_page(
         *([tag("h2", "Tolerance"), places_for(widths)] if widths else []),
         _inits(found, bool(widths)),
         *([tag("h2", "Importances"), places_for(shares)] if shares else []),
+        *best_of(study, links),
         *counts_of(study),
         _all_trials(found),
         *provenance_of(study, found.grid.levels),

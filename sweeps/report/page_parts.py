@@ -1,18 +1,87 @@
 """The parts that the pages of a report share: notes, counts of trials, and how it was measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bn_lightning.sweeps.analysis.tolerance import Levels
-from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
-from bn_lightning.sweeps.report.page_skeleton import Content, Html, definitions, html_table, tag
+from bn_lightning.sweeps.analysis.trials import Cell, TrialRow, TrialTable
+from bn_lightning.sweeps.engine.best import best_trials
+from bn_lightning.sweeps.engine.processes import command_of_trial
+from bn_lightning.sweeps.engine.space import to_overrides
+from bn_lightning.sweeps.report.page_skeleton import (
+    Content,
+    Html,
+    definitions,
+    html_table,
+    link,
+    tag,
+)
+
+_TESTS = ("test/accuracy", "test/loss")
 
 MOST_FAILED = 50  # failed trials that a page lists
+MOST_LISTED = 500  # trials of a study
+MOST_BEST = 10  # the best of them
 
 
 def notes_of(notes: Sequence[str]) -> list[Html]:
     """Return a paragraph for each note."""
     return [tag("p", text, class_="note") for text in notes]
+
+
+def best_of(study: TrialTable, links: Mapping[int, str]) -> list[Html]:
+    """Return the best trials, and the command that repeats the best of them.
+
+    Args:
+        study: with at least one complete trial.
+        links: number of a trial -> its directory relative to the page, if that exists.
+    """
+    complete, front = study.complete, best_trials(study.complete, study.optuna_directions)
+    rows = front
+    if len(study.directions) == 1:
+        sign = -1 if study.directions[0] == "maximize" else 1
+        rows = sorted(complete, key=lambda row: (sign * row.values[0], row.number))
+    title = "Best trials" if len(study.directions) == 1 else "Best trials: the Pareto front"
+    parts = [tag("h2", title), trials_table(study, rows[:MOST_BEST], links)]
+    command, sweep = study.about.get("command"), study.about.get("sweep") or {}
+    if isinstance(command, str) and command:
+        best = front[0]
+        overrides = [*map(str, sweep.get("overrides") or ()), *to_overrides(best.params)]
+        text = command_of_trial(command, overrides)
+        parts += [tag("p", f"Trial {best.number} again, as a run of its own:"), code_block(text)]
+    return parts
+
+
+def trials_table(study: TrialTable, rows: Sequence[TrialRow], links: Mapping[int, str]) -> Html:
+    """Return a table of trials: state, values by name, test accuracy, and parameters."""
+    value_names = study.value_names
+    tests = [name for name in _TESTS if name not in value_names]
+    tests = [name for name in tests if any(name in row.attributes for row in study.rows)]
+    names = list(dict.fromkeys(key for row in study.rows for key in row.params))
+    made: list[list[Content]] = []
+    for row in rows[:MOST_LISTED]:
+        number = str(row.number)
+        values = [f"{value:.6g}" for value in row.values] or ["–"] * len(value_names)
+        made.append(
+            [
+                link(links[row.number], number) if row.number in links else number,
+                row.state.lower(),
+                *values,
+                *(number_text(row.attributes.get(name), ".6g") for name in tests),
+                *(_value_text(row.params.get(name, "–")) for name in names),
+            ]
+        )
+    more = f"The first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
+    return html_table(["trial", "state", *value_names, *tests, *names], made, more)
+
+
+def _value_text(value: Cell) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def code_block(text: str) -> Html:
+    """Return a command in a block of its own."""
+    return tag("pre", tag("code", text), tabindex="0")
 
 
 def counts_of(study: TrialTable) -> list[Html]:
@@ -83,7 +152,7 @@ def provenance_of(study: TrialTable, levels: Levels | None = None) -> list[Html]
         )
     parts.append(definitions(items))
     if "command" in about:
-        parts += [tag("p", "Made by"), tag("pre", tag("code", str(about["command"])), tabindex="0")]
+        parts += [tag("p", "Made by"), code_block(str(about["command"]))]
     return parts
 
 

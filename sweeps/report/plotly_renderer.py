@@ -116,7 +116,9 @@ def _line(line: Line, x: Axis) -> dict[str, Any]:
         "cliponaxis": line.shows == "line",  # markers at the edge of the axes are whole
     }
     if line.texts is not None:
-        made |= {"hovertext": list(line.texts), "hovertemplate": "%{hovertext}<extra></extra>"}
+        # plotly reads tags in a text.
+        texts = [text.replace("<", "&lt;").replace("\n", "<br>") for text in line.texts]
+        made |= {"hovertext": texts, "hovertemplate": "%{hovertext}<extra></extra>"}
     elif x.scale == "log1p":
         made["customdata"] = list(map(rounded, line.x))
         made["hovertemplate"] = "%{customdata:,}, %{y:.4g}"

@@ -15,11 +15,19 @@ from statistics import fmean
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from bn_lightning.sweeps.analysis.arms import LINES, MARKERS, Style, label_of, style_of, title_of
+from bn_lightning.sweeps.analysis.arms import (
+    COLORS,
+    LINES,
+    MARKERS,
+    Style,
+    label_of,
+    style_of,
+    title_of,
+)
 from bn_lightning.sweeps.analysis.compared_runs import ComparedRun, read_runs
 from bn_lightning.sweeps.analysis.paper_curves import is_paper_experiment, paper_accuracy
 from bn_lightning.sweeps.analysis.seed_groups import SeedGroup, best_metric
-from bn_lightning.sweeps.report.figure import Axis, Band, Bars, Figure, Line, Panel, Series
+from bn_lightning.sweeps.report.figure import GRAY, Axis, Band, Bars, Figure, Line, Panel, Series
 from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
 
 Points = Sequence[tuple[int, float]]
@@ -45,6 +53,9 @@ _SPLITS = {"train/loss": "training", "val/loss": "validation", "test/loss": "tes
 
 COMPARED = ("accuracy", "percentiles")
 """Names of the figures that a comparison has side by side."""
+
+MOST_LOSSES = 50
+"""Points of a loss in the figure of a run."""
 
 FEW_POINTS = 12
 """Lines with at most this many points have a linear axis of steps."""
@@ -177,16 +188,21 @@ def loss_figure(
 def losses_figure(losses: Mapping[str, Points], arm: str, title: str = "") -> Figure:
     """Describe the losses of one run in nats against training steps, a line for each split.
 
+    Of a loss with more than `MOST_LOSSES` points, which is one of single batches, each point of the
+    line is the mean since the point before.
+
     Args:
         losses: name of a split -> loss.
         arm: of the run, which has its color.
         title: above the picture.
     """
-    color = style_of(arm).color
-    series: list[Series] = [
-        _line(points, name, Style(color, line, marker))
-        for (name, points), line, marker in zip(losses.items(), LINES, MARKERS, strict=False)
-    ]
+    colors = (GRAY, style_of(arm).color, COLORS[2])
+    series: list[Series] = []
+    for i, (name, points) in enumerate(losses.items()):
+        means = _means(points)
+        label = name if means is points else f"{name}, mean since the point before"
+        style = Style(colors[i % len(colors)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)])
+        series.append(_line(means, label, style))
     y = Axis("loss, nats", "log", number_format="g")
     panel = _steps_panel("losses", title, _steps_axis(series), y, series, "loss")
     return Figure([panel], (5, 3.5), legend="panels")
@@ -320,6 +336,18 @@ def _curves(runs: Mapping[str, Curve], arms: Arms | None) -> list[Series]:
 def _line(points: Points, name: str, style: Style) -> Line:
     steps, values = zip(*points, strict=True)
     return Line(steps, values, name, style, "line and points")
+
+
+def _means(points: Points) -> Points:
+    """Return the means of at most `MOST_LOSSES` parts of equal ratios of steps, at their ends."""
+    if len(points) <= MOST_LOSSES:
+        return points
+    first, last = max(points[0][0], 1), points[-1][0]
+    parts: dict[int, list[tuple[int, float]]] = {}
+    for step, value in points:
+        share = math.log(max(step, 1) / first) / math.log(last / first)
+        parts.setdefault(math.ceil(share * (MOST_LOSSES - 1) - 1e-9), []).append((step, value))
+    return [(part[-1][0], fmean(value for _, value in part)) for part in parts.values()]
 
 
 def _steps_axis(series: Iterable[Series]) -> Axis:

@@ -1,83 +1,81 @@
-"""The page of a study that is not a grid: its trials and Optuna's plots."""
+"""The page of a study that is not a grid: its best trials, its figures, and all trials."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
-from bn_lightning.sweeps.engine.best import best_trials
-from bn_lightning.sweeps.report.page_parts import counts_of, notes_of, provenance_of
-from bn_lightning.sweeps.report.page_skeleton import (
-    Content,
-    Html,
-    Plot,
-    html_table,
-    places_for,
-    render_page,
-    tag,
+from bn_lightning.sweeps.analysis.provenance import is_planned
+from bn_lightning.sweeps.analysis.trials import TrialTable
+from bn_lightning.sweeps.report.figure import Figure
+from bn_lightning.sweeps.report.page_parts import (
+    best_of,
+    counts_of,
+    notes_of,
+    provenance_of,
+    trials_table,
 )
+from bn_lightning.sweeps.report.page_skeleton import Html, places_for, render_page, tag
+from bn_lightning.sweeps.report.plotly_renderer import plots_of
+from bn_lightning.sweeps.report.study_figures import drawn_trials
 
-# Rows of the tables: trials, and the best of them.
-MOST_LISTED = 500
-MOST_BEST = 10
+_HEADINGS = {
+    "history": "History",
+    "parameters": "Parameters",
+    "importances": "Importances",
+    "pareto": "Pareto front",
+}
 
 
 def study_page(
-    study: TrialTable, reason: str, drawn: Sequence[Plot], counts: int, notes: Sequence[str]
+    study: TrialTable,
+    reason: str,
+    figures: Mapping[str, Figure],
+    links: Mapping[int, str],
+    notes: Sequence[str],
 ) -> str:
-    """Return the page of a study that is not a grid: its trials and Optuna's plots.
+    """Return the page of a study that is not a grid.
 
     Args:
         study: its trials.
         reason: why it is not a grid.
-        drawn: Optuna's plots.
-        counts: number of trials in these plots.
+        figures: file name -> figure, as `study_figures` returns them.
+        links: number of a trial -> its directory relative to the page, if that exists.
         notes: shown first.
     """
-    complete = [row for row in study.rows if row.is_complete]
+    complete = study.complete
     lead = (
         f"{len(complete):,} of {len(study.rows):,} trials have a result."
         if complete
         else f"No trial has finished: of {len(study.rows):,} trials none has a result to report."
     )
+    plots = {name: plots_of(figure) for name, figure in figures.items()}
     body = [
         tag("h1", f"Study {study.name}"),
         tag("p", lead, class_="lead"),
         *([tag("p", f"There is no map of what trains: {reason}.")] if reason else []),
         *notes_of(notes),
-        *([tag("h2", "Best trials"), _trials(study, _best(study, complete))] if complete else []),
-        *([tag("h2", "Optuna's plots"), _plots_note(counts, len(complete))] if drawn else []),
-        *([places_for(drawn, "32rem")] if drawn else []),
+        *(best_of(study, links) if complete else []),
+    ]
+    for name, drawn in plots.items():
+        body.append(tag("h2", _HEADINGS[name]))
+        body += _remarks(study, name)
+        body.append(places_for(drawn, "18rem" if name == "parameters" else "32rem"))
+    body += [
         *counts_of(study),
-        *([tag("h2", "Trials"), _trials(study, study.rows)] if study.rows else []),
+        *([tag("h2", "Trials"), trials_table(study, study.rows, links)] if study.rows else []),
         *provenance_of(study),
     ]
-    return render_page(f"Study {study.name}", body, drawn)
+    every = [plot for drawn in plots.values() for plot in drawn]
+    return render_page(f"Study {study.name}", body, every)
 
 
-def _plots_note(counted: int, complete: int) -> Html:
-    text = "By optuna.visualization"
-    text += (
-        f", of {counted:,} of {complete:,} trials, evenly chosen." if counted < complete else "."
-    )
-    return tag("p", text, class_="soft")
-
-
-def _trials(study: TrialTable, rows: Sequence[TrialRow]) -> Html:
-    values = len(study.directions)
-    names = list(dict.fromkeys(key for row in study.rows for key in row.params))
-    made: list[list[Content]] = []
-    for row in rows[:MOST_LISTED]:
-        numbers = [f"{value:.6g}" for value in row.values] or ["–"] * values
-        params = [str(row.params.get(name, "–")) for name in names]
-        made.append([str(row.number), row.state.lower(), *numbers, *params])
-    heads = (
-        ["value"] if values == 1 else [f"value {i} ({d})" for i, d in enumerate(study.directions)]
-    )
-    more = f"The first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
-    return html_table(["trial", "state", *heads, *names], made, more)
-
-
-def _best(study: TrialTable, complete: Sequence[TrialRow]) -> list[TrialRow]:
-    if len(study.directions) > 1:
-        return best_trials(complete, study.optuna_directions)[:MOST_BEST]
-    sign = -1 if study.directions[0] == "maximize" else 1
-    return sorted(complete, key=lambda row: (sign * row.values[0], row.number))[:MOST_BEST]
+def _remarks(study: TrialTable, name: str) -> list[Html]:
+    """Return what a reader of a figure must know."""
+    texts = []
+    drawn, count = len(drawn_trials(study)), len(study.complete)
+    if name != "importances" and drawn < count:
+        texts.append(f"{drawn:,} of {count:,} trials with a result, evenly chosen.")
+    if name == "importances" and is_planned(study.about) is False:
+        texts.append(
+            "The sampler chose the points by their results, so these shares are those of the "
+            "region that it searched, not of the whole space."
+        )
+    return [tag("p", text, class_="soft") for text in texts]

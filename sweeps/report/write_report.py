@@ -16,6 +16,7 @@ from bn_lightning.sweeps.analysis.compared_runs import (
     runtimes,
     width_growth,
 )
+from bn_lightning.sweeps.analysis.importances import study_importances
 from bn_lightning.sweeps.analysis.paper_curves import is_paper_experiment
 from bn_lightning.sweeps.analysis.provenance import (
     classes_of,
@@ -39,13 +40,13 @@ from bn_lightning.sweeps.report.figure import Figure
 from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures
 from bn_lightning.sweeps.report.grid_page import grid_page
 from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
-from bn_lightning.sweeps.report.optuna_plotly import optuna_plots
 from bn_lightning.sweeps.report.run_figures import (
     COMPARED,
     comparison_figure,
     figures_of_groups,
 )
 from bn_lightning.sweeps.report.runs_page import runs_page
+from bn_lightning.sweeps.report.study_figures import study_figures
 from bn_lightning.sweeps.report.study_page import study_page
 
 PAGE_FILE = "report.html"
@@ -123,7 +124,7 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
     if options.threshold is not None:
         table = replace(table, about={**table.about, _THRESHOLD: options.threshold})
     counts = table.counts()
-    complete = [row for row in table.rows if row.is_complete]
+    complete = table.complete
     notes = [*table.notes, *_mixture_notes(complete, options.allow_mixed)]
     unfinished = counts["running"] + counts["waiting"]
     if unfinished:
@@ -131,16 +132,22 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
     content = _content("study", table) | {"counts": counts, "notes": notes}
     output.mkdir(parents=True, exist_ok=True)
     if not complete:
-        page = study_page(table, "", [], 0, notes)
+        page = study_page(table, "", {}, {}, notes)
         return _write(
             output, table, content, page, [f"no trial of {len(table.rows):,} has finished"]
         )
     try:
         columns, trials, found = _grid_of(table, options.columns)
     except NoGrid as reason:
-        plots, count = optuna_plots(table)
-        page = study_page(table, str(reason), plots, count, notes)
-        content["reason"] = str(reason)
+        shares, count = study_importances(table)
+        figures = study_figures(table, shares, count)
+        _save_all(figures, output)
+        page = study_page(table, str(reason), figures, _page_links(table, base, output), notes)
+        content |= {
+            "reason": str(reason),
+            "metrics": table.value_names,
+            "importances": {"shares": shares, "trials": count},
+        }
         return _write(output, table, content, page, [f"no map of what trains: {reason}"])
     if trials.repeated:
         notes.append(f"{trials.repeated:,} trials repeat a point of another: the first counts.")
@@ -159,7 +166,7 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
     figures = _figures_of_grid(table, trials, found)
     _save_all(figures, output)
     cells = cells_json(found.grid, trials.numbers, _links(table, base), _relative(base, output))
-    page = grid_page(table, found, figures, cells, notes)
+    page = grid_page(table, found, figures, cells, _page_links(table, base, output), notes)
     lines = [
         *sentences(found),
         f"A cell trains from an accuracy of {found.grid.levels.trained:.2f} on; "
@@ -221,6 +228,11 @@ def _links(table: TrialTable, base: Path) -> dict[int, str]:
         if isinstance(directory, str) and directory and (base / directory).is_dir():
             links[row.number] = _relative(base / directory, base)
     return links
+
+
+def _page_links(table: TrialTable, base: Path, output: Path) -> dict[int, str]:
+    """Return number of a trial -> its directory relative to the page, if that exists."""
+    return {n: _relative(base / path, output) for n, path in _links(table, base).items()}
 
 
 def _relative(path: Path, base: Path) -> str:

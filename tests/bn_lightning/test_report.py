@@ -282,9 +282,12 @@ class TestSweep:
         space = {"model.width": [8, 16], HOSTILE: ["<b>", "relu"]}
         sweep = make_study(tmp_path, space=space, name=HOSTILE)
         page = write_report([str(sweep)]).read_text()
-        assert "it varies no learning rate" in page and "optuna-parallel" in page
+        assert "it varies no learning rate" in page and "parameter-1" in page
         assert HOSTILE not in page
         assert summary(sweep)["kind"] == "study"
+        assert summary(sweep)["metrics"] == ["val/accuracy"]
+        drawn = {path.stem for path in (sweep / "figures").iterdir()}
+        assert drawn == {"history", "parameters"}  # all values are equal
 
     def test_points_of_no_grid(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         rates = [0.01 * 1.1**i for i in range(12)]

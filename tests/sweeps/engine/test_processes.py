@@ -7,6 +7,7 @@ import pytest
 
 from bn_lightning.sweeps.engine.processes import (
     as_typed,
+    command_of_trial,
     run_command,
     same_command,
     shown_command,
@@ -67,3 +68,22 @@ def test_a_console_script_is_typed_by_its_name(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")  # of an environment that is not active
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert as_typed([sys.executable, *command[1:]]) == "bn-train x=1"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("bn-train -m +sweep=quick", "bn-train lr=1"),
+        (
+            "python -m bn_lightning.train -m +sweep=a hydra.sweeper.n_jobs=2",
+            "python -m bn_lightning.train lr=1",
+        ),
+        ("python main.py -m a=1,2 --config-dir conf", "python main.py --config-dir conf lr=1"),
+        ("main.py --multirun --config-name=x 'a=interval(0,1)'", "main.py --config-name=x lr=1"),
+    ],
+    ids=["script", "module", "file", "name"],
+)
+def test_the_command_of_a_trial_has_the_program_and_configuration_of_its_sweep(
+    command: str, expected: str
+) -> None:
+    assert command_of_trial(command, ["lr=1"]) == expected

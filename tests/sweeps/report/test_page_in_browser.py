@@ -33,6 +33,7 @@ pytestmark = [
 TEXT_BOXES = (Path(__file__).parents[2] / "support" / "text_boxes.js").read_text()
 MEASURE = TEXT_BOXES[TEXT_BOXES.index("() =>") :]
 
+WIDTHS = (390, 768, 1280)  # pixels: a phone, a tablet, a laptop
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 
@@ -111,17 +112,14 @@ def sweep_page(tmp_path: Path, make_study: Callable[..., Path]) -> Path:
     return write_report([str(sweep)])
 
 
-@pytest.mark.parametrize(
-    ("width", "scheme"),
-    [(390, "light"), (390, "dark"), (768, "dark"), (1280, "light")],
-)
-def test_a_grid_is_drawn(open_page: Any, sweep_page: Path, width: int, scheme: str) -> None:
-    opened = open_page(sweep_page, width=width, scheme=scheme)
-    opened.check()
-    ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
-    assert {"accuracy-0", "accuracy-1", "difference-0", "outcome-1", "widths"} <= ids
-    paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+def test_a_grid_is_drawn(open_page: Any, sweep_page: Path) -> None:
+    for width, scheme in ((390, "light"), (390, "dark"), (768, "dark"), (1280, "light")):
+        opened = open_page(sweep_page, width=width, scheme=scheme)
+        opened.check()
+        ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
+        assert {"accuracy-0", "accuracy-1", "difference-0", "outcome-1", "widths"} <= ids
+        paper = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
 
 
 def test_pointing_at_a_cell_shows_its_trials(open_page: Any, sweep_page: Path) -> None:
@@ -206,19 +204,37 @@ def test_names_with_html_run_nothing(
     assert opened.page.evaluate("window.hacked") is None
 
 
-@pytest.mark.parametrize("width", [390, 768, 1280])
-def test_runs_are_drawn(
-    open_page: Any, tmp_path: Path, make_run: Callable[..., Path], width: int
-) -> None:
+def test_runs_are_drawn(open_page: Any, tmp_path: Path, make_run: Callable[..., Path]) -> None:
     runs = [
         make_run(tmp_path / name, norm) for name, norm in (("a", {"_target_": "x"}), ("b", None))
     ]
-    opened = open_page(
-        write_report([*map(str, runs)], ReportOptions(tmp_path / "out")), width=width
-    )
-    opened.check()
+    page = write_report([*map(str, runs)], ReportOptions(tmp_path / "out"))
+    for width in WIDTHS:
+        opened = open_page(page, width=width)
+        opened.check()
     ids = [plot.get_attribute("id") for plot in opened.page.locator(".plot").all()]
     assert ids == ["accuracy", "loss", "percentiles-0", "percentiles-1", "throughput"]
+
+
+def test_a_study_of_ones_own_is_drawn(
+    open_page: Any, tmp_path: Path, make_study: Callable[..., Path]
+) -> None:
+    space = {
+        "optimizer.lr": [0.01, 0.1],
+        "model.network.activation_function": ["sigmoid", "a_name.of_a.class_of.ones_own"],
+        "data.batch_size": [16, 32, 64],
+    }
+
+    def change(number: int, params: dict[str, Any]) -> dict[str, Any]:
+        found = {"val/loss": number / 7, "test/accuracy": 0.5}
+        return {"value": number / 7, "user_attrs": found}
+
+    page = write_report([str(make_study(tmp_path / "sweep", space=space, change=change))])
+    for width in WIDTHS:
+        opened = open_page(page, width=width)
+        opened.check()
+    ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
+    assert ids == {"history", "parameter-0", "parameter-1", "parameter-2", "importances"}
 
 
 def test_a_page_without_figures(

@@ -2,7 +2,6 @@
 
 import json
 import re
-from typing import Any
 
 import pytest
 
@@ -12,7 +11,6 @@ from bn_lightning.sweeps.analysis.tolerance import GridTrial
 from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
 from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures
 from bn_lightning.sweeps.report.grid_page import grid_page
-from bn_lightning.sweeps.report.optuna_plotly import optuna_plots
 from bn_lightning.sweeps.report.page_skeleton import (
     Html,
     Plot,
@@ -23,7 +21,6 @@ from bn_lightning.sweeps.report.page_skeleton import (
     tag,
 )
 from bn_lightning.sweeps.report.plotly_renderer import plots_of
-from bn_lightning.sweeps.report.study_page import study_page
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>{{plotly}}"
 
@@ -87,7 +84,7 @@ def test_the_page_of_a_grid_is_small_enough(inits: int, rates: int) -> None:
     links = {number: str(number) for number in trials}
     cells = cells_json(found.grid, trials, links, ".")
     study = TrialTable("big", ("maximize",), rows)
-    text = grid_page(study, found, grid_figures(found, "test accuracy", ""), cells, [])
+    text = grid_page(study, found, grid_figures(found, "test accuracy", ""), cells, {}, [])
     assert len(text.encode()) <= 6e6
     assert len(cells["trials"]) == len(trials) == 6 * inits * rates
     data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)
@@ -109,50 +106,3 @@ def test_few_learning_rates_are_labelled_level(count: int, angle: int) -> None:
     axes = {plot.id: plot.layout["xaxis"] for plot in plots}
     assert axes["accuracy-0"]["tickangle"] == angle
     assert (axes["rates-0"].get("tickvals") == list(found.grid.rates)) == (count == 4)
-
-
-class TestOtherStudies:
-    def rows(self, count: int = 5, **attributes: Any) -> tuple[TrialRow, ...]:
-        return tuple(
-            TrialRow(
-                i, "COMPLETE", (i / 7,), {"width": 2**i % 1024, "kind": f"k{i % 2}"}, attributes
-            )
-            for i in range(count)
-        )
-
-    def test_tables_and_optunas_plots(self) -> None:
-        study = TrialTable("s", ("minimize",), self.rows())
-        drawn, count = optuna_plots(study)
-        assert [plot.id for plot in drawn] == ["optuna-history", "optuna-slice", "optuna-parallel"]
-        assert count == 5
-        text = study_page(study, "it varies no learning rate", drawn, count, ["a note"])
-        assert "There is no map of what trains: it varies no learning rate." in text
-        best = text.index("Best trials")
-        assert text.index("0.142857", best) > text.index(">0<", best)  # the smallest first
-
-    def test_a_large_study_is_small_enough(self) -> None:
-        study = TrialTable("s", ("minimize",), self.rows(10_000))
-        drawn, count = optuna_plots(study)
-        assert count == 1000
-        assert len(study_page(study, "", drawn, count, []).encode()) <= 6e6
-
-    def test_several_values(self) -> None:
-        rows = (
-            TrialRow(0, "COMPLETE", (1.0, 1.0), {"a": 1}),
-            TrialRow(1, "COMPLETE", (2.0, 2.0), {"a": 2}),
-            TrialRow(2, "COMPLETE", (0.5, 3.0), {"a": 3}),
-        )
-        study = TrialTable("s", ("maximize", "minimize"), rows)
-        drawn, count = optuna_plots(study)
-        assert [plot.id for plot in drawn] == ["optuna-pareto"]
-        text = study_page(study, "", drawn, count, [])
-        best = text[text.index("Best trials") : text.index("Optuna&#x27;s plots")]
-        assert len(re.findall(r'scope="row"', best)) == 2  # the third is worse than both
-
-    @pytest.mark.parametrize("states", [(), ("FAIL", "WAITING")], ids=["none", "unfinished"])
-    def test_no_finished_trial(self, states: tuple[str, ...]) -> None:
-        rows = tuple(TrialRow(i, state) for i, state in enumerate(states))
-        study = TrialTable("s", ("maximize",), rows)
-        assert optuna_plots(study) == ([], 0)
-        text = study_page(study, "", [], 0, [])
-        assert f"No trial has finished: of {len(states)} trials none" in text

@@ -23,6 +23,7 @@ from bn_lightning.sweeps.report.run_figures import (
     draw_run,
     figures_of_run,
     loss_figure,
+    losses_figure,
     percentiles_figure,
     throughput_figure,
 )
@@ -390,6 +391,17 @@ class TestRun:
         (axes,) = draw(figure).axes
         assert legend(axes) == ["training", "validation"]
         assert len({line.get_marker() for line in axes.get_lines()}) == 2
+
+    def test_a_loss_of_many_batches_is_averaged(self) -> None:
+        """Every mean is of what came since the point before it, and the last step has a point."""
+        points = [(step, float(step // 50 % 2)) for step in range(50, 50_001, 50)]
+        (axes,) = draw(losses_figure({"training": points}, "batch")).axes
+        (line,) = lines(axes)
+        assert 20 < len(line) <= 50 and line[-1][0] == 50_000
+        assert legend(axes) == ["training, mean since the point before"]
+        before, (step, mean) = line[-2][0], line[-1]
+        part = [value for at, value in points if before < at <= step]
+        assert mean == pytest.approx(np.mean(part))
 
     @pytest.mark.parametrize(("steps", "count"), [(50_000, 2), (1_000, 1)])
     def test_the_papers_points_are_beside_its_own_experiment_and_budget_only(
