@@ -27,7 +27,6 @@ from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.interruption import Interrupted, RankLostError
 from bn_lightning.runs.record import (
     RunRecord,
-    data_sentence,
     end_sentence,
     logged_numbers,
     read_run,
@@ -257,7 +256,6 @@ def _fit(
         datamodule.prepare_data()
         datamodule.setup("fit")
         record.update(data=data_info(datamodule))
-        RUN_LOG.info("data: %s", data_sentence(record.content) or type(datamodule).__qualname__)
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     started = time.perf_counter()

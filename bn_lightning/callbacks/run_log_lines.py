@@ -4,18 +4,21 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from bn_lightning.callbacks.training_loop import planned_steps
-from bn_lightning.runs.record import logged_numbers
+from bn_lightning.runs.record import data_sentence, logged_numbers
 from bn_lightning.runs.run_log import RUN_LOG
 
 
 class RunLogLines(Callback):
-    """Logs the device, the step that training starts at, and the metrics of each validation.
+    """Logs the data, the device, the step that training starts at, and each validation's metrics.
 
     Accuracies are in [0, 1], losses in nats.
     """
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
+        data = data_sentence({"data": getattr(datamodule, "info", None)})  # checked by InfoCheck
+        RUN_LOG.info("data: %s", data or type(datamodule).__qualname__)
         planned = planned_steps(trainer)
         RUN_LOG.info(
             "training starts at step %s of %s, on %s in %d process%s",

@@ -51,9 +51,12 @@ def build_trainer(config: DictConfig, directory: str | Path, **arguments: Any) -
 def print_profile(directory: str | Path) -> None:
     """Print the reports of the profiler that `build_trainer` made, if it did, and their paths.
 
-    Of a long report, such as the advanced profiler's, the first lines are printed.
+    Of several ranks, the first one's reports are printed; of a long report, such as the advanced
+    profiler's, the first lines.
     """
-    for report in sorted(Path(directory, _FOLDER).glob(f"*{_FILE}*.txt")):
+    folder = Path(directory, _FOLDER)
+    reports = [*folder.glob(f"*{_FILE}.txt"), *folder.glob(f"*{_FILE}-0.txt")]
+    for report in sorted(reports):
         lines = report.read_text(encoding="utf-8").strip().splitlines()
         print("\n".join(lines[:_MOST_LINES]))
         print(f"{len(lines):,} lines: {report}" if len(lines) > _MOST_LINES else report)
