@@ -25,6 +25,7 @@ def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
         size: most members of a stack.
     """
     from bn_lightning.cli.command import quiet_lightning
+    from bn_lightning.stack.memory import StackSizeError
     from bn_lightning.stack.network import NotStackableError
     from bn_lightning.stack.stackable import stack_key
 
@@ -40,16 +41,32 @@ def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
         except ValueError:
             pass  # the job raises it again
     for group in groups.values():
-        for start in range(0, len(group), size):
-            reason = _train(group[start : start + size])
+        most = size
+        while group:
+            part = group[:most]
+            try:
+                reason = _train(part)
+            except StackSizeError as error:
+                if error.fits == 1:
+                    alone[str(error)] = len(group)
+                    break
+                print(f"stacks of {error.fits} jobs, which fit into the free memory", flush=True)
+                most = error.fits
+                continue
+            group = group[most:]
             if reason is not None:
-                alone[reason] = alone.get(reason, 0) + len(group[start : start + size])
+                alone[reason] = alone.get(reason, 0) + len(part)
     for reason, count in alone.items():
         print(f"{count} job{'s' * (count > 1)} one by one: {reason}", flush=True)
 
 
 def _train(configs: Sequence[dict[str, Any]]) -> str | None:
-    """Train one stack, and return why it cannot be one, or None."""
+    """Train one stack, and return why it cannot be one, or None.
+
+    Raises:
+        StackSizeError: the members do not fit into memory.
+    """
+    from bn_lightning.stack.memory import StackSizeError
     from bn_lightning.stack.network import NotStackableError
     from bn_lightning.stack.training import StackTraining
 
@@ -59,6 +76,8 @@ def _train(configs: Sequence[dict[str, Any]]) -> str | None:
         if configs[0]["trainer"].get("accelerator") == "cpu" and _has_convolutions(configs[0]):
             return "convolutions gain nothing in a stack on a CPU"
         training = StackTraining(configs)
+    except StackSizeError:
+        raise
     except NotStackableError as error:
         return str(error)
     except Exception as error:  # of one configuration, which raises it again in its own job

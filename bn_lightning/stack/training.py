@@ -18,6 +18,7 @@ from bn_lightning.stack.context import DropoutStreams, Placed
 from bn_lightning.stack.evaluation import evaluate_one, evaluate_stack, placed_batch
 from bn_lightning.stack.loss_watch import LossWatch
 from bn_lightning.stack.member import Member
+from bn_lightning.stack.memory import StackSizeError, fitting_members
 from bn_lightning.stack.network import NotStackableError, StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer
 from bn_lightning.stack.percentiles import StackPercentiles
@@ -40,7 +41,8 @@ def train_stack(configs: Sequence[DictConfig | dict[str, Any]]) -> list[dict[str
         The `run_outcome` of each member, in the order of `configs`.
 
     Raises:
-        NotStackableError: the runs cannot be one stack; nothing has been trained.
+        NotStackableError: the runs cannot be one stack, or do not fit into memory; nothing has been
+            trained.
     """
     resolved: list[Any] = [
         OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
@@ -64,6 +66,7 @@ class StackTraining:
 
     Raises:
         NotStackableError: something that is built cannot be stacked.
+        StackSizeError: the members do not fit into memory.
     """
 
     def __init__(self, configs: Sequence[dict[str, Any]]) -> None:
@@ -71,25 +74,27 @@ class StackTraining:
 
         first = configs[0]
         self._trainer = first["trainer"]
-        self.members: list[Member] = []
-        for config in configs:
-            like = self.members[0].record if self.members else None
-            self.members.append(Member(config, like))
-        self.runs = list(self.members)  # those that left, too
         self._datamodule = loaded_data(first["data"])
         seeds = [config["data"].get("seed", 0) for config in configs]
         self.batches = SeedBatches(self._datamodule, seeds)
         device = _device(self._trainer["accelerator"])
         dtype = torch.float64 if self._trainer.get("precision") == "64-true" else torch.float32
-        for member in self.members:
+        self.members: list[Member] = []
+        for config in configs:
+            like = self.members[0].record if self.members else None
+            member = Member(config, like)
             member.model.network.to(device, dtype)
+            self.members.append(member)
+            if like is None:
+                self._like = next(member.model.network.parameters())
+                self._check_memory(member, len(configs))
+        self.runs = list(self.members)  # those that left, too
         self.network = StackedNetwork([member.model.network for member in self.members])
         self.network.context.streams = _streams(self.members)
         optimizers, self._schedulers = _optimizers(self.members)
         parameters = list(self.network.network.parameters())
         clip = self._trainer.get("gradient_clip_val")
         self.optimizer = StackedOptimizer(parameters, optimizers, clip or None)
-        self._like = parameters[0]
         nodes = {node["_target_"]: node for node in first["callbacks"].values() if node}
         guard = nodes.get(LOSS_GUARD)
         self._watch = None if guard is None else LossWatch(instantiate(guard), device, len(configs))
@@ -122,6 +127,13 @@ class StackTraining:
                         member.end("interrupted")
             raise
         return [run_outcome(member.record.content) for member in self.runs]
+
+    def _check_memory(self, member: Member, size: int) -> None:
+        """Raise a StackSizeError if not all members fit."""
+        x, target = (p.value if p.dim is None else p.value[0] for p in self._first_batch())
+        fits = fitting_members(member.model, x, target)
+        if fits < size:
+            raise StackSizeError(size, fits)
 
     def _last_step(self) -> int:
         limits = [self._trainer["max_steps"]]

@@ -19,10 +19,12 @@ DESCRIPTION = "sweep"
 COMMAND = "sweep:command"
 FILLER = "sweep:filler"
 
-# System attributes of a trial: its slot, the process that runs it, the count of its heartbeats.
+# System attributes of a trial: its slot, the process that runs it, the count of its heartbeats, and
+# whether that process runs other trials at the same time.
 SLOT = "sweep:slot"
 WORKER = "sweep:worker"
 BEAT = "sweep:beat"
+IN_BATCH = "sweep:in_batch"
 
 # User attributes of a trial that the sweeper sets: the path of its directory, its duration in
 # seconds, the end of its traceback; and whether it was interrupted, cannot succeed if it is

@@ -44,6 +44,8 @@ from bn_lightning.sweeps.engine.stored_names import (
     DIRECTORY,
     DUPLICATE,
     FILLER,
+    IN_BATCH,
+    INTERRUPTED,
     OUTCOME_FILE,
     SLOT,
     WORKER,
@@ -186,8 +188,13 @@ class SweepStudy:
             )
         )
 
-    def claim(self) -> ClaimedTrial | None:
-        """Claim the next waiting trial and draw its parameters; return None if none waits."""
+    def claim(self, *, in_batch: bool = False) -> ClaimedTrial | None:
+        """Claim the next waiting trial and draw its parameters; return None if none waits.
+
+        Args:
+            in_batch: whether this process runs others at the same time. If it dies, nobody knows
+                which of them was the cause, so none is counted as failed.
+        """
         self.refresh()
         for waiting in self.slots.waiting:
             trial_id = self._id(waiting.number)
@@ -198,6 +205,8 @@ class SweepStudy:
                 self._tell(waiting.number, duplicate)
                 continue
             self._heartbeat.add(trial_id)
+            if in_batch:
+                self.storage.set_trial_system_attr(trial_id, IN_BATCH, True)
             try:
                 return self._claimed(waiting.number)
             except Exception as error:
@@ -291,7 +300,9 @@ def _worker_died(trial: FrozenTrial) -> Outcome:
     if text is None:
         return failed("the process that claimed this trial ended before it ran the trial")
     worker = ProcessIdentity.parse(text)
+    attributes = {INTERRUPTED: True} if trial.system_attrs.get(IN_BATCH) else {}
     return failed(
         f"the process {worker.pid} on {worker.place.partition('/')[0]} ended without a result, or "
-        "was silent for too long"
+        "was silent for too long",
+        **attributes,
     )

@@ -50,7 +50,10 @@ def run_trials(
     """
     while not stop.is_set():
         batch: list[ClaimedTrial] = []
-        while len(batch) < batch_size and (claimed := study.claim()) is not None:
+        while len(batch) < batch_size:
+            claimed = study.claim(in_batch=batch_size > 1)
+            if claimed is None:
+                break
             batch.append(claimed)
         on_refresh()
         if not batch:

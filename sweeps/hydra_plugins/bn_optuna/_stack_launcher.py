@@ -1,6 +1,7 @@
 """Launch a batch of jobs: first all together by a function of the program, then each as a job."""
 
 import copy
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,10 @@ from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+NO_PRUNER = "optuna.pruners.NopPruner"
+
+_log = logging.getLogger(__name__)
 
 
 def launch_together(
@@ -43,7 +48,12 @@ def launch_together(
         with open_dict(job):
             job.hydra.job.id = job.hydra.job.num = number
         jobs.append(job)
-    get_method(prepare)([_resolved(job) for job in jobs], size)
+    pruner = OmegaConf.select(sweep, "hydra.sweeper.pruner._target_")
+    if pruner is None or pruner == NO_PRUNER:
+        get_method(prepare)([_resolved(job) for job in jobs], size)
+    else:
+        # It compares a trial with others at its step, of which those of its batch know nothing.
+        _log.info("jobs one by one: hydra/sweeper/pruner prunes no trial that others train with")
     returns = []
     for job in jobs:
         returns.append(

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import sys
 import time
@@ -105,7 +106,7 @@ def run_sweep(
             if is_worker:
                 stop_with_parent(stop)
                 run = runner.launch if _stacks(config) else runner.run
-                run_trials(study, run, stop, batch_size=_batch_size(config))
+                run_trials(study, run, stop, batch_size=_batch_size(config, study))
             else:
                 _begin(study, config)
                 _run(study, runner, config, stop)
@@ -118,9 +119,10 @@ def run_sweep(
 def _run(study: SweepStudy, runner: TrialRunner, config: DictConfig, stop: StopRequest) -> None:
     n_jobs = config.hydra.sweeper.n_jobs
     with Display(study.name, study.slots, study.directions) as display:
-        is_basic = config.hydra.launcher._target_ == BASIC_LAUNCHER
-        if not is_basic and (n_jobs == 1 or not _stacks(config)):
-            run_trials(study, runner.launch, stop, display.update, batch_size=_batch_size(config))
+        is_basic = config.hydra.launcher._target_ in (BASIC_LAUNCHER, STACK_LAUNCHER)
+        if not is_basic or (n_jobs == 1 and _stacks(config)):
+            size = _batch_size(config, study)
+            run_trials(study, runner.launch, stop, display.update, batch_size=size)
         elif n_jobs == 1:
             run_trials(study, runner.run, stop, display.update)
         else:
@@ -134,14 +136,18 @@ def _run(study: SweepStudy, runner: TrialRunner, config: DictConfig, stop: StopR
 
 def _stacks(config: DictConfig) -> bool:
     """Return whether each process of the sweep launches batches of trials itself."""
-    return config.hydra.launcher._target_ == STACK_LAUNCHER
+    is_stack = config.hydra.launcher._target_ == STACK_LAUNCHER
+    return is_stack and not config.hydra.sweeper.isolate
 
 
-def _batch_size(config: DictConfig) -> int:
+def _batch_size(config: DictConfig, study: SweepStudy) -> int:
     """Return how many jobs a launcher gets at once: what its configuration says, or `n_jobs`."""
     if _stacks(config):
-        return int(config.hydra.launcher.batch)
-    if config.hydra.launcher._target_ == BASIC_LAUNCHER:
+        # So that all workers get as many, in as few batches as possible.
+        counts = study.refresh()
+        share = max(1, math.ceil((counts.total - counts.settled) / config.hydra.sweeper.n_jobs))
+        return math.ceil(share / math.ceil(share / config.hydra.launcher.batch))
+    if config.hydra.launcher._target_ in (BASIC_LAUNCHER, STACK_LAUNCHER):
         return 1
     if config.hydra.sweeper.n_jobs > 1:
         return int(config.hydra.sweeper.n_jobs)

@@ -39,6 +39,18 @@ def test_a_value_that_no_run_takes_fails_its_own_job(command, tmp_path):
     assert read_run(folder / "0")["status"] == "completed"
 
 
+def test_stacks_are_as_large_as_the_memory(command, tmp_path, monkeypatch):
+    """Two members need about 8 MB, and a share of the free memory is used."""
+    from bn_lightning.stack import memory
+
+    monkeypatch.setattr(memory, "free_memory", lambda device: 20e6)
+    folder = tmp_path / "there"
+    result = command(main, "-m", *SHORT, "seed=1,2,3,4", f"hydra.sweep.dir={folder}")
+    assert result.code == 0, result.err
+    assert "stacks of 2 jobs" in result.out
+    assert [read_run(folder / str(k))["stack"]["size"] for k in range(4)] == [2] * 4
+
+
 def test_jobs_that_share_nothing_run_one_by_one_and_say_why(command, tmp_path):
     folder = tmp_path / "there"
     result = command(

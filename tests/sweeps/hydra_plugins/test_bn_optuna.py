@@ -319,6 +319,32 @@ class TestParallel:
         assert done.returncode == 0, done.stdout + done.stderr
         assert "6 of 6 trials: 6 complete" in done.stdout
 
+    def test_a_launcher_of_stacks_prepares_batches_in_each_worker(self, program):
+        """A worker that dies in one is replaced, and its trials count as interrupted."""
+        done = program.run(
+            *GRID,
+            *("hydra/launcher=_bn_stack", "hydra.launcher.prepare=__main__.prepare"),
+            *("hydra.launcher.size=7", "hydra.launcher.batch=2"),
+            "hydra.sweeper.n_jobs=2",
+            "hydra.sweeper.max_retries=0",
+            DIE_IN_BATCH="1",
+        )
+        assert done.returncode == 0, done.stderr
+        found = states(program.folder / "sweep")
+        assert found.count("COMPLETE") == 6 and found.count("FAIL") in (1, 2)
+        lines = (program.folder / "prepared").read_text().splitlines()
+        assert all(line.startswith("7 [") for line in lines)
+        assert sum(line.count(",") + 1 for line in lines) == 6
+
+    def test_a_launcher_of_stacks_leaves_pruned_trials_alone(self, program):
+        done = program.run(
+            *("-m", "x=0,1", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=median"),
+            *("hydra/launcher=_bn_stack", "hydra.launcher.prepare=__main__.prepare"),
+            *("hydra.launcher.size=7", "hydra.launcher.batch=2"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert not (program.folder / "prepared").exists()
+
     @pytest.mark.slow
     @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
     def test_launchers(self, program, launcher):
