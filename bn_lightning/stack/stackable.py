@@ -14,6 +14,7 @@ LOSS_GUARD = "bn_lightning.callbacks.DivergenceGuard"
 PROBE = "bn_lightning.callbacks.ActivationPercentiles"
 STEPS_TO_ACCURACY = "bn_lightning.callbacks.StepsToAccuracy"
 EARLY_STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
+NO_PROFILER = "bn_lightning.plugins.no_profiler.NoProfiler"
 CSV_LOGGER = "bn_lightning.plugins.metrics_logger.MetricsCSVLogger"
 
 # A stack is neither resumed nor pruned, and shows no bar for a member.
@@ -40,7 +41,6 @@ _FOLLOWED = {
     "max_epochs",
     "max_steps",
     "num_sanity_val_steps",
-    "profiler",
 }
 _ANY_NUMBER = "a number of each member"
 
@@ -111,6 +111,8 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         "precision": trainer.get("precision", PRECISIONS[0]) in PRECISIONS,
         "val_check_interval": type(trainer.get("val_check_interval")) is int,
     }
+    profiler = trainer.get("profiler") or {"_target_": NO_PROFILER}
+    expected["profiler"] = isinstance(profiler, Mapping) and profiler["_target_"] == NO_PROFILER
     for name, is_followed in expected.items():
         if not is_followed:
             raise NotStackableError(f"`trainer.{name}` is {trainer.get(name)!r}")

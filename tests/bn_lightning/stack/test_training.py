@@ -157,6 +157,7 @@ def changed(config, key, value):
         ("trainer.val_check_interval", 0.5),
         ("trainer.check_val_every_n_epoch", 1),
         ("trainer.devices", 2),
+        ("trainer.profiler", "simple"),
         ("callbacks.own", {"_target_": "my_package.Callback"}),
         ("logger.tensorboard", {"_target_": "lightning.pytorch.loggers.TensorBoardLogger"}),
         ("ckpt_path", "some.ckpt"),
