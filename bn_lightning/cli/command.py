@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
 
-from bn_lightning.cli.error_line import FULL_ERROR, one_line_errors, print_error
+from bn_lightning.cli.error_line import FULL_ERROR, format_error, one_line_errors, print_error
 from bn_lightning.cli.job import remove_empty_multirun, run_task
 from bn_lightning.cli.run_lock import RunRefusedError
 from bn_lightning.runs.directory import hydra_directory, run_directory, sweep_directory
@@ -155,6 +155,8 @@ def _without_hydras_line(
             return run_task(task, config)
         except Exception as error:
             if in_sweep() or in_trial():
+                # The sweeper shows the last line of the traceback, which Hydra's errors waste.
+                error.add_note(format_error(error))
                 raise
             failures.append(error)
 

@@ -238,6 +238,15 @@ class TestErrors:
         with pytest.raises(ExperimentError, match="nothing to sweep"):
             run_sweep([*SMALL])
 
+    def test_a_trial_fails_with_the_line_of_the_command(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        wrong = ["hydra.sweeper.max_retries=0", "seed=1,2", "data._target_=nope.Data"]
+        wrong += ["hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=null"]
+        with pytest.raises(ExperimentError, match="`data._target_`.*nope.Data"):
+            run_sweep([*SMALL, *wrong])
+
     def test_a_text_is_no_list(self) -> None:
         with pytest.raises(TypeError, match="`overrides`"):
             run_experiment("+experiment=mnist_bn")
