@@ -1,6 +1,7 @@
 """Time what a BatchNorm costs the host, beside eager torch, without a GPU or on one.
 
     python benchmarks/host_overhead.py [--bursts 400] [--output results/host_overhead.csv]
+    python benchmarks/host_overhead.py --pairs  # prints what a deferred BatchNorm costs
 
 Without a GPU the tensors are on the CPU, and a CUDA driver that does nothing (noop_libcuda.c, built
 with the C compiler) takes the launches of the compiled kernels: all host code of this project and
@@ -29,6 +30,7 @@ from rows import append_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bn_lightning import convert_batchnorm
 from bn_lightning.kernels import batch_norm, dispatch, launch
 from bn_lightning.kernels.arguments import BatchNormArguments
 from bn_lightning.kernels.schedule import Device
@@ -41,6 +43,7 @@ FUSIONS = ("bn", "bn_relu", "bn_add_relu")
 # Of a burst, not timed and timed: after another case, caches of the processor are cold.
 WARM_UP = 5
 CALLS = 10
+PAIRS = 10
 # What the schedule asks of a device: an H100's.
 H100 = Device(132, cache_bytes=50 << 20, registers=1 << 16)
 
@@ -123,17 +126,19 @@ def calls_of(case: Case, device: str) -> dict[str, Callable[[], Any]]:
     return {name: step(*found) for name, found in function.items()}
 
 
-def time_in_turns(calls: dict[str, Callable[[], Any]], bursts: int) -> dict[str, float]:
+def time_in_turns(
+    calls: dict[str, Callable[[], Any]], bursts: int, warm_up: int = WARM_UP, count: int = CALLS
+) -> dict[str, float]:
     """Return the least microseconds of a call over bursts that take turns."""
     least = dict.fromkeys(calls, float("inf"))
     for _ in range(bursts):
         for name, call in calls.items():
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 call()
             started = time.perf_counter()
-            for _ in range(CALLS):
+            for _ in range(count):
                 call()
-            least[name] = min(least[name], (time.perf_counter() - started) / CALLS * 1e6)
+            least[name] = min(least[name], (time.perf_counter() - started) / count * 1e6)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
     return least
@@ -164,6 +169,52 @@ def measure(case: Case, bursts: int, device: str) -> dict[str, Any]:
         **{f"{name}_us": round(value, 2) for name, value in times.items()},
         "ratio": round(times["ours"] / times["eager"], 3),
     }
+
+
+class _Pairs(nn.Module):
+    """BatchNorms in a row, each with what follows it."""
+
+    def __init__(self, follow: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([BatchNorm1d(100, backend="triton") for _ in range(PAIRS)])
+        self.follow = follow
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.norms:
+            x = self.follow(norm(x))
+        return x
+
+
+def measure_pairs(device: str, bursts: int) -> None:
+    """Print the microseconds of a BatchNorm and what follows, as two calls and deferred."""
+    r = torch.randn(60, 100, device=device).requires_grad_()
+    follows: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "relu in place": lambda y: F.relu(y, inplace=True),
+        "add, relu": lambda y: F.relu(y + r),
+        "softplus (not fused)": F.softplus,
+    }
+    for name, follow in follows.items():
+        models = {"two calls": _Pairs(follow).to(device), "deferred": _Pairs(follow).to(device)}
+        convert_batchnorm(models["deferred"], fuse=True, backend="triton")
+        for kind in ("training step", "training forward", "evaluation"):
+            x = torch.randn(60, 100, device=device).requires_grad_(kind != "evaluation")
+            dy = torch.randn_like(x)
+            calls = {}
+            for label, model in models.items():
+                model.train(kind != "evaluation")
+                wanted = [x, *model.parameters()]
+
+                def call(model=model, x=x, dy=dy, wanted=wanted, kind=kind) -> None:
+                    y = model(x)
+                    if kind == "training step":
+                        torch.autograd.grad(y, wanted, dy)
+
+                calls[label] = call
+            with torch.set_grad_enabled(kind != "evaluation"):
+                times = time_in_turns(calls, bursts, warm_up=2, count=1)
+            a, b = (value / PAIRS for value in times.values())
+            print(f"{name:22}{kind:18}{a:7.1f} {b:7.1f} us, ratio {b / a:.2f}", flush=True)
 
 
 def use_noop_driver() -> None:
@@ -199,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bursts", type=int, default=400)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--pairs", action="store_true", help="time deferred BatchNorms, write none")
     parser.add_argument("--noop-driver", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -206,6 +258,10 @@ def main() -> None:
         sys.exit(run_with_noop_driver([*sys.argv, "--noop-driver"]))
     if not on_gpu:
         use_noop_driver()
+    if arguments.pairs:
+        torch.set_num_threads(1)
+        measure_pairs("cuda" if on_gpu else "cpu", arguments.bursts)
+        return
     about = {
         "driver": torch.cuda.get_device_name() if on_gpu else "none",
         "processor": hardware()["processor"],

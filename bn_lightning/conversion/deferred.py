@@ -107,23 +107,25 @@ class Deferral:
         if type(input) is Deferred:
             input = read(input)
         site = self._sites[options["training"]]
-        module: Any = compute.__self__  # type: ignore[attr-defined]
-        plan = planned(site, module, input, state)
-        if plan is not None and plan.activation is not None:
-            return _run_ahead(plan, (self, site, compute, input, state, options))
-        waits = plan is not None or may_wait(module, input, state, options)
-        if site.fuses == NOTHING or not waits:
-            self.separate += 1
-            return compute(input, *state, **options)
+        if site.fuses != NOTHING:
+            module: Any = compute.__self__  # type: ignore[attr-defined]
+            plan = planned(site, module, input, state)
+            if plan is not None and plan.activation is not None:
+                return _run_ahead(plan, (self, site, compute, input, state, options))
+            if plan is not None or may_wait(module, input, state, options):
+                self._finish_earlier()
+                if site.begin():
+                    return _defer(Value(DeferredCall(self, site, compute, input, state, options)))
+        self.separate += 1
+        return compute(input, *state, **options)
+
+    def _finish_earlier(self) -> None:
+        """Compute the last call, so that the statistics are updated in the order of the calls."""
         earlier = _thread.latest.get(id(self))
         before = None if earlier is None else earlier()
         if type(before) is Deferred and not _value_of(before).call.is_done:
             _value_of(before).call.is_candidate = True
             _value_of(before).compute()
-        if not site.begin():
-            self.separate += 1
-            return compute(input, *state, **options)
-        return _defer(Value(DeferredCall(self, site, compute, input, state, options)))
 
 
 def _run_ahead(plan: CallPlan, arguments: tuple[Any, ...]) -> Tensor:

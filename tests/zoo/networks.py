@@ -113,6 +113,10 @@ TIMM: dict[str, dict[str, Any]] = {
     "efficientvit_b0": {},
     "xcit_nano_12_p16_224": {"size": 64},
     "inception_next_atto": {},
+    "cspresnet50": {},
+    "legacy_xception": {"size": 64},
+    "repghostnet_050": {},
+    "selecsls60b": {},
 }
 
 

@@ -6,7 +6,7 @@ be done. Module hooks say which module runs, a function mode sees each call of a
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Self
 
 import torch
@@ -24,8 +24,9 @@ _ACTIVATIONS = {
     *(F.sigmoid, torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_),
     *(F.tanh, torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_),
 }
-_IN_PLACE_ADDITIONS = {Tensor.add_, Tensor.__iadd__}
-_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, *_IN_PLACE_ADDITIONS}
+_ADDITIONS = {
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__)
+}
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 _TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _LAYERS = {F.linear, *_CONVOLUTIONS, *_TRANSPOSED}
@@ -64,7 +65,7 @@ class Read:
         call: number of the call; an addition of two results reads both under one number.
         function: its name.
         fuses: whether it is an activation that the kernels have, or an addition of two tensors of
-            one shape and dtype that is not written over the other one.
+            one shape and dtype.
         layer_weight: of a linear layer, or a convolution without padding; else None.
     """
 
@@ -213,16 +214,11 @@ class Observer(TorchFunctionMode):
         if next(tensors_in(result), None) is None and name not in _READ_VALUES:
             return result  # a size, a dtype
         source = self._results.get(id(given[0])) if given else None
-        adds_to_norm = source is not None and source.weight is None
         for value, version in zip(given, versions, strict=True):
             written = _version(value) != version
             if value is result and not written:
                 continue  # an operation that does nothing: dropout in evaluation, .contiguous()
-            read = self._describe(func, name, value, args, kwargs)
-            if func in _IN_PLACE_ADDITIONS and not (written or adds_to_norm):
-                # `x += bn(y)` writes over x, which other code may hold.
-                read = replace(read, fuses=False)
-            self._read(value, read)
+            self._read(value, self._describe(func, name, value, args, kwargs))
             if written:
                 self._results.pop(id(value), None)
         if isinstance(result, Tensor):

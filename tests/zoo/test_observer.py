@@ -74,7 +74,7 @@ FUSABLE: dict[str, tuple[Callable[[Network, Tensor], Tensor], list[tuple[str, ..
     "addition": (lambda n, x: x + n.bn(x), [("bn",)]),
     "addition_in_place": (in_place, [("bn",)]),
     "addition_of_two": (lambda n, x: F.relu(n.bn(x) + n.other_bn(x)), [("bn", "other_bn")]),
-    "addition_over_another": (over_another, []),
+    "addition_over_another": (over_another, [("bn",)]),
     "addition_over_a_result": (over_a_result, [("other_bn", "bn")]),
     "addition_of_a_scalar": (lambda n, x: n.bn(x) + 1, []),
     "addition_of_a_broadcast": (lambda n, x: n.bn(x) + x[:1], []),

@@ -66,7 +66,7 @@ def test_the_graph_has_what_is_fused_eagerly(name: str) -> None:
     total = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
     wanted = (total - len(ARCHITECTURES[name].unfused), total)
     assert count_fused(compiled_graph(fused, x)) == wanted
-    strict = name in ("mlp", "conv1d")  # it takes long
+    strict = name in ("mlp", "conv1d", "net3d")  # it takes long
     program = torch.export.export(fused.eval(), (x,), strict=strict)
     assert count_fused(program.graph) == wanted
 
