@@ -108,14 +108,14 @@ class Deferral:
             input = read(input)
         site = self._sites[options["training"]]
         if site.fuses != NOTHING:
+            self._finish_earlier()
             module: Any = compute.__self__  # type: ignore[attr-defined]
             plan = planned(site, module, input, state)
             if plan is not None and plan.activation is not None:
                 return _run_ahead(plan, (self, site, compute, input, state, options))
-            if plan is not None or may_wait(module, input, state, options):
-                self._finish_earlier()
-                if site.begin():
-                    return _defer(Value(DeferredCall(self, site, compute, input, state, options)))
+            waits = plan is not None or may_wait(module, input, state, options)
+            if waits and site.begin():
+                return _defer(Value(DeferredCall(self, site, compute, input, state, options)))
         self.separate += 1
         return compute(input, *state, **options)
 
@@ -141,8 +141,7 @@ def _run_ahead(plan: CallPlan, arguments: tuple[Any, ...]) -> Tensor:
     options = {**options, "activation": activation.name, "negative_slope": activation.slope}
     result = compute(x, *state, **options)
     deferral.fused += 1
-    made = _make_subclass(Deferred, site.blank, result.requires_grad)
-    made._value = Ahead(result, arguments, versions, plan)
+    made = _wrap(Ahead(result, arguments, versions, plan), x, site, result.requires_grad)
     if _thread.outermost is not None:
         _thread.made.append(weakref.ref(made))
     return made
@@ -307,7 +306,11 @@ def _defer(value: Value) -> Deferred:
     if needs_grad and not call.is_done and not call.place:
         call.reserve_place()
     is_bridged = needs_grad and not call.site.is_known
-    made = _Bridge.apply(value, *inputs) if is_bridged else _wrap(value, needs_grad)
+    made = (
+        _Bridge.apply(value, *inputs)
+        if is_bridged
+        else _wrap(value, call.input, call.site, needs_grad)
+    )
     value.owner = weakref.ref(made)
     _thread.latest[id(call.deferral)] = value.owner
     if _thread.outermost is not None:
@@ -315,9 +318,8 @@ def _defer(value: Value) -> Deferred:
     return made
 
 
-def _wrap(value: Value, requires_grad: bool) -> Deferred:
-    """Return a tensor that has the metadata of the input, and no memory."""
-    like, site = value.call.input, value.call.site
+def _wrap(value: Value | Ahead, like: Tensor, site: Site, requires_grad: bool) -> Deferred:
+    """Return a tensor that has the metadata of `like`, the input, and no memory."""
     blank = site.blank
     if (
         blank is None
@@ -418,7 +420,7 @@ class _Bridge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Value, *inputs: Tensor | None) -> Deferred:
         ctx.value = value
-        return _wrap(value, requires_grad=False)
+        return _wrap(value, value.call.input, value.call.site, requires_grad=False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

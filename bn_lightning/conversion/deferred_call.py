@@ -170,7 +170,8 @@ class DeferredCall(BatchNormCall):
         site = self.site
         if site.plan is not None or not site.is_known or self.is_done or TensorGuards is None:
             return
-        if self.modes[2] is None:  # hooks on saved tensors are others in each forward
+        # Hooks on saved tensors are others in each forward; an inference tensor has no version.
+        if self.modes[2] is None and not self.input.is_inference():
             missing = [t is None for t in self.watched]
             is_alike = make_guard([t for t in self.watched if t is not None])
             site.plan = CallPlan(activation, missing, is_alike, self.modes)

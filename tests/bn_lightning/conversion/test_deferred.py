@@ -521,6 +521,17 @@ class TestOwnStep:
             x.zero_()
             assert torch.equal(y.relu(), wanted.relu())
 
+    def test_in_inference_mode_also_if_the_output_is_known(self) -> None:
+        module, untouched = (m.eval() for m in net(lambda self, x: self.use(self.bn1(x), x)))
+        for use in (*[lambda y, x: F.relu(y)] * 3, lambda y, x: (x.zero_(), F.tanh(y))[1]):
+            found = []
+            for m in (module, untouched):
+                m.use = use
+                with torch.inference_mode():
+                    x = torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 3, 4, 4)
+                    found.append(m(x + 0))
+            assert torch.equal(*found)
+
     def test_kept_across_a_step(self) -> None:
         bn, x, y = self.deferred()
         wanted = F.batch_norm(x, None, None, bn.weight, bn.bias, training=True)
@@ -748,6 +759,18 @@ def test_a_known_output_is_used_otherwise(first, then, training: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     counts = fusion_counts(nets[0])["bn1"]
     assert counts.fused + counts.separate == 6
+
+
+def test_known_calls_of_two_shapes() -> None:
+    """The second call is made before the first one is computed."""
+
+    def forward(self, x):
+        y, z = self.bn1(x), self.bn1(x[:, :, :2].contiguous())
+        a = self.bn1(x[:, :, :3])  # its memory is not contiguous: it is computed at once
+        assert (y.shape[2], z.shape[2], a.shape[2]) == (4, 2, 3)
+        return F.relu(y)[:, :, :2] + F.relu(z) + a[:, :, :2]
+
+    compared(forward)
 
 
 @pytest.mark.parametrize("forward", [relu_module, addition_relu], ids=["ahead", "deferred"])
