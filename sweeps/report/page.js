@@ -100,6 +100,15 @@
     return made;
   }
 
+  // Numbers that are wider than their cells are left out; pointing at a cell shows them.
+  function fitTexts(div, [{ text: rows }]) {
+    if (!rows) return;
+    const longest = Math.max(...rows.flat().map((text) => text.length));
+    const cell = div.querySelector(".nsewdrag").getBoundingClientRect().width / rows[0].length;
+    const template = cell < 5 * longest + 2 ? "" : "%{text}";
+    if (div.data[0].texttemplate !== template) Plotly.restyle(div, { texttemplate: template }, [0]);
+  }
+
   function draw({ id, traces, layout, tools, cells: shown }) {
     const div = document.getElementById(id);
     if (shown) {
@@ -114,7 +123,10 @@
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     };
     return Plotly.newPlot(div, traces, themed(layout, dark.matches), options).then(() => {
-      if (shown) followKeys(div, shown);
+      if (!shown) return;
+      followKeys(div, shown);
+      fitTexts(div, traces);
+      div.on("plotly_afterplot", () => fitTexts(div, traces));
     });
   }
 

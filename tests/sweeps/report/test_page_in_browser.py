@@ -12,6 +12,11 @@ import pytest
 from optuna.trial import TrialState
 
 from bn_lightning.sweeps.analysis.columns import Columns
+from bn_lightning.sweeps.analysis.summary import summarize
+from bn_lightning.sweeps.analysis.tolerance import GridTrial
+from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
+from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures
+from bn_lightning.sweeps.report.grid_page import grid_page
 from bn_lightning.sweeps.report.write_report import ReportOptions, write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
@@ -167,8 +172,29 @@ def test_on_paper_it_is_light_and_fits(open_page: Any, sweep_page: Path) -> None
     opened.check()
 
 
+def test_numbers_that_are_wider_than_their_cells_are_left_out(
+    open_page: Any, tmp_path: Path
+) -> None:
+    trials = {
+        n: GridTrial(arm, init, 1.3**n, 1, n / 40, 1.0)
+        for n, (arm, init) in enumerate([(a, i) for a in ("batch", "none") for i in (0.1, 1.0)] * 5)
+    }
+    found = summarize(trials.values(), 2.3, is_planned=False)
+    rows = tuple(TrialRow(n, "COMPLETE", (t.accuracy,), {"lr": t.lr}) for n, t in trials.items())
+    figures = grid_figures(found, "test accuracy", "")
+    cells = cells_json(found.grid, trials, {}, ".")
+    page = tmp_path / "page.html"
+    page.write_text(
+        grid_page(TrialTable("wide", ("maximize",), rows), found, figures, cells, {}, [])
+    )
+    for width, has_numbers in ((390, False), (768, True)):
+        opened = open_page(page, width=width)
+        opened.check()
+        assert (opened.page.locator("#accuracy-0 .heatmap-label").count() > 0) == has_numbers
+
+
 def test_all_trials_are_listed(open_page: Any, sweep_page: Path) -> None:
-    opened = open_page(sweep_page)
+    opened = open_page(sweep_page, width=390)
     opened.page.locator("#all-trials summary").click()
     rows = opened.page.locator("#all-trials tbody tr")
     rows.last.wait_for()  # the browser tells that it was opened when it has the time
