@@ -37,7 +37,7 @@ def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
             check_config(config)
             groups.setdefault(stack_key(config), []).append(config)
         except NotStackableError as error:
-            alone[str(error)] = alone.get(str(error), 0) + 1
+            alone[error.reason] = alone.get(error.reason, 0) + 1
         except ValueError:
             pass  # the job raises it again
     for group in groups.values():
@@ -48,7 +48,7 @@ def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
                 reason = _train(part)
             except StackSizeError as error:
                 if error.fits == 1:
-                    alone[str(error)] = len(group)
+                    alone[error.reason] = len(group)
                     break
                 print(f"stacks of {error.fits} jobs, which fit into the free memory", flush=True)
                 most = error.fits
@@ -79,7 +79,7 @@ def _train(configs: Sequence[dict[str, Any]]) -> str | None:
     except StackSizeError:
         raise
     except NotStackableError as error:
-        return str(error)
+        return error.reason
     except Exception as error:  # of one configuration, which raises it again in its own job
         return f"{type(error).__name__}: {error}"
     print(f"{len(configs)} jobs as one stack", flush=True)

@@ -25,10 +25,7 @@ class StackSizeError(NotStackableError):
     """
 
     def __init__(self, size: int, fits: int) -> None:
-        super().__init__(
-            f"expected at most {fits} members, which fit into the free memory, got {size}; train"
-            " them as several stacks"
-        )
+        super().__init__(f"of {size} members {fits} fit into the free memory")
         self.fits = fits
 
 

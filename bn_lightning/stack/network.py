@@ -15,7 +15,18 @@ from bn_lightning.stack.stacked_layers import StackedLayer, stack_layer
 
 
 class NotStackableError(ValueError):
-    """Something of a run that cannot be stacked; the message says what."""
+    """Something of a run that cannot be stacked.
+
+    Attributes:
+        reason: what, as the end of a sentence.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"expected runs that can be one stack, got some that cannot: {reason}; train each by"
+            " `bn_lightning.train`"
+        )
+        self.reason = reason
 
 
 class StackedNetwork(nn.Module):
