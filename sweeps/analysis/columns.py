@@ -103,10 +103,7 @@ def grid_trials(table: TrialTable, columns: Columns) -> GridTrials:
         NoGrid: a value is not an accuracy in [0, 1], or a learning rate is not a number above 0.
     """
     complete = [row for row in table.rows if row.is_complete]
-    split = next(
-        (s for s in _SPLITS if all(_number(row, f"{s}/accuracy") is not None for row in complete)),
-        None,
-    )
+    split = split_of(complete)
     metric = f"{split}/accuracy" if split else table.value_names[0]
     has_seed = bool(columns.seed) or all(type(row.attributes.get(SEED)) is int for row in complete)
     taken: set[tuple[str, str | float, float, int | str]] = set()
@@ -122,8 +119,22 @@ def grid_trials(table: TrialTable, columns: Columns) -> GridTrials:
     return GridTrials(numbers, metric, len(complete) - len(numbers))
 
 
+def split_of(rows: Iterable[TrialRow]) -> str | None:
+    """Return "test" or else "val" if all complete trials have an accuracy on it, otherwise None."""
+    rows = list(rows)
+    return next(
+        (s for s in _SPLITS if all(_number(row, f"{s}/accuracy") is not None for row in rows)),
+        None,
+    )
+
+
+def accuracy_of(row: TrialRow, split: str | None) -> float | None:
+    """Return the accuracy of a complete trial: on a split, or its value for None."""
+    return _number(row, f"{split}/accuracy") if split else row.values[0]
+
+
 def _grid_trial(row: TrialRow, columns: Columns, split: str | None) -> GridTrial:
-    accuracy = _number(row, f"{split}/accuracy") if split else row.values[0]
+    accuracy = accuracy_of(row, split)
     if accuracy is None or not 0 <= accuracy <= 1:
         raise NoGrid(f"trial {row.number} has no accuracy in [0, 1], but {accuracy}")
     loss = _number(row, f"{split}/loss") if split else None

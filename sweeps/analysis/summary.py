@@ -196,7 +196,7 @@ def sentences(found: Summary) -> list[str]:
     if not found.comparisons:
         (arm,) = found.arms.values()
         share = arm.measures[SHARE]
-        texts.append(f"{percent(share)} of the cells train {_in_arm(arm)}.")
+        texts.append(f"{percent(share)} of the cells train {in_arm(arm)}.")
         if WIDTH in arm.measures:
             width = decades(arm.measures[WIDTH])
             texts.append(f"The learning rates that train cover {width}{_mean_over(found.grid)}.")
@@ -367,7 +367,7 @@ def _notes(grid: Grid, comparisons: tuple[Comparison, ...]) -> list[str]:
 def _comparison_sentences(
     grid: Grid, pair: Comparison, first: ArmSummary, second: ArmSummary
 ) -> list[str]:
-    one, other = _in_arm(first), _in_arm(second)
+    one, other = in_arm(first), in_arm(second)
     share, failed = pair.differences[SHARE], "share_at_chance"
     times = f", a ratio of {plain(pair.ratio)}" if math.isfinite(pair.ratio.value) else ""
     texts = [
@@ -406,7 +406,7 @@ def _comparison_sentences(
     return texts
 
 
-def _in_arm(arm: ArmSummary) -> str:
+def in_arm(arm: ArmSummary) -> str:
     """Return the words that say in a sentence which arm it is about: with BatchNorm."""
     is_phrase = arm.label.startswith(("with ", "without ")) or arm.label == AS_CONFIGURED
     return arm.label if is_phrase else f"in arm {arm.label}"

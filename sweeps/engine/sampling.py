@@ -2,11 +2,13 @@
 
 Grid, brute-force, random and quasi-random samplers do not depend on results. Their points are
 drawn once, when the study is filled, and each worker takes the next one, so two workers that ask at
-the same time never try the same point. All other samplers draw a point when its trial begins.
+the same time never try the same point. All other samplers draw a point when its trial begins. A
+`GridRefinement` is between them: its points are known, and results choose which of them are tried.
 """
 
 import warnings
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, QMCSampler, RandomSampler
-from optuna.trial import Trial
+from optuna.trial import FrozenTrial, Trial
 
 from bn_lightning.sweeps.engine.space import Parameter, Space
 from bn_lightning.sweeps.engine.sweep_error import SweepError
@@ -34,6 +36,38 @@ class Point(NamedTuple):
     distributions: dict[str, BaseDistribution]
 
 
+Following = Callable[[Mapping[int, FrozenTrial | None]], Sequence[int]]
+"""From the slots so far, each with its trial or None without a result, to the next slots."""
+
+
+class RefinedGrid(NamedTuple):
+    """A grid, and the points between its points.
+
+    Attributes:
+        space: its distributions contain all points.
+        points: one for each slot, those of the grid first.
+        n_trials: number of points of the grid.
+        following: chooses the slots of the next round when all slots so far have ended.
+    """
+
+    space: Space
+    points: list[Point]
+    n_trials: int
+    following: Following
+
+
+class GridRefinement(ABC):
+    """Tries all points of a grid, then points between them that the results ask for, in rounds."""
+
+    @abstractmethod
+    def refine(self, space: Space) -> RefinedGrid:
+        """Return the points of a space.
+
+        Raises:
+            SweepError: the space cannot be refined.
+        """
+
+
 class SamplingPlan:
     """The sampler of a sweep, and the points that it chooses in advance.
 
@@ -42,6 +76,11 @@ class SamplingPlan:
         space: the search space.
         n_trials: number of trials of the sweep; None for all points of a finite sampler.
 
+    Attributes:
+        space: the search space; with a `GridRefinement`, one that contains all of its points.
+        n_trials: number of trials of the sweep; with a `GridRefinement`, of its first round.
+        following: chooses the slots of further rounds; None without them.
+
     Raises:
         SweepError: the sampler cannot be used, or needs a number of trials.
     """
@@ -49,16 +88,25 @@ class SamplingPlan:
     def __init__(self, sampler: Mapping[str, Any], space: Space, n_trials: int | None) -> None:
         self.space = space
         self._sampler = dict(sampler)
-        kind = _class_of("sampler", sampler, BaseSampler)
+        kind = _class_of("sampler", sampler, (BaseSampler, GridRefinement))
         is_finite = issubclass(kind, FINITE)
-        self.is_planned = issubclass(kind, PLANNED)
+        self.is_planned = issubclass(kind, (*PLANNED, GridRefinement))
+        self.following: Following | None = None
         self._points: list[Point] = []
-        if issubclass(kind, GridSampler) and space.custom is not None:
+        if issubclass(kind, GridSampler | GridRefinement) and space.custom is not None:
             raise SweepError(
                 "expected `custom_search_space` to be null for a grid, which has no conditional "
                 "parameters, got a function; choose hydra/sweeper/sampler=brute_force"
             )
-        if is_finite and space.custom is None:
+        if issubclass(kind, GridRefinement):
+            if n_trials is not None:
+                raise SweepError(
+                    f"expected `n_trials` to be null for {kind.__name__}, whose results choose how "
+                    f"many trials there are, got {n_trials}; set hydra.sweeper.n_trials=null"
+                )
+            refinement: GridRefinement = _built("sampler", sampler, GridRefinement)
+            self.space, self._points, n_trials, self.following = refinement.refine(space)
+        elif is_finite and space.custom is None:
             self._points = [Point(params, space.distributions) for params in space.grid()]
         elif is_finite:
             # With a seed, each process has the same point in the same slot.
@@ -78,6 +126,12 @@ class SamplingPlan:
     def point(self, slot: int) -> Point:
         """Return the point of a slot, counted from 0; empty if it is drawn when a trial begins."""
         return self._points[slot] if self.is_planned else Point({}, {})
+
+    def describe(self) -> dict[str, str]:
+        """Return what must stay the same for a slot to have the same point: a refinement's keys."""
+        if self.following is None:
+            return {}
+        return {f"sampler.{key}": str(value) for key, value in self._sampler.items()}
 
     def sampler(self, first_trial: int = 0) -> BaseSampler:
         """Return a new sampler for a worker.
@@ -126,7 +180,7 @@ def _simulated(sampler: Mapping[str, Any], space: Space, n_trials: int | None) -
     return [Point(t.params, t.distributions) for t in study.get_trials(deepcopy=False)]
 
 
-def _class_of(key: str, config: Mapping[str, Any], kind: type) -> type:
+def _class_of(key: str, config: Mapping[str, Any], kind: type | tuple[type, ...]) -> type:
     target = config.get("_target_")
     cause: Exception | None = None
     try:

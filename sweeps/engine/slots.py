@@ -2,6 +2,9 @@
 
 A sweep of n trials has slots 0 to n - 1, one for each point. Each trial belongs to a slot. A trial
 that failed is followed by another one in the same slot, until the slot has a result or is lost.
+
+A sweep in rounds asks for further slots when all slots so far have ended. Which ones depends on
+their results only, so each process that reads the study finds the same.
 """
 
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
+from bn_lightning.sweeps.engine.sampling import Following
 from bn_lightning.sweeps.engine.stored_names import (
     DIVERGED,
     DUPLICATE,
@@ -23,7 +27,7 @@ class SlotCounts:
     """Number of slots by state.
 
     Attributes:
-        total: all slots.
+        total: all slots that were asked for.
         complete: slots with a value; `diverged` of them are from runs that diverged.
         pruned: slots whose trial was pruned.
         lost: slots without a result whose retries are used up.
@@ -59,17 +63,22 @@ class Slots:
     """The state of every slot, updated from the trials of the study.
 
     Args:
-        n_slots: how many slots there are.
+        n_slots: how many slots there are, in the first round.
         max_retries: how many failed trials of a slot are repeated.
+        following: chooses the slots of further rounds; None without them.
 
     Attributes:
         waiting: trials that no worker has claimed, as of the last update.
         running: trials that a worker runs, as of the last update.
     """
 
-    def __init__(self, n_slots: int, max_retries: int) -> None:
-        self.n_slots = n_slots
+    def __init__(self, n_slots: int, max_retries: int, following: Following | None = None) -> None:
+        self._n_slots = n_slots
         self._max_retries = max_retries
+        self._following = following
+        # Dictionaries, because they keep the order. A slot leaves the second when it has ended.
+        self._asked: dict[int, None] = dict.fromkeys(range(n_slots))
+        self._unsettled = dict(self._asked)
         self._slots: dict[int, _Slot] = {}
         self._all_read = 0  # trials before this number have ended and are read
         self._read: set[int] = set()  # later trials that have ended and are read
@@ -84,7 +93,7 @@ class Slots:
         self.waiting, self.running, self._live = [], [], {}
         for trial in trials[self._all_read :]:
             slot = trial.system_attrs.get(SLOT)
-            if slot is None or slot >= self.n_slots:
+            if slot is None or (slot >= self._n_slots and self._following is None):
                 continue
             if trial.state.is_finished():
                 if trial.number not in self._read:
@@ -109,16 +118,15 @@ class Slots:
 
     def open_slots(self) -> list[int]:
         """Return the slots that need another trial and have none that waits or runs."""
-        return [slot for slot in range(self.n_slots) if self.is_open(slot)]
+        return [slot for slot in self._unsettled if slot not in self._live]
 
     def is_open(self, slot: int) -> bool:
         """Return whether a slot needs another trial and has none that waits or runs."""
-        found = self._slots.get(slot)
-        return slot not in self._live and (found is None or not found.is_settled)
+        return slot in self._unsettled and slot not in self._live
 
     def is_over(self) -> bool:
-        """Return whether every slot has a result or is lost."""
-        return self.counts().settled == self.n_slots
+        """Return whether every slot has a result or is lost, and no further round follows."""
+        return not self._unsettled
 
     def is_duplicate(self, trial: FrozenTrial) -> bool:
         """Return whether an earlier trial of the same slot waits, runs or has a result.
@@ -149,7 +157,7 @@ class Slots:
     def counts(self) -> SlotCounts:
         """Return the counts as of the last update."""
         return SlotCounts(
-            total=self.n_slots,
+            total=self._complete + self._pruned + self._lost + len(self._unsettled),
             complete=self._complete,
             diverged=self._diverged,
             pruned=self._pruned,
@@ -174,4 +182,27 @@ class Slots:
             self._complete += trial.state == TrialState.COMPLETE
             self._pruned += trial.state == TrialState.PRUNED
             self._diverged += bool(trial.user_attrs.get(DIVERGED))
+        if found.is_settled and slot in self._unsettled:
+            del self._unsettled[slot]
+            self._begin_round()
         self._new.append((trial, self.counts()))
+
+    def _begin_round(self) -> None:
+        """If all slots have ended, ask for those of the next round; skip one that has ended, too.
+
+        A round can have ended before this process reads the study.
+        """
+        while self._following is not None and not self._unsettled:
+            chosen = self._following({slot: self._complete_trial(slot) for slot in self._asked})
+            new = [slot for slot in chosen if slot not in self._asked]
+            if not new:
+                return
+            self._asked |= dict.fromkeys(new)
+            slots = self._slots
+            self._unsettled = {
+                slot: None for slot in new if slot not in slots or not slots[slot].is_settled
+            }
+
+    def _complete_trial(self, slot: int) -> FrozenTrial | None:
+        result = self._slots[slot].result
+        return result if result is not None and result.state == TrialState.COMPLETE else None

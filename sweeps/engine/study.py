@@ -129,7 +129,7 @@ class SweepStudy:
         self._detector = StaleTrialDetector(policy.heartbeat, policy.stale_after)
         self._n_open: int | None = None
         self._n_open_since = 0.0
-        self.slots = Slots(plan.n_trials, policy.max_retries)
+        self.slots = Slots(plan.n_trials, policy.max_retries, plan.following)
 
     @property
     def directions(self) -> list[StudyDirection]:

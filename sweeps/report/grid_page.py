@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bn_lightning.sweeps.analysis.arms import style_of
+from bn_lightning.sweeps.analysis.edges import EdgeSummary, edge_sentences
 from bn_lightning.sweeps.analysis.summary import (
     Summary,
     decades,
@@ -38,6 +39,7 @@ def grid_page(
     cells: Mapping[str, Any],
     links: Mapping[int, str],
     notes: Sequence[str],
+    edges: EdgeSummary | None = None,
 ) -> str:
     """Return the page of a study of learning rates and initializations.
 
@@ -48,6 +50,7 @@ def grid_page(
         cells: as `cells_json` returns them.
         links: number of a trial -> its directory relative to the page, if that exists.
         notes: shown first.
+        edges: where training begins and ends, if the study searched for that.
     """
     plots = {name: plots_of(figure) for name, figure in figures.items()}
     rates, shares = plots.get("rates", []), plots.get("importances", [])
@@ -68,6 +71,7 @@ def grid_page(
         *([_rates_note(found, rates), places_for(rates, "17rem")] if rates else []),
         *([tag("h2", "Tolerance"), places_for(widths)] if widths else []),
         _inits(found, bool(widths)),
+        *(_edges(found, edges) if edges is not None else []),
         *([tag("h2", "Importances"), places_for(shares)] if shares else []),
         *best_of(study, links),
         *counts_of(study),
@@ -135,6 +139,37 @@ def _inits(found: Summary, has_widths: bool) -> Html:
         f"Each {init_label(found.grid)} by itself; the largest learning rate is the geometric mean "
         "of the seeds that train",
     )
+
+
+def _edges(found: Summary, edges: EdgeSummary) -> list[Html]:
+    rows: list[list[Content]] = []
+    for i, init in enumerate(found.grid.inits):
+        cells: list[Content] = [init_name(init)]
+        for name, arm in edges.arms.items():
+            of = arm.inits[i]
+            begins = f"{'≤ ' * of.begins_below}{plain(of.begins)}"
+            cells += [decades(found.arms[name].inits[i].width, unit="")]
+            cells += [f"{decades(of.width, unit='')} ± {of.resolution / 2:.3f}"]
+            cells += [begins if of.begins.seeds else "none trains"]
+            cells += [plain(of.ends) if of.ends.seeds else "none trains"]
+            cells += [f"{of.holes} of {of.width.seeds} seeds" if of.holes else "none"]
+        rows.append(cells)
+    heads = [init_label(found.grid)]
+    for arm_summary in found.arms.values():
+        heads += [
+            f"{head}, {arm_summary.label}"
+            for head in ("grid (decades)", "searched (decades)", "begins at", "ends at", "holes")
+        ]
+    caption = (
+        "Width of the learning rates that train, on the grid and with each edge searched; ± half "
+        "the widest interval that contains an edge, for each of the edges. Rates are geometric "
+        "means of the seeds that train. A hole is a range that does not train between two that do."
+    )
+    return [
+        tag("h2", "Where training begins and ends"),
+        *[tag("p", text) for text in edge_sentences(found, edges)],
+        html_table(heads, rows, caption),
+    ]
 
 
 def _rates_note(found: Summary, drawn: Sequence[Plot]) -> Html:

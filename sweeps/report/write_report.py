@@ -16,6 +16,13 @@ from bn_lightning.sweeps.analysis.compared_runs import (
     runtimes,
     width_growth,
 )
+from bn_lightning.sweeps.analysis.edges import (
+    EdgeSummary,
+    edge_sentences,
+    searched_rates,
+    searched_threshold,
+    summarize_edges,
+)
 from bn_lightning.sweeps.analysis.importances import study_importances
 from bn_lightning.sweeps.analysis.paper_curves import is_paper_experiment
 from bn_lightning.sweeps.analysis.provenance import (
@@ -165,10 +172,15 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
     }
     figures = _figures_of_grid(table, trials, found)
     _save_all(figures, output)
+    edges = _edges_of(table, columns, found)
+    if edges is not None:
+        content["edges"] = edges.as_json()
     cells = cells_json(found.grid, trials.numbers, _links(table, base), _relative(base, output))
-    page = grid_page(table, found, figures, cells, _page_links(table, base, output), notes)
+    links = _page_links(table, base, output)
+    page = grid_page(table, found, figures, cells, links, notes, edges)
     lines = [
         *sentences(found),
+        *(edge_sentences(found, edges) if edges is not None else []),
         f"A cell trains from an accuracy of {found.grid.levels.trained:.2f} on; "
         "--threshold asks for another.",
     ]
@@ -193,23 +205,35 @@ def _figures_of_grid(table: TrialTable, trials: GridTrials, found: Summary) -> d
 def _grid_of(table: TrialTable, given: Columns) -> tuple[Columns, GridTrials, Summary]:
     columns = Columns.of(table, given)
     trials = grid_trials(table, columns)
+    planned = is_planned(table.about)
+    rates = searched_rates(table.about, columns.lr)
+    if rates is not None:
+        on_grid = {n: trial for n, trial in trials.numbers.items() if trial.lr in rates}
+        trials, planned = replace(trials, numbers=on_grid), True
     filled = coverage(trials.numbers.values())
     if filled < FULL_ENOUGH:
         raise NoGrid(
             f"its {len(trials.numbers):,} trials fill {filled:.1%} of a grid of "
             "their learning rates, initializations and seeds"
         )
-    planned = is_planned(table.about)
     if planned is False:
         raise NoGrid(
             "its sampler chose the points by their results, so that their share says little"
         )
     classes = classes_of(table.about) or _CLASSES
-    levels = Levels.of(classes, table.about.get(_THRESHOLD, TRAINED))
+    threshold = table.about.get(_THRESHOLD) or searched_threshold(table.about) or TRAINED
+    levels = Levels.of(classes, threshold)
     found = summarize(trials.numbers.values(), math.log(classes), planned, levels)
     if found.comparisons and not any(pair.cells for pair in found.comparisons):
         raise NoGrid("its arms have no learning rate and initialization in common")
     return columns, trials, found
+
+
+def _edges_of(table: TrialTable, columns: Columns, found: Summary) -> EdgeSummary | None:
+    """Return the edges that a sweep searched, None if it searched none."""
+    if searched_rates(table.about, columns.lr) is None:
+        return None
+    return summarize_edges(grid_trials(table, columns).numbers.values(), found)
 
 
 def _caption(table: TrialTable, found: Summary, metric: str) -> str:

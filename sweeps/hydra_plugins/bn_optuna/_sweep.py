@@ -93,7 +93,11 @@ def run_sweep(
     storage = open_storage(place.url, settings.storage_patience)
     if not is_worker:
         description = {
-            "space": {**space.describe(), "custom_search_space": str(settings.custom_search_space)},
+            "space": {
+                **space.describe(),
+                **plan.describe(),
+                "custom_search_space": str(settings.custom_search_space),
+            },
             "overrides": list(space.fixed),
             "configuration": flat(_task_configuration(config), space.distributions),
         }

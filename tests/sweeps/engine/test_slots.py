@@ -113,3 +113,49 @@ class TestUpdates:
             new.append([trial.number for trial, _ in slots.take_new()])
         assert new == [[], [], [1, 2], [0], [3]]
         assert slots.is_over()
+
+
+class TestRounds:
+    """Two slots; if both have a result, 2 and 3 follow, and if 2 has one, 4."""
+
+    def slots_of(self, *content):
+        self.calls = []
+
+        def following(results):
+            self.calls.append({slot: trial and trial.number for slot, trial in results.items()})
+            complete = [slot for slot, trial in results.items() if trial is not None]
+            return [*([2, 3] if {0, 1} <= {*complete} else []), *([4] if 2 in complete else [])]
+
+        slots = Slots(2, 0, following)
+        slots.update(trials(*content))
+        return slots
+
+    def test_a_round_follows_when_all_slots_have_ended(self):
+        assert self.slots_of((0, DONE), (1, RUNNING)).open_slots() == []
+        assert self.calls == []
+        slots = self.slots_of((1, DONE), (0, DONE))
+        assert slots.open_slots() == [2, 3]
+        assert self.calls == [{0: 1, 1: 0}]
+        assert (slots.counts().total, slots.counts().settled, slots.is_over()) == (4, 2, False)
+
+    @pytest.mark.parametrize("state", [FAIL, PRUNED])
+    def test_what_has_no_result_is_passed_on_as_none(self, state):
+        slots = self.slots_of((0, DONE), (1, state))
+        assert self.calls == [{0: 0, 1: None}]
+        assert slots.is_over() and slots.counts().total == 2
+
+    def test_the_end_is_a_round_that_asks_for_nothing_new(self):
+        slots = self.slots_of(*[(slot, DONE) for slot in range(5)])
+        assert slots.is_over()
+        assert [counts.total for _, counts in slots.take_new()] == [2, 4, 4, 5, 5]
+
+    def test_a_lost_slot_that_is_repeated_holds_up_the_next_round(self):
+        """As when max_retries was 0 before: slots of the next round have trials already."""
+        again = Slots(2, 1, lambda results: [2, 3])
+        again.update(trials((0, DONE), (1, FAIL), (2, DONE), (3, WAITING)))
+        assert again.open_slots() == [1]
+        again.update(trials((0, DONE), (1, FAIL), (2, DONE), (3, WAITING), (1, DONE)))
+        assert (again.open_slots(), again.is_over()) == ([], False)
+        assert [trial.system_attrs[SLOT] for trial in again.waiting] == [3]
+        again.update(trials((0, DONE), (1, FAIL), (2, DONE), (3, DONE), (1, DONE)))
+        assert again.is_over() and again.counts().total == 4

@@ -52,6 +52,8 @@ class Sweep:
     def __init__(self, folder, storage="journal", space=GRID, sampler="GridSampler", n_trials=None,
                  seed=1, retries=1, directions=("minimize",)):  # fmt: skip
         config = {"_target_": f"optuna.samplers.{sampler}", "seed": seed}
+        if isinstance(sampler, dict):
+            config = sampler
         plan = SamplingPlan(config, space, n_trials)
         self.storage = open_storage(storage_url(storage, folder), 5)
         description = {"space": space.describe(), "overrides": list(space.fixed)}
@@ -150,6 +152,92 @@ class TestWork:
         sweep = Sweep(tmp_path, directions=both)
         sweep.work(lambda claimed: outcome_of((claimed.params["x"], 1), None, 2))
         assert sweep.trials[11].values == [3, 1]
+
+
+class TestRefinement:
+    """Rates up to 0.3 train for y = 0 and up to 5 for y = 1; both edges are halved at once."""
+
+    SPACE = parse_space(None, ["lr=0.1,1,10", "y=range(2)"])
+    SAMPLER = {
+        "_target_": "bn_lightning.sweeps.analysis.edge_search.EdgeSearch",
+        "axis": "lr",
+        "resolution": 0.25,
+    }
+    ROUNDS = [
+        *([(lr, y) for lr in (0.1, 1, 10) for y in (0, 1)]),
+        *((0.31623, 0), (3.1623, 1), (0.17783, 0), (5.6234, 1)),
+    ]
+
+    def sweep(self, folder, storage="journal", **keys):
+        return Sweep(folder, storage, self.SPACE, self.SAMPLER, **keys)
+
+    @staticmethod
+    def trains(claimed):
+        largest = (0.3, 5)[claimed.params["y"]]
+        return Outcome("COMPLETE", [1.0 if claimed.params["lr"] <= largest else 0.1])
+
+    def points(self, sweep, state="COMPLETE"):
+        return [
+            (trial.params["lr"], trial.params["y"])
+            for trial in sweep.trials
+            if trial.state.name == state
+        ]
+
+    def test_rounds(self, tmp_path):
+        sweep = self.sweep(tmp_path).work(self.trains)
+        assert self.points(sweep) == self.ROUNDS
+        assert sweep.study.refresh().total == 10
+
+    def test_it_resumes_in_any_round(self, tmp_path):
+        for _ in range(10):
+            self.sweep(tmp_path).work(self.trains, StopAfter(2))
+        assert self.points(self.sweep(tmp_path)) == self.ROUNDS
+
+    def test_a_dead_workers_trial_is_tried_again_in_its_round(self, tmp_path):
+        deaths = [4, 8, 11]  # in the grid, in the first round of halvings, in the second
+        done = self.sweep(tmp_path)
+        while not done.study.slots.is_over():
+            claimed = done.study.claim()
+            if claimed is None:
+                done.study.recover()
+            elif claimed.number in deaths:
+                kill(done, claimed.number)
+                done = self.sweep(tmp_path)
+            else:
+                done.study.finish(claimed.number, self.trains(claimed))
+        assert sorted(self.points(done)) == sorted(self.ROUNDS)
+        assert len(self.points(done, "FAIL")) == 3
+
+    def test_two_workers_share_each_round(self, tmp_path, storage):
+        both = [self.sweep(tmp_path, storage), self.sweep(tmp_path, storage)]
+        while not all(sweep.study.slots.is_over() for sweep in both):
+            for sweep, claimed in [(sweep, sweep.study.claim()) for sweep in both]:
+                if claimed is not None:
+                    sweep.study.finish(claimed.number, self.trains(claimed))
+            for sweep in both:
+                sweep.study.refresh()
+                sweep.study.recover()
+        assert self.points(both[0]) == self.ROUNDS
+
+    def test_a_round_is_one_batch(self, tmp_path):
+        sweep, sizes = self.sweep(tmp_path), []
+
+        def run(batch):
+            sizes.append(len(batch))
+            return list(map(self.trains, batch))
+
+        run_trials(sweep.study, run, StopRequest(), batch_size=66, pause=0.01)
+        assert sizes == [6, 2, 2]
+
+    def test_a_lost_trial_does_not_stop_the_others(self, tmp_path):
+        def run(claimed):
+            is_middle = claimed.params["y"] == 0 and abs(claimed.params["lr"] - 0.3162) < 0.01
+            return failed("always") if is_middle else self.trains(claimed)
+
+        sweep = self.sweep(tmp_path, retries=1).work(run)
+        rates = [lr for lr, y in self.points(sweep) if y == 0]
+        assert rates[3:] == pytest.approx([0.17783, 0.56234])
+        assert sweep.study.refresh().lost == 1
 
 
 class TestFailures:

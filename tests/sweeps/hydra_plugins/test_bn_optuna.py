@@ -31,6 +31,14 @@ def states(folder, name="demo"):
     return [trial.state.name for trial in study_in(folder, name).trials]
 
 
+def states_so_far(folder):
+    """The same of a sweep that may not have begun."""
+    try:
+        return states(folder)
+    except KeyError:  # no study yet
+        return []
+
+
 class TestASweep:
     def test_from_its_beginning_to_its_end(self, program):
         done = program.run(*GRID)
@@ -83,6 +91,30 @@ class TestASweep:
         directories = {trial.user_attrs["directory"] for trial in trials}
         assert directories == {str(program.folder / "there" / name) for name in folders}
         assert "2 of 2 trials done" in program.run(*arguments).stdout
+
+    @pytest.mark.slow
+    def test_edges_are_searched_by_two_workers_and_after_a_kill(self, program):
+        """The loss (x - 1)^2 + y reaches 5 at x = 3.24 for y = 0, and at x = 3 for y = 1."""
+        arguments = (
+            *("-m", "x=1,2,4,8", "y=0,1", "seconds=0.2", "hydra.sweeper.n_jobs=2"),
+            *("hydra/sweeper/sampler=edges", "hydra.sweeper.n_trials=null"),
+            *("hydra.sweeper.sampler.axis=x", "hydra.sweeper.sampler.resolution=0.08"),
+        )
+        threshold = "hydra.sweeper.sampler.threshold=5"
+        first = program.start(*arguments, threshold)
+        while first.poll() is None and len(states_so_far(program.folder / "sweep")) < 9:
+            time.sleep(0.1)
+        os.killpg(first.pid, signal.SIGKILL)
+        done = program.run(*arguments, threshold)
+        assert done.returncode == 0, done.stderr
+        assert "12 of 12 trials: 12 complete" in done.stdout
+        trials = study_in(program.folder / "sweep").trials
+        complete = [t.params for t in trials if t.state.name == "COMPLETE"]
+        assert sorted((p["y"], p["x"]) for p in complete) == sorted(
+            (y, x) for y in (0, 1) for x in (1, 2, 4, 8, 2.8284, 3.3636)
+        )
+        other = program.run(*arguments, "hydra.sweeper.sampler.threshold=4")
+        assert "the study has sampler.threshold=5, this command sampler.threshold=4" in other.stderr
 
     @pytest.mark.slow
     def test_fresh_makes_another_study_beside(self, program):
