@@ -15,7 +15,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from bn_lightning import load_run, run_experiment, run_sweep, train
+from bn_lightning import experiments, load_run, run_experiment, run_sweep, train
 from bn_lightning.cli.error_line import ExperimentError
 from bn_lightning.experiments import Run, Sweep
 from bn_lightning.runs.interruption import raise_interrupted
@@ -170,10 +170,19 @@ class TestSweep:
         with pytest.raises(ExperimentError, match="`number`"):
             sweep.run(4)
 
-    def test_map_and_report(self, sweep: Sweep, tmp_path: Path) -> None:
+    def test_map(self, sweep: Sweep) -> None:
         assert isinstance(sweep.figures()["accuracy"], matplotlib.figure.Figure)
-        page = sweep.report(tmp_path / "report")
-        assert page == tmp_path / "report" / "report.html" and page.is_file()
+
+    def test_report_is_of_the_sweep(
+        self, sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """The notebook's test writes one."""
+        asked: list[Any] = []
+        monkeypatch.setattr(experiments, "write_report", lambda *given: asked.append(given))
+        sweep.report()
+        sweep.report(tmp_path)
+        assert [sources for sources, _ in asked] == [[str(sweep.directory)]] * 2
+        assert [options.output for _, options in asked] == [None, tmp_path]
 
     def test_its_command_can_be_typed(self, sweep: Sweep) -> None:
         typed = sweep.table.about["command"]
