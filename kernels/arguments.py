@@ -87,7 +87,7 @@ class Forward(NamedTuple):
         activation = as_constexpr(self.activation)
         return ForwardTensors(self.x, self.residual, y, mask, self.negative_slope, activation)
 
-    def channels(self, mean: Tensor, rstd: Tensor) -> "ChannelTensors":
+    def channels(self, mean: Tensor | None, rstd: Tensor | None) -> "ChannelTensors":
         """Return the per-channel tensors."""
         return ChannelTensors(mean, rstd, self.weight, self.bias)
 
@@ -316,8 +316,8 @@ class ChannelTensors(NamedTuple):
     """The per-channel tensors of a kernel, (C,) each.
 
     Attributes:
-        mean_ptr: fp32.
-        rstd_ptr: fp32, 1 / sqrt(var + eps).
+        mean_ptr: fp32, or None where it is to be written and is not wanted.
+        rstd_ptr: fp32, 1 / sqrt(var + eps), or None together with the mean.
         weight_ptr: any float dtype, or None for ones.
         bias_ptr: any float dtype, or None for zeros.
     """

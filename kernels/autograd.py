@@ -6,9 +6,9 @@
 eager.py has a third one, which calls no op. It saves the same tensors as `BatchNormFunction`: when
 activation checkpointing re-runs a forward, it may take the other of the two.
 
-For the backward are saved: x, fp32 mean and rstd in one tensor, weight and bias, and with a
-residual what activations.py lists. In evaluation and with frozen statistics, x is saved only if the
-activation or dweight needs it.
+For the backward are saved: x, fp32 mean and rstd and the mask in one tensor, weight and bias, and
+with a residual what activations.py lists. In evaluation and with frozen statistics, x is saved only
+if the activation or dweight needs it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 from bn_lightning.kernels import reference
 from bn_lightning.kernels.activations import recomputes_z, saves_output
 from bn_lightning.kernels.arguments import Backward, BackwardNeeds, BatchNormArguments
-from bn_lightning.kernels.layout import is_channels_last
+from bn_lightning.kernels.layout import is_channels_last, mask_shape
 
 
 class SavedOptions(NamedTuple):
@@ -59,23 +59,49 @@ class SavedOptions(NamedTuple):
         )
 
 
-def rstd_begin(C: int) -> int:
-    """Return where rstd begins in saved statistics: at a multiple of 16 bytes."""
-    return -(-C // 4) * 4
+class Packing(NamedTuple):
+    """Where mean, rstd and the mask are in one fp32 tensor, because it takes less time to save one.
+
+    Each begins at a multiple of 16 bytes.
+
+    Attributes:
+        rstd: the element with which it begins.
+        mask: likewise, the mask's bytes.
+        numel: elements of the tensor.
+    """
+
+    rstd: int
+    mask: int
+    numel: int
+
+    @classmethod
+    def of(cls, C: int, mask_bytes: int) -> "Packing":
+        """Return where they are, with a mask of so many bytes, 0 if there is none."""
+        padded = (C + 3) // 4 * 4
+        return cls(padded, 2 * padded, 2 * padded + (mask_bytes + 3) // 4)
 
 
-def pack_statistics(mean: Tensor, rstd: Tensor) -> Tensor:
-    """Return mean and rstd, each (C,), in one tensor, because it takes less time to save one."""
-    C = mean.numel()
-    begin = rstd_begin(C)
-    statistics = mean.new_empty(2 * begin)
-    statistics[:C], statistics[begin : begin + C] = mean, rstd
-    return statistics
+def pack_statistics(mean: Tensor, rstd: Tensor, mask: Tensor | None) -> Tensor:
+    """Return mean and rstd, each (C,), and a mask of the derivative in one tensor."""
+    C, mask_bytes = mean.numel(), 0 if mask is None else mask.numel()
+    packing = Packing.of(C, mask_bytes)
+    packed = mean.new_empty(packing.numel)
+    packed[:C], packed[packing.rstd : packing.rstd + C] = mean, rstd
+    if mask is not None:
+        packed[packing.mask :].view(torch.uint8)[:mask_bytes] = mask.flatten()
+    return packed
 
 
-def _unpack_statistics(statistics: Tensor, C: int) -> tuple[Tensor, Tensor]:
-    begin = rstd_begin(C)
-    return statistics[:C], statistics[begin : begin + C]
+def _unpack_statistics(
+    packed: Tensor, shape: torch.Size, channels_last: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the mask or None, mean and rstd, of an x of such a shape and layout."""
+    C, (rows, row_bytes) = shape[1], mask_shape(shape, channels_last)
+    packing = Packing.of(C, rows * row_bytes)
+    mask = None
+    if packed.numel() > packing.mask:
+        mask = packed[packing.mask :].view(torch.uint8)[: rows * row_bytes].view(rows, row_bytes)
+    return mask, packed[:C], packed[packing.rstd : packing.rstd + C]
 
 
 class SavedTensors(NamedTuple):
@@ -124,7 +150,8 @@ def compute_gradients(
         dy: gradient of y.
         run: takes the arguments of the op `batch_norm_backward` and returns its results; it is not
             called for a gradient that will be differentiated.
-        saved: the saved tensors, if they were unpacked before.
+        saved: the saved tensors, if they were unpacked before: x, residual and y, each or None,
+            what `pack_statistics` returned, weight and bias, each or None.
     """
     if dy is None:
         return (None, None, None, None)
@@ -137,12 +164,10 @@ def compute_gradients(
     if any(flags):
         if torch.is_grad_enabled():
             run = BatchNormBackwardFunction.apply
-        x, residual, y, mask, *statistics, weight, bias = (
-            ctx.saved_tensors if saved is None else saved
-        )
+        x, residual, y, *statistics, weight, bias = ctx.saved_tensors if saved is None else saved
         if len(statistics) == 1:
-            statistics = _unpack_statistics(statistics[0], dy.shape[1])
-        tensors = (dy, x, residual, y, mask, *statistics, weight, bias)
+            statistics = _unpack_statistics(statistics[0], dy.shape, options.channels_last)
+        tensors = (dy, x, residual, y, *statistics, weight, bias)
         *settings, weight_dtype, bias_dtype = options
         dx, dweight, dbias, written = run(*tensors, *settings, *flags)
         dresidual = dy if is_identity else written
@@ -169,14 +194,14 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, rstd, mask)
         ctx.set_materialize_grads(False)
         saves = SavedTensors.of(a, ctx.needs_input_grad[:4])
+        given = mask if writes_mask else None
         # A compiler would copy them.
         is_traced = type(a.x) not in (Tensor, torch.nn.Parameter)
         ctx.save_for_backward(
             a.x if saves.x else None,
             a.residual if saves.residual else None,
             y if saves.y else None,
-            mask if writes_mask else None,
-            *((mean, rstd) if is_traced else (pack_statistics(mean, rstd),)),
+            *((given, mean, rstd) if is_traced else (pack_statistics(mean, rstd, given),)),
             a.weight,
             a.bias if saves.bias else None,
         )

@@ -13,6 +13,7 @@ Everything else goes to the ops of ops.py, and so does the backward of a backwar
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,14 +26,14 @@ from torch.nn import Parameter
 from bn_lightning.kernels.activations import saves_mask
 from bn_lightning.kernels.arguments import BatchNormArguments, Forward, RunningStatistics
 from bn_lightning.kernels.autograd import (
+    Packing,
     SavedOptions,
     SavedTensors,
     compute_gradients,
     pack_statistics,
-    rstd_begin,
     unpack_backward,
 )
-from bn_lightning.kernels.launch_plan import LaunchPlan, make_plan, recorded
+from bn_lightning.kernels.launch_plan import LaunchPlan, make_plan, picker, recorded
 from bn_lightning.kernels.layout import as_layout, mask_shape
 from bn_lightning.kernels.schedule import forced
 
@@ -62,6 +63,7 @@ _MISALIGNED = 15
 # Names of this module are found in less time than attributes.
 _grad_mode = torch.is_grad_enabled
 _empty_like = torch.empty_like
+_data_ptr = Tensor.data_ptr
 
 
 def make_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -83,6 +85,13 @@ def misalignment_of(addresses: Sequence[int]) -> tuple[int, ...] | None:
     if not functools.reduce(operator.or_, addresses) & _MISALIGNED:
         return None
     return tuple([address & _MISALIGNED for address in addresses])
+
+
+def make_room(cache: dict[Any, Any], most: int) -> None:
+    """Remove from a cache with `most` entries or more what came first."""
+    while len(cache) >= most:
+        # Another thread may have removed it.
+        cache.pop(next(iter(cache)), None)
 
 
 class _PlannedBackward(NamedTuple):
@@ -109,28 +118,48 @@ class Plan:
     Attributes:
         forward: how to repeat the launches of the forward; None if only Triton itself can.
         backwards: the same for the backward, for each choice of the gradients that are needed.
+        saved: which of x, residual, y, the packed statistics, weight and bias are saved.
     """
 
     def __init__(self, a: BatchNormArguments, is_native: bool = False) -> None:
-        tensors = [t for t in a[:7] if t is not None]
+        given = [place for place, t in enumerate(a[:7]) if t is not None]
+        self.pick_given = picker(given)
+        absent = [place for place in range(7) if place not in given]
+        self.pick_absent, self.nones = picker(absent), (None,) * len(absent)
+        tensors = self.pick_given(a)
         self.is_alike = make_guard(tensors)
-        self.misalignment = misalignment_of([t.data_ptr() for t in tensors])
+        self.misalignment = misalignment_of([*map(_data_ptr, tensors)])
         self.is_native = is_native
         self.options = SavedOptions.of(a)
         self.needs_gradient = _grad_mode() and any(t.requires_grad for t in a.inputs)
-        self.saved = SavedTensors.of(a, tuple(t is not None and t.requires_grad for t in a[:4]))
+        saves = SavedTensors.of(a, tuple(t is not None and t.requires_grad for t in a[:4]))
+        kept = (
+            saves.x,
+            saves.residual,
+            saves.y,
+            True,
+            a.weight is not None,
+            saves.bias and a.bias is not None,
+        )
+        self.saved = [place for place, is_saved in enumerate(kept) if is_saved]
+        self.pick_saved = picker(self.saved)
         has_residual = a.residual is not None
         self.writes_mask = self.needs_gradient and saves_mask(a.activation, has_residual)
         # The last of the tensors are updated in place.
         self.updates = len([t for t in a[4:7] if t is not None]) if a.training else 0
         self.is_identity = a.activation == "identity"
         self.C = a.x.shape[1]
-        self.rstd_offset = 4 * rstd_begin(self.C)  # bytes
-        self.statistics_numel = 2 * rstd_begin(self.C)
-        self.mask_shape = mask_shape(a.x.shape, self.options.channels_last)
+        mask_bytes = math.prod(mask_shape(a.x.shape, self.options.channels_last))
+        packing = Packing.of(self.C, mask_bytes if self.writes_mask else 0)
+        self.packed_numel = packing.numel
+        # In bytes.
+        self.rstd_offset, self.mask_offset = 4 * packing.rstd, 4 * packing.mask
+        # Those of the gradients, where they are not fp32.
+        *_, weight_dtype, bias_dtype = self.options
+        self.weight_dtype = None if weight_dtype is torch.float32 else weight_dtype
+        self.bias_dtype = None if bias_dtype is torch.float32 else bias_dtype
         # Of torch's functions, `new_empty` makes a tensor in the least time.
         self.new_floats = a.x.new_empty(0, dtype=torch.float32).new_empty
-        self.new_bytes = a.x.new_empty(0, dtype=torch.uint8).new_empty
         self.is_recorded = False
         self.forward: LaunchPlan | None = None
         self.backwards: dict[tuple[bool, ...], _PlannedBackward] = {}
@@ -143,8 +172,8 @@ _plans: dict[tuple[Any, ...], list[Plan]] = {}
 
 
 def _key(fields: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
-    """Return what is hashed of a call; the guard of a plan compares the rest."""
-    return (backend, forced(), _grad_mode(), fields[0].shape, *fields[7:], *map(type, fields[:7]))
+    """Return what is hashed of a call; a plan compares the rest."""
+    return (backend, forced(), _grad_mode(), fields[0].shape, fields[7:])
 
 
 def run_known(fields: tuple[Any, ...], backend: str, *, recomputes: bool = False) -> Any:
@@ -168,10 +197,10 @@ def run_known(fields: tuple[Any, ...], backend: str, *, recomputes: bool = False
         or (fields[7] and not recomputes and _current_graph_task_id() != -1)
     ):
         return None
-    tensors = [t for t in fields[:7] if t is not None]
     for plan in plans:
-        if plan.is_alike(*tensors):
-            addresses = tuple([t.data_ptr() for t in tensors])
+        tensors = plan.pick_given(fields)
+        if plan.is_alike(*tensors) and plan.pick_absent(fields) == plan.nones:
+            addresses = tuple(map(_data_ptr, tensors))
             if misalignment_of(addresses) == plan.misalignment:
                 return NATIVE if plan.is_native else run_plan(plan, fields, tensors, addresses)
     return None
@@ -190,9 +219,9 @@ def keep_plan(a: BatchNormArguments, backend: str, is_native: bool) -> Plan | No
     plan = Plan(a, is_native)
     if len({t.data_ptr() for t in tensors}) == len(tensors):
         key = _key(a, backend)
-        # Another thread may have taken away what was there.
-        while len(_plans) >= MAX_SHAPES and key not in _plans:
-            _plans.pop(next(iter(_plans)), None)
+        # Another thread may take away what is there.
+        if key not in _plans:
+            make_room(_plans, MAX_SHAPES)
         _plans[key] = [plan, *_plans.get(key, ())][:MAX_PLANS_PER_SHAPE]
     return plan
 
@@ -210,7 +239,7 @@ def _is_watched() -> bool:
 
 
 def run_plan(
-    plan: Plan, fields: tuple[Any, ...], tensors: list[Tensor], addresses: tuple[int, ...]
+    plan: Plan, fields: tuple[Any, ...], tensors: tuple[Tensor, ...], addresses: tuple[int, ...]
 ) -> Tensor:
     """Run a call.
 
@@ -221,7 +250,7 @@ def run_plan(
         addresses: of the tensors.
     """
     if plan.needs_gradient:
-        return _apply(*fields[:4], plan, fields, tensors, addresses)
+        return _apply(*fields[:4], (plan, fields, tensors, addresses))
     launches = plan.forward
     if launches is None or launches.is_observed():
         return _launch_forward(plan, fields)[0]
@@ -232,9 +261,7 @@ def run_plan(
     return y
 
 
-def _launch_forward(
-    plan: Plan, fields: tuple[Any, ...]
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def _launch_forward(plan: Plan, fields: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, Any, Any]:
     """Return y, the mask, mean and rstd by launches of Triton itself, and record them once."""
     from bn_lightning.kernels.launch import run_forward
 
@@ -245,15 +272,13 @@ def _launch_forward(
         a.x, a.residual, a.weight, a.bias, a.activation, a.negative_slope, plan.writes_mask
     )
     with recorded() as recording:
-        results = run_forward(call, running, a.eps, training=a.training)
+        results = run_forward(
+            call, running, a.eps, training=a.training, keeps_statistics=plan.needs_gradient
+        )
     if not plan.is_recorded:
         plan.is_recorded = True
         plan.forward = make_plan(recording, a[:7], results[: 4 if plan.needs_gradient else 1])
     return results
-
-
-# Of the arguments of `_EagerBatchNorm` after the bias.
-_NO_GRADIENTS = (None, None, None, None)
 
 
 class _EagerBatchNorm(torch.autograd.Function):
@@ -261,34 +286,23 @@ class _EagerBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, residual, weight, bias, plan, fields, tensors, addresses = arguments
-        mask: Tensor | None = None
+        x, residual, weight, bias, (plan, fields, tensors, addresses) = arguments
         launches = plan.forward
         if launches is None or launches.is_observed():
-            y, mask, *both = _launch_forward(plan, fields)
-            statistics = pack_statistics(*both)
+            y, mask, mean, rstd = _launch_forward(plan, fields)
+            packed = pack_statistics(mean, rstd, mask)
         else:
             y = _empty_like(x)
-            statistics = plan.new_floats(plan.statistics_numel)
-            mean = statistics.data_ptr()
-            results: tuple[int, ...] = (mean, mean + plan.rstd_offset)
+            packed = plan.new_floats(plan.packed_numel)
+            begin = packed.data_ptr()
+            results: tuple[int, ...] = (begin, begin + plan.rstd_offset)
             if plan.writes_mask:
-                mask = plan.new_bytes(plan.mask_shape)
-                results = (mask.data_ptr(), *results)
+                results = (begin + plan.mask_offset, *results)
             launches.launch((*addresses, y.data_ptr(), *results))
             if plan.updates:
                 _increment_version(tensors[-plan.updates :])
-        saves_x, saves_residual, saves_y, saves_bias = plan.saved
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x if saves_x else None,
-            residual if saves_residual else None,
-            y if saves_y else None,
-            mask,
-            statistics,
-            weight,
-            bias if saves_bias else None,
-        )
+        ctx.save_for_backward(*plan.pick_saved((x, residual, y, packed, weight, bias)))
         ctx.plan = plan
         return y
 
@@ -302,31 +316,38 @@ class _EagerBatchNorm(torch.autograd.Function):
             or _is_watched()
         ):
             op = torch.ops.bn_lightning.batch_norm_backward
-            return (*compute_gradients(plan.options, ctx, dy, op), *_NO_GRADIENTS)
-        needs, saved = ctx.needs_input_grad[:4], ctx.saved_tensors
-        tensors = [dy, *[t for t in saved if t is not None]]
+            saved = _spread(plan, ctx.saved_tensors)
+            return (*compute_gradients(plan.options, ctx, dy, op, saved), None)
+        needs, tensors = ctx.needs_input_grad[:4], [dy, *ctx.saved_tensors]
         planned = plan.backwards.get(needs)
         if planned is not None and not planned.launches.is_observed():
             is_alike = planned.is_alike(*tensors)
             if not is_alike:
                 tensors[0] = as_layout(dy, plan.options.channels_last)
                 is_alike = planned.is_alike(*tensors)
-            addresses = [t.data_ptr() for t in tensors]
+            addresses = [*map(_data_ptr, tensors)]
             if is_alike and misalignment_of(addresses) == planned.misalignment:
                 dx, dresidual, dweight, dbias = _repeat_backward(
                     plan, planned.launches, needs, tensors[0], addresses
                 )
                 if needs[1] and plan.is_identity:
                     dresidual = dy
-                return dx, dresidual, dweight, dbias, *_NO_GRADIENTS
+                return dx, dresidual, dweight, dbias, None
         run: Any = torch.ops.bn_lightning.batch_norm_backward
         if not is_observed() and all(map(has_memory, tensors)):
             run = functools.partial(_launch_backward, plan, needs, tensors[1:])
-        return (*compute_gradients(plan.options, ctx, dy, run, saved), *_NO_GRADIENTS)
+        saved = _spread(plan, tensors[1:])
+        return (*compute_gradients(plan.options, ctx, dy, run, saved), None)
 
 
 # What `Function.apply` calls after a look for functorch transforms, which takes most of its time.
 _apply = super(torch.autograd.Function, _EagerBatchNorm).apply
+
+
+def _spread(plan: Plan, saved: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return x, residual, y, the packed statistics, weight and bias, None for what is not saved."""
+    found = dict(zip(plan.saved, saved, strict=True))
+    return [found.get(place) for place in range(6)]
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -380,12 +401,11 @@ def _repeat_backward(
         dweight, dbias = plan.new_floats(plan.C), plan.new_floats(plan.C)
         addresses += (dweight.data_ptr(), dbias.data_ptr())
     launches.launch(tuple(addresses))
-    *_, weight_dtype, bias_dtype = plan.options
     dweight = dweight if needs_dweight else None
     dbias = dbias if needs_dbias else None
     # `to` takes its time even if it changes nothing.
-    if dweight is not None and weight_dtype is not torch.float32:
-        dweight = dweight.to(weight_dtype)
-    if dbias is not None and bias_dtype is not torch.float32:
-        dbias = dbias.to(bias_dtype)
+    if dweight is not None and plan.weight_dtype is not None:
+        dweight = dweight.to(plan.weight_dtype)
+    if dbias is not None and plan.bias_dtype is not None:
+        dbias = dbias.to(plan.bias_dtype)
     return dx, dresidual, dweight, dbias

@@ -4,6 +4,8 @@ Evaluation reduces no statistics, so its forward is the elementwise pass in ever
 its backward if weight and bias need no gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,13 @@ from bn_lightning.kernels.stats import compute_partials, finish_statistics
 
 
 def run_forward(
-    call: Forward, running: RunningStatistics, eps: float, *, training: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    call: Forward,
+    running: RunningStatistics,
+    eps: float,
+    *,
+    training: bool,
+    keeps_statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Any, Any]:
     """Run a forward.
 
     Args:
@@ -37,9 +44,11 @@ def run_forward(
         running: read in evaluation, updated in place in training.
         eps: added to the biased variance, > 0.
         training: normalize by the statistics of the batch, else by the running ones.
+        keeps_statistics: whether a backward follows, which reads mean and rstd.
 
     Returns:
-        y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
+        y, the mask of the derivative or None, and mean and rstd, each (C,) fp32. In evaluation the
+        last two are None without `keeps_statistics`.
 
     Raises:
         ValueError: an `x` on a device that the kernels cannot read.
@@ -54,6 +63,8 @@ def run_forward(
         call.x, channels_last, writes_mask=call.writes_mask, cumulative=cumulative
     )
     mask: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor | None
     with torch.cuda.device_of(call.x):
         if not training:
             if dense.mean is None or dense.var is None:
@@ -61,7 +72,9 @@ def run_forward(
                     "expected `running_mean` and `running_var` to be tensors in evaluation, got "
                     "None for at least one; pass both, or training=True"
                 )
-            y, mask, mean, rstd = launch_evaluation(call, dense, eps, schedule)
+            y, mask, mean, rstd = launch_evaluation(
+                call, dense, eps, schedule, keeps_statistics=keeps_statistics
+            )
         elif schedule.regime is Regime.SINGLE_LAUNCH:
             y, mask, mean, rstd = forward_single_launch(call, dense, eps, schedule)
         elif schedule.regime is Regime.PERSISTENT:

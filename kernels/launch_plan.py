@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -105,7 +105,8 @@ class LaunchPlan:
         is_observed: returns whether to launch by Triton itself, because someone wants to see it.
         scratch_bytes: size of the scratch memory.
         makers: of the tensors that are made anew.
-        offsets: (place among the addresses before, bytes from there).
+        bases: picks from the addresses those before the ones at an offset.
+        offsets: bytes from there.
         constants: the arguments of all launches that are not addresses.
         steps: for each launch `start`, `before` and `after` of its `BoundLaunch`, and what picks
             its values from addresses and constants.
@@ -118,7 +119,8 @@ class LaunchPlan:
     is_observed: Callable[[], bool]
     scratch_bytes: int
     makers: tuple[Callable[[], Tensor], ...]
-    offsets: tuple[tuple[int, int], ...]
+    bases: Callable[[tuple[int, ...]], tuple[int, ...]]
+    offsets: tuple[int, ...]
     constants: tuple[Any, ...]
     steps: tuple[tuple[Any, ...], ...]
 
@@ -140,7 +142,7 @@ class LaunchPlan:
             scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
             addresses = (*addresses, scratch.data_ptr())
         if self.offsets:
-            addresses = (*addresses, *[addresses[place] + more for place, more in self.offsets])
+            addresses += tuple(map(operator.add, self.bases(addresses), self.offsets))
         values = addresses + self.constants
         stream = self.stream(self.index)
         for start, before, after, pick in self.steps:
@@ -214,8 +216,7 @@ def make_plan(
             else:
                 picked.append(len(index) + len(constants))
                 constants.append(leaf)
-        pick = operator.itemgetter(*picked)
-        steps.append((launch.start, launch.before, launch.after, pick))
+        steps.append((launch.start, launch.before, launch.after, picker(picked)))
     return LaunchPlan(
         device=tensors[0].device,
         index=launches[0].device,
@@ -224,10 +225,19 @@ def make_plan(
         is_observed=launch_is_observed,
         scratch_bytes=scratch_bytes,
         makers=tuple(make for _, make in recording.made_anew),
-        offsets=tuple(offsets),
+        bases=picker([place for place, _ in offsets]),
+        offsets=tuple(more for _, more in offsets),
         constants=tuple(constants),
         steps=tuple(steps),
     )
+
+
+def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return what picks the items at these places."""
+    if len(places) < 2:
+        # `itemgetter` would return the item itself.
+        return lambda items: tuple([items[place] for place in places])
+    return operator.itemgetter(*places)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -40,7 +40,7 @@ from bn_lightning.kernels.walk import Tiling
 @triton.jit
 def _bn_forward_normalize_kernel(
     tensors: ForwardTensors,
-    channels: ChannelTensors,  # mean and rstd are written if there are running statistics
+    channels: ChannelTensors,  # with running statistics mean and rstd are written, or None
     running: RunningStatistics,  # pointers in evaluation, None in training
     eps: tl.tensor,
     tiles_per_split: tl.tensor,
@@ -54,9 +54,10 @@ def _bn_forward_normalize_kernel(
     if running.mean is not None:
         mean, rstd = load_running_statistics(running, owner, mask, eps)
         values = make_channels(mean, rstd, channels, owner, mask)
-        # Once for each channel.
-        tl.store(channels.mean_ptr + owner, mean, mask=is_first & (split == 0))
-        tl.store(channels.rstd_ptr + owner, rstd, mask=is_first & (split == 0))
+        if channels.mean_ptr is not None:
+            # Once for each channel.
+            tl.store(channels.mean_ptr + owner, mean, mask=is_first & (split == 0))
+            tl.store(channels.rstd_ptr + owner, rstd, mask=is_first & (split == 0))
     else:
         values = load_channels(channels, owner, mask)
     walk_normalize(tensors, values, block, first, end, tiling)
@@ -99,23 +100,27 @@ def launch_normalize(
 
 
 def launch_evaluation(
-    call: Forward, running: RunningStatistics, eps: float, schedule: Schedule
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    call: Forward,
+    running: RunningStatistics,
+    eps: float,
+    schedule: Schedule,
+    *,
+    keeps_statistics: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Normalize by the running statistics, in one launch.
-
-    It also writes mean and rstd, for the backward, because a later training step changes the
-    running statistics in place.
 
     Args:
         call: the tensors and the activation.
         running: mean and var are read.
         eps: added to the variance, >= 0.
         schedule: for the shape and layout of x.
+        keeps_statistics: also write mean and rstd, for a backward, because a later training step
+            changes the running statistics in place.
 
     Returns:
-        y, the mask of the derivative or None, and mean and rstd, each (C,) fp32.
+        y, the mask of the derivative or None, and mean and rstd, each (C,) fp32 or None.
     """
-    mean_C, rstd_C = new_statistics(call.x)
+    mean_C, rstd_C = new_statistics(call.x) if keeps_statistics else (None, None)
     read = RunningStatistics(running.mean, running.var, None, None)
     y, mask = _launch(call, call.channels(mean_C, rstd_C), read, eps, schedule)
     return y, mask, mean_C, rstd_C

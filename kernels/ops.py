@@ -153,7 +153,7 @@ def _batch_norm(a: BatchNormArguments, backend: str) -> Tensor:
     check_like_aten(a.x, *a[2:6], a.training, a.eps)
     plan = keep_plan(a, backend, is_native=False) if is_eager else None
     if plan is not None:
-        tensors = [t for t in a[:7] if t is not None]
+        tensors = plan.pick_given(a)
         return run_plan(plan, a, tensors, tuple([t.data_ptr() for t in tensors]))
     if a.running_mean is None:
         a = a._replace(momentum=a.momentum or 0.0)

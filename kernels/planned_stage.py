@@ -10,7 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bn_lightning.kernels.eager import TensorGuards, has_memory, make_guard, misalignment_of
+from bn_lightning.kernels.eager import (
+    TensorGuards,
+    has_memory,
+    make_guard,
+    make_room,
+    misalignment_of,
+)
 from bn_lightning.kernels.launch_plan import LaunchPlan, make_plan, recorded
 from bn_lightning.kernels.schedule import forced
 
@@ -76,9 +82,7 @@ def run_stage(
     if plain and len(set(addresses)) == len(addresses):
         launches = make_plan(recording, given, results)
         if launches is not None:
-            while len(_stages) >= MAX_STAGES:
-                # The one that came first. Another thread may have removed it.
-                _stages.pop(next(iter(_stages)), None)
+            make_room(_stages, MAX_STAGES)
             made = [None if r is None else (r.shape, r.stride(), r.dtype) for r in results]
             _stages[key] = _Stage(make_guard(given), misalignment_of(addresses), launches, made)
     return results

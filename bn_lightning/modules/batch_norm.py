@@ -127,7 +127,7 @@ class _BackendMixin(_BatchNorm):
         """
         if isinstance(input, fx.Proxy):
             tracer: Any = input.tracer
-            options = {
+            options: dict[str, Any] = {
                 "residual": residual,
                 "activation": activation,
                 "negative_slope": negative_slope,
@@ -168,6 +168,9 @@ class _BackendMixin(_BatchNorm):
         }
         if self.deferral is not None and residual is None and options["activation"] == "identity":
             return self.deferral(self._batch_norm, input, state, options)
+        if type(self)._batch_norm is _BackendMixin._batch_norm:
+            # The method in between would take its time.
+            return batch_norm(input, *state, **options)
         return self._batch_norm(input, *state, **options)
 
     def _batch_norm(self, input: Tensor, *state: Tensor | None, **options: Any) -> Tensor:
