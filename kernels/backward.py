@@ -22,12 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bn_lightning.kernels.arguments import Backward, BackwardNeeds, BackwardTensors, ChannelTensors
+from bn_lightning.kernels.element import derivative_is_finite
 from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.stats import locate_splits
 from bn_lightning.kernels.tile import (
     ChannelValues,
     Tile,
+    clear_outside,
     find_place,
     load_channels,
     load_gradient,
@@ -70,25 +72,34 @@ def walk_sums(
 
     Without TRAINING, dx does not depend on the sums: it and dresidual are written here, if wanted.
     """
-    # A power of two near rstd keeps the products in range and, unlike rstd, rounds none of them.
-    exponent = channels.rstd.to(tl.int32, bitcast=True) & 0x7F800000
-    exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
-    unit = exponent.to(tl.float32, bitcast=True)
+    # A power of two near rstd as the unit of x - mean keeps the products in range and, unlike rstd,
+    # rounds none of them. Its product with the mean stays below 2^127.
+    exponent = channels.rstd.to(tl.int32, bitcast=True) >> 23
+    mean_exponent = (channels.mean.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.maximum(tl.minimum(tl.minimum(exponent, 253), 380 - mean_exponent), 1)
+    unit = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    shift = channels.mean * -unit
+    scaled = ChannelValues(channels.mean, channels.rstd, channels.scale * inverse, channels.shift)
     dweight = tl.zeros((tiling.BLOCK_R, tiling.BLOCK_P), dtype=tl.float32)
     dbias = dweight
     place = find_place(first, tiling)
     for _ in tl.range(first, end, num_stages=tiling.STAGES):
         tile = locate_tile(place, block, tiling)
         x = load_tile(tensors.x_ptr, tile, "")
-        g = load_gradient(x, channels, tensors, tile, "")
-        # Outside the tensor x is 0 but x_hat is not, so g must be 0 there for both sums.
-        g = tl.where(tile.inside, g, 0.0)
+        deviation = tl.fma(x, unit[None, :], shift[None, :])
+        g = load_gradient(deviation, scaled, tensors, tile, "")
+        if not derivative_is_finite(tensors.ACTIVATION):
+            # Outside the tensor dy is 0 but x_hat is not, so g must be 0 for both sums.
+            g = clear_outside(g, tensors.dy_ptr, tile)
         if not tensors.TRAINING:
-            store_gradients(g, x, channels, Sums(channels.mean, channels.mean), tensors, tile)
-        dweight = tl.fma(g, (x - channels.mean[None, :]) * unit[None, :], dweight)
+            store_gradients(
+                g, deviation, channels, Sums(channels.mean, channels.mean), tensors, tile
+            )
+        dweight = tl.fma(g, deviation, dweight)
         dbias += g
         place = next_place(place, tiling)
-    rest = channels.rstd / unit
+    rest = channels.rstd * inverse
     if tiling.CHANNELS == 1:
         dweight_C = sum_channels(dweight, tiling) * rest
     else:
@@ -128,7 +139,7 @@ def sum_partials(
 @triton.jit
 def store_gradients(
     g: tl.tensor,  # fp32
-    x: tl.tensor,  # fp32, used in training only
+    deviation: tl.tensor,  # fp32, x - mean, used in training only
     channels: ChannelValues,
     sums: Sums,  # of each position's channel, used in training only
     tensors: BackwardTensors,
@@ -145,7 +156,7 @@ def store_gradients(
         if tensors.TRAINING:
             slope = sums.dweight * tensors.inverse_count * channels.rstd
             shift = sums.dbias * tensors.inverse_count
-            dx = tl.fma(channels.mean[None, :] - x, slope[None, :], g - shift[None, :])
+            dx = tl.fma(deviation, -slope[None, :], g - shift[None, :])
         store_tile(tensors.dx_ptr, tile, dx * channels.scale[None, :])
 
 
@@ -217,11 +228,11 @@ def walk_gradients(
     for _ in range(first, end):
         tile = locate_tile(place, block, tiling)
         if tensors.x_ptr is not None:
-            x = load_tile(tensors.x_ptr, tile, "evict_first")
+            deviation = load_tile(tensors.x_ptr, tile, "evict_first") - channels.mean[None, :]
         else:
-            x = tl.zeros((tiling.BLOCK_R, tiling.BLOCK_P), dtype=tl.float32)
-        g = load_gradient(x, channels, tensors, tile, "evict_first")
-        store_gradients(g, x, channels, sums, tensors, tile)
+            deviation = tl.zeros((tiling.BLOCK_R, tiling.BLOCK_P), dtype=tl.float32)
+        g = load_gradient(deviation, channels, tensors, tile, "evict_first")
+        store_gradients(g, deviation, channels, sums, tensors, tile)
         place = previous_place(place, tiling)
 
 

@@ -126,6 +126,17 @@ def multiply_derivative(
 
 
 @triton.jit
+def derivative_is_finite(ACTIVATION: tl.constexpr) -> tl.constexpr:
+    """Return whether act'(z) is one of two constants, so that 0 * act'(z) is 0 even for NaN."""
+    return (
+        ACTIVATION == "identity"
+        or ACTIVATION == "relu"
+        or ACTIVATION == "relu6"
+        or ACTIVATION == "leaky_relu"
+    )
+
+
+@triton.jit
 def multiply_derivative_of_output(
     dy: tl.tensor, y: tl.tensor, ACTIVATION: tl.constexpr
 ) -> tl.tensor:

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -27,10 +29,19 @@ def _are_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def as_layout(value: Tensor, channels_last: bool) -> Tensor:
-    """Return `value` in channels-last or contiguous memory, copied if it is in another layout."""
+    """Return `value` in channels-last or contiguous memory, copied if it is in another layout.
+
+    Also copied is a bf16 tensor at an address that is no multiple of 4, because the kernels load
+    pairs.
+    """
     if not channels_last:
-        return value.contiguous()
-    return value.movedim(1, -1).contiguous().movedim(-1, 1)
+        dense = value.contiguous()
+    else:
+        dense = value.movedim(1, -1).contiguous().movedim(-1, 1)
+    is_plain = type(dense) is Tensor or type(dense) is Parameter
+    if dense.dtype is torch.bfloat16 and is_plain and dense.data_ptr() % 4:
+        dense = dense.clone()
+    return dense
 
 
 def mask_rows(shape: Sequence[int], channels_last: bool) -> tuple[int, int]:

@@ -34,6 +34,8 @@ REDUCTION_BYTES = 8192
 MAX_THREADS = 256
 # One cache line: narrower rows waste bandwidth, wider ones leave fewer programs across C.
 ROW_BYTES = 128
+# What a thread can have, whatever there is for it.
+MOST_REGISTERS = 255
 # The most positions of a tile in which channels differ: each position's values are in registers.
 MOST_COLUMNS = 1024
 # The most elements that sum positions to channels, once for each split.
@@ -263,11 +265,17 @@ def _reduction(s: Shape, regime: Regime, device: Device, *, writes_mask: bool = 
     if regime is Regime.SINGLE_LAUNCH and s.numel * s.itemsize > SINGLE_LAUNCH_BYTES:
         most = max(1, _most_channels(s, device))
     group, block_p = _group(s, most, writes_mask) if s.L > 1 else (s.C, 1)
+    threads = MAX_THREADS
     if group > 1 and (regime is not Regime.TWO_PASS or s.L == 1):
-        # The values of each position's channel are in registers, too.
-        elements //= 2
+        # The values of each position's channel are in registers, too. Half the threads have twice
+        # the registers, and issue half of what is issued once for a tile.
+        threads //= 2
     if s.L == 1:
-        block_p = min(next_power_of_2(s.C), max(1, ROW_BYTES // s.itemsize))
+        line = max(1, ROW_BYTES // s.itemsize)
+        block_p = min(next_power_of_2(s.C), line)
+        if s.C > line > 1 and -s.C % line - (-s.C % (line // 2)) > MAX_PADDING * s.C:
+            # Less padding. Half a line is what DRAM moves at once.
+            block_p //= 2
         if regime is Regime.SINGLE_LAUNCH and s.N * block_p < elements:
             # Several channels for each program, as many as fit a tile, if enough programs are left.
             room = elements // next_power_of_2(s.N)
@@ -279,9 +287,10 @@ def _reduction(s: Shape, regime: Regime, device: Device, *, writes_mask: bool = 
         s = s._replace(N=1, L=s.N * s.L)
         block_p = _columns(s.L, elements)
     walk = _walk(s, device, elements, samples=1, span=group * s.L, group=group, block_p=block_p)
+    walk = replace(walk, num_warps=max(1, walk.num_warps * threads // MAX_THREADS))
     # Without the limit ptxas saves registers for programs that do not exist, and spills some.
-    limit = device.registers // (PROGRAMS_AT_WORK * MAX_THREADS) or None
-    return replace(walk, max_registers=limit)
+    limit = device.registers // (PROGRAMS_AT_WORK * threads) or None
+    return replace(walk, max_registers=limit and min(limit, MOST_REGISTERS))
 
 
 def _elementwise(s: Shape, device: Device, *, has_mask: bool) -> Walk:

@@ -34,6 +34,7 @@ from bn_lightning.kernels.arguments import (
 from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.tile import (
+    clear_outside,
     count_values,
     find_place,
     load_tile,
@@ -127,7 +128,7 @@ def _sum_powers(
         tile = locate_tile(place, block, tiling)
         x = load_tile(x_ptr, tile, "")
         # Rounded once, because the scale is a power of two.
-        d = tl.where(tile.inside, tl.fma(x, scale, shift), 0.0)
+        d = clear_outside(tl.fma(x, scale, shift), x_ptr, tile)
         sums += d
         squares = tl.fma(d, d, squares)
         place = next_place(place, tiling)

@@ -46,22 +46,34 @@ class Place(NamedTuple):
     column: tl.tensor
 
 
+class Units(NamedTuple):
+    """Runs of neighbours in a tile, (BLOCK_R, BLOCK_P / width), all inside the tensor or none.
+
+    Attributes:
+        start: of the tile from the start of the tensor, in runs.
+        offsets: of the runs from there.
+        inside: whether each is part of the tensor.
+    """
+
+    start: tl.tensor
+    offsets: tl.tensor
+    inside: tl.tensor
+
+
 class Tile(NamedTuple):
     """The elements of a tile, (BLOCK_R, BLOCK_P).
 
     Attributes:
-        start: from the start of the tensor.
-        offsets: of the elements, from `start`.
-        inside: whether each element is part of the tensor.
+        elements: each alone.
+        pairs: two neighbours each, or one if ALIGN is 1.
         bytes: the offsets in the mask of the bytes with the bits of MASK_WIDTH neighbours each,
             (BLOCK_R, BLOCK_P / MASK_WIDTH).
         bits: of each byte the bit of the first of them, (1, BLOCK_P / MASK_WIDTH).
         bytes_inside: whether each first neighbour is part of the tensor.
     """
 
-    start: tl.tensor
-    offsets: tl.tensor
-    inside: tl.tensor
+    elements: Units
+    pairs: Units
     bytes: tl.tensor
     bits: tl.tensor
     bytes_inside: tl.tensor
@@ -90,14 +102,17 @@ def _count_blocks(size: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _lengths(tiling: Tiling) -> tuple[tl.tensor, tl.tensor]:
-    """Return the positions of a row and of a block, as multiples of ALIGN for the compiler."""
+def _lengths(tiling: Tiling, WIDTH: tl.constexpr = 1) -> tuple[tl.tensor, tl.tensor]:
+    """Return the positions of a row and of a block, as multiples of ALIGN for the compiler.
+
+    They are in units of WIDTH, which divides ALIGN.
+    """
     P, span = tiling.P, tiling.span
     if tiling.WIDE:
         # Before the multiplication.
         P = tl.cast(P, tl.int64)
         span = tl.cast(span, tl.int64)
-    return P * tiling.ALIGN, span * tiling.ALIGN
+    return P * (tiling.ALIGN // WIDTH), span * (tiling.ALIGN // WIDTH)
 
 
 @triton.jit
@@ -183,21 +198,42 @@ def count_values(first: tl.tensor, end: tl.tensor, tiling: Tiling) -> tl.tensor:
 
 
 @triton.jit
+def _locate_units(place: Place, block: tl.tensor, tiling: Tiling, WIDTH: tl.constexpr) -> Units:
+    """Return the runs of WIDTH neighbours of a tile; WIDTH divides ALIGN and BLOCK_P."""
+    P, span = _lengths(tiling, WIDTH)
+    row = place.row * tiling.BLOCK_R
+    column = place.column * (tiling.BLOCK_P // WIDTH)
+    first = block * span
+    offs_r = tl.arange(0, tiling.BLOCK_R)[:, None]
+    offs_p = tl.arange(0, tiling.BLOCK_P // WIDTH)[None, :]
+    start = row * P + (first + column)
+    offsets = offs_r * P + offs_p
+    # Two comparisons, from which the compiler sees that neighbours are inside together.
+    inside = (row + offs_r < tiling.R) & (column + offs_p < span) & (first + column + offs_p < P)
+    if tiling.RAGGED:
+        # Some samples of the last row are beyond the end.
+        numel = tl.cast(tiling.numel, tl.int64) if tiling.WIDE else tiling.numel
+        inside = inside & (start + offsets < numel * (tiling.ALIGN // WIDTH))
+    return Units(start, offsets, inside)
+
+
+@triton.jit
 def locate_tile(place: Place, block: tl.tensor, tiling: Tiling) -> Tile:
     """Return the elements of a tile."""
+    elements = _locate_units(place, block, tiling, 1)
+    pairs = elements
+    if tiling.ALIGN > 1:
+        pairs = _locate_units(place, block, tiling, 2)
     P, span = _lengths(tiling)
     row = place.row * tiling.BLOCK_R
     column = place.column * tiling.BLOCK_P
     first = block * span
     offs_r = tl.arange(0, tiling.BLOCK_R)[:, None]
-    offs_p = tl.arange(0, tiling.BLOCK_P)[None, :]
-    start = row * P + (first + column)
-    offsets = offs_r * P + offs_p
-    inside_r = row + offs_r < tiling.R
-    # Two comparisons, from which the compiler sees that neighbours are inside together.
-    inside = inside_r & (column + offs_p < span) & (first + column + offs_p < P)
     offs_g = tl.arange(0, tiling.BLOCK_P // tiling.MASK_WIDTH)[None, :] * tiling.MASK_WIDTH
-    bytes_inside = inside_r & (column + offs_g < span) & (first + column + offs_g < P)
+    inside = (row + offs_r < tiling.R) & (column + offs_g < span) & (first + column + offs_g < P)
+    if tiling.RAGGED:
+        numel = tl.cast(tiling.numel, tl.int64) if tiling.WIDE else tiling.numel
+        inside = inside & (elements.start + offs_r * P + offs_g < numel * tiling.ALIGN)
     # A row of the mask begins with a byte of its own.
     mask_P = (P + 7) >> 3
     if tiling.MASK_WIDTH == 8:
@@ -205,12 +241,7 @@ def locate_tile(place: Place, block: tl.tensor, tiling: Tiling) -> Tile:
     else:
         bytes = (row + offs_r) * mask_P + ((first + column + offs_g) >> 3)
     bits = ((first + column + offs_g) & 7).to(tl.int32)
-    if tiling.RAGGED:
-        # Some samples of the last row are beyond the end.
-        numel = tl.cast(tiling.numel, tl.int64) if tiling.WIDE else tiling.numel
-        inside = inside & (start + offsets < numel * tiling.ALIGN)
-        bytes_inside = bytes_inside & (start + offs_r * P + offs_g < numel * tiling.ALIGN)
-    return Tile(start, offsets, inside, bytes, bits, bytes_inside)
+    return Tile(elements, pairs, bytes, bits, inside)
 
 
 @triton.jit
@@ -314,15 +345,45 @@ def make_channels(
 @triton.jit
 def load_tile(ptr: tl.tensor, tile: Tile, EVICTION: tl.constexpr) -> tl.tensor:
     """Load the elements of a tile in fp32, with 0 outside the tensor."""
-    return tl.load(
-        ptr + tile.start + tile.offsets, mask=tile.inside, other=0.0, eviction_policy=EVICTION
-    ).to(tl.float32)
+    HAS_PAIRS: tl.constexpr = tile.pairs.offsets.shape != tile.elements.offsets.shape
+    if ptr.dtype.element_ty == tl.bfloat16 and HAS_PAIRS:
+        # Two instructions make a pair fp32; of single elements three.
+        pair_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tile.pairs.start
+        pairs = tl.load(
+            pair_ptr + tile.pairs.offsets,
+            mask=tile.pairs.inside,
+            other=0,
+            eviction_policy=EVICTION,
+        )
+        low = (pairs << 16).to(tl.float32, bitcast=True)
+        high = (pairs & -65536).to(tl.float32, bitcast=True)
+        return tl.join(low, high).reshape(tile.elements.offsets.shape)
+    else:
+        return tl.load(
+            ptr + tile.elements.start + tile.elements.offsets,
+            mask=tile.elements.inside,
+            other=0.0,
+            eviction_policy=EVICTION,
+        ).to(tl.float32)
+
+
+@triton.jit
+def clear_outside(values: tl.tensor, ptr: tl.tensor, tile: Tile) -> tl.tensor:
+    """Return values of a tile that was loaded from `ptr`, with 0 outside the tensor."""
+    HAS_PAIRS: tl.constexpr = tile.pairs.offsets.shape != tile.elements.offsets.shape
+    if ptr.dtype.element_ty == tl.bfloat16 and HAS_PAIRS:
+        # The comparisons of the load.
+        inside = tl.join(tile.pairs.inside, tile.pairs.inside).reshape(values.shape)
+        return tl.where(inside, values, 0.0)
+    else:
+        return tl.where(tile.elements.inside, values, 0.0)
 
 
 @triton.jit
 def store_tile(ptr: tl.tensor, tile: Tile, values: tl.tensor) -> None:
     """Store the elements of a tile that are inside the tensor."""
-    tl.store(ptr + tile.start + tile.offsets, values, mask=tile.inside)
+    elements = tile.elements
+    tl.store(ptr + elements.start + elements.offsets, values, mask=elements.inside)
 
 
 @triton.jit
@@ -340,8 +401,8 @@ def write_output(
     z = tl.fma(x - channels.mean[None, :], channels.scale[None, :], shift)
     store_tile(tensors.y_ptr, tile, apply_activation(z, tensors.negative_slope, tensors.ACTIVATION))
     if tensors.mask_ptr is not None:
-        upper = on_upper_branch(z, tensors.ACTIVATION) & tile.inside
-        WIDTH: tl.constexpr = tile.offsets.shape[1] // tile.bytes.shape[1]
+        upper = on_upper_branch(z, tensors.ACTIVATION) & tile.elements.inside
+        WIDTH: tl.constexpr = tile.elements.offsets.shape[1] // tile.bytes.shape[1]
         each = upper.to(tl.int32).reshape((z.shape[0], z.shape[1] // WIDTH, WIDTH))
         packed = tl.sum(each << tl.arange(0, WIDTH)[None, None, :], axis=2).to(tl.uint8)
         tl.store(tensors.mask_ptr + tile.bytes, packed, mask=tile.bytes_inside)
@@ -351,16 +412,16 @@ def write_output(
 def _load_mask(mask_ptr: tl.tensor, tile: Tile) -> tl.tensor:
     """Load the bits of the mask that belong to a tile, as int32."""
     byte = tl.load(mask_ptr + tile.bytes, mask=tile.bytes_inside, other=0).to(tl.int32)
-    WIDTH: tl.constexpr = tile.offsets.shape[1] // tile.bytes.shape[1]
+    WIDTH: tl.constexpr = tile.elements.offsets.shape[1] // tile.bytes.shape[1]
     if WIDTH < 8:
         byte = byte >> tile.bits
     bits = byte[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]
-    return bits.reshape(tile.offsets.shape) & 1
+    return bits.reshape(tile.elements.offsets.shape) & 1
 
 
 @triton.jit
 def load_gradient(
-    x: tl.tensor,  # fp32; not used if z is not needed
+    deviation: tl.tensor,  # fp32, x - mean in the unit of `channels.scale`; not used without z
     channels: ChannelValues,
     tensors: BackwardTensors,
     tile: Tile,
@@ -380,5 +441,5 @@ def load_gradient(
         shift = channels.shift[None, :]
         if tensors.residual_ptr is not None:
             shift += load_tile(tensors.residual_ptr, tile, EVICTION)
-        z = tl.fma(x - channels.mean[None, :], channels.scale[None, :], shift)
+        z = tl.fma(deviation, channels.scale[None, :], shift)
         return multiply_derivative(dy, z, tensors.negative_slope, tensors.ACTIVATION)

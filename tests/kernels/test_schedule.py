@@ -165,10 +165,10 @@ def test_a_row_of_a_tile_is_a_cache_line(shape: tuple[int, ...]) -> None:
 # splits of so many tiles: each follows from the numbers beside it, with 132 processors of two
 # programs, and tiles of 8 KB.
 CUTS = [
-    # A line of 128 bytes is 32 channels. Both passes in one launch take half the tile.
-    ("mnist_mlp", (60, 100), 4, False, Regime.SINGLE_LAUNCH, (32, 32, 32), 4, 4, (1, 2)),
+    # A line of 128 bytes is 32 channels, of which 4 lines would be a quarter padding: half lines.
+    ("mnist_mlp", (60, 100), 4, False, Regime.SINGLE_LAUNCH, (64, 16, 16), 4, 7, (1, 1)),
     # 8 * 49 positions in 512, 16 bytes from a multiple of 8 on; 256 programs of 264.
-    ("small_maps", (64, 2048, 7, 7), 2, False, Regime.SINGLE_LAUNCH, (4, 512, 8), 8, 256, (1, 16)),
+    ("small_maps", (64, 2048, 7, 7), 2, False, Regime.SINGLE_LAUNCH, (8, 512, 8), 8, 256, (1, 8)),
     # More channels of 256 samples in each program would not stay in L2.
     (
         "many_maps",
@@ -176,10 +176,10 @@ CUTS = [
         2,
         False,
         Regime.SINGLE_LAUNCH,
-        (16, 128, 2),
+        (32, 128, 2),
         2,
         1024,
-        (1, 16),
+        (1, 8),
     ),
     ("small_maps", (256, 2048, 7, 7), 2, False, Regime.TWO_PASS, (8, 512, 8), 8, 256, (1, 32)),
     # 5 * 196 of 1024 positions are less padding than 196 of 256.
@@ -188,22 +188,22 @@ CUTS = [
     ("large_maps", (256, 64, 56, 56), 2, False, Regime.TWO_PASS, (16, 256, 1), 8, 64, (4, 52)),
     # 208 tiles of 8 KB in items of 32 KB.
     ("large_maps", (256, 64, 56, 56), 2, False, Regime.PERSISTENT, (16, 256, 1), 8, 64, (52, 4)),
-    # 12,544 rows in tiles of 32, 64 channels to a line; eight programs for each of 32 blocks.
-    ("rows", (256, 2048, 7, 7), 2, True, Regime.TWO_PASS, (32, 64, 64), 8, 32, (8, 49)),
-    ("rows", (256, 2048, 7, 7), 2, True, Regime.PERSISTENT, (32, 64, 64), 8, 32, (49, 8)),
+    # 12,544 rows in tiles of 64, 64 channels to a line; eight programs for each of 32 blocks.
+    ("rows", (256, 2048, 7, 7), 2, True, Regime.TWO_PASS, (64, 64, 64), 8, 32, (8, 25)),
+    ("rows", (256, 2048, 7, 7), 2, True, Regime.PERSISTENT, (64, 64, 64), 8, 32, (49, 4)),
     # One block of channels has items of 200 KB: 512 splits at most.
-    ("long_rows", (256, 64, 56, 56), 2, True, Regime.PERSISTENT, (32, 64, 64), 8, 1, (512, 49)),
+    ("long_rows", (256, 64, 56, 56), 2, True, Regime.PERSISTENT, (64, 64, 64), 8, 1, (502, 25)),
     # 4097 channels begin anywhere.
-    ("odd_rows", (65536, 4097), 2, False, Regime.TWO_PASS, (32, 64, 64), 1, 65, (4, 512)),
+    ("odd_rows", (65536, 4097), 2, False, Regime.TWO_PASS, (64, 64, 64), 1, 65, (4, 256)),
     # 9 tiles of 512 hold 4097 with little padding.
     ("tail", (2, 3, 4097), 4, False, Regime.TWO_PASS, (2, 512, 1), 1, 3, (9, 1)),
     ("one_sample", (1, 3, 50_001), 2, False, Regime.PERSISTENT, (1, 4096, 1), 1, 3, (3, 5)),
     # One channel is one row, whatever the layout.
     ("one_channel", (64, 1, 100), 4, True, Regime.SINGLE_LAUNCH, (1, 1024, 1), 8, 1, (1, 7)),
-    # 3 channels take 4; 245 programs of 8 tiles.
-    ("three", (1_000_003, 3), 2, False, Regime.TWO_PASS, (512, 4, 3), 1, 1, (245, 8)),
-    # 2 samples leave room for 512 channels a program, and 1954 programs.
-    ("channels", (2, 1_000_000), 4, False, Regime.SINGLE_LAUNCH, (2, 512, 512), 8, 1954, (1, 1)),
+    # 3 channels take 4; 245 programs of 4 tiles.
+    ("three", (1_000_003, 3), 2, False, Regime.TWO_PASS, (1024, 4, 3), 1, 1, (245, 4)),
+    # 2 samples leave room for 1024 channels a program, and 977 programs.
+    ("channels", (2, 1_000_000), 4, False, Regime.SINGLE_LAUNCH, (2, 1024, 1024), 8, 977, (1, 1)),
     # A power of two, not above 10,000 / 132, so that as many programs as processors are left.
     ("some_channels", (2, 10_000), 4, False, Regime.SINGLE_LAUNCH, (2, 64, 64), 8, 157, (1, 1)),
     ("one_value", (1, 1), 4, False, Regime.SINGLE_LAUNCH, (1, 1, 1), 1, 1, (1, 1)),

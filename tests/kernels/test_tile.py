@@ -100,8 +100,9 @@ def _last_tile_kernel(
     place = tile.find_place(tile.count_tiles(tiling) - 1, tiling)
     last = tile.locate_tile(place, tl.program_id(0), tiling)
     found_ptr += 3 * tl.program_id(0)
-    offsets = (last.start + last.offsets).to(tl.int64)
-    inside = last.inside.broadcast_to(offsets.shape)
+    elements = last.elements
+    offsets = (elements.start + elements.offsets).to(tl.int64)
+    inside = elements.inside.broadcast_to(offsets.shape)
     beyond = tl.full(offsets.shape, 1 << 62, dtype=tl.int64)
     tl.store(found_ptr, tl.min(tl.min(tl.where(inside, offsets, beyond), axis=1), axis=0))
     tl.store(found_ptr + 1, tl.max(tl.max(tl.where(inside, offsets, -1), axis=1), axis=0))
