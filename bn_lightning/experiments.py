@@ -37,7 +37,7 @@ from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.report.figure import Figure
 from bn_lightning.sweeps.report.matplotlib_renderer import Picture, draw
 from bn_lightning.sweeps.report.run_figures import figures_of_run
-from bn_lightning.sweeps.report.write_report import ReportOptions, map_figures, write_report
+from bn_lightning.sweeps.report.write_report import ReportOptions, sweep_figures, write_report
 from bn_lightning.train import train
 
 
@@ -205,13 +205,13 @@ class Sweep:
         return _read_run(self.directory / str(row.attributes["directory"]), _TYPED)
 
     def figures(self) -> Figures:
-        """Draw which learning rates and initialisations train, with and without BatchNorm.
+        """Draw which learning rates and initializations train, with and without BatchNorm.
 
-        Raises:
-            ExperimentError: the sweep is no grid of learning rates and initialisations.
+        A sweep that is no grid of them has its history, the value against each parameter, and
+        importances instead.
         """
         with one_line_errors():
-            return Figures(map_figures(self.table))
+            return Figures(sweep_figures(self.table))
 
     def report(self, output: str | Path | None = None) -> Path:
         """Write the report of the sweep, as `bn-report` does, and return the path of its page.

@@ -187,13 +187,12 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
     return _write(output, table, content, page, lines)
 
 
-def map_figures(table: TrialTable) -> dict[str, Figure]:
-    """Describe the figures of a sweep over a grid of learning rates and initialisations, by name.
-
-    Raises:
-        NoGrid: the sweep is none.
-    """
-    _, trials, found = _grid_of(table, Columns())
+def sweep_figures(table: TrialTable) -> dict[str, Figure]:
+    """Describe the figures of a sweep by name: its map if it is a grid, else its parameters'."""
+    try:
+        _, trials, found = _grid_of(table, Columns())
+    except NoGrid:
+        return study_figures(table, *study_importances(table))
     return _figures_of_grid(table, trials, found)
 
 

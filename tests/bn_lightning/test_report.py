@@ -18,8 +18,9 @@ from bn_lightning.runs.atomic_write import write_json
 from bn_lightning.runs.record import RunRecord, read_run
 from bn_lightning.sweeps.analysis.columns import Columns
 from bn_lightning.sweeps.analysis.seed_groups import SeedGroup
+from bn_lightning.sweeps.analysis.sources import read_sweep
 from bn_lightning.sweeps.report.run_figures import figures_of_groups, run_styles
-from bn_lightning.sweeps.report.write_report import ReportOptions, write_report
+from bn_lightning.sweeps.report.write_report import ReportOptions, sweep_figures, write_report
 
 METRICS = {
     "test/accuracy": 0.9,
@@ -281,6 +282,7 @@ class TestSweep:
     def test_other_parameters(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         space = {"model.width": [8, 16], HOSTILE: ["<b>", "relu"]}
         sweep = make_study(tmp_path, space=space, name=HOSTILE)
+        assert sweep_figures(read_sweep(str(sweep), None)[1]).keys() == {"history", "parameters"}
         page = write_report([str(sweep)]).read_text()
         assert "it varies no learning rate" in page and "parameter-1" in page
         assert HOSTILE not in page
