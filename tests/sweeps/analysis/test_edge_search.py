@@ -138,13 +138,14 @@ class TestRounds:
 
 
 class TestBars:
-    def test_a_quarter_of_the_trials_of_a_full_grid(self) -> None:
+    @pytest.mark.parametrize(("sweep", "n_trials"), [("lr_init", 816), ("lr_init_relu", 768)])
+    def test_a_quarter_of_the_trials_of_a_full_grid(self, sweep: str, n_trials: int) -> None:
         """`lr_init` of 594 trials, with the committed accuracies, linear between its rates."""
         inits = "0.001,0.00316,0.01,0.0316,0.1,0.316,1,3.16,10"
         space = ["seed=1,2,3", f"init.std={inits}", f"optimizer.lr={RATES}", "norm=none,batch"]
         plan = plan_of(parse_space(None, space))
         measured: dict[Any, dict[float, float]] = defaultdict(dict)
-        with open(ROOT / "docs/results/lr_init/trials.csv", encoding="utf-8") as file:
+        with open(ROOT / "docs/results" / sweep / "trials.csv", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 key = int(row["params/seed"]), float(row["params/init.std"]), row["params/norm"]
                 lr = float(row["params/optimizer.lr"])
@@ -155,9 +156,8 @@ class TestBars:
             return float(np.interp(math.log10(params["optimizer.lr"]), list(of), list(of.values())))
 
         results, rounds = search(plan, accuracy)
-        full = 81 * 9 * 2 * 3
         assert (plan.n_trials, len(rounds)) == (594, 4)
-        assert len(results) <= full / 4
+        assert len(results) == n_trials <= 4374 / 4
         found = edges_found(plan, results, accuracy).values()
         assert max(edges.resolution for edges in found) <= STEP * ROUNDED
 
