@@ -138,7 +138,7 @@ class Launch:
                 STAGES=1,
                 WRAPS=False,
                 RAGGED=False,
-                EIGHTS=False,
+                MASK_WIDTH=1,
                 WIDE=False,
             ),
             "BLOCK_S": 1 << (case.splits - 1).bit_length(),

@@ -28,6 +28,7 @@ import importlib
 import inspect
 import random
 from collections.abc import Callable, Generator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,6 +114,11 @@ class Pointer(NamedTuple):
 
     buffer: Buffer
     offsets: Any = 0
+
+    @property
+    def dtype(self) -> Any:
+        """That of the pointer, as Triton has it."""
+        return SimpleNamespace(element_ty=self.buffer.dtype.type)
 
     def __add__(self, other: Any) -> "Pointer":  # type: ignore[override]
         return Pointer(self.buffer, self.offsets + other)
@@ -310,6 +316,7 @@ class Language:
     """
 
     float32 = np.float32
+    bfloat16 = None  # of no buffer
     int32 = np.int32
     int64 = np.int64
 
