@@ -70,6 +70,8 @@ class History(Mapping[str, LoggedMetric]):
         }
 
     def __getitem__(self, name: str) -> LoggedMetric:
+        if name not in self._metrics:
+            raise KeyError(f"expected one of {', '.join(self._metrics)}, got {name}")
         return self._metrics[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -91,6 +91,7 @@ _CHECKS: dict[str, _Check] = {
     "scheduler.T_max": _POSITIVE,  # -1 where it follows trainer.max_steps=-1
     "trainer": _NODE,
     "trainer.max_steps": _LIMIT,
+    "trainer.max_epochs": _or_null(_LIMIT),
     "trainer.val_check_interval": _POSITIVE,
     "callbacks": _NODES,
     "logger": _NODES,

@@ -9,5 +9,6 @@ def install_command(extra: str) -> str:
     """Return the command that installs an extra: of the checkout, or of the installed wheel."""
     checkout = Path(bn_lightning.__file__).parents[1]
     if all((checkout / name).is_file() for name in ("pyproject.toml", "constraints.txt")):
-        return f'pip install -c constraints.txt -e ".[{extra}]"'
+        folder = "" if Path.cwd() == checkout else f"{checkout}/"
+        return f'pip install -c {folder}constraints.txt -e "{folder or "."}[{extra}]"'
     return f'pip install "bn-lightning[{extra}]"'

@@ -122,7 +122,7 @@ def check_data_module(datamodule: object, *members: str) -> None:
     if missing := [name for name in members if not _has(datamodule, name)]:
         raise DataModuleError(
             f"expected `data` to have `{'`, `'.join(missing)}`, got `{kind}` without; add it as"
-            " described in bn_lightning/data/protocol.py"
+            " docs/your_own.md describes"
         )
 
 

@@ -77,7 +77,7 @@ def check_model(model: object, *members: str) -> None:
     if missing:
         raise ModelError(
             f"expected `model` to have `{'`, `'.join(missing)}`, got `{kind}` without; add it as"
-            " described in bn_lightning/models/protocol.py"
+            " docs/your_own.md describes"
         )
 
 

@@ -123,7 +123,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         found = "no such file"
         if Path(path).is_dir():
             best = Path(path, "best.ckpt")
-            found = "a directory" + f"; give {best}" * best.exists()
+            found = "a directory; give " + (str(best) if best.exists() else "that of a run")
         raise CheckpointError(f"expected `ckpt_path` to be a checkpoint file, got {path}: {found}")
     try:
         with open(path, "rb") as file:

@@ -1,6 +1,7 @@
 """Choose the directory of a run: a new one, or the one that `ckpt_path` resumes."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 RUN_FILE = "run.json"
@@ -9,6 +10,7 @@ BEST = Path("checkpoints", "best.ckpt")
 RESUMED = ".hydra-resumed"
 
 _NAMED = {"last": LAST, "best": BEST}
+_RUNS = ("*/runs/*", "*/multiruns/*/*", "*/sweeps/*/*")  # in the folder of all tasks
 
 
 def run_directory(ckpt_path: str | None, runs: str, time: str) -> str:
@@ -30,7 +32,7 @@ def run_directory(ckpt_path: str | None, runs: str, time: str) -> str:
     if ckpt_path not in _NAMED:
         return str(run_of(ckpt_path) or Path(runs) / time)
     advice = "leave ckpt_path out to start a run, or give the path of a checkpoint"
-    return str(_newest(ckpt_path, Path(runs), "*", advice).parent.parent)
+    return str(_newest(ckpt_path, Path(runs), ("*",), advice).parent.parent)
 
 
 def resumed_checkpoint(ckpt_path: str, directory: Path) -> Path:
@@ -49,24 +51,27 @@ def trained_checkpoint(ckpt_path: str, logs: str) -> str:
     """Return the path of the checkpoint that a command reads.
 
     Args:
-        ckpt_path: "best" or "last" for that of the newest run of any task in `logs` that has one;
-            the path of a run for its best.ckpt, or its last.ckpt if it has no other; or the path
-            of a checkpoint.
+        ckpt_path: "best" or "last" for that of the newest run of any task in `logs` that has one,
+            the jobs of multiruns and sweeps included; the path of a run for its best.ckpt, or its
+            last.ckpt if it has no other; or the path of a checkpoint.
         logs: the folder of all tasks.
 
     Raises:
         ValueError: `ckpt_path` is "best" or "last" and no run in `logs` has such a checkpoint.
     """
     if ckpt_path in _NAMED:
-        return str(_newest(ckpt_path, Path(logs), "*/runs/*", "give the path of a checkpoint"))
+        return str(_newest(ckpt_path, Path(logs), _RUNS, "give the path of a checkpoint"))
     found = [Path(ckpt_path, name) for name in (BEST, LAST) if Path(ckpt_path, name).exists()]
     return str(found[0]) if found else ckpt_path
 
 
-def _newest(name: str, folder: Path, run: str, advice: str) -> Path:
-    """Return the newest checkpoint of this name in the runs that match a pattern."""
-    found = [(path.stat().st_mtime, path) for path in folder.glob(f"{run}/{_NAMED[name]}")]
+def _newest(name: str, folder: Path, runs: Sequence[str], advice: str) -> Path:
+    """Return the newest checkpoint of this name in the runs that match one of the patterns."""
+    paths = [path for run in runs for path in folder.glob(f"{run}/{_NAMED[name]}")]
+    found = [(path.stat().st_mtime, path) for path in paths]
     if not found:
+        if name == "best" and any(path for run in runs for path in folder.glob(f"{run}/{LAST}")):
+            advice = "use ckpt_path=last, as no run has been validated"
         raise ValueError(
             f"expected `ckpt_path={name}` to find a run with a {_NAMED[name]} in "
             f"{folder.absolute()}, got none; {advice}"

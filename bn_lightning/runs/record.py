@@ -106,7 +106,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected `{directory}` to be a run's directory with a {RUN_FILE}, got {error}"
+            f"expected `{directory}` to be a run's directory with a {RUN_FILE}, got {error}; "
+            f"bn-report --list {directory} lists the runs below it"
         ) from error
     found = record.get("schema_version") if isinstance(record, dict) else None
     if found != SCHEMA_VERSION:

@@ -42,7 +42,8 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
     becomes in `config` what it was when the run began.
 
     Raises:
-        ValueError: the run has ended, or the configuration is not the one that it began with.
+        ValueError: the run has ended, the configuration is not the one that it began with, or the
+            checkpoint lacks the optimizer's state, as that of a stack's member does.
         UntrustedError: run.json contains interpolations, which would be evaluated.
     """
     from bn_lightning.runs.checkpoint import load_checkpoint
@@ -50,6 +51,13 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
     path = resumed_checkpoint(config.ckpt_path, directory)
     checkpoint = load_checkpoint(path)
     before = read_run(directory) if (directory / RUN_FILE).exists() else None
+    if "optimizer_states" not in checkpoint:
+        in_stack = before is not None and "stack" in before
+        raise ValueError(
+            "expected `ckpt_path` to be a checkpoint with the optimizer's state, got "
+            f"{path}{' of a run in a stack' * in_stack} without; leave ckpt_path out to start a "
+            "new run"
+        )
     _refuse_ended(path, checkpoint["global_step"], config, before)
     resume_point = ResumePoint(path, checkpoint, copy.deepcopy(before))
     if before is not None:

@@ -75,7 +75,8 @@ def check_trusted(config: Any, trusted: Sequence[str], source: str) -> None:
         raise UntrustedError(
             f"expected `{key}` in {source} to be a class of {', '.join(_CLASSES)} or of what "
             f"`trusted` lists, got {name}{reason}; if you trust it, add the beginning of its name: "
-            f"'trusted=[{defined_as.partition('.')[0]}.]'"
+            f"'trusted=[{defined_as.partition('.')[0]}.]', or in Python "
+            f'`load_run(directory, trusted=["{defined_as.partition(".")[0]}."])`'
         )
 
 

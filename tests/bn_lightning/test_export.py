@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bn_lightning import BatchNorm1d, export, train
+from bn_lightning.cli.install_hint import install_command
 from bn_lightning.export import ExportError, largest_difference, read_program
 from bn_lightning.runs.checkpoint import TrainedCheckpoint
 
@@ -91,7 +92,7 @@ def test_a_table_and_what_cannot_be_exported(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = command(export.main, *arguments, "format=onnx")
     assert result.code == 1
-    assert 'got no onnxruntime; pip install -c constraints.txt -e ".[export]"' in result.err
+    assert f"got no onnxruntime; {install_command('export')}" in result.err
 
 
 class TestLargestDifference:

@@ -70,10 +70,15 @@ class Settings:
             )
         if self.restart not in ("resume", "fresh"):
             raise SweepError(f"expected `restart` to be resume or fresh, got {self.restart}")
-        for key, value in (("n_trials", self.n_trials or 1), ("n_jobs", self.n_jobs)):
+        for key, value in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
+            if key == "n_trials" and value is None:
+                continue
             if type(value) is not int or value < 1:
                 raise SweepError(f"expected `{key}` to be an integer of at least 1, got {value!r}")
-        if not 0 <= self.max_failure_rate <= 1:
+        if (
+            not isinstance(self.max_failure_rate, int | float)
+            or not 0 <= self.max_failure_rate <= 1
+        ):
             raise SweepError(
                 f"expected `max_failure_rate` to be from 0 to 1, got {self.max_failure_rate}"
             )

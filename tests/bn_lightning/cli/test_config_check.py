@@ -53,6 +53,7 @@ BAD = {
     "scheduler": [{"step_size": 7}],
     "trainer": [7],
     "trainer.max_steps": [*COUNT, -2, None],
+    "trainer.max_epochs": [0, -2, 1.5],
     "trainer.val_check_interval": POSITIVE,
     "callbacks": [None, [], {"a": 7}, {"a": {"every": 7}}],
     "logger": ["csv"],
@@ -65,6 +66,7 @@ EDGE = {
     "init.std": [0, 0.0],
     "init": [{"_target_": "a.zeros"}],
     "trainer.max_steps": [1],
+    "trainer.max_epochs": [1, -1, None],
     "trainer.val_check_interval": [1, 0.25],
 }
 

@@ -12,8 +12,13 @@ WHEEL = 'pip install "bn-lightning[cluster]"'
 CHECKOUT = 'pip install -c constraints.txt -e ".[cluster]"'
 
 
-def test_in_a_checkout() -> None:
+def test_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(bn_lightning.__file__).parents[1]
+    monkeypatch.chdir(root)
     assert install_command("cluster") == CHECKOUT
+    monkeypatch.chdir(tmp_path)
+    elsewhere = f'pip install -c {root}/constraints.txt -e "{root}/[cluster]"'
+    assert install_command("cluster") == elsewhere
 
 
 def test_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +36,6 @@ def test_no_other_hint_names_an_extra() -> None:
         for folder in ("bn_lightning", "kernels", "sweeps", "conf")
         for pattern in ("*.py", "*.yaml")
         for path in (root / folder).rglob(pattern)
-        if '-e ".[' in path.read_text(encoding="utf-8")
+        if "constraints.txt -e" in path.read_text(encoding="utf-8")
     ]
     assert [path.name for path in places] == ["install_hint.py"]

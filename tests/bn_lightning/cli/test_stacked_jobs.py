@@ -30,6 +30,23 @@ def test_hydras_own_sweeper_gets_stacks(command, tmp_path):
         assert (folder / str(number) / ".hydra" / "config.yaml").exists()
 
 
+def test_a_member_is_not_resumed_and_stays_as_it_was(command, tmp_path):
+    given = [text for text in SHORT if text != "callbacks=none"]
+    command(main, "-m", *given, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'there'}")
+    member = tmp_path / "there" / "1"
+    before = (member / "run.json").read_bytes()
+    result = command(
+        main,
+        *given[:-1],
+        "seed=2",
+        "trainer.max_steps=8",
+        f"ckpt_path={member}/checkpoints/last.ckpt",
+    )
+    assert result.code == 1 and "the optimizer's state" in result.err
+    assert "of a run in a stack" in result.err
+    assert (member / "run.json").read_bytes() == before
+
+
 def test_a_value_that_no_run_takes_fails_its_own_job(command, tmp_path):
     folder = tmp_path / "there"
     values = "++optimizer.weight_decay=0.1,-1"

@@ -98,8 +98,16 @@ class TestTrained:
         run(tmp_path / "a/runs", "2026-01-02", age=30)
         newest = run(tmp_path / "b/runs", "2026-01-01", age=10)
         assert trained_checkpoint("last", str(tmp_path)) == str(newest / LAST)
-        with pytest.raises(ValueError, match="`ckpt_path=best`.*got none; give the path"):
+        with pytest.raises(ValueError, match="`ckpt_path=best`.*got none; use ckpt_path=last"):
             trained_checkpoint("best", str(tmp_path))
+        with pytest.raises(ValueError, match="`ckpt_path=last`.*got none; give the path"):
+            trained_checkpoint("last", str(tmp_path / "a"))
+
+    @pytest.mark.parametrize("folder", ["a/multiruns/2026-01-03", "a/sweeps/sweep"])
+    def test_jobs_of_multiruns_and_sweeps_are_runs(self, tmp_path: Path, folder: str) -> None:
+        run(tmp_path / "a/runs", "2026-01-02", age=30)
+        newest = run(tmp_path / folder, "0", age=10)
+        assert trained_checkpoint("last", str(tmp_path)) == str(newest / LAST)
 
     def test_by_run_its_best(self, tmp_path: Path) -> None:
         directory = run(tmp_path, "then")

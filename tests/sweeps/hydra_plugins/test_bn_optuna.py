@@ -515,10 +515,12 @@ SETTINGS = {
         ("metric", ["a", "b"], "a name for each of 1 directions"),
         ("restart", "new", "resume or fresh, got new"),
         ("n_trials", -1, "integer of at least 1, got -1"),
+        ("n_trials", 0, "integer of at least 1, got 0"),
         ("n_trials", 1.5, "integer of at least 1, got 1.5"),
         ("n_jobs", 0, "integer of at least 1, got 0"),
         ("n_jobs", None, "integer of at least 1, got None"),
         ("max_failure_rate", 1.5, "from 0 to 1, got 1.5"),
+        ("max_failure_rate", "seven", "from 0 to 1, got seven"),
     ],
 )
 def test_settings(key, value, words):
