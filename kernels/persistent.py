@@ -144,6 +144,21 @@ class Queue(NamedTuple):
 
 
 @triton.jit
+def _find_item(
+    ticket: tl.tensor, queue: Queue, tiling: Tiling
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return the step of a ticket, its place there, and the item's split, first tile and end.
+
+    The first S places of a step read for the first time, the others for the second.
+    """
+    step = ticket // (2 * queue.S)
+    place = ticket % (2 * queue.S)
+    split = place % queue.S
+    first, end = tiles_of_split(split, queue.tiles_per_split, tiling)
+    return step, place, split, first, end
+
+
+@triton.jit
 def _bn_forward_persistent_kernel(
     tensors: ForwardTensors,
     channels: ChannelTensors,  # mean and rstd are written
@@ -161,10 +176,7 @@ def _bn_forward_persistent_kernel(
     items = (groups + queue.lag) * 2 * S
     ticket = _take_ticket(counters_ptr)
     while ticket < items:
-        step = ticket // (2 * S)
-        place = ticket % (2 * S)
-        split = place % S
-        first, end = tiles_of_split(split, queue.tiles_per_split, tiling)
+        step, place, split, first, end = _find_item(ticket, queue, tiling)
         if place < S:
             if step < groups:
                 moments = walk_statistics(tensors.x_ptr, step, first, end, tiling)
@@ -209,10 +221,7 @@ def _bn_backward_persistent_kernel(
     items = (groups + queue.lag) * 2 * S
     ticket = _take_ticket(counters_ptr)
     while ticket < items:
-        step = ticket // (2 * S)
-        place = ticket % (2 * S)
-        split = place % S
-        first, end = tiles_of_split(split, queue.tiles_per_split, tiling)
+        step, place, split, first, end = _find_item(ticket, queue, tiling)
         if place < S:
             if step < groups:
                 owner, mask, _ = locate_columns(step, tiling)
