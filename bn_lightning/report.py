@@ -21,10 +21,8 @@ from bn_lightning.sweeps.report.write_report import ReportOptions, write_report
 EXAMPLES = """\
 examples:
   bn-report logs/mnist_bn/sweeps/quick
-  bn-report logs/mnist_bn/multiruns/TIME
   bn-report RUN RUN --output comparison
   bn-report --list logs
-  bn-report postgresql://user@host/database --study lr_init --output map
 """
 
 

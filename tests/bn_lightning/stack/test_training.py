@@ -287,4 +287,6 @@ def test_other_runs_in_double_precision(tmp_path, shared):
         last = (d / "checkpoints" / "last.ckpt" for d in (stacked, single))
         weights, others = (load_checkpoint(path)["state_dict"] for path in last)
         for key, value in others.items():
-            torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-8)
+            # Adam makes a step of the rate out of a gradient that is nothing but rounding.
+            limit = 1e-6 * max(1.0, float(value.abs().max()))
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=limit)
