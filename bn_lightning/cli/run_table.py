@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
 from bn_lightning.runs.metrics_csv import read_metrics
-from bn_lightning.runs.record import data_sentence, stop_sentence
+from bn_lightning.runs.record import data_sentence, result_names, stop_sentence
 from bn_lightning.sweeps.analysis.arms import title_of
+
+_OF_CLASSIFIERS = "val/accuracy", "test/accuracy", "test/accuracy_top5", "test/auroc", "test/loss"
 
 
 def print_run_table(
@@ -23,7 +26,9 @@ def print_run_table(
         trained: the configuration that names task, arm and seed; None for that of the record.
     """
     title = f"{title_of(trained or record['config'])}: {record['status']}"
-    table = Table(title=title, show_header=False)
+    console = Console()
+    # As wide as the title if there is room, because Rich breaks a title at the table's width.
+    table = Table(title=title, show_header=False, min_width=min(cell_len(title), console.width))
     rows = {}
     if data := data_sentence(record):
         rows["data"] = data
@@ -32,14 +37,16 @@ def print_run_table(
         rows["diverged"] = f"at step {record['diverged_at']:,}: scored as chance"
     if record["status"] == "stopped early":
         rows["stopped early"] = stop_sentence(record).removeprefix("stopped early ")
-    for name in ("val/accuracy", "test/accuracy", "test/accuracy_top5", "test/auroc", "test/loss"):
+    for name in dict.fromkeys((*_OF_CLASSIFIERS, *result_names(record))):
         if name in record["metrics"]:
             value = record["metrics"][name]
             # The loss is the mean cross-entropy in nats, which others call the log loss.
-            label = f"{name} (log loss)" if name == "test/loss" else name
+            is_log_loss = name == "test/loss" and "test/accuracy" in record["metrics"]
+            label = f"{name} (log loss)" if is_log_loss else name
             rows[label] = "not a number" if value is None else f"{value:.4f}"
     interval = (record["config"].get("trainer") or {}).get("val_check_interval")
-    was_trained, is_validated = "seconds" in record, "val/accuracy" in record["metrics"]
+    was_trained = "seconds" in record
+    is_validated = any(name.startswith("val/") for name in record["metrics"])
     is_short = isinstance(interval, int) and interval > record["steps"]
     if was_trained and not is_validated and is_short:
         rows["validation"] = f"none before trainer.val_check_interval={interval}"
@@ -51,7 +58,7 @@ def print_run_table(
     rows["peak memory"] = f"{record['peak_memory_mib']:.0f} MiB"
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    console.print(table)
     # Outside the table, which would break a long path over lines.
     print(directory)
 

@@ -182,6 +182,24 @@ def number_of_classes(record: Mapping[str, Any]) -> int | None:
     return (record.get("data") or {}).get("classes") or model.get("num_classes")
 
 
+def result_names(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the metrics that are a run's result, the most telling first.
+
+    They are the accuracy of the test and of the validation. A run without an accuracy has the
+    metric that chose its best checkpoint instead, that of the test first, and all others of the
+    test.
+    """
+    metrics = record.get("metrics") or {}
+    accuracies = [name for name in ("test/accuracy", "val/accuracy") if name in metrics]
+    if accuracies:
+        return accuracies
+    callbacks = (record.get("config") or {}).get("callbacks") or {}
+    monitor = str((callbacks.get("checkpoints") or {}).get("monitor"))
+    tests = sorted(name for name in metrics if name.startswith("test/"))
+    chosen = [f"test/{monitor.removeprefix('val/')}", monitor]
+    return list(dict.fromkeys(name for name in [*chosen, *tests] if name in metrics))
+
+
 def logged_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return a Trainer's metrics as plain numbers, without `step`, which is their x axis."""
     return {name: float(value) for name, value in metrics.items() if name != "step"}

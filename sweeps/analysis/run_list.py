@@ -3,19 +3,19 @@
 from pathlib import Path
 
 from bn_lightning.runs.directory import RUN_FILE
-from bn_lightning.runs.record import read_run
+from bn_lightning.runs.record import read_run, result_names
 from bn_lightning.sweeps.analysis.arms import arm_of_config, label_of
 from bn_lightning.sweeps.analysis.compared_runs import typed_overrides
 from bn_lightning.sweeps.engine.space import key_of
 
-_HEAD = ("run", "arm", "seed", "status", "accuracy", "overrides")
+_HEAD = ("run", "arm", "seed", "status", "result", "overrides")
 _IN_COLUMNS = ("norm", "seed")
 
 
 def list_runs(folder: Path) -> str:
     """Return a table with a line for each run under a folder, at any depth, in order of its path.
 
-    Accuracy is that of the test, else of the last validation.
+    The result is the accuracy of the test, else of the last validation. Another metric has its name.
 
     Raises:
         ValueError: there is no run.
@@ -45,13 +45,12 @@ def _row(directory: Path, folder: Path) -> list[str]:
     except ValueError:  # another program's run.json, or one of another version
         return [name, "", "", "unreadable", "", ""]
     metrics = record.get("metrics") or {}
-    accuracies = [metrics.get(key) for key in ("test/accuracy", "val/accuracy")]
-    known = [value for value in accuracies if isinstance(value, int | float)]
+    known = [name for name in result_names(record) if isinstance(metrics[name], int | float)]
     return [
         name,
         label_of(arm_of_config(record["config"])),
         str(record.get("seed", "")),
         str(record["status"]),
-        f"{known[0]:.4f}" if known else "",
+        f"{known[0].replace('/', ' ')} {metrics[known[0]]:.4f}" if known else "",
         " ".join(t for t in typed_overrides(directory) if key_of(t) not in _IN_COLUMNS),
     ]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from bn_lightning.runs.record import training_seconds
+from bn_lightning.runs.record import result_names, training_seconds
 from bn_lightning.sweeps.analysis.arms import ordered
 from bn_lightning.sweeps.analysis.compared_runs import ComparedRun, width_growth
 
@@ -116,12 +116,13 @@ def best_metric(runs: Sequence[ComparedRun], name: str) -> str:
 
 
 def final_metric(runs: Sequence[ComparedRun]) -> str:
-    """Return the accuracy that all runs with a result recorded, of the test if possible, or ""."""
+    """Return the first of `result_names` that all runs with a result recorded, "" if there is none.
+
+    It is the accuracy, of the test if possible, except for runs that have none.
+    """
     ended = [run for run in runs if run.has_result] or list(runs)
-    for key in ("test/accuracy", "val/accuracy"):
-        if all(_final(run, key) is not None for run in ended):
-            return key
-    return ""
+    names = dict.fromkeys(name for run in ended for name in result_names(run.record))
+    return next((key for key in names if all(_final(r, key) is not None for r in ended)), "")
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,15 @@ class ArmTable:
     """A row for each group of runs.
 
     Attributes:
-        metric: the accuracy, such as "test/accuracy"; "" if the runs have none in common.
+        metric: of `final_metric`, such as "test/accuracy"; "" if the runs have none in common.
+        tests: other metrics, at the end: "test/loss", of runs without accuracy all of the test.
         steps: after how many steps it was measured, ascending, without the end of the run.
         end: the number of steps of all runs, None if they differ.
         groups: the rows.
     """
 
     metric: str
+    tests: tuple[str, ...]
     steps: tuple[int, ...]
     end: int | None
     groups: tuple[SeedGroup, ...]
@@ -152,12 +155,13 @@ class ArmTable:
         end = ends.pop() if len(ends) == 1 else None
         last = end or max(shared, default=0)
         later = [[step for step in shared if last / part <= step < last] for part in _EARLY]
-        return cls(metric, tuple(sorted({min(s) for s in later if s})), end, tuple(groups))
+        steps = tuple(sorted({min(s) for s in later if s}))
+        return cls(metric, _tests(runs, metric), steps, end, tuple(groups))
 
-    def accuracies(self, group: SeedGroup) -> list[Spread]:
-        """Return the accuracy of a group after each of `steps`, and at the end.
+    def results(self, group: SeedGroup) -> list[Spread]:
+        """Return the metric of a group after each of `steps`, and at the end.
 
-        A run that diverged counts with the accuracy of its record, that of a guess, from then on.
+        A run that diverged counts with the metric of its record, that of a guess, from then on.
         """
         early = [Spread.of(self._at(run, step) for run in group.ended) for step in self.steps]
         return [*early, group.spread(lambda run: _final(run, self.metric))]
@@ -172,8 +176,8 @@ class ArmTable:
         counts = [*self.steps, *([] if self.end is None else [self.end])]
         at = [f"after {count:,} step{'s' * (count != 1)}" for count in counts]
         at += ["at the end"] if self.end is None else []
-        name = self.metric.replace("/", " ") or "accuracy"
-        return ["arm", "seeds", *(f"{name} {when}" for when in at), "test loss", "seconds"]
+        name, *tests = (text.replace("/", " ") for text in (self.metric or "result", *self.tests))
+        return ["arm", "seeds", *(f"{name} {when}" for when in at), *tests, "seconds"]
 
     def rows(self) -> list[list[str]]:
         """Return the cells of each row: mean ± standard deviation over the seeds."""
@@ -181,8 +185,11 @@ class ArmTable:
             [
                 group.label,
                 group.seeds,
-                *(found.text(".3f") for found in self.accuracies(group)),
-                group.spread(lambda run: _final(run, "test/loss")).text(".3f"),
+                *(found.text(".3f") for found in self.results(group)),
+                *(
+                    Spread.of(_final(run, name) for run in group.ended).text(".3f")
+                    for name in self.tests
+                ),
                 group.spread(lambda run: training_seconds(run.record)).text(",.1f"),
             ]
             for group in self.groups
@@ -199,13 +206,20 @@ class ArmTable:
                 "accuracy": {
                     name: {"mean": found.mean, "deviation": found.deviation, "n": found.n}
                     for name, found in zip(
-                        (*map(str, self.steps), "end"), self.accuracies(group), strict=True
+                        (*map(str, self.steps), "end"), self.results(group), strict=True
                     )
                 },
                 "width_growth": group.spread(width_growth).mean,
             }
             for group in self.groups
         ]
+
+
+def _tests(runs: Sequence[ComparedRun], metric: str) -> tuple[str, ...]:
+    names = dict.fromkeys(name for run in runs for name in run.record.get("metrics") or {})
+    if not metric or metric.endswith("/accuracy"):
+        return ("test/loss",) if "test/loss" in names else ()
+    return tuple(sorted(n for n in names if n.startswith("test/") and n != metric))
 
 
 def _final(run: ComparedRun, metric: str) -> float | None:

@@ -107,10 +107,12 @@ def read_sweep(source: str, name: str | None) -> tuple[Path, TrialTable]:
     if path.is_dir():
         what = "none of them" if any(path.iterdir()) else "an empty directory"
     below = _places_below(path)
-    suggested = f"; did you mean {' or '.join(below[:_MOST_SUGGESTED])}?" if below else ""
+    suggested = f"did you mean {' or '.join(below[:_MOST_SUGGESTED])}?"
+    if not below:
+        suggested = "type `bn-report --list logs` to see the runs under logs"
     raise ValueError(
         f"expected a sweep's directory with a {JOURNAL_FILE} or a {TABLE_FILE}, a storage URL, or "
-        f"the directory of a run with its {RUN_FILE}, got {path}: {what}{suggested}"
+        f"the directory of a run with its {RUN_FILE}, got {path}: {what}; {suggested}"
     )
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from bn_lightning.sweeps.analysis.compared_runs import ComparedRun, runtime_sentences, width_growth
+from bn_lightning.runs.record import result_names
+from bn_lightning.sweeps.analysis.compared_runs import runtime_sentences, width_growth
 from bn_lightning.sweeps.analysis.paper_curves import SOURCE
 from bn_lightning.sweeps.analysis.seed_groups import ArmTable
 from bn_lightning.sweeps.analysis.trials import TrialTable
@@ -55,7 +56,7 @@ def runs_page(
         *([tag("p", _CURVES, class_="soft")] if len(runs) > len(arms.groups) else []),
         places_for(drawn, "26rem"),
         tag("h2", "The runs"),
-        _runs(runs, {label: str(directory) for label, directory in directories.items()}),
+        _runs(arms, {label: str(directory) for label, directory in directories.items()}),
         *provenance_of(study),
     ]
     return render_page(title, body, drawn)
@@ -67,9 +68,9 @@ _CURVES = (
 )
 
 
-def _runs(runs: Sequence[ComparedRun], directories: Mapping[str, str]) -> Html:
+def _runs(arms: ArmTable, directories: Mapping[str, str]) -> Html:
     rows: list[list[Content]] = []
-    for run in runs:
+    for run in (run for group in arms.groups for run in group.runs):
         record, metrics = run.record, run.record.get("metrics") or {}
         rows.append(
             [
@@ -77,18 +78,24 @@ def _runs(runs: Sequence[ComparedRun], directories: Mapping[str, str]) -> Html:
                 str(record.get("seed", "–")),
                 str(record["status"]),
                 number_text(record.get("steps"), ",.0f"),
-                number_text(metrics.get("test/accuracy", metrics.get("val/accuracy")), ".4f"),
-                number_text(metrics.get("test/loss"), ".4f"),
+                number_text(
+                    metrics.get(arms.metric or next(iter(result_names(record)), "")), ".4f"
+                ),
+                *(number_text(metrics.get(name), ".4f") for name in arms.tests),
                 number_text(width_growth(run), ".3g"),
                 number_text(record.get("steps_per_second"), ",.0f"),
                 link(directories[run.label], directories[run.label]),
             ]
         )
-    head = ["arm", "seed", "status", "steps", "accuracy", "test loss", "width ×", "steps/s"]
+    is_accuracy = not arms.metric or arms.metric.endswith("/accuracy")
+    names = ["accuracy" if is_accuracy else arms.metric, *arms.tests]
+    head = ["arm", "seed", "status", "steps", *(name.replace("/", " ") for name in names)]
+    head += ["width ×", "steps/s"]
+    about = "Accuracy of the test, else of the validation; " if is_accuracy else ""
     return html_table(
         [*head, "directory"],
         rows,
-        "Accuracy of the test, else of the validation; width ×: how much wider the 15th to 85th "
-        "percentile of the last activation's inputs became, the median over its units",
+        f"{about}width ×: how much wider the 15th to 85th percentile of the last activation's "
+        "inputs became, the median over its units",
         "text",
     )

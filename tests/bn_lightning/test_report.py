@@ -66,6 +66,15 @@ def run(
     return directory
 
 
+def measured_mae(directory: Path, mae: float = 0.25) -> Path:
+    """Replaces the metrics of a run by those of a regression, as one's own module logs them."""
+    record = read_run(directory)
+    record["config"]["callbacks"] = {"checkpoints": {"monitor": "val/mae", "mode": "min"}}
+    record["metrics"] = {"val/mae": mae / 2, "test/mae": mae, "test/bias": 0.125}
+    write_json(directory / "run.json", record)
+    return directory
+
+
 def summary(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "summary.json").read_text())
 
@@ -568,6 +577,18 @@ class TestRuns:
         means = [arm["accuracy"][name]["mean"] for name in ("1", "end")]
         assert means == [pytest.approx(0.5), pytest.approx(0.5)]
 
+    def test_runs_without_an_accuracy_are_compared_by_what_they_monitored(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for seed in (1, 2):
+            measured_mae(run(tmp_path / f"job/{seed}", BATCH, seed=seed), 0.25 * seed)
+        page = write_report([str(tmp_path / "job")]).read_text()
+        out = capsys.readouterr().out
+        cells = [[c.strip() for c in line.split("|")] for line in out.splitlines() if "|" in line]
+        assert "test mae after 2 steps" in cells[0] and "test bias" in cells[0]
+        assert "0.375 ± 0.177" in cells[2] and "0.125 ± 0.000" in cells[2]
+        assert "<td>0.5000</td>" in page and "ccuracy of the test" not in page
+
     def test_where_it_writes_is_never_guessed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -682,7 +703,7 @@ class TestCommand:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         run(tmp_path / "logs/mine/runs/a", BATCH)
-        run(tmp_path / "logs/mine/runs/b", seed=3, leave_out="test/accuracy")
+        measured_mae(run(tmp_path / "logs/mine/runs/b", seed=3))
         (tmp_path / "logs/mine/runs/a/.hydra").mkdir()
         overrides = "- norm=batch\n- optimizer.lr=0.1\n"
         (tmp_path / "logs/mine/runs/a/.hydra/overrides.yaml").write_text(overrides)
@@ -691,10 +712,11 @@ class TestCommand:
         self.main(monkeypatch, "--list", tmp_path / "logs")
         lines = capsys.readouterr().out.splitlines()
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-        assert rows[0] == ["run", "arm", "seed", "status", "accuracy", "overrides"]
+        assert rows[0] == ["run", "arm", "seed", "status", "result", "overrides"]
         assert rows[2:] == [
-            ["mine/runs/a", "with BatchNorm", "1", "completed", "0.9000", "optimizer.lr=0.1"],
-            ["mine/runs/b", "without BatchNorm", "3", "completed", "", ""],
+            ["mine/runs/a", "with BatchNorm", "1", "completed", "test accuracy 0.9000"]
+            + ["optimizer.lr=0.1"],
+            ["mine/runs/b", "without BatchNorm", "3", "completed", "test mae 0.2500", ""],
             ["other", "", "", "unreadable", "", ""],
         ]
         with pytest.raises(SystemExit):
@@ -727,4 +749,5 @@ class TestCommand:
         assert end.value.code == 1
         err = capsys.readouterr().err
         assert err.startswith("error: expected a sweep's directory")
+        assert "bn-report --list logs" in err
         assert err.count("\n") == 1

@@ -48,6 +48,20 @@ class TestSummary:
             assert words in out
         assert "diverged" not in out
 
+    def test_a_metric_of_ones_own(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """What chose the best checkpoint, and every number of the test."""
+        metrics = {"val/mae": 0.1251, "val/loss": 0.75, "test/mae": 0.2512, "test/loss": 0.5}
+        record = ended(tmp_path, metrics=metrics).content
+        named = {"task_name": "waves_reg", "norm": "batch", "seed": 1}
+        checkpoints = {"monitor": "val/mae", "mode": "min"}
+        record["config"] = named | {"callbacks": {"checkpoints": checkpoints}}
+        print_run_table(record, tmp_path)
+        out = capsys.readouterr().out
+        for words in ("0.1251", "0.2512", "0.5000", "test/loss "):
+            assert words in out
+        assert "0.7500" not in out and "log loss" not in out and "none before" not in out
+        assert "waves_reg, batch, seed 1: completed" in out  # in one line, above a narrow table
+
     def test_the_title_names_task_arm_and_seed(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
