@@ -49,8 +49,9 @@ def main() -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        metavar="ACCURACY",
-        help=f"accuracy at which a cell of a sweep has trained (default: {TRAINED})",
+        metavar="VALUE",
+        help=f"accuracy at which a cell of a sweep has trained (default: {TRAINED}); of another "
+        "metric no default, and at most VALUE where it is minimized",
     )
     given = parser.parse_args()
     options = ReportOptions(

@@ -77,9 +77,9 @@ GRID: dict[str, list[Any]] = {
 def make_study() -> Callable[..., Path]:
     """Writes the journal of a sweep over `GRID` into a directory, and returns the directory.
 
-    `make_study(directory, skip=..., change=..., name=..., space=...)`: `skip(params)` leaves a
-    trial out, `change(number, params)` replaces arguments of `create_trial`, a list of them makes
-    several trials of one point.
+    `make_study(directory, skip=..., change=..., name=..., space=..., direction=...)`:
+    `skip(params)` leaves a trial out, `change(number, params)` replaces arguments of
+    `create_trial`, a list of them makes several trials of one point.
     """
     import optuna
     from optuna.distributions import CategoricalDistribution
@@ -94,6 +94,7 @@ def make_study() -> Callable[..., Path]:
         change: Callable[[int, dict[str, Any]], Any] = lambda number, params: {},
         name: str = "sweep",
         space: dict[str, list[Any]] | None = None,
+        direction: str = "maximize",
     ) -> Path:
         space = space or GRID
         directory.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def make_study() -> Callable[..., Path]:
                     arguments["value"] = None
                 trials.append(create_trial(**arguments))
         storage = JournalStorage(JournalFileBackend(str(directory / "journal.log")))
-        study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
+        study = optuna.create_study(storage=storage, study_name=name, direction=direction)
         study.add_trials(trials)
         return directory
 

@@ -1,5 +1,6 @@
 """Which parameters of a study are the learning rate, the initialization, the arm and the seed."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite, nan
@@ -51,6 +52,24 @@ class Columns:
             NoGrid: there is no learning rate, there are two parameters for one column, or other
                 parameters vary too.
         """
+        columns = cls.named(table, given)
+        if not columns.lr:
+            raise NoGrid("it varies no learning rate")
+        names = dict.fromkeys(name for row in table.rows for name in row.params)
+        used = {columns.lr, columns.init, columns.seed, *columns.arm}
+        others = [name for name in names if name not in used and _varies(table.rows, name)]
+        if others:
+            raise NoGrid(f"it also varies {', '.join(others)}")
+        return columns
+
+    @classmethod
+    def named(cls, table: TrialTable, given: "Columns | None" = None) -> "Columns":
+        """Return the columns of a table as `of` does, whatever else the study varies.
+
+        Raises:
+            ValueError: `given` names something that is not a parameter.
+            NoGrid: there are two parameters for one column.
+        """
         given = given or cls()
         names = list(dict.fromkeys(name for row in table.rows for name in row.params))
         for option, chosen in asdict(given).items():
@@ -62,19 +81,16 @@ class Columns:
                     )
         taken = {given.lr, given.init, given.seed, *given.arm}
         free = [name for name in names if name not in taken]
-        columns = cls(
+        return cls(
             given.lr or _one("--lr", [n for n in free if _last(n) in ("lr", "learning_rate")]),
             given.init or _one("--init", [n for n in free if _words(n)[0] == "init"]),
             given.arm or tuple(n for n in free if _last(n) == "norm"),
             given.seed or _one("--seed", [n for n in free if _last(n) == "seed"]),
         )
-        if not columns.lr:
-            raise NoGrid("it varies no learning rate")
-        used = {columns.lr, columns.init, columns.seed, *columns.arm}
-        others = [name for name in names if name not in used and _varies(table.rows, name)]
-        if others:
-            raise NoGrid(f"it also varies {', '.join(others)}")
-        return columns
+
+    def arm_of(self, row: TrialRow) -> str:
+        """Return the name of a trial's arm."""
+        return ", ".join(_name(row.params.get(name)) for name in self.arm) or AS_CONFIGURED
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,8 @@ class GridTrials:
 
     Attributes:
         numbers: number in the study -> trial, one for each place of the grid.
-        metric: the metric that is their accuracy, "test/accuracy" for instance.
+        metric: the metric that is their accuracy, "test/accuracy" for instance, or that a study
+            without an accuracy optimized.
         repeated: number of further trials of these places, which are ignored.
     """
 
@@ -96,15 +113,47 @@ def grid_trials(table: TrialTable, columns: Columns) -> GridTrials:
     """Return the complete trials of a table as trials of a grid.
 
     Accuracy and loss are those on the test set, otherwise those on the validation set, otherwise
-    accuracy is the value that the study maximized. If the study does not vary the seed, it is that
-    of the trials' runs.
+    accuracy is the value that the study maximized, if its name says so. If the study does not vary
+    the seed, it is that of the trials' runs.
 
     Raises:
         NoGrid: a value is not an accuracy in [0, 1], or a learning rate is not a number above 0.
     """
-    complete = [row for row in table.rows if row.is_complete]
+    complete = table.complete
     split = split_of(complete)
     metric = f"{split}/accuracy" if split else table.value_names[0]
+    if not has_accuracy(table):
+        raise NoGrid(f"its metric, {metric}, is no accuracy")
+    found = _grid_trials(table, columns, metric, split)
+    for number, trial in found.numbers.items():
+        if not 0 <= trial.accuracy <= 1:
+            raise NoGrid(f"trial {number} has no accuracy in [0, 1], but {trial.accuracy}")
+    return found
+
+
+def metric_trials(table: TrialTable, columns: Columns) -> GridTrials:
+    """Return the complete trials of a table as `grid_trials` does, with its value as their result.
+
+    Args:
+        table: of one direction; its value may be any metric.
+        columns: of the table.
+
+    Raises:
+        NoGrid: a learning rate is not a number above 0.
+    """
+    return _grid_trials(table, columns, table.value_names[0], None)
+
+
+def has_accuracy(table: TrialTable) -> bool:
+    """Return whether the complete trials have an accuracy: logged, or by name what is maximized."""
+    if split_of(table.complete):
+        return True
+    words = re.split("[^a-z]+", table.value_names[0].lower())
+    return table.directions == ("maximize",) and ("accuracy" in words or "acc" in words)
+
+
+def _grid_trials(table: TrialTable, columns: Columns, metric: str, split: str | None) -> GridTrials:
+    complete = table.complete
     has_seed = bool(columns.seed) or all(type(row.attributes.get(SEED)) is int for row in complete)
     taken: set[tuple[str, str | float, float, int | str]] = set()
     numbers = {}
@@ -135,8 +184,6 @@ def accuracy_of(row: TrialRow, split: str | None) -> float | None:
 
 def _grid_trial(row: TrialRow, columns: Columns, split: str | None) -> GridTrial:
     accuracy = accuracy_of(row, split)
-    if accuracy is None or not 0 <= accuracy <= 1:
-        raise NoGrid(f"trial {row.number} has no accuracy in [0, 1], but {accuracy}")
     loss = _number(row, f"{split}/loss") if split else None
     lr = row.params.get(columns.lr)
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0 or not isfinite(lr):
@@ -146,11 +193,11 @@ def _grid_trial(row: TrialRow, columns: Columns, split: str | None) -> GridTrial
     if columns.seed and type(seed) is not int:
         raise NoGrid(f"trial {row.number} has a seed that is no integer: {seed}")
     return GridTrial(
-        arm=", ".join(_name(row.params.get(name)) for name in columns.arm) or AS_CONFIGURED,
+        arm=columns.arm_of(row),
         init=float(init) if isinstance(init, int | float) else _name(init),
         lr=float(lr),
         seed=seed if type(seed) is int else UNKNOWN,
-        accuracy=float(accuracy),
+        accuracy=nan if accuracy is None else accuracy,
         loss=nan if loss is None else loss,
         diverged=is_diverged(row),
     )

@@ -15,7 +15,7 @@ _IN_COLUMNS = ("norm", "seed")
 def list_runs(folder: Path) -> str:
     """Return a table with a line for each run under a folder, at any depth, in order of its path.
 
-    The result is the accuracy of the test, else of the last validation. Another metric has its name.
+    The result is the accuracy of the test, else of the last validation, else another metric.
 
     Raises:
         ValueError: there is no run.

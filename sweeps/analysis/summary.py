@@ -23,17 +23,24 @@ from bn_lightning.sweeps.analysis.tolerance import (
 )
 
 SHARE, WIDTH, INITS = "share_trained", "mean_width", "inits_that_train"
+CHANCE_SHARE = "share_at_chance"
 
 
 def measures_of(levels: Levels) -> dict[str, str]:
-    """Return measure -> its description; functions of tolerance.py compute them."""
-    return {
+    """Return measure -> its description; functions of tolerance.py compute them.
+
+    Where the number of classes is unknown, there is no share of cells at chance.
+    """
+    texts = {
         SHARE: f"share of cells with accuracy ≥ {levels.trained:.2f}",
-        "share_at_chance": f"share of cells that fail, accuracy < {levels.at_chance:.2f}",
+        CHANCE_SHARE: f"share of cells that fail, accuracy < {levels.at_chance:.2f}",
         "share_diverged": "share of cells that diverged",
         WIDTH: "decades of learning rate that train, mean over initializations",
         INITS: "initializations that train at some learning rate",
     }
+    if not levels.at_chance:
+        del texts[CHANCE_SHARE]
+    return texts
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,8 @@ def summarize(
 
     Args:
         trials: one for each place.
-        chance_loss: the loss of a guess, in nats.
+        chance_loss: the loss of a guess, in nats; NaN if unknown, so that there are no
+            sensitivities.
         is_planned: whether the points were chosen before any result; None if unknown, so that
             importances are computed for full grids only.
         levels: the accuracies between outcomes.
@@ -174,11 +182,10 @@ def summarize(
 def measure(grid: Grid, arm: Arm) -> tuple[dict[str, Float[np.ndarray, "S"]], bool]:
     """Return the measures for each seed, and whether the edge of the grid cuts off a width."""
     accuracy, trained = arm.accuracy, grid.levels.trained
-    values = {
-        SHARE: tolerance.share_trained(accuracy, trained),
-        "share_at_chance": tolerance.share_at_chance(accuracy, grid.levels.at_chance),
-        "share_diverged": tolerance.share_diverged(arm.diverged, accuracy),
-    }
+    values = {SHARE: tolerance.share_trained(accuracy, trained)}
+    if grid.levels.at_chance:
+        values[CHANCE_SHARE] = tolerance.share_at_chance(accuracy, grid.levels.at_chance)
+    values["share_diverged"] = tolerance.share_diverged(arm.diverged, accuracy)
     censored = False
     if len(grid.rates) > 1:
         values[WIDTH] = tolerance.mean_width(accuracy, grid.rates, trained)
@@ -368,15 +375,18 @@ def _comparison_sentences(
     grid: Grid, pair: Comparison, first: ArmSummary, second: ArmSummary
 ) -> list[str]:
     one, other = in_arm(first), in_arm(second)
-    share, failed = pair.differences[SHARE], "share_at_chance"
+    share = pair.differences[SHARE]
     times = f", a ratio of {plain(pair.ratio)}" if math.isfinite(pair.ratio.value) else ""
     texts = [
         f"{percent(first.measures[SHARE])} of the cells train {one}, "
         f"{percent(second.measures[SHARE])} {other}: a difference of {points(share)}{times}.",
-        f"{percent(first.measures[failed])} of the cells fail {one}, "
-        f"{percent(second.measures[failed])} {other}: at the end of the budget their accuracy is "
-        f"below {grid.levels.at_chance:.2f}, hardly better than a guess.",
     ]
+    if CHANCE_SHARE in first.measures:
+        texts.append(
+            f"{percent(first.measures[CHANCE_SHARE])} of the cells fail {one}, "
+            f"{percent(second.measures[CHANCE_SHARE])} {other}: at the end of the budget their "
+            f"accuracy is below {grid.levels.at_chance:.2f}, hardly better than a guess."
+        )
     if WIDTH in pair.differences:
         texts.append(
             f"The learning rates that train cover {decades(first.measures[WIDTH])} {one}, "

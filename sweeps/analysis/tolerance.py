@@ -44,7 +44,8 @@ class GridTrial:
         init: name of the initialization, or its standard deviation.
         lr: learning rate, above 0.
         seed: seed of weights and batches, or a text if it is unknown.
-        accuracy: on the test set, in [0, 1]; that of a guess if the trial diverged.
+        accuracy: on the test set, in [0, 1]; that of a guess if the trial diverged. Another metric
+            in a grid of which only its values are shown.
         loss: on the test set, in nats; that of a guess if the trial diverged.
         diverged: whether the run diverged.
     """
@@ -64,7 +65,8 @@ class Levels:
 
     Attributes:
         trained: a cell with this accuracy or more has trained, in (at_chance, 1].
-        at_chance: a cell below this accuracy has learnt nothing.
+        at_chance: a cell below this accuracy has learnt nothing; 0 if the number of classes is
+            unknown, so that no cell counts as such.
 
     Raises:
         ValueError: not at_chance < trained <= 1.
@@ -81,13 +83,15 @@ class Levels:
             )
 
     @classmethod
-    def of(cls, classes: int, trained: float = TRAINED) -> "Levels":
+    def of(cls, classes: int | None, trained: float = TRAINED) -> "Levels":
         """Return the levels for a number of classes of equal size.
 
             at_chance = min(2 / classes, 1 / classes + NEAR_CHANCE)
 
-        This is .20 for ten classes and .60 for two.
+        This is .20 for ten classes and .60 for two. None is an unknown number of classes.
         """
+        if classes is None:
+            return cls(trained, 0.0)
         return cls(trained, min(2 / classes, 1 / classes + NEAR_CHANCE))
 
 

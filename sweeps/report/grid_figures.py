@@ -96,6 +96,35 @@ def accuracy_map_figure(found: Summary, metric: str, caption: str) -> Figure:
     return Figure(panels, _inches(found.grid, len(panels)), caption=caption)
 
 
+def metric_map_figure(grid: Grid, metric: str, direction: str) -> Figure:
+    """Describe the mean of any metric in each cell, a panel for each arm.
+
+    Args:
+        grid: with the metric as accuracy.
+        metric: its name.
+        direction: "maximize" or "minimize"; the better of two values has the lighter color.
+    """
+    means = [mean_over_seeds(arm.accuracy) for arm in grid.arms.values()]
+    finite = np.concatenate([values[np.isfinite(values)] for values in means])
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    is_minimized = direction == "minimize"
+    better = "lower" if is_minimized else "higher"
+    colors = "viridis_r" if is_minimized else "viridis"
+    # A scale needs two different bounds.
+    scale = ColorScale(metric, (low, high if high > low else low + 1), colors)
+    panels = []
+    for i, (name, values) in enumerate(zip(grid.arms, means, strict=True)):
+        texts = None
+        if values.size <= MOST_TEXTS:
+            texts = [["" if np.isnan(v) else f"{v:.2g}" for v in row] for row in values]
+        heatmap = Heatmap(values, texts, scale)
+        text = f"mean {metric} over seeds; {better} is better"
+        panels.append(_cells(grid, f"map-{i}", label_of(name), heatmap, text))
+    seeds = f"{len(grid.seeds)} seed{'s' * (len(grid.seeds) > 1)}"
+    caption = f"{metric}, {better} is better, {seeds}"
+    return Figure(panels, _inches(grid, len(panels)), caption=caption)
+
+
 def outcome_map_figure(found: Summary, caption: str) -> Figure:
     """Describe the most common outcome of each cell, of a tie the worse, a panel for each arm."""
     kinds = list(OUTCOMES)

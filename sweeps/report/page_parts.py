@@ -53,10 +53,12 @@ def best_of(study: TrialTable, links: Mapping[int, str]) -> list[Html]:
 
 
 def trials_table(study: TrialTable, rows: Sequence[TrialRow], links: Mapping[int, str]) -> Html:
-    """Return a table of trials: state, values by name, test accuracy, and parameters."""
+    """Return a table of trials: state, values by name, test metrics, and parameters."""
     value_names = study.value_names
-    tests = [name for name in _TESTS if name not in value_names]
-    tests = [name for name in tests if any(name in row.attributes for row in study.rows)]
+    found = {name for row in study.rows for name in row.attributes} - {*value_names}
+    tests = [name for name in _TESTS if name in found]
+    if _TESTS[0] not in {*found, *value_names}:
+        tests = sorted(name for name in found if name.startswith("test/"))
     names = list(dict.fromkeys(key for row in study.rows for key in row.params))
     made: list[list[Content]] = []
     for row in rows[:MOST_LISTED]:
@@ -138,12 +140,17 @@ def provenance_of(study: TrialTable, levels: Levels | None = None) -> list[Html]
         items["fixed"] = " ".join(map(str, sweep["overrides"]))
     parts = [tag("h2", "How it was measured")]
     if levels is not None:
+        fails = (
+            f"It fails if its accuracy is below {levels.at_chance:.2f}, or if its training "
+            "diverged. "
+            if levels.at_chance
+            else ""
+        )
         parts.append(
             tag(
                 "p",
                 f"A cell trains if its accuracy at the end of its budget is {levels.trained:.2f} "
-                f"or more. It fails if its accuracy is below {levels.at_chance:.2f}, or if its "
-                "training diverged. A width is the sum of the decades that the trained learning "
+                f"or more. {fails}A width is the sum of the decades that the trained learning "
                 "rates stand for, ≥ where one at the edge of the grid trains. Every number is "
                 "computed for each seed, then averaged; its interval is the percentile bootstrap "
                 "over seeds, paired where both arms have the same seeds. Sensitivity: mean loss "

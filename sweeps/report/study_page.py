@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from bn_lightning.sweeps.analysis.metric_arms import MetricArm
 from bn_lightning.sweeps.analysis.provenance import is_planned
 from bn_lightning.sweeps.analysis.trials import TrialTable
 from bn_lightning.sweeps.report.figure import Figure
@@ -12,11 +13,19 @@ from bn_lightning.sweeps.report.page_parts import (
     provenance_of,
     trials_table,
 )
-from bn_lightning.sweeps.report.page_skeleton import Html, places_for, render_page, tag
+from bn_lightning.sweeps.report.page_skeleton import (
+    Content,
+    Html,
+    html_table,
+    places_for,
+    render_page,
+    tag,
+)
 from bn_lightning.sweeps.report.plotly_renderer import plots_of
 from bn_lightning.sweeps.report.study_figures import drawn_trials
 
 _HEADINGS = {
+    "map": "Map",
     "history": "History",
     "parameters": "Parameters",
     "importances": "Importances",
@@ -30,6 +39,7 @@ def study_page(
     figures: Mapping[str, Figure],
     links: Mapping[int, str],
     notes: Sequence[str],
+    arms: tuple[Sequence[MetricArm], Sequence[str]] = ((), ()),
 ) -> str:
     """Return the page of a study that is not a grid.
 
@@ -39,6 +49,7 @@ def study_page(
         figures: file name -> figure, as `study_figures` returns them.
         links: number of a trial -> its directory relative to the page, if that exists.
         notes: shown first.
+        arms: the arms, and the sentences on them.
     """
     complete = study.complete
     lead = (
@@ -51,7 +62,9 @@ def study_page(
         tag("h1", f"Study {study.name}"),
         tag("p", lead, class_="lead"),
         *([tag("p", f"There is no map of what trains: {reason}.")] if reason else []),
+        *[tag("p", text, class_="lead") for text in arms[1]],
         *notes_of(notes),
+        *(_arms(study, arms[0]) if arms[0] else []),
         *(best_of(study, links) if complete else []),
     ]
     for name, drawn in plots.items():
@@ -67,11 +80,35 @@ def study_page(
     return render_page(f"Study {study.name}", body, every)
 
 
+def _arms(study: TrialTable, arms: Sequence[MetricArm]) -> list[Html]:
+    """Return a table with the best point of each arm."""
+    (metric,), (direction,) = study.value_names, study.directions
+    tests = list(arms[0].tests)
+    rows: list[list[Content]] = [
+        [
+            arm.label,
+            f"{arm.trials:,}",
+            f"{arm.mean:.4g}",
+            arm.best.text(".4g"),
+            *(arm.tests[name].text(".4g") for name in tests),
+            f"{arm.best.n}",
+            arm.point_text or "–",
+        ]
+        for arm in arms
+    ]
+    head = ["arm", "trials", f"{metric}, mean of all", f"{metric}, best", *tests, "seeds", "point"]
+    caption = (
+        f"{metric} is {direction}d. Best: the point with the best mean over its seeds, ± standard "
+        "deviation, with the test metrics there"
+    )
+    return [tag("h2", "Arms"), html_table(head, rows, caption, "text")]
+
+
 def _remarks(study: TrialTable, name: str) -> list[Html]:
     """Return what a reader of a figure must know."""
     texts = []
     drawn, count = len(drawn_trials(study)), len(study.complete)
-    if name != "importances" and drawn < count:
+    if name not in ("importances", "map") and drawn < count:
         texts.append(f"{drawn:,} of {count:,} trials with a result, evenly chosen.")
     if name == "importances" and is_planned(study.about) is False:
         texts.append(

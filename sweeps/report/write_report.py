@@ -9,7 +9,15 @@ from typing import Any
 
 from bn_lightning.runs.atomic_write import write_atomically, write_json
 from bn_lightning.runs.record import training_seconds
-from bn_lightning.sweeps.analysis.columns import Columns, GridTrials, NoGrid, grid_trials
+from bn_lightning.sweeps.analysis.arms import ordered
+from bn_lightning.sweeps.analysis.columns import (
+    Columns,
+    GridTrials,
+    NoGrid,
+    grid_trials,
+    has_accuracy,
+    metric_trials,
+)
 from bn_lightning.sweeps.analysis.compared_runs import (
     read_runs,
     runtime_sentences,
@@ -24,6 +32,7 @@ from bn_lightning.sweeps.analysis.edges import (
     summarize_edges,
 )
 from bn_lightning.sweeps.analysis.importances import study_importances
+from bn_lightning.sweeps.analysis.metric_arms import MetricArm, arm_sentences, metric_arms
 from bn_lightning.sweeps.analysis.paper_curves import is_paper_experiment
 from bn_lightning.sweeps.analysis.provenance import (
     classes_of,
@@ -40,11 +49,11 @@ from bn_lightning.sweeps.analysis.sources import (
     runs_in,
 )
 from bn_lightning.sweeps.analysis.summary import Summary, sentences, summarize
-from bn_lightning.sweeps.analysis.tolerance import FULL_ENOUGH, TRAINED, Levels, coverage
+from bn_lightning.sweeps.analysis.tolerance import FULL_ENOUGH, TRAINED, Grid, Levels, coverage
 from bn_lightning.sweeps.analysis.trials import TABLE_FILE, Cell, TrialRow, TrialTable, to_csv
 from bn_lightning.sweeps.engine.passwords import redacted
 from bn_lightning.sweeps.report.figure import Figure
-from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures
+from bn_lightning.sweeps.report.grid_figures import cells_json, grid_figures, metric_map_figure
 from bn_lightning.sweeps.report.grid_page import grid_page
 from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
 from bn_lightning.sweeps.report.run_figures import (
@@ -60,7 +69,6 @@ PAGE_FILE = "report.html"
 MOST_PLACES = 2
 """Runs that an error names for each budget."""
 
-_CLASSES = 10  # of the digits, if the runs do not record their number of classes
 _THRESHOLD = "threshold"  # key in the `about` of a summary
 
 
@@ -74,7 +82,8 @@ class ReportOptions:
         columns: parameters that are not found by their names.
         allow_mixed: whether trials of different data or budgets are reported together.
         threshold: accuracy at which a cell of a sweep has trained; None for that of the earlier
-            report if there is one, else .90.
+            report if there is one, else .90. Of another metric the value at which a trial has
+            trained, at most this where it is minimized; None for none.
     """
 
     output: Path | None = None
@@ -147,21 +156,28 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
         columns, trials, found = _grid_of(table, options.columns)
     except NoGrid as reason:
         shares, count = study_importances(table)
-        figures = study_figures(table, shares, count)
+        figures = _figures_of_study(table, options.columns, shares, count)
         _save_all(figures, output)
-        page = study_page(table, str(reason), figures, _page_links(table, base, output), notes)
+        threshold = table.about.get(_THRESHOLD)
+        arms = _arms_of_study(table, options.columns, threshold)
+        texts = arm_sentences(table, arms, threshold) if arms else []
         content |= {
             "reason": str(reason),
             "metrics": table.value_names,
+            "arms": [arm.as_json() for arm in arms],
+            "sentences": texts,
             "importances": {"shares": shares, "trials": count},
         }
-        return _write(output, table, content, page, [f"no map of what trains: {reason}"])
+        links = _page_links(table, base, output)
+        page = study_page(table, str(reason), figures, links, notes, (arms, texts))
+        return _write(output, table, content, page, [f"no map of what trains: {reason}", *texts])
     if trials.repeated:
         notes.append(f"{trials.repeated:,} trials repeat a point of another: the first counts.")
     if classes_of(table.about) is None:
         notes.append(
-            "The runs do not say how many classes they told apart: what is at chance, and "
-            f"the loss of a guess, are those of {_CLASSES}."
+            "The number of classes is unknown, so that nothing is said of cells that fail, or of "
+            "sensitivity. A data module's `info` tells it: "
+            "{'source': NAME, ..., 'classes': NUMBER}."
         )
     content |= {
         "kind": "grid",
@@ -192,8 +208,37 @@ def sweep_figures(table: TrialTable) -> dict[str, Figure]:
     try:
         _, trials, found = _grid_of(table, Columns())
     except NoGrid:
-        return study_figures(table, *study_importances(table))
+        return _figures_of_study(table, Columns(), *study_importances(table))
     return _figures_of_grid(table, trials, found)
+
+
+def _figures_of_study(
+    table: TrialTable, given: Columns, shares: Mapping[str, float], count: int
+) -> dict[str, Figure]:
+    """Return the figures of a study; a grid of a metric that is no accuracy has its map."""
+    figures = study_figures(table, shares, count)
+    if len(table.directions) > 1 or has_accuracy(table):
+        return figures
+    try:
+        trials = metric_trials(table, Columns.of(table, given))
+    except NoGrid:
+        return figures
+    if coverage(trials.numbers.values()) < FULL_ENOUGH:
+        return figures
+    grid = Grid.of(trials.numbers.values())
+    grid = replace(grid, arms={name: grid.arms[name] for name in ordered(grid.arms)})
+    metric = trials.metric.replace("/", " ")
+    return {"map": metric_map_figure(grid, metric, table.directions[0]), **figures}
+
+
+def _arms_of_study(table: TrialTable, given: Columns, threshold: float | None) -> list[MetricArm]:
+    """Return the arms of a study, [] if it has several values or no parameter names them."""
+    if len(table.directions) > 1:
+        return []
+    try:
+        return metric_arms(table, Columns.named(table, given), threshold)
+    except NoGrid:
+        return []
 
 
 def _figures_of_grid(table: TrialTable, trials: GridTrials, found: Summary) -> dict[str, Figure]:
@@ -219,10 +264,11 @@ def _grid_of(table: TrialTable, given: Columns) -> tuple[Columns, GridTrials, Su
         raise NoGrid(
             "its sampler chose the points by their results, so that their share says little"
         )
-    classes = classes_of(table.about) or _CLASSES
+    classes = classes_of(table.about)
     threshold = table.about.get(_THRESHOLD) or searched_threshold(table.about) or TRAINED
     levels = Levels.of(classes, threshold)
-    found = summarize(trials.numbers.values(), math.log(classes), planned, levels)
+    chance_loss = math.log(classes) if classes else math.nan
+    found = summarize(trials.numbers.values(), chance_loss, planned, levels)
     if found.comparisons and not any(pair.cells for pair in found.comparisons):
         raise NoGrid("its arms have no learning rate and initialization in common")
     return columns, trials, found

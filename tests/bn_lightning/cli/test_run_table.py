@@ -60,7 +60,7 @@ class TestSummary:
         for words in ("0.1251", "0.2512", "0.5000", "test/loss "):
             assert words in out
         assert "0.7500" not in out and "log loss" not in out and "none before" not in out
-        assert "waves_reg, batch, seed 1: completed" in out  # in one line, above a narrow table
+        assert "waves_reg, with BatchNorm, seed 1: completed\n" in out  # one line
 
     def test_the_title_names_task_arm_and_seed(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ from bn_lightning.sweeps.analysis.columns import (
     Columns,
     NoGrid,
     grid_trials,
+    metric_trials,
 )
 from bn_lightning.sweeps.analysis.provenance import SEED
 from bn_lightning.sweeps.analysis.trials import TrialRow, TrialTable
@@ -106,8 +107,21 @@ class TestGridTrials:
         assert found.metric == "val/accuracy"
         assert [trial.accuracy for trial in found.numbers.values()] == [0.7, 0.6]
         assert all(math.isnan(trial.loss) for trial in found.numbers.values())
-        plain = TrialTable("t", ("maximize",), (TrialRow(0, "COMPLETE", (0.8,), {"lr": 1.0}),))
+        row = TrialRow(0, "COMPLETE", (0.8,), {"lr": 1.0})
+        plain = TrialTable("t", ("maximize",), (row,), {"metrics": ["val/acc"]})
         assert grid_trials(plain, Columns("lr")).numbers[0].accuracy == 0.8
+
+    @pytest.mark.parametrize(
+        ("metric", "direction"),
+        [("val/mae", "minimize"), ("val/auroc", "maximize"), ("val/accuracy_gap", "minimize")],
+    )
+    def test_what_is_no_accuracy(self, metric: str, direction: str) -> None:
+        rows = (TrialRow(0, "COMPLETE", (0.8,), {"lr": 1.0}, {metric: 0.8}),)
+        study = TrialTable("t", (direction,), rows)
+        with pytest.raises(NoGrid, match=f"its metric, {metric}, is no accuracy"):
+            grid_trials(study, Columns("lr"))
+        found = metric_trials(study, Columns("lr"))
+        assert (found.metric, found.numbers[0].accuracy) == (metric, 0.8)
 
     def test_of_repeated_points_the_first_counts(self) -> None:
         found = grid_trials(table(self.PARAMS, self.PARAMS), self.COLUMNS)
