@@ -78,6 +78,7 @@ def test_every_regime_layout_dtype_fusion_and_activation_is_checked() -> None:
     assert all(c.regime is list(Regime)[i % 3] for i, c in enumerate(checks.checks(small=False)))
 
 
+@pytest.mark.slow
 def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(launches, "SHAPES", ((2, 1, 96),))
     # Two samples are two tiles, and two splits.

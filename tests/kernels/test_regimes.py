@@ -115,7 +115,9 @@ def _run(
     }
 
 
-def _assert_three_way(t: dict[str, Tensor], has_residual: bool, **kwargs: Any) -> None:
+def _assert_three_way(
+    t: dict[str, Tensor], has_residual: bool, ulps: float = 2, **kwargs: Any
+) -> None:
     ours = _run(batch_norm, t, has_residual, backend="triton", **kwargs)
     torchs = _run(_composite(_torch), t, has_residual, **kwargs)
     t64 = {k: v.double() for k, v in t.items()}
@@ -138,7 +140,7 @@ def _assert_three_way(t: dict[str, Tensor], has_residual: bool, **kwargs: Any) -
         error, torch_error = ((v[name].double() - expected).abs().max() for v in (ours, torchs))
         # Sums of a 16-bit dy have its errors in them, whatever their own dtype.
         dtype = t["x"].dtype if name in ("dweight", "dbias") else ours[name].dtype
-        assert error <= max(torch_error, 2 * torch.finfo(dtype).eps * scale), name
+        assert error <= max(torch_error, ulps * torch.finfo(dtype).eps * scale), name
     for name in ("y", "dx"):
         assert ours[name].stride() == t["x"].stride(), name
 
@@ -185,7 +187,8 @@ def test_the_mask_has_one_layout_in_every_regime(name: str, regime: Regime, devi
 def test_activations(activation: str, has_residual: bool, regime: Regime, device: str) -> None:
     t = _tensors((3, 8, 3, 4), activation in ("relu6", "gelu", "elu"), torch.float32, device)
     with forced_regime(regime):
-        _assert_three_way(t, has_residual, training=True, activation=activation)
+        # In 60 draws of these numbers dx is off by 2.2 ulp at most, torch's by 3.2.
+        _assert_three_way(t, has_residual, ulps=3, training=True, activation=activation)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ LAYOUTS = {
     ("backend", "arch", "warp_size", "which"),
     [
         pytest.param("cuda", 90, 32, "--branches", id="sm_90"),
-        pytest.param("cuda", 80, 32, "--branches", id="sm_80", marks=pytest.mark.slow),
+        pytest.param("cuda", 80, 32, "--branches", id="sm_80", marks=pytest.mark.soak),
         pytest.param("hip", "gfx942", 64, "--branches", id="gfx942", marks=pytest.mark.slow),
         pytest.param("cuda", 90, 32, "--activations", id="sm_90-all", marks=pytest.mark.soak),
         pytest.param("cuda", 80, 32, "--activations", id="sm_80-all", marks=pytest.mark.soak),

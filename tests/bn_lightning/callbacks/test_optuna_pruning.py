@@ -115,7 +115,7 @@ def test_a_metric_that_is_not_logged_is_an_error_that_names_those_that_are(tmp_p
         fit(tmp_path, Accuracies(0.5), monitor="val/acc")
 
 
-@pytest.mark.parametrize("trainer", ["cpu", pytest.param("ddp_sim", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer", ["cpu", pytest.param("ddp_sim", marks=pytest.mark.soak)])
 def test_a_sweep_of_runs_is_pruned(tmp_path, trainer):
     """The first trial learns; the learning rate of the second is too small."""
     command = [

@@ -274,7 +274,10 @@ def test_all_members_may_diverge_at_once(config, tmp_path):
             "+scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true,"
             " step_size: 10, gamma: 0.5}",
         ],
-        ["model=cnn", "model.network.dropout=0.5", "optimizer=adagrad", "data.batch_size=30"],
+        pytest.param(
+            ["model=cnn", "model.network.dropout=0.5", "optimizer=adagrad", "data.batch_size=30"],
+            marks=pytest.mark.soak,
+        ),
     ],
     ids=["norm", "adam_clipped", "momentum_scheduled", "cnn_dropout"],
 )
