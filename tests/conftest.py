@@ -1,5 +1,6 @@
 """What every test shares: the device, and Triton's interpreter where there is no GPU."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             places[path] = seen / quick_count
             seen += len(tests)
     items[:] = [item for path in sorted(modules, key=places.__getitem__) for item in modules[path]]
+
+
+def pytest_collection_finish() -> None:
+    """Spares each collection of garbage a look at what was collected for all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_slow(item: pytest.Item) -> bool:

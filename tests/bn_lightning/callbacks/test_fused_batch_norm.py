@@ -155,7 +155,7 @@ class TestRuns:
     def test_a_line_says_what_may_be_fused_and_another_what_was(
         self, tmp_path: Path, caplog
     ) -> None:
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="lightning.pytorch"):
             trainer(tmp_path, FusedBatchNorm(), fast_dev_run=True).fit(model(), loader())
         lines = [m for m in caplog.messages if m.startswith("BatchNorm")]
         assert lines == [
@@ -166,7 +166,7 @@ class TestRuns:
     def test_the_message_has_the_reason_for_a_skipped_layer(self, tmp_path: Path, caplog) -> None:
         odd = model()
         odd.stem[1].forward = lambda x: x
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="lightning.pytorch"):
             trainer(tmp_path, FusedBatchNorm(), fast_dev_run=True).fit(odd, loader())
         line, _ = [m for m in caplog.messages if m.startswith("BatchNorm")]
         assert line.endswith("1 skipped; first stem.1: the instance has its own forward")
