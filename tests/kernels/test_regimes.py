@@ -23,7 +23,7 @@ from bn_lightning.kernels.schedule import Regime, forced_regime
 EPS = 1e-5
 regimes = pytest.mark.parametrize("regime", Regime, ids=lambda r: r.value)
 
-# Name -> shape, channels-last, dtype. Tiles are cut to 128 elements, so that most have several.
+# Name -> shape, channels-last, dtype. Tiles are cut to 64 or 128 elements: most have several.
 CASES: dict[str, tuple[tuple[int, ...], bool, torch.dtype]] = {
     "rows": ((19, 10), False, torch.float32),
     "rows_fp16": ((9, 16), False, torch.float16),
@@ -44,7 +44,7 @@ cases = pytest.mark.parametrize(
 def small_tiles_and_nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Cut tiles to 64 to 256 elements, and fill what torch.empty returns with NaN."""
     sizes = {
-        "REDUCTION_BYTES": 512,
+        "REDUCTION_BYTES": 256,
         "ELEMENTWISE_BYTES": 256,
         "MOST_COLUMNS": 64,
         "ROW_BYTES": 32,
@@ -115,9 +115,7 @@ def _run(
     }
 
 
-def _assert_three_way(
-    t: dict[str, Tensor], has_residual: bool, ulps: float = 2, **kwargs: Any
-) -> None:
+def _assert_three_way(t: dict[str, Tensor], has_residual: bool, **kwargs: Any) -> None:
     ours = _run(batch_norm, t, has_residual, backend="triton", **kwargs)
     torchs = _run(_composite(_torch), t, has_residual, **kwargs)
     t64 = {k: v.double() for k, v in t.items()}
@@ -140,7 +138,7 @@ def _assert_three_way(
         error, torch_error = ((v[name].double() - expected).abs().max() for v in (ours, torchs))
         # Sums of a 16-bit dy have its errors in them, whatever their own dtype.
         dtype = t["x"].dtype if name in ("dweight", "dbias") else ours[name].dtype
-        assert error <= max(torch_error, ulps * torch.finfo(dtype).eps * scale), name
+        assert error <= max(torch_error, 2 * torch.finfo(dtype).eps * scale), name
     for name in ("y", "dx"):
         assert ours[name].stride() == t["x"].stride(), name
 
@@ -187,8 +185,7 @@ def test_the_mask_has_one_layout_in_every_regime(name: str, regime: Regime, devi
 def test_activations(activation: str, has_residual: bool, regime: Regime, device: str) -> None:
     t = _tensors((3, 8, 3, 4), activation in ("relu6", "gelu", "elu"), torch.float32, device)
     with forced_regime(regime):
-        # In 60 draws of these numbers dx is off by 2.2 ulp at most, torch's by 3.2.
-        _assert_three_way(t, has_residual, ulps=3, training=True, activation=activation)
+        _assert_three_way(t, has_residual, training=True, activation=activation)
 
 
 @pytest.mark.slow
@@ -206,7 +203,7 @@ def test_repeats_give_the_same_bits(regime: Regime, device: str) -> None:
     with forced_regime(regime):
         runs = [
             _run(batch_norm, t, True, training=True, activation="silu", backend="triton")
-            for _ in range(20 if device == "cuda" else 4)
+            for _ in range(20)
         ]
     assert all(torch.equal(run[k], runs[0][k]) for run in runs for k in run)
 
