@@ -1,10 +1,11 @@
 """Evaluate all members of a stack, or one that leaves it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.stack.context import Placed
@@ -27,34 +28,36 @@ def evaluate_stack(
         batches: of inputs and targets, on any device.
     """
     first = next(network.network.parameters())
-    mode = network.network.training
-    network.network.eval()
-    try:
-        with torch.no_grad():
-            for x, target in batches:
-                x, target = placed_batch(x, first), target.to(first.device)
-                parts = [
-                    network.map(lambda member, x: member(x), Placed(part, None))
-                    for part in x.split(_SAMPLES)
-                ]
-                for model, logits in zip(models, torch.cat(parts, 1), strict=True):
-                    model.update_metrics(name, logits, target)
-    finally:
-        network.network.train(mode)
+    with _evaluating(network.network):
+        for x, target in batches:
+            x, target = placed_batch(x, first), target.to(first.device)
+            parts = [
+                network.map(lambda member, x: member(x), Placed(part, None))
+                for part in x.split(_SAMPLES)
+            ]
+            for model, logits in zip(models, torch.cat(parts, 1), strict=True):
+                model.update_metrics(name, logits, target)
 
 
 def evaluate_one(model: Classifier, name: str, batches: Iterable[Any]) -> None:
     """Add batches to the metrics of one member's evaluation, with its own network."""
     first = next(model.network.parameters())
-    mode = model.network.training
-    model.network.eval()
+    with _evaluating(model.network):
+        for x, target in batches:
+            logits = model.network(placed_batch(x, first))
+            model.update_metrics(name, logits, target.to(first.device))
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Compute without gradients in evaluation mode, and go back to the mode there was."""
+    mode = network.training
+    network.eval()
     try:
         with torch.no_grad():
-            for x, target in batches:
-                logits = model.network(placed_batch(x, first))
-                model.update_metrics(name, logits, target.to(first.device))
+            yield
     finally:
-        model.network.train(mode)
+        network.train(mode)
 
 
 def placed_batch(x: Tensor, like: Tensor) -> Tensor:
