@@ -119,7 +119,7 @@
     const options = {
       responsive: true,
       displaylogo: false,
-      displayModeBar: tools && !shown ? "hover" : false,
+      displayModeBar: tools ? "hover" : false,
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     };
     return Plotly.newPlot(div, traces, themed(layout, dark.matches), options).then(() => {

@@ -47,13 +47,14 @@ def plots_of(figure: Figure) -> list[Plot]:
 def _plot(panel: Panel) -> Plot:
     traces = [trace for series in panel.series for trace in _traces(series, panel.x)]
     heatmaps = [series for series in panel.series if isinstance(series, Heatmap)]
+    has_tools = panel.has_tools and not heatmaps
     layout: dict[str, Any] = {
         "height": panel.page_height,
         # plotly's buttons are above the axes, and half of the last tick's label beside them.
         "margin": {
             "l": 60 + 15 * panel.y.label.count("\n"),
-            "r": 30 if panel.has_tools and not heatmaps else 10,
-            "t": 40 if panel.has_tools and not heatmaps else 10,
+            "r": 30 if has_tools else 10,
+            "t": 40 if has_tools else 10,
             "b": 55,
         },
         "showlegend": bool(panel.page_legend),
@@ -79,9 +80,7 @@ def _plot(panel: Panel) -> Plot:
     if any(isinstance(series, Bars) for series in panel.series):
         layout["yaxis"]["type"] = "category"
     arms = heatmaps[0].arms if heatmaps else ()
-    return Plot(
-        panel.id, panel.page_title, traces, layout, panel.page_caption, arms, panel.has_tools
-    )
+    return Plot(panel.id, panel.page_title, traces, layout, panel.page_caption, arms, has_tools)
 
 
 def _traces(series: Series, x: Axis) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
-// Returns what a person could not read on the page: text or markers that are cut off, and text that
-// lies on other text. Each complaint is a string.
+// Returns what a person could not read on the page: text or markers that are cut off, text that lies
+// on other text, and buttons that lie on data. Each complaint is a string.
 () => {
   const complaints = [];
   const shown = (element) => {
@@ -60,6 +60,10 @@
       const clip = marker.closest("[clip-path]") ? area : plot.getBoundingClientRect();
       const inside = box.left >= clip.left - 1 && box.right <= clip.right + 1 && box.top >= clip.top - 1 && box.bottom <= clip.bottom + 1;
       if (!inside) complaints.push(`a marker of ${plot.id} is cut off`);
+    }
+    for (const button of plot.querySelectorAll(".modebar-btn")) {
+      const box = button.getBoundingClientRect(); // there, if not seen before a pointer is over the plot
+      if (box.bottom > area.top + 1 && box.left < area.right) complaints.push(`a button lies on the data of ${plot.id}`);
     }
     for (const bars of plot.querySelectorAll(".barlayer .point path")) {
       if (!bars.getBoundingClientRect().height) complaints.push(`a bar of ${plot.id} is missing`);

@@ -263,6 +263,32 @@ def test_a_study_of_ones_own_is_drawn(
     assert ids == {"history", "parameter-0", "parameter-1", "parameter-2", "importances"}
 
 
+def test_a_study_that_minimizes_is_drawn(
+    open_page: Any, tmp_path: Path, make_study: Callable[..., Path]
+) -> None:
+    def change(number: int, params: dict[str, Any]) -> dict[str, Any]:
+        return {"value": 9 - number / 7, "user_attrs": {"val/mae": 9 - number / 7}}
+
+    page = write_report([str(make_study(tmp_path / "sweep", direction="minimize", change=change))])
+    for width, scheme in zip(WIDTHS, ("light", "dark", "light"), strict=True):
+        opened = open_page(page, width=width, scheme=scheme)
+        opened.check()
+    ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
+    assert {"map-0", "map-1", "history", "importances"} <= ids
+
+
+def test_a_window_made_narrow_does_not_scroll_sideways(open_page: Any, sweep_page: Path) -> None:
+    page = open_page(sweep_page).page
+    # Read before plotly draws anew, which it does a moment later.
+    page.evaluate(
+        "addEventListener('resize', () => { window.measured ??= "
+        "[document.documentElement.scrollWidth, innerWidth]; })"
+    )
+    page.set_viewport_size({"width": 390, "height": 900})
+    page.wait_for_function("window.measured")
+    assert page.evaluate("window.measured") == [390, 390]
+
+
 def test_a_page_without_figures(
     open_page: Any, tmp_path: Path, make_study: Callable[..., Path]
 ) -> None:
