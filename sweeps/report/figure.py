@@ -161,6 +161,7 @@ class Heatmap:
         scale: the colors.
         striped: (column, row) of cells that are hatched.
         arms: positions of the arms whose trials the page lists for a cell of the grid.
+        cells: (I, R), what the page shows of a cell that is pointed at, where `arms` is empty.
     """
 
     values: Float[np.ndarray, "I R"]
@@ -168,6 +169,7 @@ class Heatmap:
     scale: ColorScale
     striped: Sequence[tuple[int, int]] = ()
     arms: tuple[int, ...] = ()
+    cells: Sequence[Sequence[str]] = ()
 
 
 Series = Line | Band | Rule | Intervals | Bars | Heatmap

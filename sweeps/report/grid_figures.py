@@ -117,12 +117,29 @@ def metric_map_figure(grid: Grid, metric: str, direction: str) -> Figure:
         texts = None
         if values.size <= MOST_TEXTS:
             texts = [["" if np.isnan(v) else f"{v:.2g}" for v in row] for row in values]
-        heatmap = Heatmap(values, texts, scale)
+        heatmap = Heatmap(values, texts, scale, cells=_values_of_cells(grid, name))
         text = f"mean {metric} over seeds; {better} is better"
         panels.append(_cells(grid, f"map-{i}", label_of(name), heatmap, text))
     seeds = f"{len(grid.seeds)} seed{'s' * (len(grid.seeds) > 1)}"
     caption = f"{metric}, {better} is better, {seeds}"
     return Figure(panels, _inches(grid, len(panels)), caption=caption)
+
+
+def _values_of_cells(grid: Grid, arm: str) -> list[list[str]]:
+    """Return, for each cell, where it is and the metric of each of its seeds."""
+    return [
+        [
+            "\n".join(
+                [f"{init_label(grid)} {init_name(init)}, learning rate {short_number(rate)}"]
+                + [
+                    f"seed {seed}: {'no trial' if np.isnan(value) else format(value, '.4g')}"
+                    for seed, value in zip(grid.seeds, cell, strict=True)
+                ]
+            )
+            for rate, cell in zip(grid.rates, row, strict=True)
+        ]
+        for init, row in zip(grid.inits, grid.arms[arm].accuracy, strict=True)
+    ]
 
 
 def outcome_map_figure(found: Summary, caption: str) -> Figure:

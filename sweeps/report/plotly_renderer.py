@@ -115,13 +115,16 @@ def _line(line: Line, x: Axis) -> dict[str, Any]:
         "cliponaxis": line.shows == "line",  # markers at the edge of the axes are whole
     }
     if line.texts is not None:
-        # plotly reads tags in a text.
-        texts = [text.replace("<", "&lt;").replace("\n", "<br>") for text in line.texts]
-        made |= {"hovertext": texts, "hovertemplate": "%{hovertext}<extra></extra>"}
+        made |= {"hovertext": _plain(line.texts), "hovertemplate": "%{hovertext}<extra></extra>"}
     elif x.scale == "log1p":
         made["customdata"] = list(map(rounded, line.x))
         made["hovertemplate"] = "%{customdata:,}, %{y:.4g}"
     return made
+
+
+def _plain(texts: Sequence[str]) -> list[str]:
+    """Return texts in which plotly reads no tag but the ends of their lines."""
+    return [text.replace("<", "&lt;").replace("\n", "<br>") for text in texts]
 
 
 def _band(band: Band, x: Axis) -> dict[str, Any]:
@@ -197,6 +200,7 @@ def _heatmap(heatmap: Heatmap) -> dict[str, Any]:
         "text": heatmap.texts,
         "texttemplate": "%{text}" if heatmap.texts else "",
         "textfont": {"size": 9},
+        **({"hovertext": list(map(_plain, heatmap.cells))} if heatmap.cells else {}),
         "hovertemplate": "%{hovertext}<extra></extra>",
         "colorscale": _color_scale(heatmap.scale),
         "zmin": low,

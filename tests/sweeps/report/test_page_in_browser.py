@@ -275,6 +275,14 @@ def test_a_study_that_minimizes_is_drawn(
         opened.check()
     ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
     assert {"map-0", "map-1", "history", "importances"} <= ids
+    plot = opened.page.locator("#map-0")
+    plot.scroll_into_view_if_needed()
+    box = plot.locator(".heatmaplayer image").first.bounding_box()
+    opened.page.mouse.move(box["x"] + box["width"] / 8, box["y"] + box["height"] * 3 / 4)
+    hover = plot.locator(".hoverlayer text").first
+    hover.wait_for(timeout=10_000)
+    assert "initial standard deviation 0.01, learning rate 0.01" in hover.text_content()
+    assert "seed 1: 8.571" in hover.text_content()
 
 
 def test_a_window_made_narrow_does_not_scroll_sideways(open_page: Any, sweep_page: Path) -> None:
