@@ -21,15 +21,12 @@ from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.install_hint import install_command
 from bn_lightning.cli.job import is_pruned
 from bn_lightning.cli.run_table import print_run_table, print_validation_table
-from bn_lightning.cli.stacked_jobs import finished_job
 from bn_lightning.cli.trainer_builder import build_trainer, print_profile
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.interruption import Interrupted, RankLostError
 from bn_lightning.runs.record import (
     RunRecord,
-    end_sentence,
     logged_numbers,
-    read_run,
     run_outcome,
 )
 from bn_lightning.runs.resume import ResumePoint, read_resume_point
@@ -56,11 +53,6 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     check_config(resolved)
-    finished = finished_job(resolved)
-    if finished is not None:
-        sentence = end_sentence(read_run(config.paths.output_dir))
-        RUN_LOG.info("seed %d, trained in a stack: %s", config.seed, sentence)
-        return finished
     if config.extras.num_threads is not None:
         torch.set_num_threads(config.extras.num_threads)
     directory = Path(config.paths.output_dir)

@@ -152,7 +152,7 @@ def _without_hydras_line(
     @functools.wraps(task)
     def run_job(config: DictConfig) -> Any:
         try:
-            return run_task(task, config)
+            return run_task(lambda: task(config))
         except Exception as error:
             if in_sweep() or in_trial():
                 # The sweeper shows the last line of the traceback, which Hydra's errors waste.

@@ -22,7 +22,7 @@ from bn_lightning.sweeps.engine.environment import in_trial
 _OF_MULTIRUN = "multirun.yaml"
 
 
-def run_task(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+def run_task(task: Callable[[], Any]) -> Any:
     """Return what a task returns; log its warnings and its error.
 
     A task refuses if it raises an error whose line says what to do, before it has trained a step or
@@ -30,7 +30,7 @@ def run_task(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     """
     with logged_warnings():
         try:
-            return task(config)
+            return task()
         except Exception as error:
             if is_pruned(error):
                 raise

@@ -1,28 +1,35 @@
-"""Train the jobs of a batch as stacks, for `hydra/launcher=bn_stack`.
+"""Train the jobs of a batch as stacks, for `hydra/launcher=bn_stack`."""
 
-`train_jobs` runs before the jobs. `finished_job` then returns what the job of a configuration has
-become, or None for a job that has to be trained alone.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bn_lightning.cli.config_check import check_config
+from bn_lightning.cli.error_line import format_error
+from bn_lightning.cli.job import run_task
 from bn_lightning.cli.run_table import print_run_table
-from bn_lightning.runs.record import read_run
+from bn_lightning.runs.record import end_sentence, read_run
+from bn_lightning.runs.run_log import RUN_LOG
 from bn_lightning.sweeps.engine.environment import in_trial
 from bn_lightning.sweeps.engine.stored_names import SECONDS
 
-_finished: dict[str, dict[str, Any] | Exception] = {}  # by the directory of the job
+# By the directory of a job that was trained: the rest of the job, which returns what `train` would.
+_Ends = dict[Path, Callable[[], dict[str, Any]]]
 
 
-def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
+def train_jobs(
+    configs: Sequence[dict[str, Any]], size: int
+) -> list[Callable[[], dict[str, Any]] | None]:
     """Train jobs that can be stacked; print why the others will be trained one by one.
 
     Args:
         configs: of the jobs, resolved.
         size: most members of a stack.
+
+    Returns:
+        For each job a function that does the rest of it, and returns or raises what `train` would;
+        None for a job that has to be trained alone.
     """
     from bn_lightning.cli.command import quiet_lightning
     from bn_lightning.stack.memory import StackSizeError
@@ -32,6 +39,7 @@ def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
     quiet_lightning()
     groups: dict[str, list[dict[str, Any]]] = {}
     alone: dict[str, int] = {}
+    ends: _Ends = {}
     for config in configs:
         try:
             check_config(config)
@@ -45,7 +53,7 @@ def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
         while group:
             part = group[:most]
             try:
-                reason = _train(part)
+                reason = _train(part, ends)
             except StackSizeError as error:
                 if error.fits == 1:
                     alone[error.reason] = len(group)
@@ -58,10 +66,11 @@ def train_jobs(configs: Sequence[dict[str, Any]], size: int) -> None:
                 alone[reason] = alone.get(reason, 0) + len(part)
     for reason, count in alone.items():
         print(f"{count} job{'s' * (count > 1)} one by one: {reason}", flush=True)
+    return [ends.get(Path(config["paths"]["output_dir"])) for config in configs]
 
 
-def _train(configs: Sequence[dict[str, Any]]) -> str | None:
-    """Train one stack, and return why it cannot be one, or None.
+def _train(configs: Sequence[dict[str, Any]], ends: _Ends) -> str | None:
+    """Train one stack and add the ends of its jobs; return why it cannot be one, or None.
 
     Raises:
         StackSizeError: the members do not fit into memory.
@@ -91,7 +100,7 @@ def _train(configs: Sequence[dict[str, Any]]) -> str | None:
         if isinstance(outcome, dict):
             # The job's own time is that of this look-up.
             outcome = {**outcome, SECONDS: member.record.content["seconds"]}
-        _finished[str(member.directory)] = outcome
+        ends[member.directory] = partial(_end_job, member.record.content, member.directory, outcome)
     return None
 
 
@@ -103,24 +112,23 @@ def _has_convolutions(config: dict[str, Any]) -> bool:
     return any(isinstance(module, _ConvNd) for module in modules)
 
 
-def finished_job(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what `train` would for a job that a stack has trained; None if none has.
+def _end_job(
+    record: dict[str, Any], directory: Path, outcome: dict[str, Any] | Exception
+) -> dict[str, Any]:
+    def rest() -> dict[str, Any]:
+        if isinstance(outcome, Exception):
+            raise outcome
+        RUN_LOG.info("seed %d, trained in a stack: %s", record["seed"], end_sentence(record))
+        if not in_trial():
+            if record["config"]["extras"]["figures"]:
+                from bn_lightning.sweeps.report.run_figures import draw_run
 
-    Args:
-        config: of the job, resolved.
-
-    Raises:
-        Exception: the training of the stack ended with it.
-    """
-    directory = config["paths"]["output_dir"]
-    outcome = _finished.pop(directory, None)
-    if isinstance(outcome, Exception):
-        raise outcome
-    if outcome is None or in_trial():
+                draw_run(directory)
+            print_run_table(read_run(directory), directory)
         return outcome
-    if config["extras"]["figures"]:
-        from bn_lightning.sweeps.report.run_figures import draw_run
 
-        draw_run(Path(directory))
-    print_run_table(read_run(directory), Path(directory))
-    return outcome
+    try:
+        return run_task(rest)
+    except Exception as error:
+        error.add_note(format_error(error))
+        raise

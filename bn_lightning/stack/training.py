@@ -52,9 +52,6 @@ def train_stack(configs: Sequence[DictConfig | dict[str, Any]]) -> list[dict[str
         raise ValueError("expected `configs` to have at least one configuration, got none")
     if len({stack_key(config) for config in resolved}) > 1:
         raise NotStackableError("the runs differ in more than seeds and numbers")
-    threads = resolved[0]["extras"]["num_threads"]
-    if threads is not None:
-        torch.set_num_threads(threads)
     return StackTraining(resolved).run()
 
 
@@ -73,6 +70,8 @@ class StackTraining:
         from hydra.utils import instantiate
 
         first = configs[0]
+        if (threads := first["extras"]["num_threads"]) is not None:
+            torch.set_num_threads(threads)
         self._trainer = first["trainer"]
         self._datamodule = loaded_data(first["data"])
         seeds = [config["data"].get("seed", 0) for config in configs]

@@ -2,6 +2,9 @@
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import hydra
 import optuna
@@ -23,13 +26,18 @@ def depth_of_deep(config: DictConfig, trial: optuna.Trial) -> None:
         trial.suggest_int("depth", 1, 2)
 
 
-def prepare(configs: list[dict[str, object]], size: int) -> None:
-    """What a launcher of stacks calls before the jobs: tell what it got."""
+def prepare(configs: list[dict[str, Any]], size: int) -> list[Callable[[], object] | None]:
+    """What a launcher of stacks calls before the jobs: tell what it got, and compute those of 0."""
     if os.environ.get("DIE_IN_BATCH") and not os.path.exists("died"):
         open("died", "w").close()
         os._exit(3)
     with open("prepared", "a") as file:
         file.write(f"{size} {[config['x'] for config in configs]}\n")
+    return [partial(_computed, config) if config["x"] == 0 else None for config in configs]
+
+
+def _computed(config: dict[str, Any]) -> object:
+    return {"loss": 1 + config["y"] + config["depth"], "computed": True, "pid": os.getpid()}
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")

@@ -52,7 +52,9 @@ class StackLauncher(Launcher):
     Works with any sweeper. `hydra/sweeper=bn_optuna` runs it in each of its worker processes.
 
     Args:
-        prepare: dotted path of the function of the jobs' resolved configurations and of `size`.
+        prepare: dotted path of the function of the jobs' resolved configurations and of `size`. It
+            returns a function for each job that it has computed, which is called instead of the
+            task, and None for each other job.
         size: most jobs that are computed at once, at least 1.
         batch: most jobs that `hydra/sweeper=bn_optuna` hands over at once.
 
@@ -71,7 +73,10 @@ class StackLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        from hydra_plugins.bn_optuna._job_composer import JobComposer
+
         self._program = (hydra_context, task_function, config)
+        self._composer = JobComposer(hydra_context.config_loader, config)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -80,7 +85,12 @@ class StackLauncher(Launcher):
         from hydra_plugins.bn_optuna._stack_launcher import launch_together
 
         return launch_together(
-            self._prepare, self._size, self._program, job_overrides, initial_job_idx
+            self._prepare,
+            self._size,
+            self._program,
+            self._composer,
+            job_overrides,
+            initial_job_idx,
         )
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra_plugins.bn_optuna._job_composer import JobComposer
+from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.sweeps.engine.claim import ClaimedTrial
 from bn_lightning.sweeps.engine.environment import TRIAL_VARIABLE, environment_variables
@@ -51,9 +52,13 @@ class RecordedTask:
     outcome: Outcome | None = field(default=None, init=False)
 
     def __call__(self, config: DictConfig) -> Any:
+        return self.recorded(lambda: self.task(config))
+
+    def recorded(self, call: Callable[[], Any]) -> Any:
+        """Return what a call returns that stands for the task, and write its outcome."""
         started = time.perf_counter()
         try:
-            result = self.task(config)
+            result = call()
         except Exception as error:
             self._record(outcome_of_error(error), started)
             raise
@@ -89,6 +94,7 @@ class TrialRunner:
         self._config = config
         self._fixed = list(fixed)
         self._directory = directory
+        self._composer = JobComposer(context.config_loader, config)
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=config
         )
@@ -106,11 +112,7 @@ class TrialRunner:
         Raises:
             HydraException: an override names no key, or no option.
         """
-        overrides = self._overrides(params, subdirectory)
-        config = self._context.config_loader.load_sweep_config(self._config, overrides)
-        with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = number
-        return config
+        return self._composer.compose(self._overrides(params, subdirectory), number)
 
     def subdirectory(self, number: int, params: dict[str, Parameter]) -> str:
         """Return `hydra.sweep.subdir` of a trial."""

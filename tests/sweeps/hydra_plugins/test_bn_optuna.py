@@ -300,6 +300,9 @@ class TestBadInput:
         assert "geheim" not in done.stderr + done.stdout
 
 
+FILES_OF_HYDRA = ["config.yaml", "hydra.yaml", "overrides.yaml"]
+
+
 class TestParallel:
     def test_worker_processes(self, program):
         """Each process runs several trials."""
@@ -367,6 +370,11 @@ class TestParallel:
         lines = (program.folder / "prepared").read_text().splitlines()
         assert all(line.startswith("7 [") for line in lines)
         assert sum(line.count(",") + 1 for line in lines) == 6
+        for trial in study_in(program.folder / "sweep").trials:
+            if trial.state.name == "COMPLETE":
+                assert trial.user_attrs.get("computed", False) == (trial.params["x"] == 0)
+                hydra = program.folder / "sweep" / str(trial.number) / ".hydra"
+                assert sorted(path.name for path in hydra.iterdir()) == FILES_OF_HYDRA
 
     def test_a_launcher_of_stacks_leaves_pruned_trials_alone(self, program):
         done = program.run(
