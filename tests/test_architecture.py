@@ -33,6 +33,7 @@ ORDER = {
     "predict": 9,
     "export": 9,
     "experiments": 10,  # the same from Python
+    "claims": 10,  # trains by `train` what cannot be stacked
 }
 # The same inside sweeps/.
 SWEEPS_ORDER = {"engine": 0, "hydra_plugins": 1, "analysis": 1, "report": 2}

@@ -67,6 +67,7 @@ def check_overrides(config_name: str, arguments: list[str]) -> None:
 def test_commands(page, monkeypatch):
     monkeypatch.setattr("bn_lightning.report.write_report", lambda sources, options: None)
     monkeypatch.setattr("bn_lightning.report.print_runs", lambda sources: None)
+    monkeypatch.setattr("bn_lightning.claims.run_claims.run_claims", lambda options: None)
     with initialize_config_module("bn_lightning.conf", version_base="1.3"):
         for module, *arguments in commands(page.read_text(encoding="utf-8")):
             name = module.removeprefix("bn_lightning.").removesuffix("_checkpoint")
@@ -74,7 +75,10 @@ def test_commands(page, monkeypatch):
                 check_overrides(name, arguments)
             else:
                 monkeypatch.setattr(sys, "argv", [module, *arguments])
-                import_module(module).main()
+                command = import_module(module)
+                if hasattr(command, "__path__"):
+                    command = import_module(f"{module}.__main__")
+                command.main()
 
 
 def test_commands_are_found_and_checked():

@@ -46,7 +46,7 @@ def examples(text):
     return [shlex.split(line) for line in lines]
 
 
-@pytest.mark.parametrize("command", [*HYDRA_COMMANDS, "report"])
+@pytest.mark.parametrize("command", [*HYDRA_COMMANDS, "report", "claims.__main__"])
 def test_help_is_one_screen_with_three_examples(command, capsys, monkeypatch):
     text = help_of(command, capsys, monkeypatch)
     lines = text.strip().splitlines()

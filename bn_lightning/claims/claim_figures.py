@@ -1,0 +1,143 @@
+"""The figure of a claim, and the overview of all claims."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bn_lightning.claims.design import Claim
+from bn_lightning.claims.result_table import ResultTable
+from bn_lightning.sweeps.analysis.arms import COLORS, Style, label_of, style_of
+from bn_lightning.sweeps.report.figure import Axis, Band, Figure, Intervals, Line, Panel, Series
+
+_WIDTH, _HEIGHT = 3.6, 3.2  # inches of a panel
+_FARTHEST = 4.0  # from the bound, in units of the bound: the overview ends there
+
+
+def claim_figure(claim: Claim, budget: str, table: ResultTable) -> Figure:
+    """Describe what was measured: the mean of each arm, with a band from lowest to highest seed.
+
+    Args:
+        claim: the claim.
+        budget: a name of `BUDGETS`.
+        table: of the measured networks.
+    """
+    settings = claim.settings(budget)
+    panels = []
+    for place, curves in enumerate(claim.curves):
+        shown = {
+            label: setting
+            for label, setting in settings.items()
+            if any(
+                curves.measure in result.measures
+                for key, result in table.results.items()
+                if (key.claim, key.setting) == (claim.name, label)
+            )
+        }
+        for number, title in enumerate(dict.fromkeys(s.panel for s in shown.values())):
+            there = {label: s.x for label, s in shown.items() if s.panel == title}
+            panels.append(
+                Panel(
+                    f"{claim.name.replace('_', '-')}-{place}-{number}",
+                    title or curves.label,
+                    Axis(curves.x_label, curves.x_scale),
+                    Axis(curves.label, curves.scale),
+                    _curves(claim, curves.measure, there, table),
+                    page_title=title or curves.label,
+                    page_legend="below",
+                )
+            )
+    return Figure(panels, (_WIDTH * len(panels) + 0.6, _HEIGHT), legend="panels")
+
+
+def _curves(
+    claim: Claim, measure: str, settings: Mapping[str, float], table: ResultTable
+) -> list[Series]:
+    """Return a curve and a band for each arm; `settings` has the place of each label."""
+    series: list[Series] = []
+    for arm in claim.arms:
+        of_x: dict[float, list[float]] = {}
+        for key, result in table.results.items():
+            if (key.claim, key.arm) == (claim.name, arm) and key.setting in settings:
+                value = result.measures.get(measure, math.nan)
+                if math.isfinite(value):
+                    of_x.setdefault(settings[key.setting], []).append(value)
+        x = sorted(of_x)
+        style = style_of(arm, claim.arms)
+        low, high = [min(of_x[at]) for at in x], [max(of_x[at]) for at in x]
+        mean = [float(np.mean(of_x[at])) for at in x]
+        series += [
+            Band(x, low, high, style.color),
+            Line(x, mean, label_of(arm), style, "line and points"),
+        ]
+    return series
+
+
+def overview_figure(entries: Mapping[str, Any]) -> Figure:
+    """Describe the effect of each condition beside its bound, all in units of the bound.
+
+    Args:
+        entries: name -> entry of summary.json.
+    """
+    rows = [
+        (f"{name}: {condition['name']}", condition)
+        for name, entry in entries.items()
+        for condition in entry["conditions"]
+    ]
+    x, low, high, texts = [], [], [], []
+    for _, condition in rows:
+        effect = condition["effect"]
+        x.append(_relative(effect["value"], condition))
+        low.append(_relative(effect["low"], condition))
+        high.append(_relative(effect["high"], condition))
+        texts.append(effect_text(condition))
+    places = [float(len(rows) - 1 - i) for i in range(len(rows))]
+    ticks = {place: label for place, (label, _) in zip(places, rows, strict=True)}
+    panel = Panel(
+        "overview",
+        "1 and more: the effect that the rule asks for",
+        Axis("effect / bound of its rule", bounds=(-1.0, _FARTHEST)),
+        Axis(ticks=ticks, bounds=(-0.7, max(len(rows) - 0.3, 0.7))),
+        [
+            Line([1.0, 1.0], [-0.7, len(rows) - 0.3], "", Style("#888888", "--")),
+            Intervals(x, low, high, places, texts, [False] * len(rows), "", Style(COLORS[0])),
+        ],
+        page_title="Overview",
+        page_height=120 + 26 * len(rows),
+    )
+    return Figure([panel], (7.5, 1.2 + 0.28 * len(rows)), legend="")
+
+
+def effect_text(condition: Mapping[str, Any]) -> str:
+    """Return an effect with its interval and unit: 1.20 [1.19, 1.21] a layer."""
+    effect, unit = condition["effect"], condition["unit"]
+    if effect["value"] is None or math.isnan(effect["value"]):
+        return "nothing measured"
+    interval = ""
+    if effect["seeds"] > 1 and effect["low"] is not None and not math.isnan(effect["low"]):
+        interval = f" [{effect['low']:.3g}, {effect['high']:.3g}]"
+    return f"{effect['value']:.3g}{interval}{f' {unit}' if unit else ''}"
+
+
+def bound_text(condition: Mapping[str, Any]) -> str:
+    """Return what the rule asks for: at least 2, at most 0.1, 1.18 to 1.22."""
+    least, most = condition["least"], condition["most"]
+    if least is None:
+        return f"at most {most:g}"
+    return f"at least {least:g}" if most is None else f"{least:g} to {most:g}"
+
+
+def _relative(value: float | None, condition: Mapping[str, Any]) -> float:
+    """Return an effect in units of its bound: a ratio on a logarithmic scale; 1 is the bound."""
+    if value is None or math.isnan(value):
+        return math.nan
+    least, most = condition["least"], condition["most"]
+    if condition["kind"] == "ratio" and value > 0:
+        value = math.log(value)
+        least, most = (None if b is None else math.log(b) for b in (least, most))
+    if least is not None and least > 0:
+        relative = value / least
+    else:  # as far below the upper bound as a half is below 1
+        relative = 2.0 - abs(value) / most if most else math.nan
+    return min(max(relative, -1.0), _FARTHEST)

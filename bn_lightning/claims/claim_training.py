@@ -1,0 +1,215 @@
+"""Compose the trainings of a claim, and train them: as stacks where they can be, else singly."""
+
+import contextlib
+import copy
+import io
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra_plugins.bn_optuna import register
+from omegaconf import DictConfig, OmegaConf
+
+from bn_lightning.callbacks.running_statistics import batch_norms
+from bn_lightning.claims.design import Claim, Overrides
+from bn_lightning.claims.measured_network import MeasuredNetwork
+from bn_lightning.claims.result_table import TrialKey
+from bn_lightning.cli.config_check import check_config
+from bn_lightning.runs.record import read_run
+from bn_lightning.stack.memory import StackSizeError
+from bn_lightning.stack.network import NotStackableError
+from bn_lightning.stack.stackable import stack_key
+from bn_lightning.stack.training import train_stack
+
+MOST_MEMBERS = 36
+"""Of a stack; more of them cost as much each, and a kill loses the stack that is training."""
+
+_TIMED_STEPS = 10
+
+# No validation but the last, no pictures, and no checkpoint but the last.
+_SPARE: Overrides = (
+    "data.test_curve=false",
+    "extras.figures=false",
+    "extras.num_threads=1",
+    "trainer.val_check_interval=${trainer.max_steps}",
+    "trainer.log_every_n_steps=0",
+    "~callbacks.activation_percentiles",
+    "~callbacks.step_progress",
+)
+
+Configurations = dict[TrialKey, dict[str, Any]]
+
+
+def compose_trials(
+    claim: Claim, budget: str, seeds: Sequence[int], typed: Sequence[str], folder: Path
+) -> Configurations:
+    """Compose the configuration of each network of a claim, and check it.
+
+    Args:
+        claim: the claim.
+        budget: a name of `BUDGETS`.
+        seeds: of weights and batches.
+        typed: overrides of the user, which count most.
+        folder: of the runs.
+
+    Raises:
+        Exception: an override cannot be used.
+        ValueError: a value cannot be used, the budget is too short, or an arm has not the
+            BatchNorms that its name promises.
+    """
+    register()
+    found: Configurations = {}
+    with hydra_configurations():
+        for arm, own in claim.arms.items():
+            of_arm = compose("train", [*_SPARE, *claim.base, *own, *typed])
+            for label, setting in claim.settings(budget).items():
+                config = _with_values(of_arm, setting.overrides, typed)
+                for seed in seeds:
+                    key = TrialKey(claim.name, arm, label, seed)
+                    found[key] = _resolved(config, seed, folder / "-".join(map(_in_path, key)))
+                check_config(found[key])
+                steps = found[key]["trainer"]["max_steps"]
+                if setting.is_trained and steps < claim.least_steps:
+                    raise ValueError(
+                        f"expected `trainer.max_steps` to be at least {claim.least_steps} for the "
+                        f"claim {claim.name}, got {steps}, too few for its measure; train longer"
+                    )
+            _check_arm(claim, arm, found[key])
+    return found
+
+
+def train_networks(
+    configurations: Configurations,
+) -> Iterator[dict[TrialKey, tuple[float, MeasuredNetwork]]]:
+    """Train networks, and yield seconds and network of those of a stack, or of one.
+
+    What can be one stack is trained as one. How long the others take is printed before they begin.
+    The folder of the runs of a stack is removed when the next one is asked for.
+
+    Args:
+        configurations: as `compose_trials` returns them.
+    """
+    groups: dict[str, list[TrialKey]] = {}
+    for key, config in configurations.items():
+        try:
+            groups.setdefault(stack_key(config), []).append(key)
+        except NotStackableError as error:
+            groups.setdefault(f"alone: {error.reason}", []).append(key)
+    for name, keys in groups.items():
+        alone = name.partition("alone: ")[2]
+        most = MOST_MEMBERS
+        while keys and not alone:
+            part = keys[:most]
+            try:
+                train_stack([configurations[key] for key in part])
+            except StackSizeError as error:
+                if error.fits > 1:
+                    most = error.fits
+                    continue
+                alone = error.reason
+            except NotStackableError as error:
+                alone = error.reason
+            else:
+                yield from _finished(part, configurations)
+                keys = keys[most:]
+        if alone and keys:
+            seconds = len(keys) * seconds_of_training(configurations[keys[0]])
+            print(
+                f"{keys[0].claim}: {len(keys)} trainings one by one, about {seconds:,.0f} seconds: "
+                f"{alone}",
+                flush=True,
+            )
+            for key in keys:
+                _train_alone(configurations[key])
+                yield from _finished([key], configurations)
+
+
+def seconds_of_training(config: dict[str, Any]) -> float:
+    """Return about how many seconds a training takes, from a few of its steps.
+
+    Args:
+        config: of the run, resolved.
+    """
+    network = MeasuredNetwork(config)
+    model = network.model()
+    x, target = network.batch(config["data"]["batch_size"])
+    parameters = [p for p in model.network.parameters() if p.requires_grad]
+    for step in range(_TIMED_STEPS + 1):
+        if step == 1:  # the first one also allocates
+            begin = time.perf_counter()
+        torch.autograd.grad(model.loss(model.network(x), target), parameters)
+    return (time.perf_counter() - begin) / _TIMED_STEPS * config["trainer"]["max_steps"]
+
+
+def _with_values(config: DictConfig, overrides: Sequence[str], typed: Sequence[str]) -> DictConfig:
+    """Return a copy with values of keys that there are; a key that is typed keeps its value.
+
+    Composing anew would take thirty times as long.
+    """
+    changed = copy.deepcopy(config)
+    keys = {text.lstrip("+").partition("=")[0] for text in typed}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group not in keys:
+            OmegaConf.update(changed, override.key_or_group, override.value())
+    return changed
+
+
+def _resolved(config: DictConfig, seed: int, directory: Path) -> dict[str, Any]:
+    OmegaConf.update(config, "seed", seed)
+    OmegaConf.update(config, "paths.output_dir", str(directory))
+    content: Any = OmegaConf.to_container(config, resolve=True)
+    return content
+
+
+def _check_arm(claim: Claim, arm: str, config: dict[str, Any]) -> None:
+    network = MeasuredNetwork(config).model().network
+    has, expected = bool(batch_norms(network)), config["norm"] is not None
+    if has != expected:
+        raise ValueError(
+            f"expected `model.network` to have {'a' if expected else 'no'} BatchNorm in the arm "
+            f"{arm!r} of the claim {claim.name}, got {type(network).__name__} "
+            f"{'with' if has else 'without'} one; let the network follow `norm`"
+        )
+
+
+def _train_alone(config: dict[str, Any]) -> None:
+    from bn_lightning.train import train
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(OmegaConf.create(config))
+
+
+def _finished(
+    keys: Sequence[TrialKey], configurations: Configurations
+) -> Iterator[dict[TrialKey, tuple[float, MeasuredNetwork]]]:
+    found = {}
+    for key in keys:
+        config = configurations[key]
+        directory = Path(config["paths"]["output_dir"])
+        record = read_run(directory)
+        network = MeasuredNetwork(config, directory, record["metrics"])
+        found[key] = record["seconds"] or 0.0, network
+    yield found
+    for _, network in found.values():
+        if network.directory is not None:
+            shutil.rmtree(network.directory)
+
+
+def _in_path(part: object) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in str(part))
+
+
+@contextlib.contextmanager
+def hydra_configurations() -> Iterator[None]:
+    """Let `compose` find this package's configurations inside the block."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with initialize_config_module("bn_lightning.conf", version_base="1.3"):
+        yield

@@ -1,0 +1,57 @@
+"""Measures that several claims share: of gradients, weights and accuracies."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from bn_lightning.claims.design import MeasuredPoint
+
+REACHED = 0.9
+"""A network with this accuracy on the test set has trained."""
+
+
+def weights_of(network: nn.Module) -> list[Tensor]:
+    """Return the weights of all linear and convolution layers, in the order of the network."""
+    layers = (module for module in network.modules() if isinstance(module, nn.Linear | _ConvNd))
+    return [layer.weight for layer in layers]
+
+
+def loss_and_gradients(
+    model: Any, x: Tensor, target: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss of a batch in training mode, and its gradient for each parameter.
+
+    Args:
+        model: a LightningModule with `network` and `loss`.
+        x: (N, ...).
+        target: (N,).
+        parameters: of the network.
+    """
+    loss = model.loss(model.network.train()(x), target)
+    return loss.detach(), torch.autograd.grad(loss, list(parameters))
+
+
+def growth(values: Sequence[float]) -> float:
+    """Return the factor by which values grow from each to the one before, the geometric mean."""
+    return (values[0] / values[-1]) ** (1 / (len(values) - 1)) if values[-1] else float("inf")
+
+
+@torch.no_grad()
+def evaluated_accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the accuracy in evaluation mode, in [0, 1]."""
+    network.eval()
+    right, count = 0, 0
+    for x, target in batches:
+        right += int((network(x).argmax(1) == target).sum())
+        count += len(target)
+    return right / count
+
+
+def largest_trained(points: Sequence[MeasuredPoint]) -> float:
+    """Return the largest x at which a network has trained; half the least x if none has."""
+    x = [p.setting.x for p in points if "accuracy" in p.measures]
+    trained = [p.setting.x for p in points if p.measures.get("accuracy", 0.0) >= REACHED]
+    return max(trained, default=min(x) / 2)

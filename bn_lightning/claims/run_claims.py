@@ -1,0 +1,240 @@
+"""Measure claims, judge them, and write the ledger into a folder."""
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import OmegaConf
+
+from bn_lightning.claims.claim_figures import claim_figure, overview_figure
+from bn_lightning.claims.claim_page import claims_markdown, claims_page
+from bn_lightning.claims.claim_training import (
+    Configurations,
+    compose_trials,
+    hydra_configurations,
+    train_networks,
+)
+from bn_lightning.claims.design import BUDGETS, Claim, MeasuredPoint
+from bn_lightning.claims.measured_network import MeasuredNetwork
+from bn_lightning.claims.registry import find_claims
+from bn_lightning.claims.result_table import ResultTable, TrialKey
+from bn_lightning.claims.verdict import LEAST_SEEDS, condition_outcome, effect_of, verdict_of
+from bn_lightning.cli.command import quiet_lightning
+from bn_lightning.data.errors import DataFallbackWarning
+from bn_lightning.data.protocol import data_info
+from bn_lightning.runs.atomic_write import json_values, write_atomically, write_json
+from bn_lightning.runs.machine import package_versions
+from bn_lightning.runs.record import data_sentence
+from bn_lightning.stack.seed_batches import loaded_data
+from bn_lightning.sweeps.analysis.sources import SUMMARY_FILE
+from bn_lightning.sweeps.report.matplotlib_renderer import figures_folder, save
+
+LEDGER_SCHEMA_VERSION = 1
+
+_PAGE, _MARKDOWN = "claims.html", "claims.md"
+_DEFAULT_SEEDS = {"quick": 3, "full": 10}
+_VERSIONS = ("bn-lightning", "torch")  # those that change a result
+
+
+@dataclass(frozen=True)
+class LedgerOptions:
+    """What to measure, and where to write it.
+
+    Attributes:
+        names: of the claims; none for all.
+        budget: a name of `BUDGETS`.
+        seeds: number of seeds; None for 3 of quick and 10 of full.
+        overrides: Hydra overrides for all networks.
+        output: the folder to write to; None for `logs/claims/BUDGET`.
+        allow_mixed: add to results of other versions, data or options.
+    """
+
+    names: tuple[str, ...] = ()
+    budget: str = "quick"
+    seeds: int | None = None
+    overrides: tuple[str, ...] = ()
+    output: Path | None = None
+    allow_mixed: bool = False
+
+
+def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
+    """Measure claims and write their ledger; what the folder has already is not measured again.
+
+    Args:
+        options: what to measure, and where to write it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: a name or an option is unknown, the folder has results of another setup, or a
+            network or the data cannot be measured. Nothing has been measured then.
+    """
+    if options.budget not in BUDGETS:
+        raise ValueError(
+            f"expected `budget` to be one of {', '.join(BUDGETS)}, got {options.budget!r}; "
+            "choose one"
+        )
+    count = _DEFAULT_SEEDS[options.budget] if options.seeds is None else options.seeds
+    if count < 1:
+        raise ValueError(f"expected `seeds` to be at least 1, got {count}; give more")
+    claims = find_claims(options.names)
+    output = options.output or Path("logs", "claims", options.budget)
+    quiet_lightning()
+    setup, notes = _setup(options)
+    configurations = {
+        claim.name: compose_trials(
+            claim, options.budget, range(1, count + 1), options.overrides, output / "runs"
+        )
+        for claim in claims
+    }
+    table = ResultTable(output, setup, options.allow_mixed)
+    if count < LEAST_SEEDS:
+        notes.append(
+            f"{count} seed{'s' * (count > 1)}: there are no intervals with fewer than "
+            f"{LEAST_SEEDS}, so nothing is decided."
+        )
+    print(*notes, sep="\n", flush=True)
+    for claim in claims:
+        _measure(claim, configurations[claim.name], options.budget, table)
+    if table.is_mixed:
+        notes.append(f"MIXED: results of different setups are together: {table.mixture()}.")
+    return _write(claims, options.budget, table, notes)
+
+
+def _setup(options: LedgerOptions) -> tuple[dict[str, Any], list[str]]:
+    """Return versions, data and options, and what is to be said of the data.
+
+    Raises:
+        ValueError: the data have one class.
+    """
+    with hydra_configurations():
+        config = compose("train", list(options.overrides))
+    data: Any = OmegaConf.to_container(config.data, resolve=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataFallbackWarning)
+        datamodule = loaded_data(data)
+    info = data_info(datamodule) or {}
+    if info.get("classes", 2) < 2:
+        raise ValueError(
+            f"expected `data` to have at least 2 classes, got {info['classes']}; take other data"
+        )
+    notes = [f"data: {data_sentence({'data': info}) or type(datamodule).__name__}"]
+    notes += [str(w.message) for w in caught if issubclass(w.category, DataFallbackWarning)]
+    versions = package_versions()
+    setup = {
+        "versions": {name: versions[name] for name in _VERSIONS},
+        "data": {"source": info.get("source"), "sha256": info.get("sha256")},
+        "budget": options.budget,
+        "overrides": list(options.overrides),
+    }
+    return setup, notes
+
+
+def _measure(claim: Claim, configurations: Configurations, budget: str, table: ResultTable) -> None:
+    """Measure the networks of a claim that the table lacks."""
+    settings = claim.settings(budget)
+    missing = {key: c for key, c in configurations.items() if key not in table.results}
+    done, begin = len(configurations) - len(missing), time.perf_counter()
+    if not missing:
+        return
+    print(f"{claim.name}: {len(missing)} networks", flush=True)
+    trained = {key: c for key, c in missing.items() if settings[key.setting].is_trained}
+    for part in _networks(missing, trained):
+        measured = {}
+        for key, (seconds, network) in part.items():
+            start = time.perf_counter()
+            measures = dict(claim.measure(network))
+            measured[key] = seconds + time.perf_counter() - start, measures
+        table.add(measured)
+        done += len(part)
+        elapsed = time.perf_counter() - begin
+        if len(part) > 1 or done == len(configurations):
+            print(f"{claim.name}: {done} of {len(configurations)}, {elapsed:.0f} s", flush=True)
+
+
+def _networks(
+    missing: Configurations, trained: Configurations
+) -> Iterable[Mapping[TrialKey, tuple[float, MeasuredNetwork]]]:
+    for key, config in missing.items():
+        if key not in trained:
+            yield {key: (0.0, MeasuredNetwork(config))}
+    yield from train_networks(trained)
+
+
+def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:
+    """Return the entry of a claim in summary.json: its numbers, conditions and verdict.
+
+    Args:
+        claim: the claim.
+        budget: a name of `BUDGETS`.
+        table: of the measured networks, other claims' included.
+    """
+    settings = claim.settings(budget)
+    points: dict[tuple[str, int], list[MeasuredPoint]] = {}
+    seconds = 0.0
+    for key, result in table.results.items():
+        if key.claim == claim.name and key.setting in settings and key.arm in claim.arms:
+            found = points.setdefault((key.arm, key.seed), [])
+            found.append(MeasuredPoint(settings[key.setting], result.measures))
+            seconds += result.seconds
+    numbers: dict[str, dict[str, dict[str, float | None]]] = {arm: {} for arm in claim.arms}
+    for (arm, seed), found in points.items():
+        if len(found) == len(settings):  # a seed counts when all of its networks are measured
+            for name, value in claim.numbers(found).items():
+                numbers[arm].setdefault(name, {})[str(seed)] = json_values(float(value))
+    conditions = []
+    for condition in (condition.as_json() for condition in claim.conditions):
+        effect = effect_of(condition, numbers)
+        conditions.append(
+            {
+                **condition,
+                "effect": {
+                    "value": effect.value,
+                    "low": effect.low,
+                    "high": effect.high,
+                    "seeds": effect.seeds,
+                },
+                "outcome": condition_outcome(condition, effect),
+            }
+        )
+    verdict = verdict_of(conditions, numbers)
+    return {
+        "sentence": claim.sentence,
+        "source": claim.source,
+        "verdict": verdict.outcome,
+        "text": verdict.text,
+        "conditions": conditions,
+        "numbers": numbers,
+        "not_varied": claim.not_varied,
+        "would_change": claim.would_change,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _write(claims: Sequence[Claim], budget: str, table: ResultTable, notes: Sequence[str]) -> Path:
+    """Write summary.json, figures, claims.md and the page, and print the verdicts."""
+    folder = table.folder
+    entries = {claim.name: judge(claim, budget, table) for claim in claims}
+    content = {
+        "schema_version": LEDGER_SCHEMA_VERSION,
+        "budget": budget,
+        "setups": table.setups,
+        "notes": list(notes),
+        "claims": entries,
+    }
+    figures = {claim.name: claim_figure(claim, budget, table) for claim in claims}
+    overview = overview_figure(entries)
+    for name, figure in {**figures, "overview": overview}.items():
+        save(figure, figures_folder(folder) / name)
+    write_json(folder / SUMMARY_FILE, content)
+    write_atomically(folder / _MARKDOWN, claims_markdown(content))
+    write_atomically(folder / _PAGE, claims_page(content, figures, overview))
+    for name, entry in entries.items():
+        print(f"{name}: {entry['text']}")
+    print(folder / _PAGE)
+    return folder / _PAGE
