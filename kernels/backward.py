@@ -210,7 +210,8 @@ def _bn_backward_input_kernel(
     if tensors.TRAINING:
         dweight = tl.load(sums.dweight + owner, mask=mask, other=0.0)
         dbias = tl.load(sums.dbias + owner, mask=mask, other=0.0)
-    walk_gradients(tensors, values, Sums(dweight, dbias), block, first, end, tiling)
+    sums_P = Sums(dweight, dbias)
+    walk_gradients(tensors, values, sums_P, block, first, end, tiling, "evict_first")
 
 
 @triton.jit
@@ -222,16 +223,20 @@ def walk_gradients(
     first: tl.tensor,
     end: tl.tensor,
     tiling: Tiling,
+    EVICTION: tl.constexpr,
 ) -> None:
-    """Write dx and dresidual for the tiles from `first` to `end` of a block, the last one first."""
+    """Write dx and dresidual for the tiles from `first` to `end` of a block, the last one first.
+
+    EVICTION is the policy of the loads.
+    """
     place = find_place(end - 1, tiling)
     for _ in range(first, end):
         tile = locate_tile(place, block, tiling)
         if tensors.x_ptr is not None:
-            deviation = load_tile(tensors.x_ptr, tile, "evict_first") - channels.mean[None, :]
+            deviation = load_tile(tensors.x_ptr, tile, EVICTION) - channels.mean[None, :]
         else:
             deviation = tl.zeros((tiling.BLOCK_R, tiling.BLOCK_P), dtype=tl.float32)
-        g = load_gradient(deviation, channels, tensors, tile, "evict_first")
+        g = load_gradient(deviation, channels, tensors, tile, EVICTION)
         store_gradients(g, deviation, channels, sums, tensors, tile)
         place = previous_place(place, tiling)
 

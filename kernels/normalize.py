@@ -60,7 +60,7 @@ def _bn_forward_normalize_kernel(
             tl.store(channels.rstd_ptr + owner, rstd, mask=is_first & (split == 0))
     else:
         values = load_channels(channels, owner, mask)
-    walk_normalize(tensors, values, block, first, end, tiling)
+    walk_normalize(tensors, values, block, first, end, tiling, "evict_first")
 
 
 @triton.jit
@@ -71,12 +71,16 @@ def walk_normalize(
     first: tl.tensor,
     end: tl.tensor,
     tiling: Tiling,
+    EVICTION: tl.constexpr,
 ) -> None:
-    """Write y for the tiles from `first` to `end` of a block, the last one first."""
+    """Write y for the tiles from `first` to `end` of a block, the last one first.
+
+    EVICTION is the policy of the loads of x; a residual is read once.
+    """
     place = find_place(end - 1, tiling)
     for _ in range(first, end):
         tile = locate_tile(place, block, tiling)
-        x = load_tile(tensors.x_ptr, tile, "evict_first")
+        x = load_tile(tensors.x_ptr, tile, EVICTION)
         write_output(x, channels, tensors, tile)
         place = previous_place(place, tiling)
 

@@ -200,7 +200,7 @@ def _bn_forward_persistent_kernel(
                     channels.rstd_ptr + owner, mask=mask, other=0.0, cache_modifier=".cg"
                 )
                 values = make_channels(mean, rstd, channels, owner, mask)
-                walk_normalize(tensors, values, group, first, end, tiling)
+                walk_normalize(tensors, values, group, first, end, tiling, "evict_first")
         ticket = _take_ticket(counters_ptr)
     _leave(counters_ptr, groups, running.num_batches_tracked)
 
@@ -241,7 +241,8 @@ def _bn_backward_persistent_kernel(
                 _wait_for_flag(counters_ptr, group)
                 dweight = tl.load(sums.dweight + owner, mask=mask, other=0.0, cache_modifier=".cg")
                 dbias = tl.load(sums.dbias + owner, mask=mask, other=0.0, cache_modifier=".cg")
-                walk_gradients(tensors, values, Sums(dweight, dbias), group, first, end, tiling)
+                sums_P = Sums(dweight, dbias)
+                walk_gradients(tensors, values, sums_P, group, first, end, tiling, "evict_first")
         ticket = _take_ticket(counters_ptr)
     _leave(counters_ptr, groups, None)
 

@@ -362,17 +362,21 @@ def _lag(walk: Walk, programs: int, device: Device) -> int:
 
 
 def _most_channels(s: Shape, device: Device) -> int:
-    """Return how many channels of each running program fit the share of L2."""
+    """Return of how many channels for each running program dy, x and dx fit L2.
+
+    Then each element is read again before it has been the least recently used, although what is no
+    longer needed is not marked for eviction.
+    """
     channel = PROGRAMS_AT_WORK * device.processors * s.N * s.L * s.itemsize
-    return int(CACHE_SHARE * device.cache_bytes) // channel
+    return device.cache_bytes // (3 * channel)
 
 
 def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regime:
     """Choose `single_launch` if one launch is enough, else `two_pass`.
 
     One launch is enough for tensors below `SINGLE_LAUNCH_BYTES`, and for those with a block of
-    channels for nearly each program, whose channels are so short that what the programs read twice
-    fits `CACHE_SHARE` of L2.
+    channels for nearly each program, whose channels are so short that what the programs read and
+    write fits L2.
     """
     s = Shape(N, C, L, itemsize)
     if s.numel * s.itemsize <= SINGLE_LAUNCH_BYTES:
