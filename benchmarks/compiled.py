@@ -82,14 +82,14 @@ def record_on(device: Device) -> None:
     dispatch._device = lambda _: device
 
 
-def record(call: Call) -> tuple[list[Launch], Schedule]:
+def record(call: Call) -> tuple[list[Launch], dict[str, Schedule]]:
     """Run forwards and a backward with all gradients, and return what they launch.
 
     Args:
         call: which.
 
     Returns:
-        The launches, and the schedule of the forward in training.
+        The launches, and the schedule of each part.
     """
     if call.regime is not None:
         with forced_regime(call.regime):
@@ -132,10 +132,12 @@ def record(call: Call) -> tuple[list[Launch], Schedule]:
     schedule = dispatch.schedule_of(
         x, call.channels_last, writes_mask=writes_mask, cumulative=cumulative
     )
+    schedules = dict.fromkeys(("forward", "evaluation", "synchronized"), schedule)
+    schedules["backward"] = dispatch.schedule_of(x, call.channels_last, reads_mask=writes_mask)
     _start("synchronized")
     partials = stats.compute_partials(x, schedule)
     stats.merge_partials(partials, per_channel, per_channel, schedule)
-    return found + _launches, schedule
+    return found + _launches, schedules
 
 
 def _start(part: str) -> None:

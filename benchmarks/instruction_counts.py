@@ -175,7 +175,7 @@ class Work(NamedTuple):
         name: of the row: shape, layout, regime, fusion, part.
         launch: that was recorded.
         itemsize: of x.
-        schedule: of the forward.
+        schedule: of the part.
     """
 
     name: dict[str, Any]
@@ -237,9 +237,10 @@ def record_all(quick: bool) -> list[Work]:
     record_on(H200)
     found = []
     for name, call in calls(quick):
-        launches, schedule = record(call)
+        launches, schedules = record(call)
         for launch in launches:
             if "tiling" in launch.arguments and launch.part != "synchronized":
+                schedule = schedules[launch.part]
                 row = name | {"regime": schedule.regime.value, "part": launch.part}
                 found.append(Work(row, launch, 2, schedule))
     return found
