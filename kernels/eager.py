@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from bn_lightning.kernels.activations import saves_mask
@@ -62,6 +63,7 @@ _PLAIN_TYPES = (Tensor, Parameter)
 _MISALIGNED = 15
 # Names of this module are found in less time than attributes.
 _grad_mode = torch.is_grad_enabled
+_reduce, _or = functools.reduce, operator.or_
 _empty_like = torch.empty_like
 _data_ptr = Tensor.data_ptr
 
@@ -82,7 +84,7 @@ def make_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 def misalignment_of(addresses: Sequence[int]) -> tuple[int, ...] | None:
     """Return how far the addresses are past aligned ones; None if all are aligned."""
-    if not functools.reduce(operator.or_, addresses) & _MISALIGNED:
+    if not _reduce(_or, addresses) & _MISALIGNED:
         return None
     return tuple([address & _MISALIGNED for address in addresses])
 
@@ -310,7 +312,7 @@ class _EagerBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Any) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         if (
-            torch.compiler.is_compiling()
+            is_compiling()
             or _grad_mode()
             or type(dy) not in _PLAIN_TYPES
             or _is_watched()

@@ -234,9 +234,12 @@ def make_plan(
 
 def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Return what picks the items at these places."""
-    if len(places) < 2:
+    if not places:
+        return lambda items: ()
+    if len(places) == 1:
         # `itemgetter` would return the item itself.
-        return lambda items: tuple([items[place] for place in places])
+        (place,) = places
+        return lambda items: (items[place],)
     return operator.itemgetter(*places)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from bn_lightning.kernels.activations import activate, saves_mask
@@ -127,7 +128,7 @@ def batch_norm(
         activation if added is None else "identity",
         negative_slope,
     )
-    y = None if torch.compiler.is_compiling() else run_known(fields, backend)
+    y = None if is_compiling() else run_known(fields, backend)
     if y is None or y is NATIVE:
         a = BatchNormArguments._make(fields)
         y = _composite(a) if y is NATIVE else _batch_norm(a, backend)
@@ -145,7 +146,7 @@ def _batch_norm(a: BatchNormArguments, backend: str) -> Tensor:
     triton = chooses_triton(a.x, backend, Fusion(a.activation, a.residual is not None, a.training))
     if a.training and a.momentum is None:
         check_average(a.running_mean, a.num_batches_tracked)
-    is_eager = not torch.compiler.is_compiling()
+    is_eager = not is_compiling()
     if not triton:
         if is_eager and backend == "auto" and a.x.is_cuda:
             keep_plan(a, backend, is_native=True)
@@ -182,7 +183,7 @@ def _composite(a: BatchNormArguments) -> Tensor:
         cumulative
         and type(tracked) is Tensor
         and tracked.device.type == "cpu"
-        and not (torch.compiler.is_compiling() or is_observed())
+        and not (is_compiling() or is_observed())
     ):
         # torch's weight, to the bit.
         a = a._replace(momentum=1.0 / (tracked.item() + 1))

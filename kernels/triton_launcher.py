@@ -138,7 +138,8 @@ def _is_known(compiled: Any) -> bool:
 
 def launch_is_observed() -> bool:
     """Return whether someone wants to see each launch, as profilers do, or to instrument it."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     # A chain of hooks is always set, and may be empty.
     return bool(
         getattr(enter, "calls", enter)
