@@ -1,6 +1,7 @@
 """What every test shares: the device, and Triton's interpreter where there is no GPU."""
 
 import gc
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,15 @@ def pytest_collection_finish() -> None:
 
 def _is_slow(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is not None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    """Spares Triton's interpreter what it repeats without need."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from quick_interpreter import speed_up_interpreter
+
+        speed_up_interpreter()
 
 
 @pytest.fixture(scope="session")
