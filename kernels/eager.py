@@ -311,12 +311,7 @@ class _EagerBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Any) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        if (
-            is_compiling()
-            or _grad_mode()
-            or type(dy) not in _PLAIN_TYPES
-            or _is_watched()
-        ):
+        if is_compiling() or _grad_mode() or type(dy) not in _PLAIN_TYPES or _is_watched():
             op = torch.ops.bn_lightning.batch_norm_backward
             saved = _spread(plan, ctx.saved_tensors)
             return (*compute_gradients(plan.options, ctx, dy, op, saved), None)
