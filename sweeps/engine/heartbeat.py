@@ -11,13 +11,15 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from optuna.storages import BaseStorage
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 
+from bn_lightning.sweeps.engine.storage import RetryingStorage
 from bn_lightning.sweeps.engine.stored_names import BEAT, WORKER
 
 
@@ -82,7 +84,7 @@ class Heartbeat:
         interval: seconds between two beats.
     """
 
-    def __init__(self, storage: BaseStorage, interval: float) -> None:
+    def __init__(self, storage: RetryingStorage, interval: float) -> None:
         self._storage = storage
         self._interval = interval
         self._trials: set[int] = set()
@@ -117,12 +119,14 @@ class Heartbeat:
             self._beats += 1
             with self._changed:
                 trials = sorted(self._trials)
-            for trial_id in trials:
-                try:
-                    self._storage.set_trial_system_attr(trial_id, BEAT, self._beats)
-                except Exception:
-                    # The trial has just ended, or the storage is away, for which the worker waits.
-                    continue
+            # The storage may be away, for which the worker waits.
+            with suppress(Exception):
+                self._storage.together(lambda: self._beat(trials), patience=0)  # noqa: B023
+
+    def _beat(self, trials: list[int]) -> None:
+        for trial_id in trials:
+            with suppress(UpdateFinishedTrialError):  # it has just ended
+                self._storage.inner.set_trial_system_attr(trial_id, BEAT, self._beats)
 
 
 class _Seen(NamedTuple):

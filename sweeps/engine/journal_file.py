@@ -32,6 +32,8 @@ class JournalFile(BaseJournalBackend):
         self.path = path
         self._lock = JournalFileSymlinkLock(str(path))
         self._reader = JournalFileBackend(str(path), self._lock)
+        self._collected: list[dict[str, Any]] | None = None  # inside `together`
+        self._n_written: int | None = None  # records of the file, once they are all read there
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -42,9 +44,39 @@ class JournalFile(BaseJournalBackend):
         finally:
             self._lock.release()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Append the records of the block at its end, in one write; hold the lock until then.
+
+        This process reads them at once. Only the thread that entered the block may use the journal.
+
+        Raises:
+            SweepError: as for `append_logs`. The storage has read what is not in the file, so it
+                has to be opened again.
+            OSError: likewise.
+        """
+        with self.locked():
+            self._collected, self._n_written = [], None
+            try:
+                yield
+            finally:
+                # After an error, too: the records stand for calls that were answered.
+                collected, self._collected = self._collected, None
+                if collected:
+                    self._write(collected)
+
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Yield the records from a number on, counted from 0."""
-        yield from self._reader.read_logs(log_number_from)
+        if self._collected is None:
+            yield from self._reader.read_logs(log_number_from)
+            return
+        if self._n_written is None:
+            number = log_number_from
+            for record in self._reader.read_logs(log_number_from):
+                number += 1
+                yield record
+            self._n_written = number
+        yield from self._collected[log_number_from - self._n_written :]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append all records or none of them, and wait until they are on the disk.
@@ -53,7 +85,14 @@ class JournalFile(BaseJournalBackend):
             SweepError: the last record of the file is incomplete; nothing is appended.
             OSError: the disk has no room; nothing is left of the records.
         """
-        with self.locked(), open(self.path, "r+b", buffering=0) as file:
+        if self._collected is not None:
+            self._collected.extend(logs)
+            return
+        with self.locked():
+            self._write(logs)
+
+    def _write(self, logs: list[dict[str, Any]]) -> None:
+        with open(self.path, "r+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(end - 1)
@@ -73,7 +112,19 @@ class JournalFile(BaseJournalBackend):
                 raise
 
 
-def open_journal(path: Path) -> JournalStorage:
+class JournalFileStorage(JournalStorage):
+    """Optuna's storage in a `JournalFile`.
+
+    Args:
+        journal: the file.
+    """
+
+    def __init__(self, journal: JournalFile) -> None:
+        super().__init__(journal)
+        self.journal = journal
+
+
+def open_journal(path: Path) -> JournalFileStorage:
     """Open a journal file; create it if it does not exist.
 
     Raises:
@@ -89,7 +140,7 @@ def open_journal(path: Path) -> JournalStorage:
     if last and parse_record(last[0]) is None:
         raise damaged_journal(path)
     try:
-        return JournalStorage(journal)
+        return JournalFileStorage(journal)
     except (ValueError, KeyError, TypeError) as error:
         raise damaged_journal(path) from error
 

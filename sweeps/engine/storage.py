@@ -12,6 +12,7 @@ If the storage cannot be reached, each call is repeated with growing pauses for 
 import logging
 import random
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from bn_lightning.sweeps.engine.journal_file import open_journal
+from bn_lightning.sweeps.engine.journal_file import JournalFileStorage, open_journal
 from bn_lightning.sweeps.engine.passwords import redacted, refuse_several_ats
 from bn_lightning.sweeps.engine.stored_names import JOURNAL_FILE
 from bn_lightning.sweeps.engine.sweep_error import SweepError
@@ -161,7 +162,7 @@ def is_unreachable(error: BaseException | None) -> bool:
 
 
 class RetryingStorage(BaseStorage):
-    """A storage that repeats each call until it is answered.
+    """A storage that repeats each call until it is answered, and answers one thread at a time.
 
     Args:
         inner: the storage.
@@ -181,12 +182,49 @@ class RetryingStorage(BaseStorage):
         self.url = url
         self.patience = patience
         self.close = close
+        self._one_thread = threading.RLock()
+        self._is_together = False
+
+    def together(self, call: Callable[[], _T], patience: float | None = None) -> _T:
+        """Return what a call returns that uses this storage; write to a journal once, at its end.
+
+        Other storages write as often as they are called: Optuna has no transaction for them. No
+        other process can write to the journal until then, so the call must be short.
+
+        Args:
+            call: repeated, from what the journal holds, if the disk had no room.
+            patience: seconds for which it is repeated; None is the storage's.
+
+        Raises:
+            SweepError: the storage did not answer in time.
+        """
+
+        def attempt() -> _T:
+            if self._is_together or not isinstance(self.inner, JournalFileStorage):
+                return call()
+            self._is_together = True
+            try:
+                with self.inner.journal.together():
+                    return call()
+            except (OSError, SweepError):
+                # The storage has read what the file lacks.
+                self.inner = open_journal(self.inner.journal.path)
+                raise
+            finally:
+                self._is_together = False
+
+        with self._one_thread:
+            return call_with_retries(
+                attempt, self.patience if patience is None else patience, self.url
+            )
 
 
 def _retrying(name: str) -> Callable[..., Any]:
     def method(self: RetryingStorage, *args: Any, **kwargs: Any) -> Any:
-        call = getattr(self.inner, name)
-        return call_with_retries(lambda: call(*args, **kwargs), self.patience, self.url)
+        with self._one_thread:
+            return call_with_retries(
+                lambda: getattr(self.inner, name)(*args, **kwargs), self.patience, self.url
+            )
 
     method.__name__ = name
     return method

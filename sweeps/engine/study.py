@@ -9,7 +9,7 @@ A sweep can therefore be stopped at any time and resumed by the same command.
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,8 @@ from bn_lightning.sweeps.engine.sweep_error import SweepError
 SETTLE = 1.0
 # Seconds without a new trial after which another process takes over filling the study.
 FILL_PATIENCE = 20.0
+# Trials that are enqueued in one write.
+FILLED_AT_ONCE = 100
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +127,7 @@ class SweepStudy:
         )
         self._study_id = storage.get_study_id_from_name(name)
         self._has_sampler = plan.is_planned
-        self._heartbeat = Heartbeat(storage.inner, policy.heartbeat)
+        self._heartbeat = Heartbeat(storage, policy.heartbeat)
         self._detector = StaleTrialDetector(policy.heartbeat, policy.stale_after)
         self._n_open: int | None = None
         self._n_open_since = 0.0
@@ -171,32 +173,51 @@ class SweepStudy:
             if self._study.user_attrs.get(FILLER) != mark:
                 return
             self.refresh()
-        for slot in self.slots.open_slots():
-            self._enqueue(slot)
+        slots = self.slots.open_slots()
+        for first in range(0, len(slots), FILLED_AT_ONCE):
+            some = slots[first : first + FILLED_AT_ONCE]
+            self.storage.together(lambda: self._enqueue(some))  # noqa: B023
         self._study.set_user_attr(FILLER, None)
 
-    def _enqueue(self, slot: int) -> None:
-        """Add a waiting trial to a slot, at the same point as its last failed trial."""
-        before = self.slots.last_failed(slot)
-        point = Point(before.params, before.distributions) if before else self._plan.point(slot)
-        self._study.add_trial(
-            create_trial(
-                state=TrialState.WAITING,
-                params=point.params,
-                distributions=point.distributions,
-                system_attrs={SLOT: slot},
+    def _enqueue(self, slots: Sequence[int]) -> None:
+        """Add a waiting trial to each slot, at the same point as its last failed trial."""
+        for slot in slots:
+            before = self.slots.last_failed(slot)
+            point = Point(before.params, before.distributions) if before else self._plan.point(slot)
+            self._study.add_trial(
+                create_trial(
+                    state=TrialState.WAITING,
+                    params=point.params,
+                    distributions=point.distributions,
+                    system_attrs={SLOT: slot},
+                )
             )
-        )
 
-    def claim(self, *, in_batch: bool = False) -> ClaimedTrial | None:
-        """Claim the next waiting trial and draw its parameters; return None if none waits.
+    def claim(self, size: int = 1) -> list[ClaimedTrial]:
+        """Claim the next waiting trials and draw their parameters.
 
         Args:
-            in_batch: whether this process runs others at the same time. If it dies, nobody knows
-                which of them was the cause, so none is counted as failed.
+            size: most trials to claim. If a process that runs several dies, nobody knows which of
+                them was the cause, so none is counted as failed.
         """
+        numbers: list[int] = []
+        try:
+            self.storage.together(lambda: self._claim(size, numbers))
+            # A sampler may take longer than a journal is to be locked.
+            if self._plan.is_planned:
+                return self.storage.together(lambda: self._drawn(numbers))
+            return self._drawn(numbers)
+        except BaseException:
+            self.finish(dict.fromkeys(numbers, interrupted()))
+            raise
+
+    def _claim(self, size: int, numbers: list[int]) -> None:
+        """Claim waiting trials, and write their numbers to `numbers`."""
+        numbers.clear()
         self.refresh()
         for waiting in self.slots.waiting:
+            if len(numbers) == size:
+                break
             trial_id = self._id(waiting.number)
             if not claim_trial(self.storage, trial_id):
                 continue
@@ -205,16 +226,19 @@ class SweepStudy:
                 self._tell(waiting.number, duplicate)
                 continue
             self._heartbeat.add(trial_id)
-            if in_batch:
+            if size > 1:
                 self.storage.set_trial_system_attr(trial_id, IN_BATCH, True)
+            numbers.append(waiting.number)
+
+    def _drawn(self, numbers: list[int]) -> list[ClaimedTrial]:
+        """Draw the parameters of claimed trials, and finish those for which that fails."""
+        claimed = []
+        for number in numbers:
             try:
-                return self._claimed(waiting.number)
+                claimed.append(self._claimed(number))
             except Exception as error:
-                self.finish(waiting.number, outcome_of_error(error))
-            except BaseException:
-                self.finish(waiting.number, interrupted())
-                raise
-        return None
+                self.finish({number: outcome_of_error(error)})
+        return claimed
 
     def _claimed(self, number: int) -> ClaimedTrial:
         params = self._draw(number)
@@ -233,15 +257,23 @@ class SweepStudy:
             self._has_sampler = True
         return self._plan.space.suggest(Trial(self._study, self._id(number)))
 
-    def finish(self, number: int, outcome: Outcome) -> None:
-        """Store the outcome of a trial; if it failed, enqueue it again while retries are left."""
-        is_told = self._tell(number, outcome)
-        self._heartbeat.remove(self._id(number))
-        if is_told and outcome.state == "FAIL":
-            self.refresh()
-            slot = self.storage.get_trial_system_attrs(self._id(number))[SLOT]
-            if self.slots.is_open(slot):
-                self._enqueue(slot)
+    def finish(self, outcomes: Mapping[int, Outcome]) -> None:
+        """Store the outcomes of trials; enqueue those that failed again while retries are left.
+
+        Args:
+            outcomes: number of a trial -> its outcome.
+        """
+        self.storage.together(lambda: self._finish(outcomes))
+
+    def _finish(self, outcomes: Mapping[int, Outcome]) -> None:
+        for number, outcome in outcomes.items():
+            is_told = self._tell(number, outcome)
+            self._heartbeat.remove(self._id(number))
+            if is_told and outcome.state == "FAIL":
+                self.refresh()
+                slot = self.storage.get_trial_system_attrs(self._id(number))[SLOT]
+                if self.slots.is_open(slot):
+                    self._enqueue([slot])
 
     def _tell(self, number: int, outcome: Outcome) -> bool:
         """Store an outcome, and return whether this call has ended the trial."""
@@ -273,7 +305,7 @@ class SweepStudy:
         """
         for trial in self._detector.stale_trials(self.slots.running):
             outcome = read_outcome(self._trial_directory(trial.number))
-            self.finish(trial.number, outcome or _worker_died(trial))
+            self.finish({trial.number: outcome or _worker_died(trial)})
         n_open = len(self.slots.open_slots())
         if n_open != self._n_open:
             self._n_open, self._n_open_since = n_open, time.monotonic()

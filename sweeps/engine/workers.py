@@ -49,12 +49,7 @@ def run_trials(
         pause: seconds to wait if no trial waits.
     """
     while not stop.is_set():
-        batch: list[ClaimedTrial] = []
-        while len(batch) < batch_size:
-            claimed = study.claim(in_batch=batch_size > 1)
-            if claimed is None:
-                break
-            batch.append(claimed)
+        batch = study.claim(batch_size)
         on_refresh()
         if not batch:
             if study.slots.is_over():
@@ -68,11 +63,10 @@ def run_trials(
         except Exception as error:
             outcomes = [outcome_of_error(error)] * len(batch)
         except BaseException:
-            for trial in batch:
-                study.finish(trial.number, interrupted())
+            study.finish({trial.number: interrupted() for trial in batch})
             raise
-        for trial, outcome in zip(batch, outcomes, strict=True):
-            study.finish(trial.number, stop.corrected(outcome))
+        ended = zip(batch, outcomes, strict=True)
+        study.finish({trial.number: stop.corrected(outcome) for trial, outcome in ended})
 
 
 class Workers:
@@ -104,9 +98,9 @@ class Workers:
         for process in self._running.values():
             end_session(process)
         self._study.refresh()
-        for trial in self._study.slots.running:
-            if trial.system_attrs.get(WORKER) in ended:
-                self._study.finish(trial.number, interrupted())
+        running = self._study.slots.running
+        numbers = [trial.number for trial in running if trial.system_attrs.get(WORKER) in ended]
+        self._study.finish(dict.fromkeys(numbers, interrupted()))
 
     def check(self, stop: StopRequest) -> bool:
         """Read the study, replace dead workers, and recover their trials; call it repeatedly.

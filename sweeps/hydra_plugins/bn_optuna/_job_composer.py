@@ -215,8 +215,12 @@ class ComposedJob:
             return self._kept.texts[name]
         *parents, key = path
         node = self.config[parents[0]] if parents else self.config
-        content: Any = OmegaConf.to_container(OmegaConf.masked_copy(node, key), enum_to_str=True)
-        text = OmegaConf.to_yaml({parents[0]: content} if parents else content)
+        content = OmegaConf.masked_copy(node, key)
+        if parents:
+            whole = DictConfig({}, flags={"no_deepcopy_set_nodes": True})
+            whole[parents[0]] = content
+            content = whole
+        text = OmegaConf.to_yaml(content)
         text = text.partition("\n")[2] if parents else text
         if key not in (_PARTS_OF_JOB if parents else self._kept.changed):
             self._kept.texts[name] = text

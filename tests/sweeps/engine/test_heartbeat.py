@@ -16,6 +16,7 @@ from bn_lightning.sweeps.engine.heartbeat import (
     ProcessIdentity,
     StaleTrialDetector,
 )
+from bn_lightning.sweeps.engine.storage import RetryingStorage
 from bn_lightning.sweeps.engine.stored_names import BEAT, WORKER
 
 linux = pytest.mark.skipif(
@@ -118,7 +119,7 @@ class TestHeartbeat:
                 self.beats.append((trial_id, value))
 
         storage = Storage()
-        beat = Heartbeat(storage, 0.01)
+        beat = Heartbeat(RetryingStorage(storage, "sqlite://", 60), 0.01)
         beat.add(4)
         time.sleep(0.05)
         storage.is_away = False

@@ -6,7 +6,9 @@ import os
 import optuna
 import pytest
 
+from bn_lightning.sweeps.engine import journal_file
 from bn_lightning.sweeps.engine.journal_file import open_journal
+from bn_lightning.sweeps.engine.storage import open_storage
 from bn_lightning.sweeps.engine.sweep_error import SweepError
 
 
@@ -116,3 +118,74 @@ def test_something_else_is_no_journal(tmp_path):
     with pytest.raises(SweepError, match="0 whole ones"):
         open_journal(path)
     assert path.read_text() == "just text\n"
+
+
+class TestTogether:
+    """Records that a block appends are in the file at its end, and are read in it."""
+
+    @pytest.fixture
+    def writes(self, monkeypatch):
+        counted = []
+        monkeypatch.setattr("os.fsync", counted.append)
+        return counted
+
+    def test_a_block_is_one_write(self, tmp_path, writes):
+        storage = open_storage(f"journal://{tmp_path}/journal.log", 5)
+        study = optuna.create_study(storage=storage, study_name="s")
+        writes.clear()
+
+        def run_five():
+            study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=5)
+            return storage.together(lambda: [trial.value for trial in study.trials])
+
+        values = storage.together(run_five)
+        assert len(writes) == 1 and len(values) == 5
+        again = optuna.load_study(study_name="s", storage=open_journal(tmp_path / "journal.log"))
+        assert [trial.value for trial in again.trials] == values
+        study.optimize(lambda trial: 1.0, n_trials=1)
+        assert len(optuna.load_study(study_name="s", storage=storage).trials) == 6
+
+    def test_two_processes_see_each_others_blocks(self, tmp_path):
+        path = tmp_path / "journal.log"
+        first, second = (open_storage(f"journal://{path}", 5) for _ in range(2))
+        optuna.create_study(storage=first, study_name="s")
+        for storage in (first, second, second, first):
+            study = optuna.load_study(study_name="s", storage=storage)
+            before = len(study.trials)
+            storage.together(lambda study=study: [study.ask() for _ in range(3)])
+            assert [trial.number for trial in study.trials] == list(range(before + 3))
+
+    def test_an_error_in_the_block_loses_no_answered_call(self, tmp_path):
+        storage = open_storage(f"journal://{tmp_path}/journal.log", 5)
+        study = optuna.create_study(storage=storage, study_name="s")
+
+        def stopped():
+            study.ask()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            storage.together(stopped)
+        again = optuna.load_study(study_name="s", storage=open_journal(tmp_path / "journal.log"))
+        assert len(again.trials) == len(study.trials) == 1
+
+    def test_a_full_disk_repeats_the_block(self, tmp_path, monkeypatch):
+        """The storage has read what is not on the disk, so it is opened again."""
+        storage = open_storage(f"journal://{tmp_path}/journal.log", 60)
+        study = optuna.create_study(storage=storage, study_name="s")
+        counts = []
+
+        def ask():
+            counts.append(len(study.trials))
+            study.ask()
+
+        write, full = os.write, iter([True, True])
+
+        def failing(descriptor, data):
+            if next(full, False):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, data)
+
+        monkeypatch.setattr(journal_file.os, "write", failing)
+        storage.together(ask)
+        assert counts == [0, 0, 0]
+        assert len(study.trials) == 1

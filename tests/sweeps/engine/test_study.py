@@ -77,6 +77,10 @@ class Sweep:
         return [trial.state.name for trial in self.trials]
 
 
+def claim(sweep):
+    return next(iter(sweep.study.claim()), None)
+
+
 def product(claimed):
     return Outcome(
         "COMPLETE", [float(claimed.params["x"] * claimed.params.get("y", 1))], {"a": "b"}
@@ -118,10 +122,10 @@ class TestWork:
     def test_two_workers_share(self, tmp_path, storage):
         first, second = Sweep(tmp_path, storage), Sweep(tmp_path, storage)
         numbers = []
-        while (claims := [first.study.claim(), second.study.claim()]) != [None, None]:
+        while (claims := [claim(first), claim(second)]) != [None, None]:
             for sweep, claimed in zip((first, second), claims, strict=True):
                 numbers.append(claimed.number)
-                sweep.study.finish(claimed.number, product(claimed))
+                sweep.study.finish({claimed.number: product(claimed)})
         assert sorted(numbers) == list(range(12))
 
     def test_more_trials_continue_the_study(self, tmp_path):
@@ -197,23 +201,23 @@ class TestRefinement:
         deaths = [4, 8, 11]  # in the grid, in the first round of halvings, in the second
         done = self.sweep(tmp_path)
         while not done.study.slots.is_over():
-            claimed = done.study.claim()
+            claimed = claim(done)
             if claimed is None:
                 done.study.recover()
             elif claimed.number in deaths:
                 kill(done, claimed.number)
                 done = self.sweep(tmp_path)
             else:
-                done.study.finish(claimed.number, self.trains(claimed))
+                done.study.finish({claimed.number: self.trains(claimed)})
         assert sorted(self.points(done)) == sorted(self.ROUNDS)
         assert len(self.points(done, "FAIL")) == 3
 
     def test_two_workers_share_each_round(self, tmp_path, storage):
         both = [self.sweep(tmp_path, storage), self.sweep(tmp_path, storage)]
         while not all(sweep.study.slots.is_over() for sweep in both):
-            for sweep, claimed in [(sweep, sweep.study.claim()) for sweep in both]:
+            for sweep, claimed in [(sweep, claim(sweep)) for sweep in both]:
                 if claimed is not None:
-                    sweep.study.finish(claimed.number, self.trains(claimed))
+                    sweep.study.finish({claimed.number: self.trains(claimed)})
             for sweep in both:
                 sweep.study.refresh()
                 sweep.study.recover()
@@ -343,7 +347,7 @@ def kill(sweep, number):
 class TestDeath:
     def test_a_dead_workers_trial_is_tried_again(self, tmp_path, storage):
         dead = Sweep(tmp_path, storage)
-        claimed = dead.study.claim()
+        claimed = claim(dead)
         kill(dead, claimed.number)
         sweep = Sweep(tmp_path, storage).work(product)
         assert sweep.states().count("COMPLETE") == 12
@@ -353,7 +357,7 @@ class TestDeath:
     def test_the_outcome_it_left_is_told(self, tmp_path):
         """The worker died after its trial ended and before it updated the study."""
         dead = Sweep(tmp_path)
-        claimed = dead.study.claim()
+        claimed = claim(dead)
         Outcome("COMPLETE", [7.0], {"seconds": 3.0}).write(tmp_path / str(claimed.number))
         kill(dead, claimed.number)
         sweep = Sweep(tmp_path).work(product)
@@ -364,34 +368,34 @@ class TestDeath:
     def test_an_outcome_of_an_older_study_is_not(self, tmp_path):
         Outcome("COMPLETE", [7.0]).write(tmp_path / "0")
         dead = Sweep(tmp_path)
-        dead.study.claim()
+        claim(dead)
         kill(dead, 0)
         assert Sweep(tmp_path).work(product).states()[0] == "FAIL"
 
     def test_a_living_workers_trial_is_left_alone(self, tmp_path):
         living = Sweep(tmp_path)
-        claimed = living.study.claim()
+        claimed = claim(living)
         other = Sweep(tmp_path)
         run_trials(other.study, one_by_one(product), StopAfter(40), pause=0)
         assert other.states() == ["RUNNING"] + ["COMPLETE"] * 11
-        living.study.finish(claimed.number, product(claimed))
+        living.study.finish({claimed.number: product(claimed)})
         assert other.study.refresh().settled == 12
 
     def test_one_who_was_given_up_does_not_overwrite(self, tmp_path, caplog):
         late = Sweep(tmp_path)
-        claimed = late.study.claim()
+        claimed = claim(late)
         kill(late, claimed.number)
         sweep = Sweep(tmp_path).work(product)
-        late.study.finish(claimed.number, product(claimed))
+        late.study.finish({claimed.number: product(claimed)})
         assert sweep.states().count("COMPLETE") == 12
         assert "trial 0" in caplog.text
 
     def test_telling_twice_is_telling_once(self, tmp_path, caplog):
         """As when an answer of the storage is lost and the call is repeated."""
         sweep = Sweep(tmp_path)
-        claimed = sweep.study.claim()
-        sweep.study.finish(claimed.number, product(claimed))
-        sweep.study.finish(claimed.number, product(claimed))
+        claimed = claim(sweep)
+        sweep.study.finish({claimed.number: product(claimed)})
+        sweep.study.finish({claimed.number: product(claimed)})
         assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
     def test_half_filled_studies_are_filled(self, tmp_path, monkeypatch):
@@ -399,8 +403,7 @@ class TestDeath:
             patched.setattr(SweepStudy, "fill", lambda self: None)
             unfilled = Sweep(tmp_path)
         unfilled.study.refresh()
-        for slot in (0, 1, 5):
-            unfilled.study._enqueue(slot)
+        unfilled.study._enqueue([0, 1, 5])
         study = optuna.load_study(study_name="s", storage=unfilled.storage)
         study.set_user_attr(FILLER, "elsewhere 7 1 x")
         sweep = Sweep(tmp_path)
@@ -410,8 +413,7 @@ class TestDeath:
 
     def test_slots_filled_twice_are_run_once(self, tmp_path):
         sweep = Sweep(tmp_path)
-        for slot in range(12):
-            sweep.study._enqueue(slot)
+        sweep.study._enqueue(range(12))
         seen = []
         sweep.work(lambda claimed: seen.append(claimed.params) or product(claimed))
         assert seen == GRID.grid()
