@@ -26,7 +26,7 @@ OPTIONS = sorted(
 )
 
 
-SWEEPS = {"lr_init": 594, "edges": 594, "schemes": 396, "lr": 66, "quick": 24, "tuned": 50}
+SWEEPS = {"lr_init": 1980, "edges": 594, "schemes": 1320, "lr": 66, "quick": 24, "tuned": 50}
 
 
 @pytest.fixture(autouse=True)
