@@ -81,9 +81,9 @@ def overview_figure(entries: Mapping[str, Any]) -> Figure:
         entries: name -> entry of summary.json.
     """
     rows = [
-        (f"{name}: {condition['name']}", condition)
+        (f"{name} {number}", condition)
         for name, entry in entries.items()
-        for condition in entry["conditions"]
+        for number, condition in enumerate(entry["conditions"], 1)
     ]
     x, low, high, texts = [], [], [], []
     for _, condition in rows:

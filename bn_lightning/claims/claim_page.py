@@ -79,12 +79,12 @@ def _verdict(entry: Mapping[str, Any]) -> list[str]:
 def _rows(entry: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
-            f"{condition['name']}{' (control)' if condition['is_control'] else ''}",
+            f"{number}. {condition['name']}{' (control)' if condition['is_control'] else ''}",
             effect_text(condition),
             bound_text(condition),
             condition["outcome"],
         ]
-        for condition in entry["conditions"]
+        for number, condition in enumerate(entry["conditions"], 1)
     ]
 
 

@@ -55,3 +55,19 @@ def largest_trained(points: Sequence[MeasuredPoint]) -> float:
     x = [p.setting.x for p in points if "accuracy" in p.measures]
     trained = [p.setting.x for p in points if p.measures.get("accuracy", 0.0) >= REACHED]
     return max(trained, default=min(x) / 2)
+
+
+def steps_to(accuracy: float, history: Sequence[tuple[int, float]], budget: int) -> float:
+    """Return the step of the first validation that reaches an accuracy, `budget` if none does.
+
+    Args:
+        accuracy: in (0, 1].
+        history: (step, accuracy) pairs.
+        budget: in steps.
+    """
+    return float(next((step for step, value in history if value >= accuracy), budget))
+
+
+def of_panel(points: Sequence[MeasuredPoint], panel: str) -> list[MeasuredPoint]:
+    """Return the points whose settings are in one panel of the figure."""
+    return [point for point in points if point.setting.panel == panel]
