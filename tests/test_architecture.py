@@ -53,6 +53,7 @@ SAME_NAMES = {
     "batch_norm": "the same function as a definition, an op, a module and an option of `norm`",
     "ghost_batch_norm": "the same function as a module and an option of `norm`",
     "sync_batch_norm": "the same function as an op, a module and an option of `norm`",
+    "initialization": "of weights: how it is done, and what is claimed about it",
     "main": "the entry point of a command",
     "protocol": "the contract of what a folder holds: of data modules, of models",
     "run_sweep": "the same sweep from Python and in Hydra's plugin",

@@ -191,7 +191,7 @@ class NormlessMLP(MLP):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"names": ("fastest",)}, "scale_invariance, tiny"),
+        ({"names": ("fastest",)}, "placement, scale_invariance, tiny"),
         ({"budget": "huge"}, "quick, full"),
         ({"seeds": 0}, "`seeds`"),
         ({"overrides": (*TINY, "trainer.max_steps=1")}, "`trainer.max_steps`"),

@@ -1,0 +1,101 @@
+"""What the claims of the ledger measure, on tiny networks and made-up points."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bn_lightning.claims.claim_training import compose_trials
+from bn_lightning.claims.design import MeasuredPoint, Setting
+from bn_lightning.claims.ledger.initialization import LSUVScheme
+from bn_lightning.claims.ledger.placement import unscaled_batch_norm
+from bn_lightning.claims.measured_network import MeasuredNetwork
+from bn_lightning.claims.probes import growth, largest_trained, steps_to
+from bn_lightning.claims.registry import find_claims
+from bn_lightning.models.initialization import initialize
+from bn_lightning.models.mlp import MLP
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+
+DIGITS = {
+    "_target_": "bn_lightning.data.DigitsDataModule",
+    "batch_size": 256,
+    "eval_batch_size": 500,
+    "validation_fraction": 0.1,
+    "seed": 1,
+}
+
+
+def points(**accuracies):
+    """Points at the x of their keys, x1 for 1."""
+    return [
+        MeasuredPoint(Setting((), float(x[1:])), {"accuracy": accuracy})
+        for x, accuracy in accuracies.items()
+    ]
+
+
+def networks(name, tmp_path, *typed):
+    """Arm -> the networks of a claim's first setting, not trained."""
+    (claim,) = find_claims([name])
+    found = compose_trials(claim, "quick", [1], ["data=digits", *typed], tmp_path)
+    first = next(iter(claim.settings("quick")))
+    return claim, {k.arm: MeasuredNetwork(c) for k, c in found.items() if k.setting == first}
+
+
+def test_a_layer_has_unit_variance_after_lsuv():
+    network = MLP(784, [20, 30], 10, "sigmoid", None, "before")
+    scheme = LSUVScheme(1e-3, DIGITS, "sigmoid")
+    x = scheme.x
+    initialize(network, scheme, seed=1)
+    outputs = []
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_hook(lambda m, i, o: outputs.append(o)) for m in layers]
+    network(x)
+    assert len(handles) == 3
+    assert [output.std().item() for output in outputs] == pytest.approx([1.0] * 3, rel=1e-4)
+    with pytest.raises(ValueError, match="multilayer perceptron"):
+        LSUVScheme(0.1, DIGITS, "relu")(torch.empty(4, 3, 3, 3), torch.Generator())
+
+
+def test_the_arms_of_initialization_differ_in_lsuv(tmp_path):
+    _, found = networks("initialization", tmp_path)
+    weights = {arm: next(n.model().network.parameters()) for arm, n in found.items()}
+    assert torch.equal(weights["none"], weights["batch"])
+    ratio = weights["LSUV, without BatchNorm"] / weights["none"]
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio))  # drawn alike, then scaled
+    assert ratio[0, 0] > 10
+
+
+def test_a_scale_that_is_left_out_stays_1():
+    layer = unscaled_batch_norm(3, eps=1e-5, momentum=0.1, backend="auto")
+    (layer(torch.randn(8, 3)) * torch.randn(8, 3)).sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad is not None
+    assert layer.weight.tolist() == [1.0] * 3
+
+
+def test_scale_invariance_is_measured(tmp_path):
+    claim, found = networks("scale_invariance", tmp_path, "trainer.max_steps=3")
+    with_, without = claim.measure(found["batch"]), claim.measure(found["none"])
+    assert with_["loss change"] < 1e-9 and with_["gradient change"] < 1e-6
+    assert without["loss change"] > 0.01
+    assert 0 <= with_["accuracy"] <= 1
+
+
+def test_the_gradient_grows_with_batch_norm(tmp_path):
+    """At width 50 and depth 10; the theory is of infinite width."""
+    widths = f"model.network.widths={[50] * 10}".replace(" ", "")
+    claim, found = networks("depth_plain", tmp_path, widths)
+    with_, without = claim.measure(found["batch"]), claim.measure(found["none"])
+    assert 1.1 < with_["growth"] < 1.3
+    assert 0.9 < without["growth"] < 1.1
+
+
+def test_probes():
+    assert growth([8.0, 4.0, 2.0]) == pytest.approx(2.0)
+    assert math.isinf(growth([1.0, 0.0]))
+    assert largest_trained(points(x1=0.95, x3=0.9, x10=0.2)) == 3.0
+    assert largest_trained(points(x1=0.5, x3=0.5)) == 0.5
+    history = [(50, 0.3), (100, 0.92), (150, 0.8)]
+    assert steps_to(0.9, history, 200) == 100.0
+    assert steps_to(0.95, history, 200) == 200.0
