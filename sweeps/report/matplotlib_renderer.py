@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis as MatplotlibAxis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
@@ -85,12 +87,15 @@ def save(figure: Figure, path: Path) -> None:
     A link at one of these paths is replaced, not followed.
     """
     drawn = draw(figure)
+    drawn.set_dpi(150)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, dict[str, Any]] = {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}
-    for suffix, chosen in options.items():
-        buffer = io.BytesIO()
-        with rc_context({"svg.hashsalt": "bn_lightning"}):  # otherwise ids in the SVG are random
-            drawn.savefig(buffer, format=suffix, **chosen)
+    png, svg = io.BytesIO(), io.BytesIO()
+    # Unlike `savefig`, the methods of the canvases draw once, and the layout is computed once.
+    FigureCanvasAgg(drawn).print_png(png)
+    drawn.set_layout_engine("none")
+    with rc_context({"svg.hashsalt": "bn_lightning"}):  # otherwise ids in the SVG are random
+        FigureCanvasSVG(drawn).print_svg(svg, metadata={"Date": None})
+    for suffix, buffer in (("png", png), ("svg", svg)):
         write_atomically(path.with_name(f"{path.name}.{suffix}"), buffer.getvalue())
 
 
