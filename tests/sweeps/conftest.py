@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pytest
 
 ROOT = Path(__file__).parents[2]
-APP = Path(__file__).parent / "app.py"
+APP = Path(__file__).parent / "program" / "app.py"
 
 
 @dataclass
