@@ -20,7 +20,7 @@ from bn_lightning.runs.record import RunRecord, read_run
 from bn_lightning.sweeps.analysis.columns import Columns
 from bn_lightning.sweeps.analysis.seed_groups import SeedGroup
 from bn_lightning.sweeps.analysis.sources import read_sweep
-from bn_lightning.sweeps.report.figure import Heatmap
+from bn_lightning.sweeps.report.figure import Figure, Heatmap
 from bn_lightning.sweeps.report.run_figures import figures_of_groups, run_styles
 from bn_lightning.sweeps.report.write_report import ReportOptions, sweep_figures, write_report
 
@@ -89,7 +89,32 @@ def files(directory: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.fixture(autouse=True)
+def empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes empty files instead of pictures, which take most of a report's time.
+
+    A test that is marked with `draws` writes the pictures.
+    """
+
+    def save(figure: Figure, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".png", ".svg"):
+            path.with_name(path.name + suffix).touch()
+
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(f"{write_report.__module__}.save", save)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Lets `empty_pictures` do nothing."""
+
+
+draws = pytest.mark.usefixtures("pictures")
+
+
 class TestSweep:
+    @draws
     def test_all_files(
         self, tmp_path: Path, make_study: Callable[..., Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -114,6 +139,7 @@ class TestSweep:
         assert content["sentences"][0] in page.read_text()
 
     @pytest.mark.slow
+    @draws
     def test_a_second_time_the_same_bytes_and_from_the_table_alone(
         self, tmp_path: Path, make_study: Callable[..., Path]
     ) -> None:
@@ -264,6 +290,7 @@ class TestSweep:
             assert classes or not any(words in text for words in ("fails", "fail ", "a guess"))
         assert (note in page) == any(note in n for n in summary(sweep)["notes"]) == (not classes)
 
+    @draws
     def test_a_minimized_metric_is_reported_the_right_way_up(
         self, tmp_path: Path, make_study: Callable[..., Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -302,6 +329,7 @@ class TestSweep:
         assert not (sweep / "figures").exists()
 
     @pytest.mark.slow
+    @draws
     def test_names_that_look_like_mathematics(
         self, tmp_path: Path, make_study: Callable[..., Path]
     ) -> None:
@@ -322,6 +350,7 @@ class TestSweep:
         assert summary(sweep)["comparisons"][0]["is_paired"] is False
         assert "do not have the same seeds" in page and "(unpaired)" in page
 
+    @draws
     def test_other_parameters(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         space = {"model.width": [8, 16], HOSTILE: ["<b>", "relu"]}
         sweep = make_study(tmp_path, space=space, name=HOSTILE)
@@ -416,6 +445,7 @@ def linked(folder: Path, names: set[str]) -> Path:
 class TestLinks:
     """Links in someone else's directory do not decide which files are overwritten."""
 
+    @draws
     def test_files_of_a_sweep(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         sweep = make_study(tmp_path / "sweep")
         (sweep / "figures").mkdir()
@@ -425,6 +455,7 @@ class TestLinks:
         assert victim.read_text() == "mine"
         assert not any((sweep / name).is_symlink() for name in names)
 
+    @draws
     def test_files_of_runs(self, tmp_path: Path) -> None:
         run(tmp_path / "runs/a"), run(tmp_path / "runs/b", BATCH)
         (tmp_path / "runs/figures").mkdir()
@@ -451,6 +482,7 @@ class TestLinks:
 
 
 class TestRuns:
+    @draws
     def test_both_arms(
         self, tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]
     ) -> None:
