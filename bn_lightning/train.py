@@ -44,6 +44,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         Exception: a value, the data or a checkpoint cannot be used; run.json says `failed`, unless
             the value was refused before it was written.
+        TrialPruned: the pruner of a sweep ended the run; run.json says `pruned`.
         Interrupted: SIGINT or SIGTERM came; run.json says `interrupted`.
     """
     import torch

@@ -3,29 +3,33 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bn_lightning.cli.config_check import check_config
 from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.job import run_task
 from bn_lightning.cli.run_table import print_run_table
-from bn_lightning.runs.record import end_sentence, read_run
+from bn_lightning.runs.record import end_sentence, read_run, run_outcome
 from bn_lightning.runs.run_log import RUN_LOG
 from bn_lightning.sweeps.engine.environment import in_trial
 from bn_lightning.sweeps.engine.stored_names import SECONDS
+
+if TYPE_CHECKING:
+    from bn_lightning.sweeps.engine.rungs import Rungs
 
 # By the directory of a job that was trained: the rest of the job, which returns what `train` would.
 _Ends = dict[Path, Callable[[], dict[str, Any]]]
 
 
 def train_jobs(
-    configs: Sequence[dict[str, Any]], size: int
+    configs: Sequence[dict[str, Any]], size: int, rungs: "Rungs | None" = None
 ) -> list[Callable[[], dict[str, Any]] | None]:
     """Train jobs that can be stacked; print why the others will be trained one by one.
 
     Args:
         configs: of the jobs, resolved.
         size: most members of a stack.
+        rungs: prunes the jobs, which are its trials, in their order; None prunes none.
 
     Returns:
         For each job a function that does the rest of it, and returns or raises what `train` would;
@@ -40,6 +44,7 @@ def train_jobs(
     groups: dict[str, list[dict[str, Any]]] = {}
     alone: dict[str, int] = {}
     ends: _Ends = {}
+    places = {config["paths"]["output_dir"]: place for place, config in enumerate(configs)}
     for config in configs:
         try:
             check_config(config)
@@ -52,8 +57,9 @@ def train_jobs(
         most = size
         while group:
             part = group[:most]
+            own = [places[config["paths"]["output_dir"]] for config in part]
             try:
-                reason = _train(part, ends)
+                reason = _train(part, ends, None if rungs is None else rungs.part(own))
             except StackSizeError as error:
                 if error.fits == 1:
                     alone[error.reason] = len(group)
@@ -69,7 +75,7 @@ def train_jobs(
     return [ends.get(Path(config["paths"]["output_dir"])) for config in configs]
 
 
-def _train(configs: Sequence[dict[str, Any]], ends: _Ends) -> str | None:
+def _train(configs: Sequence[dict[str, Any]], ends: _Ends, rungs: "Rungs | None") -> str | None:
     """Train one stack and add the ends of its jobs; return why it cannot be one, or None.
 
     Raises:
@@ -84,7 +90,7 @@ def _train(configs: Sequence[dict[str, Any]], ends: _Ends) -> str | None:
     try:
         if configs[0]["trainer"].get("accelerator") == "cpu" and _has_convolutions(configs[0]):
             return "convolutions gain nothing in a stack on a CPU"
-        training = StackTraining(configs)
+        training = StackTraining(configs, rungs)
     except StackSizeError:
         raise
     except NotStackableError as error:
@@ -95,7 +101,11 @@ def _train(configs: Sequence[dict[str, Any]], ends: _Ends) -> str | None:
     try:
         outcomes: Sequence[dict[str, Any] | Exception] = training.run()
     except Exception as error:
-        outcomes = [error] * len(configs)
+        # Those that had left the stack before have ended as they would without the error.
+        outcomes = [
+            error if member in training.members else run_outcome(member.record.content)
+            for member in training.runs
+        ]
     for member, outcome in zip(training.runs, outcomes, strict=True):
         if isinstance(outcome, dict):
             # The job's own time is that of this look-up.
@@ -119,6 +129,11 @@ def _end_job(
         if isinstance(outcome, Exception):
             raise outcome
         RUN_LOG.info("seed %d, trained in a stack: %s", record["seed"], end_sentence(record))
+        if record["status"] == "pruned":
+            from bn_lightning.sweeps.engine.outcome import PrunedInBatch
+
+            told = {key: outcome[key] for key in ("pruned_at", "prune_reason", SECONDS)}
+            raise PrunedInBatch(outcome["prune_reason"], told)
         if not in_trial():
             if record["config"]["extras"]["figures"]:
                 from bn_lightning.sweeps.report.run_figures import draw_run

@@ -48,7 +48,8 @@ class RunRecord:
     these seconds, else of the last part), `peak_memory_mib`, `metrics`, `resumed_at` (steps), and
     where they apply `diverged_at` (a step), `stopped_at` (a step), `stop_reason` and
     `planned_steps` (of the whole budget, None if unlimited) of a run that a callback stopped
-    early, `notice` (of a trial: whose weights `init` replaced or left) and `error`.
+    early, `pruned_at` (a step) and `prune_reason` of a run that was pruned in a stack, `notice` (of
+    a trial: whose weights `init` replaced or left) and `error`.
 
     Args:
         directory: an existing folder.
@@ -135,8 +136,11 @@ def run_outcome(record: dict[str, Any]) -> dict[str, Any]:
             "steps": record["steps"],
             "seed": record["seed"],
         }
-        | {key: record[key] for key in ("stopped_at", "stop_reason", "notice") if key in record}
+        | {key: record[key] for key in _IF_PRESENT if key in record}
     )
+
+
+_IF_PRESENT = ("stopped_at", "stop_reason", "pruned_at", "prune_reason", "notice")
 
 
 def data_sentence(record: Mapping[str, Any]) -> str:
@@ -154,7 +158,8 @@ def end_sentence(record: Mapping[str, Any]) -> str:
         text = stop_sentence(record)
     else:
         step = record.get("diverged_at") or record.get("steps") or 0
-        text = f"{record['status']} at step {step:,}"
+        reason = record.get("prune_reason")
+        text = f"{record['status']} at step {step:,}{f': {reason}' if reason else ''}"
     metrics = (record.get("metrics") or {}).items()
     tests = {k: math.nan if v is None else v for k, v in metrics if k.startswith("test/")}
     return ", ".join([text, *(f"{name} {value:.4f}" for name, value in tests.items())])

@@ -59,6 +59,7 @@ class Member:
         self.epoch = 0
         self.planned_steps = 0  # of the whole budget
         self.stop_reason: str | None = None  # why a callback ended training before that
+        self.trial: int | None = None  # number of the trial that this run is
         nodes = config["callbacks"].values()
         targets = {node["_target_"]: node for node in nodes if node is not None}
         self._checkpoints = targets.get(RUN_CHECKPOINTS)

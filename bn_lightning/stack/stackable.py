@@ -13,18 +13,19 @@ RUN_CHECKPOINTS = "bn_lightning.callbacks.RunCheckpoints"
 LOSS_GUARD = "bn_lightning.callbacks.DivergenceGuard"
 PROBE = "bn_lightning.callbacks.ActivationPercentiles"
 STEPS_TO_ACCURACY = "bn_lightning.callbacks.StepsToAccuracy"
+OPTUNA_PRUNING = "bn_lightning.callbacks.OptunaPruning"
 EARLY_STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
 NO_PROFILER = "bn_lightning.plugins.no_profiler.NoProfiler"
 CSV_LOGGER = "bn_lightning.plugins.metrics_logger.MetricsCSVLogger"
 
-# A stack is neither resumed nor pruned, and shows no bar for a member.
+# A stack is not resumed and shows no bar for a member.
 _CALLBACKS = {
     RUN_CHECKPOINTS,
     LOSS_GUARD,
     PROBE,
     STEPS_TO_ACCURACY,
     EARLY_STOPPING,
-    "bn_lightning.callbacks.OptunaPruning",
+    OPTUNA_PRUNING,
     "bn_lightning.callbacks.SameData",
     "bn_lightning.callbacks.StepProgress",
 }

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,25 +24,39 @@ from bn_lightning.stack.optimizers import StackedOptimizer
 from bn_lightning.stack.percentiles import StackPercentiles
 from bn_lightning.stack.rehearsal import rehearse
 from bn_lightning.stack.seed_batches import SeedBatches, loaded_data
-from bn_lightning.stack.stackable import LOSS_GUARD, PROBE, stack_key
+from bn_lightning.stack.stackable import LOSS_GUARD, OPTUNA_PRUNING, PROBE, stack_key
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+    from bn_lightning.sweeps.engine.rungs import Rungs
 
 
-def train_stack(configs: Sequence[DictConfig | dict[str, Any]]) -> list[dict[str, Any]]:
+def train_stack(
+    configs: Sequence[DictConfig | dict[str, Any]], trials: "Sequence[Trial] | None" = None
+) -> list[dict[str, Any]]:
     """Train and test runs as one batched model; each leaves what `bn_lightning.train` leaves.
 
     Every member has the initial weights, batches and dropout of its own run, and equals it up to
-    rounding. A member that diverges or stops early leaves the stack.
+    rounding. A member that diverges, stops early or is pruned leaves the stack.
 
     Args:
         configs: one for each member, composed from `conf/train.yaml`, that differ in what
             `bn_lightning.stack.stackable.stack_key` allows, and in `paths.output_dir`.
+        trials: one for each member, of an Optuna study that is asked for them. After each
+            validation they report the metric of `callbacks.optuna_pruning`, and then the pruner of
+            their study judges all of them (`bn_lightning.sweeps.engine.rungs.Rungs`). The caller
+            tells the study how they ended.
 
     Returns:
-        The `run_outcome` of each member, in the order of `configs`.
+        The `run_outcome` of each member, in the order of `configs`. That of a pruned one has
+        `pruned_at`, the step, and is not tested.
 
     Raises:
         NotStackableError: the runs cannot be one stack, or do not fit into memory; nothing has been
             trained.
+        ValueError: the pruner cannot judge a stack, there is no trial for each member, or no
+            callback that names the metric.
     """
     resolved: list[Any] = [
         OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
@@ -52,7 +66,21 @@ def train_stack(configs: Sequence[DictConfig | dict[str, Any]]) -> list[dict[str
         raise ValueError("expected `configs` to have at least one configuration, got none")
     if len({stack_key(config) for config in resolved}) > 1:
         raise NotStackableError("the runs differ in more than seeds and numbers")
-    return StackTraining(resolved).run()
+    if trials is None:
+        return StackTraining(resolved).run()
+    from bn_lightning.sweeps.engine.rungs import Rungs
+
+    if len(trials) != len(resolved):
+        raise ValueError(
+            f"expected `trials` to be one for each of {len(resolved)} members, got {len(trials)}"
+        )
+    nodes = resolved[0]["callbacks"].values()
+    if OPTUNA_PRUNING not in [node["_target_"] for node in nodes if node]:
+        raise ValueError(
+            f"expected `callbacks` to have {OPTUNA_PRUNING}, whose metric trials report, got none;"
+            " add it"
+        )
+    return StackTraining(resolved, Rungs(trials)).run()
 
 
 class StackTraining:
@@ -60,13 +88,14 @@ class StackTraining:
 
     Args:
         configs: resolved, with one `stack_key`.
+        rungs: of the members' trials, in the order of `configs`; None prunes none.
 
     Raises:
         NotStackableError: something that is built cannot be stacked.
         StackSizeError: the members do not fit into memory.
     """
 
-    def __init__(self, configs: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, configs: Sequence[dict[str, Any]], rungs: "Rungs | None" = None) -> None:
         from hydra.utils import instantiate
 
         first = configs[0]
@@ -87,6 +116,8 @@ class StackTraining:
             if like is None:
                 self._like = next(member.model.network.parameters())
                 self._check_memory(member, len(configs))
+        for member, trial in zip(self.members, rungs.numbers if rungs else (), strict=False):
+            member.trial = trial
         self.runs = list(self.members)  # those that left, too
         self.network = StackedNetwork([member.model.network for member in self.members])
         self.network.context.streams = _streams(self.members)
@@ -95,6 +126,9 @@ class StackTraining:
         clip = self._trainer.get("gradient_clip_val")
         self.optimizer = StackedOptimizer(parameters, optimizers, clip or None)
         nodes = {node["_target_"]: node for node in first["callbacks"].values() if node}
+        # As in a run of its own, the callback prunes.
+        self._rungs = rungs if OPTUNA_PRUNING in nodes else None
+        self._monitor = nodes.get(OPTUNA_PRUNING, {}).get("monitor")
         guard = nodes.get(LOSS_GUARD)
         self._watch = None if guard is None else LossWatch(instantiate(guard), device, len(configs))
         self._percentiles: StackPercentiles | None = None
@@ -182,16 +216,18 @@ class StackTraining:
             pairs = zip(losses.tolist(), accuracies.tolist(), strict=True)
             for member, (loss, accuracy) in zip(self.members, pairs, strict=True):
                 member.log({"train/loss": loss, "train/accuracy": accuracy})
+        pruned: set[int] = set()
         if step % self._trainer["val_check_interval"] == 0:
             self._validate()
+            pruned = self._judge(step)
         elif diverged:
             for k in diverged:
                 self._validate_one(k)
         self._share_time()
         stopped = {k for k, member in enumerate(self.members) if member.stop_reason}
-        if leaving := stopped | set(diverged):
+        if leaving := stopped | pruned | set(diverged):
             for k in sorted(leaving):
-                self._leave(k, diverged_at=step if k in diverged else None)
+                self._leave(k, is_diverged=k in diverged, is_pruned=k in pruned)
             self._take([k for k in range(len(self.members)) if k not in leaving])
 
     def _gradients(self, x: Placed, target: Placed, logs: bool) -> tuple[Tensor, Tensor | None]:
@@ -241,14 +277,33 @@ class StackTraining:
         model.network.load_state_dict(self.network.member_state(k))
         return model
 
-    def _leave(self, k: int, diverged_at: int | None) -> None:
+    def _judge(self, step: int) -> set[int]:
+        """Report the members' values to their study, and return which are pruned."""
+        if self._rungs is None:
+            return set()
+        values: dict[Any, float] = {}
+        for member in self.members:
+            if self._monitor not in member.metrics:
+                raise ValueError(
+                    "expected `callbacks.optuna_pruning.monitor` to be one of"
+                    f" {', '.join(member.metrics)}, got {self._monitor!r}; name one of them"
+                )
+            values[member.trial] = member.metrics[self._monitor]
+        pruned = self._rungs.report(values, step, self._last_step())
+        return {k for k, member in enumerate(self.members) if member.trial in pruned}
+
+    def _leave(self, k: int, *, is_diverged: bool, is_pruned: bool) -> None:
         """End a member before the others."""
         member = self.members[k]
         member.end_epoch()
         self._save(k)
-        if diverged_at is not None:
+        if is_diverged:
             chance = member.model.chance_metrics()
-            member.end("diverged", diverged_at=diverged_at, metrics=chance)
+            member.end("diverged", diverged_at=member.steps, metrics=chance)
+        elif is_pruned:
+            pruner = "" if self._rungs is None else self._rungs.pruner
+            reason = f"{pruner}, by {self._monitor} {member.metrics[self._monitor]:.4g}"
+            member.end("pruned", pruned_at=member.steps, prune_reason=reason)
         else:
             evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
             member.log(logged_numbers(member.model.take_metrics()))

@@ -111,10 +111,22 @@ def outcome_of(result: Any, metrics: Sequence[str] | None, n_directions: int) ->
     return Outcome("COMPLETE", numbers, attributes)
 
 
+class PrunedInBatch(TrialPruned):
+    """Raised by the task of a trial that was pruned while it trained together with others.
+
+    Attributes:
+        attributes: user attributes of the trial.
+    """
+
+    def __init__(self, reason: str, attributes: Mapping[str, Any]) -> None:
+        super().__init__(reason)
+        self.attributes = attributes
+
+
 def outcome_of_error(error: BaseException) -> Outcome:
     """Return the outcome of a task that raised."""
     if isinstance(error, TrialPruned):
-        return Outcome("PRUNED")
+        return Outcome("PRUNED", None, _attributes(getattr(error, "attributes", {})))
     lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
     return failed("\n".join(lines[-ERROR_LINES:]))
 

@@ -1,10 +1,12 @@
-"""The trial that runs in this process, for a task that reports values or is pruned."""
+"""The trials that run in this process, for a task that reports values or is pruned."""
 
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import optuna
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 from optuna.samplers import RandomSampler
 from optuna.trial import Trial
 
@@ -30,7 +32,16 @@ def current_trial() -> Trial | None:
     """
     if not in_trial():
         return None
-    sweeper = HydraConfig.get().sweeper
+    return running_trials(HydraConfig.get().sweeper, [int(os.environ[TRIAL_VARIABLE])])[0]
+
+
+def running_trials(sweeper: DictConfig, numbers: Sequence[int]) -> list[Trial]:
+    """Return trials of the sweep that this process works on.
+
+    Args:
+        sweeper: `hydra.sweeper`.
+        numbers: of the trials.
+    """
     storage = _open_once(os.environ[STORAGE_VARIABLE], sweeper.storage_patience)
     study = optuna.load_study(
         study_name=os.environ[STUDY_VARIABLE],
@@ -39,5 +50,7 @@ def current_trial() -> Trial | None:
         pruner=make_pruner(sweeper.pruner),
     )
     study_id = storage.get_study_id_from_name(study.study_name)
-    number = int(os.environ[TRIAL_VARIABLE])
-    return Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, number))
+    return [
+        Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, number))
+        for number in numbers
+    ]

@@ -52,8 +52,9 @@ class StackLauncher(Launcher):
     Works with any sweeper. `hydra/sweeper=bn_optuna` runs it in each of its worker processes.
 
     Args:
-        prepare: dotted path of the function of the jobs' resolved configurations and of `size`. It
-            returns a function for each job that it has computed, which is called instead of the
+        prepare: dotted path of the function of the jobs' resolved configurations, of `size`, and of
+            the `bn_lightning.sweeps.engine.rungs.Rungs` that prune the jobs, None without a pruner.
+            It returns a function for each job that it has computed, which is called instead of the
             task, and None for each other job.
         size: most jobs that are computed at once, at least 1.
         batch: most jobs that `hydra/sweeper=bn_optuna` hands over at once.

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import (
     JobReturn,
@@ -21,6 +21,11 @@ from hydra.utils import get_method
 from hydra_plugins.bn_optuna._job_composer import ComposedJob, JobComposer
 from hydra_plugins.bn_optuna._trial_runner import RecordedTask
 from omegaconf import DictConfig, OmegaConf
+
+from bn_lightning.sweeps.engine.environment import TRIAL_VARIABLE
+
+if TYPE_CHECKING:
+    from bn_lightning.sweeps.engine.rungs import Rungs
 
 NO_PRUNER = "optuna.pruners.NopPruner"
 
@@ -39,8 +44,9 @@ def launch_together(
 
     Args:
         prepare: dotted path of a function of the resolved configurations, each with the job's own
-            directories, and of `size`. It returns a function for each job that it has computed,
-            which is called instead of the task, and None for each other job.
+            directories, of `size`, and of the `Rungs` that prune the jobs, in their order, or None.
+            It returns a function for each job that it has computed, which is called instead of the
+            task, and None for each other job.
         size: passed to `prepare`.
         program: Hydra's context, the task and the configuration of the sweep.
         composer: of the jobs.
@@ -56,16 +62,17 @@ def launch_together(
     Path(str(sweep.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     jobs = list(enumerate(job_overrides, initial_job_idx))
     ends: Sequence[Callable[[], Any] | None] = [None] * len(jobs)
-    pruner = OmegaConf.select(sweep, "hydra.sweeper.pruner._target_")
-    if pruner is None or pruner == NO_PRUNER:
-        configs = []
-        for number, overrides in jobs:
-            with composer.composed(overrides, number) as job:
-                configs.append(job.resolved())
-        ends = get_method(prepare)(configs, size)
+    configs, trials = [], []
+    for number, overrides in jobs:
+        with composer.composed(overrides, number) as job:
+            configs.append(job.resolved())
+            trials.append(job.config.hydra.job.env_set.get(TRIAL_VARIABLE))
+    try:
+        rungs = _rungs(sweep, trials)
+    except ValueError as error:
+        _log.info("jobs one by one: %s", error)
     else:
-        # It compares a trial with others at its step, of which those of its batch know nothing.
-        _log.info("jobs one by one: hydra/sweeper/pruner prunes no trial that others train with")
+        ends = get_method(prepare)(configs, size, rungs)
     returns = []
     for (number, overrides), end in zip(jobs, ends, strict=True):
         if end is not None:
@@ -83,6 +90,21 @@ def launch_together(
             )
     configure_log(sweep.hydra.hydra_logging, sweep.hydra.verbose)
     return returns
+
+
+def _rungs(sweep: DictConfig, trials: Sequence[Any]) -> "Rungs | None":
+    """Return what prunes the trials of a batch; None without a pruner.
+
+    Raises:
+        ValueError: the pruner cannot judge a batch.
+    """
+    pruner = OmegaConf.select(sweep, "hydra.sweeper.pruner._target_")
+    if pruner is None or pruner == NO_PRUNER:
+        return None
+    from bn_lightning.sweeps.engine.rungs import Rungs
+    from bn_lightning.sweeps.engine.trial import running_trials
+
+    return Rungs(running_trials(sweep.hydra.sweeper, [int(number) for number in trials]))
 
 
 def _end_job(

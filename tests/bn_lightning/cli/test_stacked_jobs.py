@@ -1,8 +1,10 @@
 """`hydra/launcher=bn_stack`, by the command that people type."""
 
+import optuna
 import pytest
 
 from bn_lightning.runs.record import read_run
+from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 from bn_lightning.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
@@ -82,3 +84,73 @@ def test_jobs_that_share_nothing_run_one_by_one_and_say_why(command, tmp_path):
 def test_a_size_that_no_stack_can_have_is_refused(command, size):
     result = command(main, "-m", *SHORT, f"hydra.launcher.size={size}", "seed=1,2")
     assert result.code == 1 and "hydra.launcher.size" in result.err
+
+
+RATES = "optimizer.lr=1,1e-6,0.3,1e-5"
+PRUNED_SWEEP = (
+    "-m",
+    *SHORT[:2],
+    *SHORT[5:],
+    "trainer.max_steps=60",
+    "trainer.val_check_interval=20",
+    "callbacks.activation_percentiles=null",
+    RATES,
+    *("hydra/sweeper=bn_optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=null"),
+    *("hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=2"),
+    "hydra.sweeper.study_name=pruned",
+)
+
+
+def test_a_sweep_prunes_within_a_stack(command, tmp_path):
+    result = command(main, *PRUNED_SWEEP)
+    assert result.code == 0, result.err
+    assert result.out.count("4 jobs as one stack") == 1
+    assert "2 complete (0 of them diverged), 2 pruned, 0 failed" in result.out
+    directory = tmp_path / "logs" / "mnist_bn" / "sweeps" / "pruned"
+    storage = open_storage(storage_url("journal", directory), 5)
+    trials = optuna.load_study(study_name="pruned", storage=storage).trials
+    assert len(trials) == 4
+    for trial in trials:
+        record = read_run(directory / str(trial.number))
+        assert trial.user_attrs["seconds"] == record["seconds"]
+        assert record["stack"] == {"size": 4, "index": trial.number}
+        if trial.params["optimizer.lr"] >= 0.1:
+            assert trial.state.name == "COMPLETE" and record["status"] == "completed"
+            assert list(trial.intermediate_values) == [20, 40, 60]
+        else:
+            assert trial.state.name == "PRUNED" and record["status"] == "pruned"
+            assert list(trial.intermediate_values) == [20] and record["steps"] == 20
+            assert trial.user_attrs["pruned_at"] == 20
+            assert "val/accuracy" in trial.user_attrs["prune_reason"]
+            # As of a trial that was pruned in a run of its own, a report reads no other value.
+            told = {"pruned_at", "prune_reason", "seconds", "directory"}
+            assert trial.user_attrs.keys() == told
+            log = (directory / str(trial.number) / "mnist_bn.log").read_text()
+            assert "trained in a stack: pruned at step 20" in log
+    again = command(main, *PRUNED_SWEEP)
+    assert again.code == 0 and "4 of 4 trials done" in again.out
+
+
+@pytest.mark.slow
+def test_an_error_after_members_have_left_spares_them(command, tmp_path, monkeypatch):
+    """The others fail, and the same command repeats them alone."""
+    from bn_lightning.stack.training import StackTraining
+
+    judge = StackTraining._judge
+
+    def fail_at_40(self, step):
+        if step == 40 and not (tmp_path / "failed").exists():
+            (tmp_path / "failed").touch()
+            raise RuntimeError("asked to fail")
+        return judge(self, step)
+
+    monkeypatch.setattr(StackTraining, "_judge", fail_at_40)
+    result = command(main, *PRUNED_SWEEP, "hydra.sweeper.max_retries=1")
+    assert result.code == 0, result.err
+    assert "2 complete (0 of them diverged), 2 pruned, 0 failed" in result.out
+    directory = tmp_path / "logs" / "mnist_bn" / "sweeps" / "pruned"
+    storage = open_storage(storage_url("journal", directory), 5)
+    trials = optuna.load_study(study_name="pruned", storage=storage).trials
+    states = [trial.state.name for trial in trials]
+    assert states.count("FAIL") == 2 and states.count("PRUNED") == 2 and len(trials) == 6
+    assert all(trial.state.name == "COMPLETE" for trial in trials[4:])

@@ -376,14 +376,30 @@ class TestParallel:
                 hydra = program.folder / "sweep" / str(trial.number) / ".hydra"
                 assert sorted(path.name for path in hydra.iterdir()) == FILES_OF_HYDRA
 
-    def test_a_launcher_of_stacks_leaves_pruned_trials_alone(self, program):
+    def test_a_launcher_of_stacks_prunes_batches(self, program):
+        """Of four trials one is kept, of all eight two, whatever the order of a batch."""
         done = program.run(
-            *("-m", "x=0,1", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=median"),
+            *("-m", "x=6,1,5,2,7,0,4,3", "hydra/sweeper/sampler=grid"),
+            *("hydra/sweeper/pruner=successive_halving", "hydra.sweeper.pruner.min_resource=1"),
+            *("hydra/launcher=_bn_stack", "hydra.launcher.prepare=__main__.prepare"),
+            *("hydra.launcher.size=7", "hydra.launcher.batch=4"),
+        )
+        assert done.returncode == 0, done.stderr
+        trials = study_in(program.folder / "sweep").trials
+        assert [t.params["x"] for t in trials if t.state.name == "COMPLETE"] == [1, 0]
+        pruned = [t for t in trials if t.state.name == "PRUNED"]
+        assert len(pruned) == 6 and all(t.user_attrs["pruned_at"] == 1 for t in pruned)
+
+    def test_a_launcher_of_stacks_leaves_trials_of_other_pruners_alone(self, program):
+        done = program.run(
+            *("-m", "x=0,1", "hydra/sweeper/sampler=grid"),
+            "hydra.sweeper.pruner={_target_:optuna.pruners.SuccessiveHalvingPruner}",
             *("hydra/launcher=_bn_stack", "hydra.launcher.prepare=__main__.prepare"),
             *("hydra.launcher.size=7", "hydra.launcher.batch=2"),
         )
         assert done.returncode == 0, done.stderr
         assert not (program.folder / "prepared").exists()
+        assert "one by one" in done.stdout and "SuccessiveHalvingPruner" in done.stdout
 
     @pytest.mark.slow
     @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])

@@ -12,6 +12,8 @@ from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig
 
 from bn_lightning.sweeps.engine.environment import WORKER_VARIABLE
+from bn_lightning.sweeps.engine.outcome import PrunedInBatch
+from bn_lightning.sweeps.engine.rungs import Rungs
 from bn_lightning.sweeps.engine.trial import current_trial
 
 if os.environ.get("NO_WORKER_STARTS") and WORKER_VARIABLE in os.environ:
@@ -26,18 +28,31 @@ def depth_of_deep(config: DictConfig, trial: optuna.Trial) -> None:
         trial.suggest_int("depth", 1, 2)
 
 
-def prepare(configs: list[dict[str, Any]], size: int) -> list[Callable[[], object] | None]:
-    """What a launcher of stacks calls before the jobs: tell what it got, and compute those of 0."""
+def prepare(
+    configs: list[dict[str, Any]], size: int, rungs: Rungs | None
+) -> list[Callable[[], object] | None]:
+    """What a launcher of stacks calls before the jobs: tell what it got, prune, compute those of 0.
+
+    If there is a pruner, all are computed.
+    """
     if os.environ.get("DIE_IN_BATCH") and not os.path.exists("died"):
         open("died", "w").close()
         os._exit(3)
     with open("prepared", "a") as file:
         file.write(f"{size} {[config['x'] for config in configs]}\n")
+    if rungs is not None:
+        pairs = list(zip(rungs.numbers, configs, strict=True))
+        pruned = rungs.report({number: config["x"] for number, config in pairs}, 1, 2)
+        return [partial(_pruned if number in pruned else _computed, c) for number, c in pairs]
     return [partial(_computed, config) if config["x"] == 0 else None for config in configs]
 
 
 def _computed(config: dict[str, Any]) -> object:
     return {"loss": 1 + config["y"] + config["depth"], "computed": True, "pid": os.getpid()}
+
+
+def _pruned(config: dict[str, Any]) -> object:
+    raise PrunedInBatch("too large", {"pruned_at": 1})
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
