@@ -47,7 +47,13 @@ def hydra_command(task: Callable[[DictConfig], Any], config_name: str) -> Callab
         config_name: the primary configuration in `bn_lightning.conf`.
     """
     register()
-    for resolver in (run_directory, hydra_directory, sweep_directory, several_processes):
+    for resolver in (
+        run_directory,
+        hydra_directory,
+        sweep_directory,
+        several_processes,
+        devices_per_job,
+    ):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=True)
     failures: list[Exception] = []
     run_job = _without_hydras_line(task, failures)
@@ -202,6 +208,21 @@ def several_processes(devices: Any, strategy: str) -> bool:
     if "ddp" in strategy or "fsdp" in strategy or "deepspeed" in strategy:
         return True
     return devices not in (1, "1") and not (OmegaConf.is_list(devices) and len(devices) == 1)
+
+
+def devices_per_job(accelerator: str, devices: Any) -> int | None:
+    """Return how many GPUs a run needs, for `hydra.sweeper.devices_per_job`; None if it is open.
+
+    Args:
+        accelerator: of the Trainer.
+        devices: as for `several_processes`.
+    """
+    if accelerator not in ("auto", "cuda", "gpu"):
+        return 0
+    count = int(devices) if str(devices).isdecimal() else None
+    if count is None and OmegaConf.is_list(devices):
+        return 0  # the list names devices that a worker's own choice would hide
+    return count if accelerator != "auto" else None
 
 
 def run_with_exit_code(body: Callable[[], Any], full_error: bool = False) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bn_lightning.sweeps.engine.claim import ClaimedTrial
@@ -74,12 +74,13 @@ class Workers:
 
     Args:
         study: whose trials they run.
-        count: number of processes.
+        variables: environment variables of each worker.
     """
 
-    def __init__(self, study: SweepStudy, count: int) -> None:
+    def __init__(self, study: SweepStudy, variables: Sequence[Mapping[str, str]]) -> None:
         self._study = study
-        self._count = count
+        self._variables = variables
+        self._places: dict[int, int] = {}  # by PID: the index of the worker
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._deaths = 0
         self._ended_before = -1
@@ -122,7 +123,7 @@ class Workers:
                     process.stdin.close()
             return bool(self._running)
         self._study.recover()
-        wanted = min(self._count, counts.total - counts.settled)
+        wanted = min(len(self._variables), counts.total - counts.settled)
         while len(self._running) < wanted:
             self._start()
         return True
@@ -131,6 +132,8 @@ class Workers:
         logs = self._study.directory / WORKER_LOGS
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{len(self._logs)}.log"
+        # A worker that replaces another one has its devices.
+        place = min(set(range(len(self._variables))) - {self._places[pid] for pid in self._running})
         with open(log, "ab") as output:
             process = subprocess.Popen(
                 same_command(),
@@ -138,8 +141,13 @@ class Workers:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, WORKER_VARIABLE: str(self._study.directory)},
+                env={
+                    **os.environ,
+                    **self._variables[place],
+                    WORKER_VARIABLE: str(self._study.directory),
+                },
             )
+        self._places[process.pid] = place
         self._running[process.pid] = process
         self._logs[process.pid] = log
 

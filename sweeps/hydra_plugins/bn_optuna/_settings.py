@@ -46,6 +46,7 @@ class Settings:
     metric: str | list[str] | None
     n_trials: int | None
     n_jobs: int
+    devices_per_job: int | None
     isolate: bool
     storage: str
     study_name: str
@@ -75,6 +76,12 @@ class Settings:
                 continue
             if type(value) is not int or value < 1:
                 raise SweepError(f"expected `{key}` to be an integer of at least 1, got {value!r}")
+        devices = self.devices_per_job
+        if devices is not None and (type(devices) is not int or devices < 0):
+            raise SweepError(
+                f"expected `devices_per_job` to be null or an integer of at least 0, got "
+                f"{devices!r}"
+            )
         if (
             not isinstance(self.max_failure_rate, int | float)
             or not 0 <= self.max_failure_rate <= 1

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.engine.creation import create_study
+from bn_lightning.sweeps.engine.devices import sharing_notice, worker_devices
 from bn_lightning.sweeps.engine.display import Display, print_sweep_summary, write_results
 from bn_lightning.sweeps.engine.environment import (
     STORAGE_VARIABLE,
@@ -42,6 +43,7 @@ from bn_lightning.sweeps.engine.workers import Workers, run_trials, stop_with_pa
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 STACK_LAUNCHER = "hydra_plugins.bn_optuna.StackLauncher"
+OWN_LAUNCHERS = (BASIC_LAUNCHER, STACK_LAUNCHER)  # which run in the sweeper's own processes
 
 # Seconds between two checks of a study whose trials run in other processes.
 CHECK_INTERVAL = 1.0
@@ -87,7 +89,12 @@ def run_sweep(
     runner = TrialRunner(context, recorded, config, space.fixed, place.directory)
     name_trial = None if _are_numbered(config) else runner.subdirectory
     is_worker = WORKER_VARIABLE in os.environ
+    variables_of_workers: list[dict[str, str]] = []
     if not is_worker:
+        if _has_workers(config):
+            variables_of_workers = worker_devices(
+                settings.n_jobs, settings.devices_per_job, os.environ
+            )
         _check_first_trial(runner, plan)
 
     storage = open_storage(place.url, settings.storage_patience)
@@ -113,29 +120,41 @@ def run_sweep(
                 run_trials(study, run, stop, batch_size=_batch_size(config, study))
             else:
                 _begin(study, config)
-                _run(study, runner, config, stop)
+                if notice := sharing_notice(variables_of_workers):
+                    print(notice, flush=True)
+                _run(study, runner, config, stop, variables_of_workers)
                 _end(study, plan, settings.max_failure_rate, stop)
         finally:
             study.close()
     return place
 
 
-def _run(study: SweepStudy, runner: TrialRunner, config: DictConfig, stop: StopRequest) -> None:
-    n_jobs = config.hydra.sweeper.n_jobs
+def _run(
+    study: SweepStudy,
+    runner: TrialRunner,
+    config: DictConfig,
+    stop: StopRequest,
+    variables_of_workers: list[dict[str, str]],
+) -> None:
     with Display(study.name, study.slots, study.directions) as display:
-        is_basic = config.hydra.launcher._target_ in (BASIC_LAUNCHER, STACK_LAUNCHER)
-        if not is_basic or (n_jobs == 1 and _stacks(config)):
-            size = _batch_size(config, study)
-            run_trials(study, runner.launch, stop, display.update, batch_size=size)
-        elif n_jobs == 1:
-            run_trials(study, runner.run, stop, display.update)
-        else:
-            with Workers(study, n_jobs) as workers:
+        if variables_of_workers:
+            with Workers(study, variables_of_workers) as workers:
                 while workers.check(stop):
                     display.update()
                     time.sleep(CHECK_INTERVAL)
+        elif _stacks(config) or config.hydra.launcher._target_ not in OWN_LAUNCHERS:
+            size = _batch_size(config, study)
+            run_trials(study, runner.launch, stop, display.update, batch_size=size)
+        else:
+            run_trials(study, runner.run, stop, display.update)
         study.refresh()
         display.update()
+
+
+def _has_workers(config: DictConfig) -> bool:
+    """Return whether trials run in worker processes of this sweeper."""
+    is_own = config.hydra.launcher._target_ in OWN_LAUNCHERS
+    return is_own and config.hydra.sweeper.n_jobs > 1
 
 
 def _stacks(config: DictConfig) -> bool:
@@ -151,7 +170,7 @@ def _batch_size(config: DictConfig, study: SweepStudy) -> int:
         counts = study.refresh()
         share = max(1, math.ceil((counts.total - counts.settled) / config.hydra.sweeper.n_jobs))
         return math.ceil(share / math.ceil(share / config.hydra.launcher.batch))
-    if config.hydra.launcher._target_ in (BASIC_LAUNCHER, STACK_LAUNCHER):
+    if config.hydra.launcher._target_ in OWN_LAUNCHERS:
         return 1
     if config.hydra.sweeper.n_jobs > 1:
         return int(config.hydra.sweeper.n_jobs)

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-from bn_lightning.cli.command import run_with_exit_code, several_processes
+from bn_lightning.cli.command import devices_per_job, run_with_exit_code, several_processes
 from bn_lightning.cli.error_line import format_error, print_error
 from bn_lightning.data.errors import DataError
 from bn_lightning.runs.interruption import Interrupted
@@ -324,3 +324,20 @@ class TestHydraCommand:
             [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
         )
         assert json.loads(done.stdout) is None
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "expected"),
+    [
+        ("cpu", 1, 0),
+        ("gpu", 2, 2),
+        ("gpu", -1, None),
+        ("auto", "auto", None),
+        ("auto", 1, None),
+        ("gpu", [2, 3], 0),
+        ("mps", 1, 0),
+    ],
+)
+def test_devices_per_job(accelerator: str, devices: Any, expected: int | None) -> None:
+    config = OmegaConf.create({"devices": devices})
+    assert devices_per_job(accelerator, config.devices) == expected

@@ -305,15 +305,25 @@ FILES_OF_HYDRA = ["config.yaml", "hydra.yaml", "overrides.yaml"]
 
 class TestParallel:
     def test_worker_processes(self, program):
-        """Each process runs several trials."""
-        done = program.run(*GRID, "hydra.sweeper.n_jobs=2", "seconds=0.3")
+        """Each process runs several trials, and sees GPUs of its own."""
+        devices = "GPU-8f3a-1,MIG-b"
+        done = program.run(
+            *GRID, "hydra.sweeper.n_jobs=2", "seconds=0.3", CUDA_VISIBLE_DEVICES=devices
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         trials = study_in(program.folder / "sweep").trials
         assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
-        assert len({trial.user_attrs["pid"] for trial in trials}) <= 2
+        seen = {trial.user_attrs["pid"]: trial.user_attrs["devices"] for trial in trials}
+        assert sorted(seen.values()) == devices.split(",")
         assert os.getpid() not in {trial.user_attrs["pid"] for trial in trials}
         logs = sorted(path.name for path in (program.folder / "sweep" / "workers").iterdir())
         assert logs == ["0.log", "1.log"]
+
+    def test_more_devices_than_there_are(self, program):
+        more = ("hydra.sweeper.n_jobs=2", "hydra.sweeper.devices_per_job=3")
+        done = program.run(*GRID, *more, CUDA_VISIBLE_DEVICES="1,2")
+        assert done.returncode == 1 and "devices_per_job` to be at most 2" in done.stderr
+        assert not (program.folder / "sweep").exists()
 
     @pytest.mark.slow
     def test_several_commands(self, program):
@@ -519,6 +529,7 @@ SETTINGS = {
     "metric": None,
     "n_trials": 1,
     "n_jobs": 1,
+    "devices_per_job": None,
     "isolate": False,
     "storage": "journal",
     "study_name": "s",
@@ -543,6 +554,7 @@ SETTINGS = {
         ("n_trials", 1.5, "integer of at least 1, got 1.5"),
         ("n_jobs", 0, "integer of at least 1, got 0"),
         ("n_jobs", None, "integer of at least 1, got None"),
+        ("devices_per_job", -1, "null or an integer of at least 0, got -1"),
         ("max_failure_rate", 1.5, "from 0 to 1, got 1.5"),
         ("max_failure_rate", "seven", "from 0 to 1, got seven"),
     ],

@@ -75,7 +75,9 @@ def main(config: DictConfig) -> object:
     if config.act in returns:
         return returns[config.act]
     loss = (config.x - 1) ** 2 + config.y + config.depth
-    return {"loss": loss, "size": config.x, "diverged": config.x > 2, "pid": os.getpid()}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    result = {"loss": loss, "size": config.x, "diverged": config.x > 2, "pid": os.getpid()}
+    return result if devices is None else result | {"devices": devices}
 
 
 if __name__ == "__main__":
