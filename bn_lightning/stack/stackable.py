@@ -11,6 +11,7 @@ from bn_lightning.stack.network import NotStackableError
 
 RUN_CHECKPOINTS = "bn_lightning.callbacks.RunCheckpoints"
 LOSS_GUARD = "bn_lightning.callbacks.DivergenceGuard"
+PROGRESS_BAR = "bn_lightning.callbacks.StepProgress"
 PROBE = "bn_lightning.callbacks.ActivationPercentiles"
 STEPS_TO_ACCURACY = "bn_lightning.callbacks.StepsToAccuracy"
 OPTUNA_PRUNING = "bn_lightning.callbacks.OptunaPruning"
@@ -27,7 +28,7 @@ _CALLBACKS = {
     EARLY_STOPPING,
     OPTUNA_PRUNING,
     "bn_lightning.callbacks.SameData",
-    "bn_lightning.callbacks.StepProgress",
+    PROGRESS_BAR,
 }
 _TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
 PRECISIONS = ("32-true", "64-true")

@@ -1,5 +1,6 @@
 """Train runs that differ in numbers as one stack."""
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,9 +23,17 @@ from bn_lightning.stack.memory import StackSizeError, fitting_members
 from bn_lightning.stack.network import NotStackableError, StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer
 from bn_lightning.stack.percentiles import StackPercentiles
+from bn_lightning.stack.progress import StackProgress
 from bn_lightning.stack.rehearsal import rehearse
 from bn_lightning.stack.seed_batches import SeedBatches, loaded_data
-from bn_lightning.stack.stackable import LOSS_GUARD, OPTUNA_PRUNING, PROBE, stack_key
+from bn_lightning.stack.stackable import (
+    LOSS_GUARD,
+    OPTUNA_PRUNING,
+    PROBE,
+    PROGRESS_BAR,
+    stack_key,
+)
+from bn_lightning.sweeps.engine.environment import STUDY_VARIABLE
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -140,6 +149,11 @@ class StackTraining:
                 self._datamodule.val_dataloader(),
                 self._last_step(),
             )
+        self._progress: StackProgress | None = None
+        if PROGRESS_BAR in nodes:
+            # A sweep has a table in the terminal.
+            is_live = STUDY_VARIABLE not in os.environ
+            self._progress = StackProgress(self._last_step(), is_live=is_live)
         rehearse(self.network, self.members, self._first_batch())
 
     def run(self) -> list[dict[str, Any]]:
@@ -191,13 +205,18 @@ class StackTraining:
                 step += 1
                 for member in self.members:
                     member.steps = step
+                running = len(self.members)
                 self._step(step, self._placed(x), self._placed(target))
+                if self._progress is not None:
+                    self._progress.update(step, running)
                 if step == last or not self.members:
                     break
             epoch += 1
             for member in self.members:
                 member.end_epoch()
                 member.epoch = epoch
+        if self._progress is not None:
+            self._progress.end()
 
     def _step(self, step: int, x: Placed, target: Placed) -> None:
         """Train a step, log, validate, and let members leave, in the order of a run."""

@@ -412,6 +412,23 @@ class TestParallel:
         assert "one by one" in done.stdout and "SuccessiveHalvingPruner" in done.stdout
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(("times", "states_after"), [(1, 2 * ["COMPLETE"]), (2, 2 * ["FAIL"])])
+    def test_ctrl_c_in_a_batch(self, program, times, states_after):
+        """Once lets the batch end; twice ends at once, and no trial counts as failed."""
+        given = (
+            *GRID,
+            *("hydra/launcher=_bn_stack", "hydra.launcher.prepare=__main__.prepare"),
+            *("hydra.launcher.batch=2", "hydra.sweeper.max_retries=0"),
+        )
+        first = program.run(*given, CTRL_C=str(times))
+        assert first.returncode == 130, first.stdout + first.stderr
+        found = states(program.folder / "sweep")
+        assert [state for state in found if state != "WAITING"] == states_after
+        again = program.run(*given)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert states(program.folder / "sweep").count("COMPLETE") == 6
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
     def test_launchers(self, program, launcher):
         pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")

@@ -1,6 +1,7 @@
 """A fast task to sweep, without PyTorch and Lightning."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,10 @@ def prepare(
     if os.environ.get("DIE_IN_BATCH") and not os.path.exists("died"):
         open("died", "w").close()
         os._exit(3)
+    if int(os.environ.get("CTRL_C", "0")) and not os.path.exists("interrupted"):
+        open("interrupted", "w").close()
+        for _ in range(int(os.environ["CTRL_C"])):
+            os.kill(os.getpid(), signal.SIGINT)
     with open("prepared", "a") as file:
         file.write(f"{size} {[config['x'] for config in configs]}\n")
     if rungs is not None:
