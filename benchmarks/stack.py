@@ -2,13 +2,16 @@
 
     python benchmarks/stack.py step [--rounds 5] [--steps 60]
     BN_LIGHTNING_DATA=DIR python benchmarks/stack.py sweep [--rounds 1]
+    python benchmarks/stack.py overhead [--rounds 3]
 
 `step` trains the paper's network on random images by a bare PyTorch loop and as stacks of K
 members, on one thread, 60 examples a step, in turn. It prints the medians over rounds of
 milliseconds a step and member, of those of the loop, and of their ratios within a round. `sweep`
 runs a part of `+sweep=lr_init`, 33 trials of one arm, by the command that people type, one by one
-and as a stack. Times are of the processor; on a shared machine only ratios mean something.
-Rows are appended to results/stack_step.csv and results/stack_sweep.csv.
+and as a stack. `overhead` runs 33 and 99 trials of one step each on the digits. It prints what each
+of the 66 further trials takes, with its step, its three evaluations and its files.
+Times are of the processor; on a shared machine only ratios mean something. Rows are appended to
+results/stack_step.csv, stack_sweep.csv and stack_overhead.csv.
 """
 
 import argparse
@@ -134,21 +137,9 @@ def measure_sweeps(rounds: int) -> None:
         for arm in ARMS:
             seconds = {}
             for launcher in ("basic", "bn_stack"):
-                with tempfile.TemporaryDirectory() as folder:
-                    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-                    subprocess.run(
-                        [
-                            *(sys.executable, "-m", "bn_lightning.train", "-m"),
-                            *("+experiment=mnist_bn", "+sweep=lr_init", "data.fallback=null"),
-                            *(f"norm={arm}", "seed=1", "init.std=0.01,0.1,1"),
-                            *(f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}"),
-                        ],
-                        check=True,
-                        stdout=subprocess.DEVNULL,
-                    )
-                    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-                seconds[launcher] = (
-                    after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+                seconds[launcher] = sweep_seconds(
+                    *("data.fallback=null", f"norm={arm}", "seed=1", "init.std=0.01,0.1,1"),
+                    f"hydra/launcher={launcher}",
                 )
             rows.append(
                 {
@@ -164,6 +155,43 @@ def measure_sweeps(rounds: int) -> None:
     append_rows(RESULTS / "stack_sweep.csv", rows)
 
 
+def measure_overhead(rounds: int) -> None:
+    """Measure what a trial of a stacked sweep takes beside its training."""
+    rows = []
+    for _ in range(rounds):
+        seconds = {}
+        for seeds in (3, 9):
+            seconds[11 * seeds] = sweep_seconds(
+                *("data=digits", "norm=batch", "init.std=0.1", "trainer.max_steps=1"),
+                *(
+                    "trainer.val_check_interval=1",
+                    f"seed={','.join(map(str, range(1, seeds + 1)))}",
+                ),
+            )
+        milliseconds = 1000 * (seconds[99] - seconds[33]) / 66
+        rows.append({"trial_ms": round(milliseconds, 1), **provenance()})
+        print(rows[-1], flush=True)
+    append_rows(RESULTS / "stack_overhead.csv", rows)
+    print(f"{statistics.median(row['trial_ms'] for row in rows):.1f} ms a trial")
+
+
+def sweep_seconds(*overrides: str) -> float:
+    """Return the processor time of `+sweep=lr_init` with overrides, in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "bn_lightning.train", "-m"),
+                *("+experiment=mnist_bn", "+sweep=lr_init", *overrides),
+                f"hydra.sweep.dir={folder}",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
 def provenance() -> dict[str, object]:
     """Columns that say where and by what a row was measured."""
     return {
@@ -177,15 +205,17 @@ def provenance() -> dict[str, object]:
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["step", "sweep"])
+    parser.add_argument("what", choices=["step", "sweep", "overhead"])
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.what == "step":
         measure_steps(arguments.rounds or 5, arguments.steps)
-    else:
+    elif arguments.what == "sweep":
         measure_sweeps(arguments.rounds or 1)
+    else:
+        measure_overhead(arguments.rounds or 3)
 
 
 if __name__ == "__main__":
