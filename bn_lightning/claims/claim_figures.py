@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bn_lightning.claims.design import Claim
+from bn_lightning.claims.design import Claim, Curves
 from bn_lightning.claims.result_table import ResultTable
 from bn_lightning.sweeps.analysis.arms import COLORS, Style, label_of, style_of
 from bn_lightning.sweeps.report.figure import Axis, Band, Figure, Intervals, Line, Panel, Series
@@ -43,7 +43,7 @@ def claim_figure(claim: Claim, budget: str, table: ResultTable) -> Figure:
                     title or curves.label,
                     Axis(curves.x_label, curves.x_scale),
                     Axis(curves.label, curves.scale),
-                    _curves(claim, curves.measure, there, table),
+                    _curves(claim, curves, there, table),
                     page_title=title or curves.label,
                     page_legend="below",
                 )
@@ -52,25 +52,31 @@ def claim_figure(claim: Claim, budget: str, table: ResultTable) -> Figure:
 
 
 def _curves(
-    claim: Claim, measure: str, settings: Mapping[str, float], table: ResultTable
+    claim: Claim, curves: Curves, settings: Mapping[str, float], table: ResultTable
 ) -> list[Series]:
     """Return a curve and a band for each arm; `settings` has the place of each label."""
     series: list[Series] = []
     for arm in claim.arms:
-        of_x: dict[float, list[float]] = {}
-        for key, result in table.results.items():
-            if (key.claim, key.arm) == (claim.name, arm) and key.setting in settings:
-                value = result.measures.get(measure, math.nan)
-                if math.isfinite(value):
-                    of_x.setdefault(settings[key.setting], []).append(value)
-        x = sorted(of_x)
-        style = style_of(arm, claim.arms)
-        low, high = [min(of_x[at]) for at in x], [max(of_x[at]) for at in x]
-        mean = [float(np.mean(of_x[at])) for at in x]
-        series += [
-            Band(x, low, high, style.color),
-            Line(x, mean, label_of(arm), style, "line and points"),
-        ]
+        for turn, (name, measures) in enumerate((curves.along or {"": {}}).items()):
+            of_x: dict[float, list[float]] = {}
+            for key, result in table.results.items():
+                if (key.claim, key.arm) == (claim.name, arm) and key.setting in settings:
+                    wanted = measures or {curves.measure: settings[key.setting]}
+                    for measure, x in wanted.items():
+                        value = result.measures.get(measure, math.nan)
+                        if math.isfinite(value):
+                            of_x.setdefault(x, []).append(value)
+            if not of_x:
+                continue
+            xs = sorted(of_x)
+            style = style_of(arm, claim.arms, turn)
+            low, high = [min(of_x[x]) for x in xs], [max(of_x[x]) for x in xs]
+            mean = [float(np.mean(of_x[x])) for x in xs]
+            label = ", ".join(part for part in (label_of(arm), name) if part)
+            series += [
+                Band(xs, low, high, style.color),
+                Line(xs, mean, label, style, "line and points"),
+            ]
     return series
 
 

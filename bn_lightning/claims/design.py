@@ -1,7 +1,7 @@
 """What a claim is: a sentence, matched arms, a measure, and the rule of its verdict, as data."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from bn_lightning.claims.measured_network import MeasuredNetwork
@@ -89,6 +89,8 @@ class Curves:
         x_label: of the horizontal axis.
         scale: of the vertical axis.
         x_scale: of the horizontal axis.
+        along: name of a curve -> measure -> x, for curves within one setting; {} for one point of a
+            curve for each setting.
     """
 
     measure: str
@@ -96,6 +98,7 @@ class Curves:
     x_label: str
     scale: Literal["linear", "log"] = "linear"
     x_scale: Literal["linear", "log"] = "log"
+    along: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

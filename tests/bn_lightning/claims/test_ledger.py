@@ -9,6 +9,7 @@ from torch import nn
 from bn_lightning.claims.claim_training import compose_trials
 from bn_lightning.claims.design import MeasuredPoint, Setting
 from bn_lightning.claims.ledger.initialization import LSUVScheme
+from bn_lightning.claims.ledger.input_shift import STRENGTHS, shifted
 from bn_lightning.claims.ledger.placement import unscaled_batch_norm
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import growth, largest_trained, steps_to
@@ -89,6 +90,45 @@ def test_the_gradient_grows_with_batch_norm(tmp_path):
     with_, without = claim.measure(found["batch"]), claim.measure(found["none"])
     assert 1.1 < with_["growth"] < 1.3
     assert 0.9 < without["growth"] < 1.1
+
+
+@pytest.mark.parametrize("shift", STRENGTHS)
+def test_shifts_grow_with_their_strength(shift):
+    x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    x = nn.functional.avg_pool2d(x, 5, 1, 2)  # smooth, as images are
+    moved = [float((shifted(x, shift, s) - x).norm()) for s in STRENGTHS[shift]]
+    if shift == "rotation":  # by 30 degrees and more, random images have nothing in common
+        moved = moved[:3]
+    assert moved == sorted(moved) and moved[0] > 0
+    assert torch.equal(
+        shifted(x, shift, STRENGTHS[shift][1]), shifted(x, shift, STRENGTHS[shift][1])
+    )
+
+
+def test_shifts_are_what_they_are_called():
+    x = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(shifted(x, "inversion", 1.0), 1 - x)
+    assert torch.allclose(shifted(x, "contrast", 1.0), torch.full_like(x, 0.5))
+    assert torch.allclose(shifted(x, "rotation", 90.0).rot90(1, (2, 3)), x, atol=1e-5) or (
+        torch.allclose(shifted(x, "rotation", 90.0).rot90(-1, (2, 3)), x, atol=1e-5)
+    )
+    assert torch.allclose(shifted(x, "blur", 0.01), x, atol=1e-6)
+    one = torch.zeros(1, 1, 15, 15)
+    one[..., 7, 7] = 1.0
+    assert shifted(one, "blur", 1.0).sum() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="inversion"):
+        shifted(x, "snow", 1.0)
+
+
+def test_adaptation_is_measured_and_changes_nothing(tmp_path):
+    claim, found = networks("input_shift", tmp_path)
+    measures = {arm: claim.measure(network) for arm, network in found.items()}
+    assert measures["none"]["shifted"] == measures["none"]["shifted, adapted"]
+    assert measures["batch"]["shifted"] != measures["batch"]["shifted, adapted"]
+    point = MeasuredPoint(claim.settings("quick")["relu"], measures["batch"])
+    assert claim.numbers([point])["relu, shifted"] == measures["batch"]["shifted"]
+    shown = {measure for c in claim.curves for line in c.along.values() for measure in line}
+    assert shown <= measures["batch"].keys()
 
 
 def test_probes():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,7 +192,7 @@ class NormlessMLP(MLP):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"names": ("fastest",)}, "placement, scale_invariance, tiny"),
+        ({"names": ("fastest",)}, "input_shift, placement, scale_invariance, tiny"),
         ({"budget": "huge"}, "quick, full"),
         ({"seeds": 0}, "`seeds`"),
         ({"overrides": (*TINY, "trainer.max_steps=1")}, "`trainer.max_steps`"),
@@ -233,6 +234,26 @@ def test_the_command_sorts_its_arguments(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["bn-claims", "--list"])
     main()
     assert f"tiny: {TINY_CLAIM.sentence}\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_claims_of_the_ledger(tmp_path):
+    """The command in a process of its own."""
+    budget = [text for text in TINY if "max_steps" not in text] + ["trainer.max_steps=50"]
+    typed = ["placement", "initialization", "seeds=3", *budget, "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "bn_lightning.claims", *typed]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert set(content["claims"]) == {"placement", "initialization"}
+    for entry in content["claims"].values():
+        assert verdict_of(entry["conditions"], entry["numbers"]).text == entry["text"]
+        assert all(c["effect"]["seeds"] == 3 for c in entry["conditions"])
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
+        "initialization",
+        "placement",
+        "overview",
+    }
 
 
 def test_each_file_of_the_ledger_is_one_claim(ledger):
