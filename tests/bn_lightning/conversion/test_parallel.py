@@ -75,7 +75,8 @@ def test_fsdp2(mesh, sharded: str, converts_first: bool) -> None:
             assert torch.equal(gradient, q.grad), name
         for a, b in zip(model.buffers(), plain.buffers(), strict=True):
             assert torch.equal(a, b)
-    assert all(count.fused == 3 * is_fused for count in fusion_counts(model).values())
+    # In the first step it is seen what follows.
+    assert all(count.fused == 2 * is_fused for count in fusion_counts(model).values())
     revert_batchnorm(model)
     assert converts_first or [type(m) for m in model.modules()] == classes
 
