@@ -137,7 +137,8 @@ class JobComposer:
         of_hydra = [override.input_line for override in parsed if override.is_hydra_override()]
         hydra = config.hydra
         hydra.overrides.task = [override.input_line for override in task]
-        hydra.overrides.hydra = [*self._sweep.hydra.overrides.hydra, *of_hydra]
+        given: Any = OmegaConf.to_container(self._sweep.hydra.overrides.hydra)  # not resolved
+        hydra.overrides.hydra = [*given, *of_hydra]
         naming = hydra.job.config.override_dirname
         lines = [o.input_line for o in task if o.key_or_group not in naming.exclude_keys]
         name = naming.item_sep.join(sorted(str(line) for line in lines))

@@ -44,6 +44,7 @@ def loader(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sweep(loader, tmp_path_factory):
     typed = ["hydra.mode=MULTIRUN", f"hydra.sweep.dir='{tmp_path_factory.mktemp('sweep')}'"]
+    typed.append("+hydra.job.env_set.SECRET='${oc.env:HOME}'")  # stays as it is written
     return loader.load_configuration("config", typed, RunMode.MULTIRUN)
 
 
