@@ -7,11 +7,14 @@
     grpc://host:port                           `optuna storage` behind a gRPC proxy
 
 If the storage cannot be reached, each call is repeated with growing pauses for a limited time.
+
+SQLAlchemy is imported where a database is used: a journal does not need it.
 """
 
 import logging
 import random
 import re
+import sys
 import threading
 import time
 import warnings
@@ -21,16 +24,6 @@ from typing import Any, TypeVar
 
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage, get_storage
-from sqlalchemy import event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    InterfaceError,
-    OperationalError,
-    PendingRollbackError,
-    SQLAlchemyError,
-)
 
 from bn_lightning.sweeps.engine.journal_file import JournalFileStorage, open_journal
 from bn_lightning.sweeps.engine.passwords import redacted, refuse_several_ats
@@ -67,6 +60,9 @@ def storage_url(setting: str, directory: Path) -> str:
         return f"journal://{Path(rest).absolute()}"
     if scheme == "grpc" and re.fullmatch(r"[^:/]+:\d+", rest):
         return setting
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
     try:
         url = make_url(setting)
     except (ArgumentError, ValueError):  # ValueError: the port is not a number
@@ -103,7 +99,7 @@ def open_storage(url: str, patience: float) -> "RetryingStorage":
             f"{error.__cause__ or error}; PostgreSQL: pip install 'psycopg[binary]'; a gRPC proxy: "
             "pip install grpcio protobuf"
         ) from error
-    except (ArgumentError, ValueError) as error:
+    except ValueError as error:
         raise SweepError(
             f"expected `storage` to be a database of SQLAlchemy's, got {redacted(url, url)}: "
             f"{redacted(str(error), url)}"
@@ -150,14 +146,18 @@ def is_unreachable(error: BaseException | None) -> bool:
         return is_unreachable(error.__cause__)
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-    if isinstance(error, PendingRollbackError):
-        return True  # Optuna continues a transaction that the server has just ended
-    if isinstance(error, DBAPIError):
-        return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
     code = getattr(error, "code", None)
     if type(error).__module__.startswith("grpc") and callable(code):
         # The proxy returns UNKNOWN when its own database is away.
         return getattr(code(), "name", "") in ("UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED")
+    if "sqlalchemy" not in sys.modules:  # the error is no database's
+        return False
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
+
+    if isinstance(error, PendingRollbackError):
+        return True  # Optuna continues a transaction that the server has just ended
+    if isinstance(error, DBAPIError):
+        return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
     return False
 
 
@@ -254,7 +254,12 @@ def _open(url: str) -> tuple[BaseStorage, Callable[[], None]]:
             proxy = GrpcStorageProxy(host=host, port=int(port))
             proxy.get_all_studies()
             return proxy, proxy.close
-    database = _open_database(url)
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        database = _open_database(url)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
 
     def close() -> None:
         database.remove_session()
@@ -267,6 +272,9 @@ def _open_database(url: str) -> RDBStorage:
     if not url.startswith("sqlite"):
         # Checks a connection before its use, in case that the server was restarted.
         return _with_tables(lambda: RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
+    from sqlalchemy import event
+    from sqlalchemy.engine import make_url
+
     if path := make_url(url).database:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     arguments = {"connect_args": {"timeout": SQLITE_TIMEOUT}}
@@ -281,6 +289,8 @@ def _open_database(url: str) -> RDBStorage:
 
 def _with_tables(make: Callable[[], RDBStorage]) -> RDBStorage:
     """Open a database whose tables another process may be creating."""
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
     for _ in range(5):
         try:
             return make()
