@@ -3,7 +3,7 @@
 import gc
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ GRID: dict[str, list[Any]] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_study() -> Callable[..., Path]:
     """Writes the journal of a sweep over `GRID` into a directory, and returns the directory.
 
@@ -157,7 +157,7 @@ def make_study() -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
     """Writes what the report reads of a run into a new directory, and returns the directory.
 
@@ -190,3 +190,18 @@ def make_run() -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="module")
+def empty_pictures() -> Iterator[None]:
+    """Writes empty files instead of a report's pictures, which take most of its time."""
+    from bn_lightning.sweeps.report import write_report
+
+    def save(figure: Any, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("png", "svg"):
+            path.with_name(f"{path.name}.{suffix}").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write_report, "save", save)
+        yield

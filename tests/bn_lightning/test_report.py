@@ -20,9 +20,12 @@ from bn_lightning.runs.record import RunRecord, read_run
 from bn_lightning.sweeps.analysis.columns import Columns
 from bn_lightning.sweeps.analysis.seed_groups import SeedGroup
 from bn_lightning.sweeps.analysis.sources import read_sweep
-from bn_lightning.sweeps.report.figure import Figure, Heatmap
+from bn_lightning.sweeps.report.figure import Heatmap
+from bn_lightning.sweeps.report.matplotlib_renderer import save
 from bn_lightning.sweeps.report.run_figures import figures_of_groups, run_styles
 from bn_lightning.sweeps.report.write_report import ReportOptions, sweep_figures, write_report
+
+pytestmark = pytest.mark.usefixtures("empty_pictures")
 
 METRICS = {
     "test/accuracy": 0.9,
@@ -89,25 +92,9 @@ def files(directory: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(autouse=True)
-def empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes empty files instead of pictures, which take most of a report's time.
-
-    A test that is marked with `draws` writes the pictures.
-    """
-
-    def save(figure: Figure, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".png", ".svg"):
-            path.with_name(path.name + suffix).touch()
-
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(f"{write_report.__module__}.save", save)
-
-
 @pytest.fixture
-def pictures() -> None:
-    """Lets `empty_pictures` do nothing."""
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{write_report.__module__}.save", save)
 
 
 draws = pytest.mark.usefixtures("pictures")

@@ -31,6 +31,7 @@ CHROMIUM = next(
 )
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("empty_pictures"),  # the pages draw their figures themselves
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium in the PATH"),
 ]
 
@@ -109,10 +110,12 @@ def test_what_cannot_be_read_is_found(
     assert any(complaint in text for text in found) if complaint else found == []
 
 
-@pytest.fixture
-def sweep_page(tmp_path: Path, make_study: Callable[..., Path]) -> Path:
+@pytest.fixture(scope="module")
+def sweep_page(
+    tmp_path_factory: pytest.TempPathFactory, make_study: Callable[..., Path], empty_pictures: None
+) -> Path:
     """Write the page of a grid whose trial 7 has a directory, and return its path."""
-    sweep = make_study(tmp_path / "sweep")
+    sweep = make_study(tmp_path_factory.mktemp("grid") / "sweep")
     (sweep / "7").mkdir()
     return write_report([str(sweep)])
 

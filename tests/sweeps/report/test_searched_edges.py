@@ -17,6 +17,8 @@ from bn_lightning.sweeps.engine.space import parse_space
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 from bn_lightning.sweeps.report.write_report import ReportOptions, write_report
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")
+
 SPACE = ["seed=1,2", "init.std=0.1,1", "optimizer.lr=0.01,0.1,1,10,100", "norm=none,batch"]
 LARGEST = {"batch": 40.0, "none": 0.3}
 
@@ -60,7 +62,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(sweep: Path) -> str:
+def page(sweep: Path, empty_pictures: None) -> str:
     return write_report([str(sweep)]).read_text()
 
 
