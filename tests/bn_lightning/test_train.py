@@ -367,7 +367,7 @@ def test_networks_of_this_project_are_initialized_without_a_word(command):
     assert not torch.equal(weights["default"], weights["none"])
 
 
-STOPPED = (*SHORT[:2], *BARE, "trainer.max_steps=1500", "trainer.val_check_interval=110")
+STOPPED = (*SHORT[:2], *BARE, "trainer.max_steps=800", "trainer.val_check_interval=110")
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +391,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, unstopped, command, signum,
     (stopped,) = tmp_path.glob("logs/*/runs/*")
     assert read_run(stopped)["status"] == "interrupted"
     last_step = torch.load(stopped / "checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert 0 < last_step < 1500
+    assert 0 < last_step < 800
     resumed = command(main, *STOPPED, "ckpt_path=last")
     assert resumed.directory == stopped
     assert_same_end(unstopped, stopped)
@@ -475,24 +475,11 @@ def read_trials(sweep):
 
 
 @pytest.mark.slow
-def test_all_ranks_of_a_trial_share_its_configuration(tmp_path):
-    here = Path(__file__)
-    checkout = [
-        str(here.parents[1] / "support"),
-        str(here.parents[2]),
-        str(here.parents[2] / "sweeps"),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "bn_lightning.train", *SWEEP, "trainer=ddp_sim", "logger={}",
-         "trainer.max_steps=2", "trainer.val_check_interval=1",
-         "+callbacks.spy._target_=rank_spy.RankSpy",
-         "+callbacks.spy.folder=${paths.output_dir}", "optimizer.lr=0.125,0.25"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(checkout)},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_all_ranks_of_a_trial_share_its_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of the ranks
+    short = ("trainer=ddp_sim", "trainer.max_steps=2", "trainer.val_check_interval=1", "logger={}")
+    spy = ("+callbacks.spy._target_=rank_spy.RankSpy", "+callbacks.spy.folder=${paths.output_dir}")
+    run_process.run(tmp_path, *SWEEP, *short, *spy, "optimizer.lr=0.125,0.25")
     for number, rate in enumerate((0.125, 0.25)):
         trial = tmp_path / "logs/mnist_bn/sweeps/sweep" / str(number)
         rates = {path.name: float(path.read_text()) for path in trial.glob("rank*")}
@@ -519,7 +506,7 @@ def test_the_data_of_a_sweep_do_not_pile_up(command, monkeypatch):
         setup(self, stage)
 
     monkeypatch.setattr(TensorDataModule, "setup", remembered)
-    assert command(main, "-m", *SHORT, *BARE, "seed=1,2,3").code == 0
+    assert command(main, "-m", *SHORT, *BARE, "trainer.max_steps=2", "seed=1,2,3").code == 0
     assert len(modules) >= 3
     assert not [module for module in modules if module() is not None]
 
