@@ -52,6 +52,8 @@ class Verdict(NamedTuple):
 def effect_of(condition: Mapping[str, Any], numbers: Numbers) -> Estimate:
     """Return the mean effect over seeds with its interval.
 
+    It is a lower bound where the first arm reaches the limit of the condition.
+
     Args:
         condition: as `Condition.as_json` returns it.
         numbers: of the claim.
@@ -61,15 +63,17 @@ def effect_of(condition: Mapping[str, Any], numbers: Numbers) -> Estimate:
         return estimate(np.array(list(first.values()), dtype=float))
     second = _by_seed(numbers, condition["against"], condition["number"])
     seeds = [seed for seed in first if seed in second]
+    at_least = False
     if condition["limit"]:
         tops = _by_seed(numbers, condition["arm"], condition["limit"])
         seeds = [s for s in seeds if first[s] < tops[s] or second[s] < tops[s]]
+        at_least = any(first[s] >= tops[s] for s in seeds)
     one, other = (np.array([arm[s] for s in seeds], dtype=float) for arm in (first, second))
     if condition["kind"] == "ratio":
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = one / other
-        return estimate_rate(ratios[np.isfinite(ratios) & (ratios > 0)])
-    return estimate(one - other)
+        return estimate_rate(ratios[np.isfinite(ratios) & (ratios > 0)], at_least)
+    return estimate(one - other, at_least)
 
 
 def condition_outcome(condition: Mapping[str, Any], effect: Estimate) -> str:
@@ -80,7 +84,8 @@ def condition_outcome(condition: Mapping[str, Any], effect: Estimate) -> str:
     most = math.inf if condition["most"] is None else condition["most"]
     if least <= effect.low and effect.high <= most:
         return HOLDS
-    return FAILS if effect.high < least or effect.low > most else OPEN
+    is_outside = (effect.high < least and not effect.at_least) or effect.low > most
+    return FAILS if is_outside else OPEN
 
 
 def verdict_of(conditions: Sequence[Mapping[str, Any]], numbers: Numbers) -> Verdict:

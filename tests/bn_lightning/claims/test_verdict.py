@@ -85,6 +85,15 @@ def test_seeds_where_both_arms_reach_the_limit_say_nothing():
     assert effect.value == pytest.approx((5 * 2) ** 0.5)
 
 
+def test_a_lower_bound_does_not_refute():
+    """The first arm used up its budget, so that its ratio may be larger."""
+    rule = condition(kind="ratio", limit="budget", least=1.5)
+    found = numbers(a=[130.0, 131.0, 132.0], b=[100.0] * 3)
+    for budget, outcome in ((1000.0, FAILS), (130.0, OPEN)):
+        found["a"]["budget"] = dict.fromkeys(SEEDS[:3], budget)
+        assert condition_outcome(rule, effect_of(rule, found)) == outcome
+
+
 def test_a_claim_holds_where_its_conditions_do():
     rules = [
         condition(name="relu", arm="a"),
