@@ -200,50 +200,12 @@ def run_known(fields: tuple[Any, ...], backend: str, *, recomputes: bool = False
     ):
         return None
     for plan in plans:
-        y = _repeat(plan, fields)
-        if y is not None:
-            return y
+        tensors = plan.pick_given(fields)
+        if plan.is_alike(*tensors) and plan.pick_absent(fields) == plan.nones:
+            addresses = tuple(map(_data_ptr, tensors))
+            if misalignment_of(addresses) == plan.misalignment:
+                return NATIVE if plan.is_native else run_plan(plan, fields, tensors, addresses)
     return None
-
-
-def _repeat(plan: Plan, fields: tuple[Any, ...]) -> Any:
-    """Run a call by a plan, as `run_known`; None if its tensors are of another kind."""
-    tensors = plan.pick_given(fields)
-    if not plan.is_alike(*tensors) or plan.pick_absent(fields) != plan.nones:
-        return None
-    addresses = tuple(map(_data_ptr, tensors))
-    if misalignment_of(addresses) != plan.misalignment:
-        return None
-    return NATIVE if plan.is_native else run_plan(plan, fields, tensors, addresses)
-
-
-def find_repetition(
-    fields: tuple[Any, ...], backend: str
-) -> Callable[[tuple[Any, ...], str], Tensor | None] | None:
-    """Return what runs the calls of one place without a search for their plan.
-
-    Args:
-        fields: of a call that was just computed, as for `run_known`.
-        backend: as for `run_known`.
-
-    Returns:
-        A function of other fields and a backend, which returns y, or None for calls of another
-        kind; None if no plan computed the call.
-    """
-    for plan in _plans.get(_key(fields, backend), ()):
-        if not plan.is_native and plan.is_alike(*plan.pick_given(fields)):
-            break
-    else:
-        return None
-    options = (backend, forced(), _grad_mode(), fields[7:])
-
-    def repeat(fields: tuple[Any, ...], backend: str) -> Tensor | None:
-        if (backend, forced(), _grad_mode(), fields[7:]) != options or _is_watched():
-            return None
-        is_recomputed = fields[7] and _current_graph_task_id() != -1
-        return None if is_recomputed else _repeat(plan, fields)
-
-    return repeat
 
 
 def keep_plan(a: BatchNormArguments, backend: str, is_native: bool) -> Plan | None:

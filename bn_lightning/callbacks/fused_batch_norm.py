@@ -22,7 +22,7 @@ class FusedBatchNorm(Callback):
     Works in fit, validate, test and predict. Parameters, optimizers and the keys of the
     `state_dict` are those of the original model, so checkpoints load with and without this
     callback; a copy or a pickle of the model made during the run has torch's BatchNorms. Prints one
-    line about what it converted, and one after the second batch about what ran fused; the attribute
+    line about what it converted, and one after the first batch about what ran fused; the attribute
     `conversion` has the details of the former (None before), `fusion_counts` of the latter.
     A model is converted at setup, or after its `configure_model` if it has one.
 
@@ -86,24 +86,22 @@ class FusedBatchNorm(Callback):
         rank_zero_info(message)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *more: Any) -> None:
-        self._print_counts(pl_module, *more)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._print_counts(pl_module)
 
     @override
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *more: Any
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        self._print_counts(pl_module, *more)
+        self._print_counts(pl_module)
 
     @override
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *more: Any) -> None:
-        self._print_counts(pl_module, *more)
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._print_counts(pl_module)
 
     @override
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *more: Any
-    ) -> None:
-        self._print_counts(pl_module, *more)
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._print_counts(pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,15 +113,12 @@ class FusedBatchNorm(Callback):
     ) -> None:
         self._revert(pl_module)
 
-    def _print_counts(
-        self, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        # In the first forward it is seen what follows each BatchNorm.
-        if batch_idx == 1 and not self._has_printed:
+    def _print_counts(self, pl_module: LightningModule) -> None:
+        if not self._has_printed:
             self._has_printed = True
             counts = fusion_counts(pl_module).values()
             fused = sum(count.fused > 0 for count in counts)
-            rank_zero_info(f"BatchNorm: {fused} of {len(counts)} ran fused in the second batch")
+            rank_zero_info(f"BatchNorm: {fused} of {len(counts)} ran fused in the first batch")
 
     def _revert(self, pl_module: LightningModule) -> None:
         if self._reverts:

@@ -1,7 +1,8 @@
-"""One call of a BatchNorm, what is predicted to follow it, and what is seen to follow it."""
+"""One call of a BatchNorm that is computed later, and what can be made of its output."""
 
 import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, NoReturn
 
@@ -10,310 +11,123 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bn_lightning.conversion.fusable import BatchNormCall, FusableActivation
-from bn_lightning.kernels.activations import ACTIVATIONS, Saves
-from bn_lightning.kernels.dispatch import (
-    chooses_triton,
-    is_recomputation,
-    updates_in_recomputation,
-)
-from bn_lightning.kernels.eager import (
-    TensorGuards,
-    find_repetition,
-    is_observed,
-    make_guard,
-    make_room,
-)
-from bn_lightning.kernels.measurements import Fusion
-from bn_lightning.kernels.ops import batch_norm
+from bn_lightning.kernels.dispatch import is_recomputation
+from bn_lightning.kernels.eager import TensorGuards, make_guard
 
-_MAX_KINDS = 64  # of calls of a module, in training or in evaluation
-_MAX_MISSES = 3
+NOTHING, ADDITION, ALL = range(3)  # what a site fuses
+_UNCHANGED = "what a BatchNorm is computed from to stay unchanged until its output is read"
 
 
-class Prediction(NamedTuple):
-    """What follows a call.
+class CallPlan(NamedTuple):
+    """What is known of a call if it is like an earlier one: it may be put off.
 
     Attributes:
-        first: an activation, `ADDITION`, or None for what cannot be fused.
-        last: the activation that follows the addition, or None.
+        activation: the one that always follows directly, so that it can be computed before it is
+            called; None if an addition comes before.
+        missing: which of x, parameters and statistics the earlier call did not have.
+        is_alike: tells whether tensors are like those that it had.
+        modes: of torch, in that call.
     """
 
-    first: Any = None
-    last: FusableActivation | None = None
-
-
-ADDITION: Any = object()  # or activations that are not always the same
-NOTHING = Prediction()
-
-
-class Kind:
-    """Calls with tensors of the same shapes, strides, dtypes and devices.
-
-    Args:
-        tensors: of the first of them: x, parameters and statistics.
-        output: its output.
-    """
-
-    def __init__(self, tensors: list[Tensor], output: Tensor) -> None:
-        self.is_alike, self.count = make_guard(tensors), len(tensors)
-        self.needs_grad = any([t.requires_grad for t in tensors])
-        # A tensor with the metadata of the output, and without memory.
-        with torch.inference_mode(False):
-            self.blank = torch.empty_strided(
-                output.shape, output.stride(), dtype=output.dtype, device=output.device
-            )
-        self.blank.untyped_storage().resize_(0)
-        torch._C._set_throw_on_mutable_data_ptr(self.blank)
-        # How the kernels repeat these calls, by what is fused.
-        self.repetitions: dict[tuple[bool, str], Any] = {}
+    activation: FusableActivation | None
+    missing: list[bool]
+    is_alike: Callable[..., bool]
+    modes: tuple[Any, ...]
 
 
 class Site:
     """What is known of a module's calls in training, or of those in evaluation.
 
     Attributes:
-        prediction: what follows a call; None until it was seen.
-        learned: the next prediction.
-        watched_in: number of the forward of the last call that was computed at once to see it.
-        misses: number of wrong predictions.
-        open: number of calls that activation checkpointing has not run again yet.
-        kinds: of calls, by the shape of the input.
-        passes: number of forwards of models that ended, of all sites.
+        fuses: `NOTHING`, `ADDITION` or `ALL`; less than `ALL` after an output was read twice, or if
+            what followed could not be fused.
+        plan: of calls like the last one, once the site is known.
+        is_used: whether what followed could be fused.
+        misses: number of calls after which it could not.
+        first_pass: number of the first forward of the model.
+        passes: number of forwards of models that returned, of all sites.
+        blank: a tensor without memory, with the metadata of the last output.
     """
 
     passes = 0
 
     def __init__(self) -> None:
-        self.prediction: Prediction | None = None
-        self.learned: Prediction | None = None
-        self.watched_in = -1
-        self.misses = self.open = 0
-        self.kinds: dict[torch.Size, Kind] = {}
+        self.fuses = ALL
+        self.plan: CallPlan | None = None
+        self.is_used = False
+        self.misses = 0
+        self.first_pass: int | None = None
+        self.blank: Tensor | None = None
 
-    def begin(self, is_checkpointed: bool, is_inside: bool) -> Prediction | None:
-        """Begin a call; return what will follow, None if that has to be seen.
+    @property
+    def is_known(self) -> bool:
+        """Whether a whole forward showed that each output is read once, by what is fused."""
+        return self.is_used and not self.misses and self._is_seen
 
-        What is run again must save as many tensors as before, so the prediction stays meanwhile.
+    @property
+    def _is_seen(self) -> bool:
+        return self.first_pass is not None and self.first_pass < Site.passes
 
-        Args:
-            is_checkpointed: whether hooks on saved tensors are active.
-            is_inside: whether the forward of a model runs, in which outputs may be read again.
-        """
-        is_again = is_checkpointed and is_recomputation()
-        if not (is_again or self.open > 0 or (is_inside and self.watched_in == Site.passes)):
-            self.prediction = self.learned
-        if is_checkpointed:
-            self.open = max(self.open + (-1 if is_again else 1), 0)
-        return self.prediction
-
-    def learn(self, found: Prediction) -> None:
-        """Note what followed one of the calls."""
-        if found.first is None:
-            found = NOTHING
-        if self.learned is None or self.learned is self.prediction:
-            self.learned = found
-        elif found != self.learned:
-            both_fuse = found.first and self.learned.first
-            self.learned = Prediction(ADDITION) if both_fuse else NOTHING
-
-    def miss(self) -> None:
-        """Note that the prediction was wrong."""
-        self.misses += 1
-        self.learned = NOTHING if self.misses >= _MAX_MISSES else None
-
-    def kind_of(self, tensors: list[Tensor], output: Tensor | None = None) -> Kind | None:
-        """Return the kind of a call, if it was seen; with its output, a new one otherwise."""
-        kind = self.kinds.get(tensors[0].shape)
-        if kind is not None and len(tensors) == kind.count and kind.is_alike(*tensors):
-            return kind
-        if output is None:
-            return None
-        make_room(self.kinds, _MAX_KINDS)
-        kind = self.kinds[tensors[0].shape] = Kind(tensors, output)
-        return kind
-
-
-def is_needed_early(module: Any, x: Tensor, training: bool, modes: tuple[Any, ...]) -> bool:
-    """Return whether what reads an output cannot be seen, or the modes of torch not be restored."""
-    return bool(
-        type(x) is not Tensor
-        or TensorGuards is None
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or (
-            # FSDP frees the weight early. It is another one meanwhile, unless FSDP ignores it.
-            "_is_fsdp_managed_module" in module.__dict__
-            and module._parameters.get("weight") is not module.deferral.weight
-        )
-        # Reentrant checkpointing must not return a tensor without values.
-        or (training and not modes[0])
-        # What is computed after a checkpointed part is not run again with it.
-        or (modes[2] is not None and updates_in_recomputation())
-        or is_observed()
-    )
+    def begin(self) -> bool:
+        """Begin a call; return whether it may be put off."""
+        if self.first_pass is None:
+            self.first_pass = Site.passes
+        if self.misses and not self.is_used and (self.misses > 2 or self._is_seen):
+            self.fuses = NOTHING
+        return self.fuses != NOTHING
 
 
 class DeferredCall(BatchNormCall):
-    """One call of a module; the last arguments are those of `BatchNormCall`.
+    """One call of a module.
 
     Args:
-        module: has a `Deferral`, which counts the calls.
+        deferral: counts the calls of the module.
         site: the module's, in training or in evaluation.
-        modes: those of torch, which a computation later must have, too.
+        arguments: those of `BatchNormCall`.
 
     Attributes:
-        kind: of the call, if it is known.
-        expected: the activation that `result` is of, until it is called.
-        result: what was computed ahead.
-        last: the activation that will follow an addition, or None.
-        residual: what was added to the output, or None.
-        residual_version: of the residual, when it was added.
+        is_candidate: whether the output could be fused, if only it were known to be read once.
         place: in the order of autograd, reserved for what is computed later; 0 for none.
-        snapshot: of an input that does not tell whether it was changed.
-        content: the output computed alone, while C++ code has the deferred tensor.
+        modes: those of torch that a computation later must have, too.
     """
 
-    kind: Any = None
-    expected: FusableActivation | None = None
-    result: Tensor | None = None
-    last: FusableActivation | None = None
-    residual: Tensor | None = None
-    residual_version: Any = None
+    is_candidate = False
     place = 0
     snapshot: Tensor | None = None
-    content: Tensor | None = None
 
-    def __init__(
-        self, module: Any, site: Site, modes: tuple[Any, ...], arguments: tuple[Any, ...]
-    ) -> None:
-        self.compute, self.input, self.state, self.options = arguments
-        self.module, self.site, self.modes = module, site, modes
-        self.versions = versions_of((self.input, *self.state))
+    def __init__(self, deferral: Any, site: Site, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.deferral, self.site = deferral, site
+        self.modes = modes_for(self.input)
+        self.watched = (self.input, *self.state)
+        self.versions = versions_of(self.watched)
+        if self.input.is_inference():
+            # It has no version. A lazy clone keeps its values, because a write to either copies.
+            self.snapshot = torch._lazy_clone(self.input)
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """x, parameters and statistics."""
-        return [self.input, *[t for t in self.state if t is not None]]
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What the output has a gradient for: x, weight and bias."""
+        return self.input, self.state[0], self.state[1]
 
-    def run_at_once(self) -> Tensor:
-        """Compute the output alone, to see what reads it."""
-        self.site.watched_in = Site.passes
-        y = self.run()
-        self.site.kind_of(self.tensors, y)
-        return y
-
-    def run_ahead(self, activation: FusableActivation) -> bool:
-        """Compute the activation that will follow; return whether that could be done."""
-        # An input of inference mode does not tell whether it is changed before something else reads
-        # the output.
-        if self.input.is_inference() or not self.fuses(activation):
-            return False
-        self.is_done = True
-        self.kind = self.site.kinds.get(self.input.shape)
-        result, is_repeated = self._compute(None, activation.name, activation.slope)
-        if not is_repeated:
-            self.kind = self.site.kind_of(self.tensors, result)
-        self.module.deferral.fused += 1
-        self.result, self.expected = result, activation
-        return True
-
-    def wait(self, last: FusableActivation | None) -> bool:
-        """Prepare to make the call later, with what follows; return whether that can be done.
-
-        Args:
-            last: the activation that will follow an addition, or None.
-        """
-        self.kind = self.site.kind_of(self.tensors)
-        if self.kind is None:
-            return False
-        self.last = last
-        if self.input.is_inference():
-            # A lazy clone keeps its values, because a write to either copies.
-            self.snapshot = torch._lazy_clone(self.input)
-        if self.modes[0] and self.kind.needs_grad:
-            # The place that an operation would have now.
-            node: Any = torch._C._functions.UndefinedGrad()
-            self.place = node._sequence_nr()
-        return True
+    @property
+    def grad(self) -> bool:
+        """Whether gradients were enabled."""
+        return bool(self.modes[0])
 
     def is_current(self) -> bool:
         """Return whether an operation now is computed as right after the call."""
         return modes_for(self.input) == self.modes
 
-    def fuses(self, activation: FusableActivation, after_addition: bool = False) -> bool:
-        """Return whether an activation can be computed with the BatchNorm."""
-        saves = ACTIVATIONS[activation.name].saves
-        if after_addition and self.modes[0] and saves is Saves.RESIDUAL:
-            return False  # its gradient keeps the residual, which the model may change in place
-        if activation.in_place and activation.name == "elu":
-            # torch computes its gradient from the output, ATen's ops from the input.
-            fusion = Fusion("elu", after_addition, self.options["training"])
-            return chooses_triton(self.input, self.options["backend"], fusion)
-        return True
-
-    def run(
-        self, residual: Tensor | None = None, activation: str = "identity", slope: float = 0.01
-    ) -> Tensor:
-        """Compute the BatchNorm; only the first time updates statistics."""
-        self._check_unchanged()
-        if self.is_done:
-            return super().run(residual, activation, slope)
-        self.is_done = True
-        if residual is None and activation == "identity":
-            self.module.deferral.separate += 1
-        else:
-            self.module.deferral.fused += 1
-        if self.snapshot is not None:
-            if not torch._C._is_cow_tensor(self.input):  # type: ignore[attr-defined]
-                self.input = self.snapshot  # because the input was written to
-            self.snapshot = None
-        first = torch._C._autograd._get_sequence_nr() if self.place else 0
-        y, _ = self._compute(residual, activation, slope)
-        if self.place + 1 < first and y.grad_fn is not None:
-            _put_in_place(y.grad_fn, first, self.place)
-        return y
-
-    def _compute(
-        self, residual: Tensor | None, activation: str, slope: float
-    ) -> tuple[Tensor, bool]:
-        """Compute the call; return also whether the kernels repeated an earlier one of its kind."""
-        options, key = self.options, (residual is None, activation)
-        repetitions = {} if self.kind is None else self.kind.repetitions
-        tracked, training = options["num_batches_tracked"], options["training"]
-        numbers = (training, options["momentum"], options["eps"], activation, slope)
-        fields = (self.input, residual, *self.state, tracked, *numbers)
-        repeat = repetitions.get(key)
-        y = None if repeat is None else repeat(fields, options["backend"])
-        if y is not None:
-            return y, True
-        fused = {"residual": residual, "activation": activation, "negative_slope": slope}
-        y = self.compute(self.input, *self.state, **{**options, **fused})
-        if self.compute is batch_norm and key not in repetitions:
-            repetitions[key] = find_repetition(fields, options["backend"])
-        return y, False
-
-    def run_alone(self) -> Tensor:
-        """Compute what the deferred tensor stands for, because nothing that follows is fused."""
-        if self.content is not None:
-            return self.content
-        self.site.miss()
-        if self.expected is not None:
-            self.module.deferral.fused -= 1
-            self.module.deferral.separate += 1
-            self.expected = self.result = None
-        with self._as_called():
-            return self.run(self.residual)
-
     @contextmanager
-    def _as_called(self) -> Iterator[None]:
+    def as_called(self) -> Iterator[None]:
         """Restore gradient mode and stream of the call, without hooks on saved tensors."""
-        grad, inference, hooks, called_on = self.modes
+        grad, inference, _, called_on = self.modes
         with ExitStack() as stack:
             if torch.is_inference_mode_enabled() is not inference:
                 stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))
-            if grad and modes_for(self.input)[2] != hooks:
+            if grad:
                 stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
             if _current_stream(self.input) != called_on:
                 device = self.input.device
@@ -322,40 +136,61 @@ class DeferredCall(BatchNormCall):
                 stack.enter_context(torch.cuda.stream(stream))
             yield
 
-    def add(self, residual: Tensor) -> "DeferredCall":
-        """Compute the sum, or the activation of it, and return what stands for the sum."""
-        last = self.last
-        if last is not None and self.fuses(last, after_addition=True):
-            result = self.run(residual, last.name, last.slope)
-        else:
-            last, result = None, self.run(residual)
-        summed = object.__new__(DeferredCall)
-        summed.__dict__.update(self.__dict__)
-        summed.residual, summed.result, summed.expected = residual, result, last
-        summed.residual_version = versions_of((residual,))
-        return summed
+    def reserve_place(self) -> None:
+        """Reserve the place in the order of autograd that an operation would have now."""
+        self.place = torch._C._functions.UndefinedGrad()._sequence_nr()  # type: ignore[attr-defined]
 
-    def _check_unchanged(self) -> None:
-        """Raise a RuntimeError if what the call is computed from was changed in place."""
+    def run(
+        self, residual: Tensor | None = None, activation: str = "identity", slope: float = 0.01
+    ) -> Tensor:
+        """Compute the BatchNorm; only the first time updates statistics."""
+        if self.is_done:
+            return super().run(residual, activation, slope)
+        if residual is not None or activation != "identity":
+            self.deferral.fused += 1
+            self.site.is_used = True
+        else:
+            self.deferral.separate += 1
+            if self.is_candidate:
+                self.site.is_used = True
+            else:
+                self.site.misses += 1
+        if self.snapshot is not None:
+            if not torch._C._is_cow_tensor(self.input):  # type: ignore[attr-defined]
+                self.input = self.snapshot  # because the input was written to
+            self.snapshot = None
+        first = torch._C._autograd._get_sequence_nr() if self.place else 0
+        y = super().run(residual, activation, slope)
+        if self.place and y.grad_fn is not None and self.place + 1 < first:
+            _put_in_place(y.grad_fn, first, self.place)
+        return y
+
+    def plan_next(self, activation: FusableActivation | None) -> None:
+        """Plan the calls that are like this one."""
+        site = self.site
+        if site.plan is not None or not site.is_known or self.is_done or TensorGuards is None:
+            return
+        # Hooks on saved tensors are others in each forward; an inference tensor has no version.
+        if self.modes[2] is None and not self.input.is_inference():
+            missing = [t is None for t in self.watched]
+            is_alike = make_guard([t for t in self.watched if t is not None])
+            site.plan = CallPlan(activation, missing, is_alike, self.modes)
+
+    def check_unchanged(self) -> None:
+        """Raise a RuntimeError if the input, a parameter or a statistic was changed in place."""
         # Once done, the call itself has updated the statistics.
         count = 3 if self.is_done and self.options["training"] else None
-        changed = "input, parameters or statistics"
-        if versions_of((self.input, *self.state)[:count]) == self.versions[:count]:
-            if self.residual is None or versions_of((self.residual,)) == self.residual_version:
-                return
-            changed = "what was added to it"
-        self.fail(
-            "what a BatchNorm is computed from to stay unchanged until its output is read, got a "
-            f"change in place of {changed}"
-        )
+        if versions_of(self.watched[:count]) != self.versions[:count]:
+            self.fail(f"{_UNCHANGED}, got a change in place of input, parameters or statistics")
 
     def fail(self, reason: str) -> NoReturn:
         """Raise an error, and compute the next calls at once."""
         self.is_done = True
-        self.site.prediction = self.site.learned = NOTHING
+        self.site.fuses = NOTHING
+        module = self.compute.__self__  # type: ignore[attr-defined]
         raise RuntimeError(
             f"expected {reason}; call the model again, which will not defer this BatchNorm, or "
-            f"convert it with fuse=False: {self.module}"
+            f"convert it with fuse=False: {module}"
         )
 
     def __del__(self) -> None:
@@ -363,43 +198,149 @@ class DeferredCall(BatchNormCall):
         if self.is_done or not self.options["training"] or self.state[2] is None:
             return
         if not sys.is_finalizing() and not is_recomputation():
-            with self._as_called(), torch.no_grad():
+            with self.as_called(), torch.no_grad():
+                self.check_unchanged()
                 self.run()
 
 
-class Watch:
-    """Notes what reads an output that was computed at once.
+class Value:
+    """What a deferred tensor stands for: bn(x), bn(x) + residual, or an activation of these.
 
     Args:
-        call: the call that computed it.
-        tensor: the output, or its sum with another tensor.
-        output: what notes the reads of the output, if this one notes those of a sum.
+        call: of the BatchNorm.
+        inner: what the addition or activation was applied to. None for bn(x), and for the sum that
+            an addition in place made of it, because nobody can read bn(x) any more.
+        residual: what was added, or None.
+        activation: what was applied last, or None.
 
     Attributes:
-        seen: the only reader, an activation or `ADDITION`; None for another one, for several, and
-            for none.
-        last: the activation that alone reads the sum.
+        tensor: the value, once computed.
+        owner: the deferred tensor.
+        is_shared: whether an operation on it used its value while it could still be read.
     """
 
-    expected = None  # as of a `DeferredCall`
-    seen: Any = None
-    last: FusableActivation | None = None
-    _is_read = False
+    owner: "weakref.ref[Any]"
+    tensor: Tensor | None = None
+    is_shared = False
 
-    def __init__(self, call: DeferredCall, tensor: Tensor, output: "Watch | None" = None) -> None:
-        self.call, self.tensor, self.output = call, tensor, output
+    def __init__(
+        self,
+        call: DeferredCall,
+        inner: "Value | None" = None,
+        residual: Tensor | None = None,
+        activation: FusableActivation | None = None,
+    ) -> None:
+        self.call, self.residual, self.activation = call, residual, activation
+        self.inner: Any = inner
+        if residual is not None:
+            self.versions = versions_of((residual,))
 
-    def note(self, reader: Any) -> None:
-        """Note an operation that reads the output, None for one that cannot be fused."""
-        self.seen = None if self._is_read else reader
-        self._is_read = True
+    @property
+    def is_pending(self) -> bool:
+        """Whether an operation on it can still be fused."""
+        return self.tensor is None and self.activation is None and not self.call.is_done
 
-    def __del__(self) -> None:
-        # Nobody can read it any more.
-        if self.output is not None:
-            self.output.last = self.seen
-        else:
-            self.call.site.learn(Prediction(self.seen, self.last))
+    @property
+    def addend(self) -> Tensor | None:
+        """What was added to bn(x), if anything."""
+        return self.residual if self.activation is None else self.inner.residual
+
+    def compute(self) -> Tensor:
+        """Set and return `tensor`."""
+        call, inner = self.call, self.inner
+        with ExitStack() as stack:
+            if not call.is_current():
+                stack.enter_context(call.as_called())
+            # While it is not known whether what came before is read again, compute that first.
+            is_read_again = inner is not None and inner.owner() is not None
+            if is_read_again and inner.tensor is None and not call.site.is_known:
+                call.is_candidate = True
+                inner.compute()
+                inner.is_shared = True
+            if inner is None or inner.tensor is None:
+                self.tensor = self.run()
+            elif self.activation is not None:
+                self.tensor = self.activation.apply(inner.tensor)
+            else:
+                self.check_residual()
+                self.tensor = self.inner.tensor + self.residual
+        return self.tensor
+
+    def run(self) -> Tensor:
+        """Compute all in one call of the BatchNorm.
+
+        Raises:
+            RuntimeError: what it depends on was changed in place.
+        """
+        self.call.check_unchanged()
+        self.call.plan_next(self.activation if self.addend is None else None)
+        if self.activation is None:
+            self.check_residual()
+            return self.call.run(self.residual)
+        self.inner.check_residual()
+        return self.call.run(self.addend, self.activation.name, self.activation.slope)
+
+    def run_again(self, inputs: Sequence[Any]) -> Tensor:
+        """Compute the value of other x, weight, bias and residual, without statistics."""
+        if self.tensor is None:
+            self.compute()
+        x, weight, bias, residual = inputs
+        call = self.call
+        call.check_unchanged()
+        again = BatchNormCall(call.compute, x, (weight, bias, *call.state[2:]), call.options)
+        again.is_done = True
+        if self.activation is None:
+            return again.run(residual)
+        return again.run(residual, self.activation.name, self.activation.slope)
+
+    def check_residual(self) -> None:
+        """Raise a RuntimeError if what was added was changed in place."""
+        if self.residual is not None and versions_of((self.residual,)) != self.versions:
+            self.call.fail(f"{_UNCHANGED}, got a change in place of what was added to it")
+
+    def note_read(self, is_use: bool) -> None:
+        """Learn from a read: of two, the next forward fuses neither."""
+        was_fused = self.tensor is None and self.call.is_done
+        if was_fused or (self.is_shared and is_use):
+            site = self.call.site
+            site.fuses = NOTHING if self.residual is None else min(site.fuses, ADDITION)
+        self.is_shared = False
+
+
+class Ahead:
+    """What a deferred tensor stands for if the activation of it is computed.
+
+    Attributes:
+        result: the activation, until it is called.
+        arguments: those of `DeferredCall`.
+        versions: of x, parameters and statistics, before the call.
+        modes: of torch, in the call.
+        activation: the one that `result` is of.
+    """
+
+    def __init__(
+        self,
+        result: Tensor,
+        arguments: tuple[Any, ...],
+        versions: list[int | None],
+        plan: CallPlan,
+    ) -> None:
+        self.result: Tensor | None = result
+        self.arguments, self.versions, self.modes = arguments, versions, plan.modes
+        self.activation: Any = plan.activation
+
+    def to_value(self) -> Value:
+        """Return what it stands for if another operation reads it, or a second one."""
+        call = DeferredCall(*self.arguments)
+        call.modes, call.versions, call.is_done = self.modes, self.versions, True
+        value = Value(call)
+        if self.result is not None:
+            call.site.plan = None
+            call.site.misses += 1
+            call.deferral.fused -= 1
+            call.deferral.separate += 1
+            value.compute()
+        return value
 
 
 def _put_in_place(node: Any, first: int, place: int) -> None:
@@ -433,10 +374,15 @@ def versions_of(tensors: Sequence[Tensor | None]) -> list[int | None]:
 def modes_for(x: Tensor) -> tuple[Any, ...]:
     """Return gradient mode, inference mode, hooks on saved tensors and stream."""
     grad = torch.is_grad_enabled()
-    # Non-reentrant checkpointing uses such hooks; there is no public function for them.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) if grad else None
+    hooks = saved_tensors_hooks_now() if grad else None
     return grad, torch.is_inference_mode_enabled(), hooks, _current_stream(x)
 
 
 def _current_stream(x: Tensor) -> int | None:
     return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
+
+
+def saved_tensors_hooks_now() -> Any:
+    """Return the innermost hooks on saved tensors, or None."""
+    # Non-reentrant checkpointing uses them; there is no public function for them.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -166,12 +166,12 @@ class _BackendMixin(_BatchNorm):
             "num_batches_tracked": count,
             "backend": self.backend,
         }
-        # The method in between would take its time.
-        is_own = type(self)._batch_norm is _BackendMixin._batch_norm
-        compute = batch_norm if is_own else self._batch_norm
         if self.deferral is not None and residual is None and options["activation"] == "identity":
-            return self.deferral(self, compute, input, state, options)
-        return compute(input, *state, **options)
+            return self.deferral(self._batch_norm, input, state, options)
+        if type(self)._batch_norm is _BackendMixin._batch_norm:
+            # The method in between would take its time.
+            return batch_norm(input, *state, **options)
+        return self._batch_norm(input, *state, **options)
 
     def _batch_norm(self, input: Tensor, *state: Tensor | None, **options: Any) -> Tensor:
         """Compute `forward`'s result; the synchronized modules override this."""

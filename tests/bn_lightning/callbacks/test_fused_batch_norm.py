@@ -156,18 +156,18 @@ class TestRuns:
         self, tmp_path: Path, caplog
     ) -> None:
         with caplog.at_level("INFO", logger="lightning.pytorch"):
-            trainer(tmp_path, FusedBatchNorm(), fast_dev_run=2).fit(model(), loader())
+            trainer(tmp_path, FusedBatchNorm(), fast_dev_run=True).fit(model(), loader())
         lines = [m for m in caplog.messages if m.startswith("BatchNorm")]
         assert lines == [
             "BatchNorm: 3 converted, 3 may be fused, 0 skipped",
-            "BatchNorm: 3 of 3 ran fused in the second batch",
+            "BatchNorm: 3 of 3 ran fused in the first batch",
         ]
 
     def test_the_message_has_the_reason_for_a_skipped_layer(self, tmp_path: Path, caplog) -> None:
         odd = model()
         odd.stem[1].forward = lambda x: x
         with caplog.at_level("INFO", logger="lightning.pytorch"):
-            trainer(tmp_path, FusedBatchNorm(), fast_dev_run=2).fit(odd, loader())
+            trainer(tmp_path, FusedBatchNorm(), fast_dev_run=True).fit(odd, loader())
         line, _ = [m for m in caplog.messages if m.startswith("BatchNorm")]
         assert line.endswith("1 skipped; first stem.1: the instance has its own forward")
 

@@ -232,23 +232,6 @@ def slices_are_added(self, x):
     return F.relu(a + self.bn1(x)) + (self.bn2(x) + b)
 
 
-class Same(torch.autograd.Function):
-    """Returns its inputs, as torch's hooks of modules do, without reading them."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        return inputs
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return gradients
-
-
-def autograd_function_of_a_sum(self, x):
-    y = self.bn1(x)
-    return Same.apply(y + self.conv1(x))[0] * 2
-
-
 FUSED = {
     **dict.fromkeys([relu_module, relu_function, relu_of_torch, relu_method], "1"),
     **dict.fromkeys([relu_method_in_place, leaky_relu, relu6_as_hardtanh, gelu_tanh], "1"),
@@ -263,13 +246,24 @@ FUSED = {
     added_in_place_to_another: "1",
     added_in_place_to_views: "2",
     slices_are_added: "12",
-    autograd_function_of_a_sum: "1",
 }
 
 
 @pytest.mark.parametrize(("forward", "names"), FUSED.items(), ids=[f.__name__ for f in FUSED])
 def test_fused(forward: Forward, names: str) -> None:
     assert fused(compared(forward)) == names
+
+
+class Same(torch.autograd.Function):
+    """Returns its inputs, as torch's hooks of modules do, without reading them."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return inputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
 
 
 def scripted(x: Tensor) -> Tensor:
@@ -362,6 +356,11 @@ def autograd_function(self, x):
     return Swish.apply(self.bn1(x))
 
 
+def autograd_function_of_a_sum(self, x):
+    y = self.bn1(x)
+    return Same.apply(y + self.conv1(x))[0] * 2
+
+
 def torchscript(self, x):
     return scripted(self.bn1(x))
 
@@ -411,6 +410,7 @@ NOT_FUSED = [
     *(squeeze_and_excitation, read_twice_in_one_operation, read_again_later, kept, only_kept),
     *(discarded, autograd_function, torchscript, hook_on_the_tensor, no_grad_in_between),
     *(
+        autograd_function_of_a_sum,
         detached,
         vmapped,
         written_to_by_index,
@@ -474,64 +474,14 @@ def test_checkpointed(reentrant: bool, last: bool, updates: int) -> None:
         assert module.bn1.num_batches_tracked == 1 and untouched.bn1.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("forward", [relu_module, addition_relu], ids=["ahead", "waits"])
-def test_checkpointed_forwards_save_the_same_when_run_again(forward: Forward) -> None:
-    """Also if they are run again after later forwards, as in a pipeline."""
-    nets = net(forward)
-    for step in range(4):
-        found = []
-        for m in nets:
-            xs = [
-                torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(i))
-                for i in (1, 2, 3)
-            ]
-            xs = [(x.double() + step).requires_grad_() for x in xs]
-            first, second = (checkpoint(m, x * 1, use_reentrant=False) for x in xs[:2])
-            first.square().sum().backward()
-            third = checkpoint(m, xs[2] * 1, use_reentrant=False)
-            (second.square() * third).sum().backward()
-            found.append([first, second, third, *(x.grad for x in xs)])
-        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-    assert fused(nets[0]) == "1"
-
-
-def test_inputs_of_many_shapes() -> None:
-    module, untouched = net(relu_module)
-    for size in range(2, 80):
-        x = torch.randn(2, 3, size, 2, dtype=torch.float64)
-        torch.testing.assert_close(module(x), untouched(x), rtol=1e-12, atol=1e-12)
-    assert fusion_counts(module)["bn1"] == (77, 1)
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-    ids=["deepcopy", "pickle"],
-)
-def test_a_copy_after_forwards(duplicate) -> None:
-    module = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
-    convert_batchnorm(module, fuse=True)
-    x = torch.randn(2, 3, 4, 4)
-    for _ in range(2):
-        module(x)
-    twin = duplicate(module)
-    assert torch.equal(twin(x), module(x))
-    assert fusion_counts(twin) == {"0": (1, 2)} and fusion_counts(module) == {"0": (2, 1)}
-
-
 class TestOwnStep:
     """A deferred tensor is computed with the values of its own step, or reading it is an error."""
 
     @staticmethod
-    def deferred(
-        training: bool = True, follow: Callable[[Tensor, Tensor], Tensor] = torch.add
-    ) -> tuple[nn.Module, Tensor, Tensor]:
-        """Return a BatchNorm that has been seen to be followed by this, an input, and an output."""
+    def deferred(training: bool = True) -> tuple[nn.Module, Tensor, Tensor]:
         bn = nn.ModuleDict({"bn": nn.BatchNorm2d(3)}).train(training)
         convert_batchnorm(bn, fuse=True)
         x = torch.randn(2, 3, 4, 4)
-        follow(bn["bn"](x), x)
-        bn["bn"].reset_running_stats()
         y = bn["bn"](x)
         assert type(y) is Deferred
         return bn["bn"], x, y
@@ -554,18 +504,17 @@ class TestOwnStep:
         assert type(bn(x)) is Tensor  # from now on it is computed at once
 
     def test_a_residual_changed_in_place_is_an_error(self) -> None:
-        _, x, y = self.deferred(follow=lambda y, x: F.relu(y + x))
+        _, x, y = self.deferred()
         r = torch.randn_like(x)
         z = y + r
         r.mul_(2)
         with pytest.raises(RuntimeError, match="got a change in place of what was added"):
-            z.tanh().sum()
+            z.relu().sum()
 
     def test_in_inference_mode_the_values_before_the_change_are_used(self) -> None:
         bn, _, _ = self.deferred(training=False)
         with torch.inference_mode():
             x = torch.randn(2, 3, 4, 4)
-            y = bn(x) + x  # the first of inference mode
             y = bn(x)
             assert type(y) is Deferred
             wanted = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
@@ -586,12 +535,10 @@ class TestOwnStep:
     def test_kept_across_a_step(self) -> None:
         bn, x, y = self.deferred()
         wanted = F.batch_norm(x, None, None, bn.weight, bn.bias, training=True)
-        bn(x + 1)
-        # The first call comes before the second.
-        means = [(x + i).mean((0, 2, 3)) for i in range(2)]
-        torch.testing.assert_close(bn.running_mean, 0.09 * means[0] + 0.1 * means[1])
+        z = bn(x + 1)
+        assert bn.num_batches_tracked == 1  # that of the first call comes before the second
         torch.testing.assert_close(y.relu(), wanted.relu())
-        assert bn.num_batches_tracked == 2
+        assert bn.num_batches_tracked == 1 and type(z) is Deferred
 
     def test_a_discarded_output_updates_the_statistics(self) -> None:
         bn, x, y = self.deferred()
@@ -613,7 +560,6 @@ class TestOwnStep:
 class TestAsATensor:
     """What other libraries do with a tensor computes it."""
 
-    @pytest.mark.parametrize("follow", [lambda y, x: y.relu(), torch.add], ids=["ahead", "waits"])
     @pytest.mark.parametrize(
         "use",
         [
@@ -635,8 +581,8 @@ class TestAsATensor:
             *("to", "dlpack", "storage", "data_ptr"),
         ],
     )
-    def test_it_becomes_plain(self, use, follow) -> None:
-        _, _, y = TestOwnStep.deferred(follow=follow)
+    def test_it_becomes_plain(self, use) -> None:
+        _, _, y = TestOwnStep.deferred()
         same = y
         use(y)
         assert type(same) is Tensor and same.grad_fn is not None
@@ -704,7 +650,7 @@ def test_gradients_are_summed_in_the_order_of_the_calls() -> None:
             module(x).backward(dy)
         for a, b in zip(untouched.parameters(), converted.parameters(), strict=True):
             assert torch.equal(a.grad, b.grad)
-    assert fusion_counts(converted)["skip"].fused == 2  # in the first step it is seen what follows
+    assert fusion_counts(converted)["skip"].fused == 3
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -891,9 +837,8 @@ def test_a_batch_norm_of_this_package() -> None:
     module = nn.Sequential(BatchNorm2d(3), nn.ReLU(), BatchNorm2d(3, activation="tanh"), nn.ReLU())
     report = convert_batchnorm(module, fuse=True)
     assert report.converted == () and report.fusable == ("0",)
-    for _ in range(2):
-        module(torch.randn(2, 3, 4, 4))
-    assert fusion_counts(module) == {"0": (1, 1)}
+    module(torch.randn(2, 3, 4, 4))
+    assert fusion_counts(module) == {"0": (1, 0)}
     revert_batchnorm(module)
     assert fusion_counts(module) == {} and "deferral" not in module[0].__dict__
 
