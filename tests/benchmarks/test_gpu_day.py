@@ -35,6 +35,7 @@ from bn_lightning.kernels.measurements import (
 from bn_lightning.kernels.schedule import Device, Regime
 
 MODULES = list(pkgutil.iter_modules(kernels.__path__))
+SUPPORT = Path(__file__).parents[1] / "support"
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_day.py"
 H200 = Machine("NVIDIA H200", Device(processors=132, cache_bytes=50 << 20), 4.3e6, True)
 CHECK = checks.Check(Regime.SINGLE_LAUNCH, "rows", "fp32", Fusion("relu", True, True), True, 2)
@@ -278,6 +279,8 @@ importlib.util.find_spec = lambda name, *rest: (
     None if name.split(".")[0] in NAMES else find(name, *rest)
 )
 """
+# As tests/conftest.py does.
+QUICK = "from quick_interpreter import speed_up_interpreter; speed_up_interpreter()"
 
 
 @pytest.mark.slow
@@ -285,9 +288,9 @@ importlib.util.find_spec = lambda name, *rest: (
 def test_the_day_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(FORBIDDEN, encoding="utf-8")
+    (site / "sitecustomize.py").write_text(FORBIDDEN + QUICK, encoding="utf-8")
     output, table = tmp_path / "rows", tmp_path / "measured.csv"
-    env = os.environ | {"PYTHONPATH": str(site)}
+    env = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{SUPPORT}"}
     options = ["--output", str(output), "--table", str(table), "--commit", "c0ffee"]
     result = subprocess.run(
         [sys.executable, str(SCRIPT), *options],

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
+from run_process import finish
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -28,14 +30,14 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
 
 
 @pytest.mark.slow
-def test_own_module_trains_faster_with_batch_norm(tmp_path):
-    with_it, without = (
-        float(re.search(r"test accuracy ([\d.]+) after 200 steps", output)[1])
-        for output in (
-            run("own_module", "--max-steps", "200", cwd=tmp_path),
-            run("own_module", "--max-steps", "200", "--without-batch-norm", cwd=tmp_path),
-        )
-    )
+def test_own_module_trains_faster_with_batch_norm(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    accuracies = []
+    for arguments in ((), ("--without-batch-norm",)):
+        process = Forked("own_module", ("--max-steps", "200", *arguments), tmp_path)
+        output, _ = finish(process)
+        accuracies.append(re.search(r"test accuracy ([\d.]+) after 200 steps", output)[1])
+    with_it, without = map(float, accuracies)
     assert with_it > 0.8 and without < 0.5
 
 

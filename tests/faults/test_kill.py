@@ -1,16 +1,15 @@
 """SIGKILL at random moments of a run's whole life: nothing torn is read, nothing is lost."""
 
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from run_process import SMALL, check_same_end, check_whole, finish, run, start
 
 from bn_lightning.runs.checkpoint import load_checkpoint
@@ -138,17 +137,10 @@ def five_steps(tmp_path_factory):
 
 @pytest.mark.parametrize("moment", KILLED)
 def test_killed_about_the_last_step(tmp_path, five_steps, command, moment):
-    script = tmp_path / "killed.py"
-    script.write_text(f"{SCRIPT}{KILLED[moment]}\nmain()\n")
+    (tmp_path / "killed.py").write_text(f"{SCRIPT}{KILLED[moment]}\nmain()\n")
     arguments = (*ARGUMENTS, "trainer.max_steps=5")
-    killed = subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = Forked("killed", arguments, tmp_path)
+    finish(killed, code=-signal.SIGKILL)
     (directory,) = tmp_path.glob("logs/*/runs/*")
     check_whole(directory)
     result = command(main, *arguments, "ckpt_path=last")

@@ -1,20 +1,19 @@
 """OptunaPruning: reported values, pruning, and no effect outside a sweep."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import run_process
 import torch
 from lightning import LightningModule, Trainer
 from optuna.trial import TrialState
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bn_lightning import train
 from bn_lightning.callbacks import OptunaPruning
 from bn_lightning.sweeps.engine import trial as trial_module
 from bn_lightning.sweeps.engine.environment import TRIAL_VARIABLE
@@ -116,22 +115,20 @@ def test_a_metric_that_is_not_logged_is_an_error_that_names_those_that_are(tmp_p
 
 
 @pytest.mark.parametrize("trainer", ["cpu", pytest.param("ddp_sim", marks=pytest.mark.soak)])
-def test_a_sweep_of_runs_is_pruned(tmp_path, trainer):
+def test_a_sweep_of_runs_is_pruned(tmp_path, command, trainer):
     """The first trial learns; the learning rate of the second is too small."""
-    command = [
-        *(sys.executable, "-m", "bn_lightning.train", "-m", "+experiment=mnist_bn", "data=digits"),
-        f"trainer={trainer}",
+    arguments = [
+        *("-m", "+experiment=mnist_bn", "data=digits", f"trainer={trainer}"),
         *("trainer.max_steps=60", "trainer.val_check_interval=20", "extras.figures=false"),
         "optimizer.lr=1.0,1e-6",
         *("hydra/sweeper=bn_optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=null"),
         *("hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1"),
         "hydra.sweeper.study_name=pruned",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
+    if trainer == "cpu":
+        assert command(train.main, *arguments).code == 0
+    else:  # the ranks run the command again
+        run_process.run(tmp_path, *arguments)
     directory = tmp_path / "logs" / "mnist_bn" / "sweeps" / "pruned"
     study = optuna.load_study(
         study_name="pruned", storage=open_storage(storage_url("journal", directory), 5)

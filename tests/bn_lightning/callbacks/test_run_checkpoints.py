@@ -1,8 +1,6 @@
 """RunCheckpoints: `best.ckpt`, `last.ckpt` and signals; a stopped run can resume."""
 
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -11,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from run_process import finish
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -441,8 +441,8 @@ try:
 except Interrupted as interrupted:
     sys.exit(interrupted.exit_code)
 """
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert done.returncode == 143, done.stderr
+        (tmp_path / "stopped.py").write_text(script)
+        finish(Forked("stopped", (), tmp_path), code=143)
         assert load(tmp_path)["global_step"] == 7
 
 
