@@ -40,6 +40,7 @@ SWEEPS_ORDER = {"engine": 0, "hydra_plugins": 1, "analysis": 1, "report": 2}
 
 # Functions with more parameters than MOST_PARAMETERS, and what their signatures mirror.
 LONG_SIGNATURES = {
+    "bn_lightning.data.cifar10.CIFAR10DataModule.__init__": "conf/data/cifar10.yaml",
     "bn_lightning.data.image_folder.ImageFolderDataModule.__init__": "conf/data/image_folder.yaml",
     "bn_lightning.data.tabular.TabularDataModule.__init__": "conf/data/tabular.yaml",
     "bn_lightning.kernels.ops.batch_norm": "torch.nn.functional.batch_norm",

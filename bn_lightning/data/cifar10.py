@@ -85,9 +85,15 @@ class CIFAR10DataModule(TensorDataModule):
         *,
         download: bool = True,
         test_curve: bool = False,
+        train_samples: int | None = None,
     ) -> None:
         super().__init__(
-            batch_size, eval_batch_size, validation_fraction, seed, test_curve=test_curve
+            batch_size,
+            eval_batch_size,
+            validation_fraction,
+            seed,
+            test_curve=test_curve,
+            train_samples=train_samples,
         )
         check_statistics(mean, std)
         self.folder = Path(root).expanduser().absolute() / self.source / "cifar-10-batches-bin"

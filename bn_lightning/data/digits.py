@@ -44,9 +44,15 @@ class DigitsDataModule(TensorDataModule):
         *,
         test_curve: bool = False,
         binarize: float | None = None,
+        train_samples: int | None = None,
     ) -> None:
         super().__init__(
-            batch_size, eval_batch_size, validation_fraction, seed, test_curve=test_curve
+            batch_size,
+            eval_batch_size,
+            validation_fraction,
+            seed,
+            test_curve=test_curve,
+            train_samples=train_samples,
         )
         check_threshold(binarize)
         self.binarize = binarize

@@ -67,9 +67,15 @@ class MNISTDataModule(TensorDataModule):
         download: bool = True,
         test_curve: bool = False,
         binarize: float | None = None,
+        train_samples: int | None = None,
     ) -> None:
         super().__init__(
-            batch_size, eval_batch_size, validation_fraction, seed, test_curve=test_curve
+            batch_size,
+            eval_batch_size,
+            validation_fraction,
+            seed,
+            test_curve=test_curve,
+            train_samples=train_samples,
         )
         check_threshold(binarize)
         if fallback not in (None, "digits"):

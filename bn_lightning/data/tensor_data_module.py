@@ -61,6 +61,8 @@ class TensorDataModule(LoadedDataModule, ABC):
         seed: of the order of the training batches, at least 0. It does not change the split.
         test_curve: return the test set from `val_dataloader` too, second, to plot test accuracy
             against steps. Use only the first, validation, to choose a checkpoint.
+        train_samples: number of training samples to use, at least 1, the same random ones whatever
+            `seed`; None for all that validation leaves.
 
     Raises:
         TypeError: an argument is not an integer.
@@ -78,18 +80,21 @@ class TensorDataModule(LoadedDataModule, ABC):
         seed: int,
         *,
         test_curve: bool = False,
+        train_samples: int | None = None,
     ) -> None:
         super().__init__()
         check_integer("batch_size", batch_size, 1)
         check_integer("eval_batch_size", eval_batch_size, 1)
         check_integer("seed", seed, 0)
+        if train_samples is not None:
+            check_integer("train_samples", train_samples, 1)
         if not 0 < validation_fraction < 1:
             raise ValueError(
                 f"expected `validation_fraction` to be in (0, 1), got {validation_fraction}"
             )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.validation_fraction, self.seed = validation_fraction, seed
-        self.test_curve = test_curve
+        self.test_curve, self.train_samples = test_curve, train_samples
         self._splits: dict[str, tuple[Tensor, Tensor]] = {}
 
     @abstractmethod
@@ -148,7 +153,8 @@ class TensorDataModule(LoadedDataModule, ABC):
             stage: ignored.
 
         Raises:
-            DataError: the data are absent, wrong, or too few for a validation sample.
+            DataError: the data are absent, wrong, too few for a validation sample, or fewer than
+                `train_samples`.
         """
         if self.is_loaded:
             return
@@ -158,6 +164,8 @@ class TensorDataModule(LoadedDataModule, ABC):
         train, validation = split_samples(
             len(arrays.train_inputs), self.validation_fraction, "validation_fraction"
         )
+        if self.train_samples is not None:
+            train = _some_of(train, self.train_samples)
         parts = {
             "train": (arrays.train_inputs[train], arrays.train_targets[train]),
             "validation": (arrays.train_inputs[validation], arrays.train_targets[validation]),
@@ -238,6 +246,16 @@ def split_samples(samples: int, fraction: float, name: str) -> tuple[np.ndarray,
         )
     order = np.random.default_rng(_SPLIT_SEED).permutation(samples)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _some_of(indices: np.ndarray, count: int) -> np.ndarray:
+    """Return `count` of the indices, ascending, the same in each call."""
+    if count > len(indices):
+        raise DataError(
+            f"expected `train_samples` to be at most {len(indices)}, the training samples that "
+            f"validation leaves, got {count}; use fewer"
+        )
+    return np.sort(np.random.default_rng(_SPLIT_SEED).permutation(indices)[:count])
 
 
 def check_arrays(arrays: Arrays) -> None:

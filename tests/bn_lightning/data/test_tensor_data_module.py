@@ -96,6 +96,21 @@ class TestSplit:
         with pytest.raises(DataError, match="`validation_fraction`.*48 samples"):
             ready(validation_fraction=fraction)
 
+    def test_fewer_training_samples(self) -> None:
+        module, whole, other = ready(train_samples=20), ready(), ready(train_samples=20, seed=1)
+        kept = samples(module.train_dataloader().inputs)
+        everything = samples(whole.train_dataloader().inputs)
+        assert len(set(kept)) == module.info["train"] == 20
+        assert set(kept) < set(everything)
+        assert kept != everything[:20]  # a file may be sorted by class
+        assert kept == samples(other.train_dataloader().inputs)
+        assert torch.equal(module.val_dataloader().inputs, whole.val_dataloader().inputs)
+        assert samples(ready(train_samples=44).train_dataloader().inputs) == everything
+        with pytest.raises(DataError, match="`train_samples`.*44"):
+            ready(train_samples=45)
+        with pytest.raises(ValueError, match="`train_samples`"):
+            ready(train_samples=0)
+
 
 class TestLoaders:
     def test_the_three_parts(self) -> None:
