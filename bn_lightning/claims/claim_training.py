@@ -101,7 +101,8 @@ def train_networks(
             groups.setdefault(stack_key(config), []).append(key)
         except NotStackableError as error:
             groups.setdefault(f"alone: {error.reason}", []).append(key)
-    for name, keys in groups.items():
+    # Those of the same data in a row: data are read anew where they differ.
+    for name, keys in sorted(groups.items(), key=lambda group: _data_of(configurations, group[1])):
         alone = name.partition("alone: ")[2]
         most = MOST_MEMBERS
         while keys and not alone:
@@ -199,6 +200,11 @@ def _finished(
     for _, network in found.values():
         if network.directory is not None:
             shutil.rmtree(network.directory)
+
+
+def _data_of(configurations: Configurations, keys: Sequence[TrialKey]) -> str:
+    data = configurations[keys[0]]["data"]
+    return repr({name: value for name, value in data.items() if name != "seed"})
 
 
 def _in_path(part: object) -> str:
