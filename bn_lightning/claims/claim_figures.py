@@ -145,5 +145,6 @@ def _relative(value: float | None, condition: Mapping[str, Any]) -> float:
     if least is not None and least > 0:
         relative = value / least
     else:  # as far below the upper bound as a half is below 1
-        relative = 2.0 - abs(value) / most if most else math.nan
+        over = value if least is None else abs(value)
+        relative = 2.0 - over / most if most else math.nan
     return min(max(relative, -1.0), _FARTHEST)
