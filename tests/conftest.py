@@ -194,8 +194,8 @@ def make_run() -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def empty_pictures() -> Iterator[None]:
-    """Writes empty files instead of a report's pictures, which take most of its time."""
-    from bn_lightning.sweeps.report import write_report
+    """Writes empty files instead of the pictures of runs and reports, which take most time."""
+    from bn_lightning.sweeps.report import run_figures, write_report
 
     def save(figure: Any, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,5 +203,16 @@ def empty_pictures() -> Iterator[None]:
             path.with_name(f"{path.name}.{suffix}").touch()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write_report, "save", save)
+        for module in (run_figures, write_report):
+            patch.setattr(module, "save", save)
         yield
+
+
+@pytest.fixture
+def pictures(empty_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes the pictures all the same."""
+    from bn_lightning.sweeps.report import run_figures, write_report
+    from bn_lightning.sweeps.report.matplotlib_renderer import save
+
+    for module in (run_figures, write_report):
+        monkeypatch.setattr(module, "save", save)

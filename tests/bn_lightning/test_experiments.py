@@ -20,6 +20,8 @@ from bn_lightning.cli.error_line import ExperimentError
 from bn_lightning.experiments import Run, Sweep
 from bn_lightning.runs.interruption import raise_interrupted
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")
+
 SMALL = (
     "+experiment=mnist_bn",
     "data=digits",

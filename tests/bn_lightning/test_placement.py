@@ -38,6 +38,7 @@ def test_every_arm_runs(command, norm, position) -> None:
     assert {"test/loss", "test/accuracy", "test/auroc", "val/auroc"} <= record["metrics"].keys()
 
 
+@pytest.mark.slow
 def test_it_goes_on_and_is_tested_again(command) -> None:
     whole = command(train.main, *SHORT).directory
     part = command(train.main, *SHORT, "trainer.max_steps=13", "paths.log_dir=part").directory

@@ -166,6 +166,7 @@ def sharded_training(steps: int) -> tuple[dict[str, Tensor], dict[str, tuple[int
     return weights, shapes
 
 
+@pytest.mark.slow
 def test_sharded_except_for_batch_norm(ranks):
     expected, (x, y) = classifier().network, batch(8, 3, 6, 6)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.05)

@@ -21,7 +21,6 @@ from bn_lightning.sweeps.analysis.columns import Columns
 from bn_lightning.sweeps.analysis.seed_groups import SeedGroup
 from bn_lightning.sweeps.analysis.sources import read_sweep
 from bn_lightning.sweeps.report.figure import Heatmap
-from bn_lightning.sweeps.report.matplotlib_renderer import save
 from bn_lightning.sweeps.report.run_figures import figures_of_groups, run_styles
 from bn_lightning.sweeps.report.write_report import ReportOptions, sweep_figures, write_report
 
@@ -90,11 +89,6 @@ def files(directory: Path) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file()
     }
-
-
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{write_report.__module__}.save", save)
 
 
 draws = pytest.mark.usefixtures("pictures")

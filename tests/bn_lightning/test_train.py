@@ -25,8 +25,11 @@ from bn_lightning.runs.metrics_csv import read_metrics
 from bn_lightning.runs.record import read_run
 from bn_lightning.train import main
 
-# Lightning 2.6 calls what torch 2.13 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+pytestmark = [
+    # Lightning 2.6 calls what torch 2.13 calls deprecated.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.usefixtures("empty_pictures"),
+]
 
 # 21 batches an epoch, so that 50 steps cross epochs; evaluations are not at their ends.
 SHORT = (
@@ -39,7 +42,7 @@ SHORT = (
 BARE = ("~callbacks.activation_percentiles", "extras.figures=false")
 
 
-def test_a_run_leaves_what_the_design_says(command):
+def test_a_run_leaves_what_the_design_says(command, pictures):
     result = command(main, *SHORT)
     assert result.code == 0, result.err
     run = result.directory

@@ -58,9 +58,11 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("backend", "arch", "warp_size", "which"),
     [
-        pytest.param("cuda", 90, 32, "--branches", id="sm_90"),
+        pytest.param("cuda", 90, 32, "--kernels", id="sm_90-kernels"),
+        pytest.param("hip", "gfx942", 64, "--kernels", id="gfx942-kernels", marks=pytest.mark.slow),
+        pytest.param("cuda", 90, 32, "--branches", id="sm_90", marks=pytest.mark.slow),
         pytest.param("cuda", 80, 32, "--branches", id="sm_80", marks=pytest.mark.soak),
-        pytest.param("hip", "gfx942", 64, "--branches", id="gfx942", marks=pytest.mark.slow),
+        pytest.param("hip", "gfx942", 64, "--branches", id="gfx942", marks=pytest.mark.soak),
         pytest.param("cuda", 90, 32, "--activations", id="sm_90-all", marks=pytest.mark.soak),
         pytest.param("cuda", 80, 32, "--activations", id="sm_80-all", marks=pytest.mark.soak),
         pytest.param("hip", "gfx942", 64, "--activations", id="gfx942-all", marks=pytest.mark.soak),
@@ -111,28 +113,35 @@ class _Call(NamedTuple):
     regimes: tuple[str, ...] = ("single_launch", "two_pass", "persistent")
 
 
+# Each kernel once.
+KERNELS = (
+    _Call("ncl", torch.bfloat16, "relu", True, True),
+    _Call("one_channel", torch.float16, "identity", True, False, ("two_pass",)),
+)
 # Each branch of the kernels once.
 BRANCHES = (
-    _Call("ncl", torch.bfloat16, "relu", True, True),
+    *KERNELS,
     _Call("channels_last", torch.bfloat16, "silu", True, True),
     _Call("ncl", torch.float32, "identity", False, True, ("two_pass",)),
     _Call("wide", torch.bfloat16, "tanh", True, True, ("single_launch",)),
     _Call("small_maps", torch.bfloat16, "leaky_relu", True, True, ("two_pass",)),
     _Call("rows", torch.float32, "sigmoid", False, True, ("single_launch",)),
-    _Call("one_channel", torch.float16, "identity", True, False, ("two_pass",)),
     # A cumulative average of channels that have one split each.
     _Call("many_channels", torch.float16, "identity", False, True, ("two_pass", "persistent")),
 )
 
 
 def _wanted(which: str) -> Iterator[_Call]:
-    """List what is compiled: each branch once; and with "--activations" each activation, with and
-    without a residual, in `two_pass` and one other regime, in alternating layouts; or with "--all"
-    each of them in every combination."""
+    """List what is compiled.
+
+    With "--kernels" each kernel once, with "--branches" each branch; with "--activations" also each
+    activation, with and without a residual, in `two_pass` and one other regime, in alternating
+    layouts; with "--all" each of them in every combination.
+    """
     from bn_lightning.kernels.activations import ACTIVATIONS
 
-    yield from BRANCHES
-    if which == "--branches":
+    yield from KERNELS if which == "--kernels" else BRANCHES
+    if which in ("--kernels", "--branches"):
         return
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     fusions = list(product(ACTIVATIONS, (True, False)))

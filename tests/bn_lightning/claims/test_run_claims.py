@@ -240,19 +240,19 @@ def test_the_command_sorts_its_arguments(monkeypatch, tmp_path, capsys):
 def test_two_claims_of_the_ledger(tmp_path):
     """The command in a process of its own."""
     budget = [text for text in TINY if "max_steps" not in text] + ["trainer.max_steps=50"]
-    typed = ["placement", "initialization", "seeds=3", *budget, "--output", str(tmp_path)]
+    typed = ["placement", "scale_invariance", "seeds=3", *budget, "--output", str(tmp_path)]
     command = [sys.executable, "-m", "bn_lightning.claims", *typed]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert set(content["claims"]) == {"placement", "initialization"}
+    assert set(content["claims"]) == {"placement", "scale_invariance"}
     for entry in content["claims"].values():
         assert verdict_of(entry["conditions"], entry["numbers"]).text == entry["text"]
         assert all(c["effect"]["seeds"] == 3 for c in entry["conditions"])
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
-        "initialization",
-        "placement",
         "overview",
+        "placement",
+        "scale_invariance",
     }
 
 

@@ -398,6 +398,7 @@ class TestSynchronized:
             end(model)
         assert snapshot(model) == before
 
+    @pytest.mark.slow
     def test_two_ranks_normalize_by_both_batches(self, ranks) -> None:
         ranks(rank_activation)
 

@@ -23,6 +23,8 @@ from bn_lightning.data.protocol import (
     data_info,
 )
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")
+
 WHOLE = dict.fromkeys(INFO_KEYS, 0)
 
 

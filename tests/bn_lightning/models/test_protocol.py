@@ -19,6 +19,8 @@ from bn_lightning.models.protocol import (
     network_of,
 )
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")
+
 FIT_AND_TEST = ("training_step", "configure_optimizers", "test_step")
 
 

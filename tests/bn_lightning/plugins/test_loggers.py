@@ -14,6 +14,7 @@ pytestmark = [
     # Lightning 2.6 calls what torch 2.13 calls deprecated, and MLflow what SQLAlchemy 2.1 does.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*noload.*"),
+    pytest.mark.usefixtures("empty_pictures"),
 ]
 
 SHORT = (

@@ -124,7 +124,7 @@ def drawn(random_numbers):
     return chosen
 
 
-@pytest.mark.parametrize("lists", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lists", [4, pytest.param(40, marks=pytest.mark.soak)])
 def test_jobs_equal_those_that_hydra_composes(loader, sweep, lists):
     """Each list of overrides is composed twice more with other values, from what is kept."""
     random_numbers = random.Random(lists)
