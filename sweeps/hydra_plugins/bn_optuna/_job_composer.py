@@ -9,35 +9,21 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra_plugins.bn_optuna._composed_job import ComposedJob
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 # Configurations that are kept, one for each combination of config groups.
 _MOST_KEPT = 16
-# Keys of Hydra's own whose value changes nothing else, and the parts of its node that differ.
+# Keys of Hydra's own whose value changes nothing else.
 _PLAIN_OF_HYDRA = ("hydra.sweep.", "hydra.job.env_set.")
-_PARTS_OF_JOB = ("job", "overrides", "runtime", "sweep")
 _ADDED = (OverrideType.ADD, OverrideType.FORCE_ADD)
-
-
-class _Kept(NamedTuple):
-    """A composed configuration that becomes that of one job after another.
-
-    Attributes:
-        config: as composed.
-        changed: top-level keys under which the values of the jobs differ.
-        texts: YAML of the other parts, by their path.
-    """
-
-    config: DictConfig
-    changed: frozenset[str]
-    texts: dict[str, str]
 
 
 class JobComposer:
@@ -54,7 +40,7 @@ class JobComposer:
         self._parser = OverridesParser.create()
         self._parsed: dict[str, Override] = {}
         self._is_group: dict[str, bool] = {}
-        self._kept: dict[tuple[object, ...], _Kept] = {}
+        self._kept: dict[tuple[object, ...], ComposedJob] = {}
 
     def compose(self, overrides: Sequence[str], number: int) -> DictConfig:
         """Return the configuration of a job.
@@ -69,7 +55,7 @@ class JobComposer:
         return copy.deepcopy(self._composed(overrides, number).config)
 
     @contextmanager
-    def composed(self, overrides: Sequence[str], number: int) -> "Iterator[ComposedJob]":
+    def composed(self, overrides: Sequence[str], number: int) -> Iterator[ComposedJob]:
         """Compose a job, which is the current one of Hydra inside the block, but does not run.
 
         Args:
@@ -88,11 +74,11 @@ class JobComposer:
             directory = os.path.join(str(hydra.sweep.dir), str(hydra.sweep.subdir))
             with open_dict(hydra.runtime):
                 hydra.runtime.output_dir = os.path.abspath(directory)
-            yield ComposedJob(kept)
+            yield kept
         finally:
             state.cfg = before
 
-    def _composed(self, overrides: Sequence[str], number: int) -> _Kept:
+    def _composed(self, overrides: Sequence[str], number: int) -> ComposedJob:
         parsed = [self._parse(text) for text in overrides]
         is_plain = [self._is_plain(override, parsed[i + 1 :]) for i, override in enumerate(parsed)]
         plain = [override for override, yes in zip(parsed, is_plain, strict=True) if yes]
@@ -103,14 +89,13 @@ class JobComposer:
         kept = self._kept.pop(group, None)
         if kept is not None:
             try:
-                self._set(kept.config, parsed, plain)
+                self._set(kept, parsed, plain)
             except OmegaConfBaseException:
                 kept = None  # Hydra says what is wrong
         if kept is None:
             config = self._loader.load_sweep_config(self._sweep, list(overrides))
-            keys = {override.key_or_group for override in plain}
-            kept = _Kept(config, frozenset(key.partition(".")[0] for key in keys), {})
-            if any(_is_reference(config, key) for key in keys):
+            kept = ComposedJob(config, {o.key_or_group: o.input_line for o in plain})
+            if any(_is_reference(config, key) for key in kept.lines):
                 group = ()  # setting the key changes another one
         if group:
             self._kept[group] = kept
@@ -122,17 +107,17 @@ class JobComposer:
         return kept
 
     def _set(
-        self, config: DictConfig, parsed: Sequence[Override], plain: Sequence[Override]
+        self, kept: ComposedJob, parsed: Sequence[Override], plain: Sequence[Override]
     ) -> None:
         """Give a kept configuration the values and the overrides of another job."""
+        config = kept.config
         OmegaConf.copy_cache(from_config=self._sweep, to_config=config)
         for override in plain:
-            OmegaConf.update(
-                config,
-                override.key_or_group,
-                override.value(),
-                force_add=override.type in _ADDED,
-            )
+            key, line = override.key_or_group, override.input_line
+            if kept.lines[key] != line:
+                is_added = override.type in _ADDED
+                OmegaConf.update(config, key, override.value(), force_add=is_added)
+                kept.lines[key] = line
         task = [override for override in parsed if not override.is_hydra_override()]
         of_hydra = [override.input_line for override in parsed if override.is_hydra_override()]
         hydra = config.hydra
@@ -173,59 +158,6 @@ class JobComposer:
             options = self._loader.get_group_options(key, None, name, texts)
             self._is_group[key] = bool(options)
         return self._is_group[key]
-
-
-class ComposedJob:
-    """The configuration of a job, until the next one is composed.
-
-    Args:
-        kept: of the job.
-
-    Attributes:
-        config: of the job and of Hydra.
-    """
-
-    def __init__(self, kept: _Kept) -> None:
-        self.config = kept.config
-        self._kept = kept
-
-    def resolved(self) -> dict[str, Any]:
-        """Return the task's part of the configuration, as plain dictionaries and lists."""
-        plain: dict[str, Any] = {}
-        for key in self.config:
-            if key != "hydra":
-                value = MISSING if OmegaConf.is_missing(self.config, key) else self.config[key]
-                is_node = OmegaConf.is_config(value)
-                plain[str(key)] = OmegaConf.to_container(value, resolve=True) if is_node else value
-        return plain
-
-    def files(self) -> dict[str, str]:
-        """Return the files that Hydra writes for a job: name -> content."""
-        task = [self._text(str(key)) for key in self.config if key != "hydra"]
-        parts = [self._text("hydra", str(key)) for key in self.config.hydra]
-        return {
-            "config.yaml": "".join(task) or OmegaConf.to_yaml({}),
-            "hydra.yaml": "hydra:\n" + "".join(parts),
-            "overrides.yaml": OmegaConf.to_yaml(self.config.hydra.overrides.task),
-        }
-
-    def _text(self, *path: str) -> str:
-        """Return the YAML of one key, of the parts that no job changes from what is kept."""
-        name = ".".join(path)
-        if name in self._kept.texts:
-            return self._kept.texts[name]
-        *parents, key = path
-        node = self.config[parents[0]] if parents else self.config
-        content = OmegaConf.masked_copy(node, key)
-        if parents:
-            whole = DictConfig({}, flags={"no_deepcopy_set_nodes": True})
-            whole[parents[0]] = content
-            content = whole
-        text = OmegaConf.to_yaml(content)
-        text = text.partition("\n")[2] if parents else text
-        if key not in (_PARTS_OF_JOB if parents else self._kept.changed):
-            self._kept.texts[name] = text
-        return text
 
 
 def _is_reference(config: DictConfig, key: str) -> bool:

@@ -18,7 +18,8 @@ from hydra.core.utils import (
 )
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_method
-from hydra_plugins.bn_optuna._job_composer import ComposedJob, JobComposer
+from hydra_plugins.bn_optuna._composed_job import ComposedJob
+from hydra_plugins.bn_optuna._job_composer import JobComposer
 from hydra_plugins.bn_optuna._trial_runner import RecordedTask
 from omegaconf import DictConfig, OmegaConf
 

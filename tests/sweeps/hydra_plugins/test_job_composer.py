@@ -1,5 +1,6 @@
 """A job that is composed from another one equals the one that Hydra composes."""
 
+import copy
 import random
 
 import pytest
@@ -22,6 +23,13 @@ data: {seed: "${seed}", root: "${oc.env:HOME}"}
 network: {widths: [1, 2], dropout: 0.0, norm: null}
 alias: ${network}
 paths: {output: "${hydra:runtime.output_dir}", number: "${hydra:job.num}"}
+near: {a: "${.b}", b: "${seed}", c: '\\${seed}'}
+several: ["${optimizer.lr}", {norm: "${norm}", fixed: "${name}"}, "${data.seed}/${optimizer.lr}"]
+far: {node: "${data}", seed: "${far.node.seed}", item: "${several[0]}", over: "${alias}"}
+fixed:
+  of: "${constant}"
+  text: "a ${constant.a}, and so many words after it that YAML breaks the line of this text"
+constant: {a: 1, 2: two}
 hydra: {sweep: {subdir: "${hydra.job.num}"}}
 """,
     "norm/none.yaml": "kind: none\n",
@@ -71,6 +79,25 @@ def number_of(loader):
     return Counting, count
 
 
+def files_and_content(config, directory):
+    """What Hydra writes for a configuration, and what its task resolves."""
+    state = HydraConfig.instance()
+    before = state.cfg
+    try:
+        state.cfg = config
+        config.hydra.runtime.output_dir = directory
+        task = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        files = {
+            "config.yaml": OmegaConf.to_yaml(task),
+            "hydra.yaml": OmegaConf.to_yaml(OmegaConf.masked_copy(config, "hydra")),
+            "overrides.yaml": OmegaConf.to_yaml(config.hydra.overrides.task),
+        }
+        resolved = OmegaConf.to_container(config, resolve=True)
+        return files, {key: value for key, value in resolved.items() if key != "hydra"}
+    finally:
+        state.cfg = before
+
+
 def assert_same(composed, expected):
     contents = []
     state = HydraConfig.instance()
@@ -94,7 +121,7 @@ PLAIN = {
     "++network.dropout": ["0", "0.5"],
     "network.norm": ["0", "null"],
     "alias.dropout": ["0.1", "0.2"],
-    "+mark": ["a", "''", "7", "null"],
+    "+mark": ["a", "''", "7", "null", f"'{'many words ' * 20}'"],
     "hydra.sweep.subdir": ["'7'", "'x/y=1'"],
     "++hydra.job.env_set.MARK": ["'1'", "2"],
 }
@@ -147,6 +174,10 @@ def test_jobs_equal_those_that_hydra_composes(loader, sweep, lists):
                 with pytest.raises(type(error)):
                     composer.compose(overrides, number)
             else:
+                with composer.composed(overrides, number) as job:
+                    directory = job.config.hydra.runtime.output_dir
+                    found = job.files(), job.resolved()
+                assert found == files_and_content(copy.deepcopy(expected), directory)
                 assert_same(composer.compose(overrides, number), expected)
 
 
