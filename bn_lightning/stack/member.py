@@ -20,6 +20,7 @@ from bn_lightning.plugins.metrics_logger import MetricsCSVLogger
 from bn_lightning.runs.checkpoint import CONFIG_KEY, METRICS_KEY, SECONDS_KEY
 from bn_lightning.runs.directory import LAST
 from bn_lightning.runs.record import RunRecord, logged_numbers
+from bn_lightning.stack.builder import Builder
 from bn_lightning.stack.stackable import (
     EARLY_STOPPING,
     RUN_CHECKPOINTS,
@@ -35,22 +36,21 @@ class Member:
         config: of the run, resolved.
         like: the record of another member of this process, whose versions and hardware are this
             one's too; None reads them.
+        builder: of the objects of all members.
 
     Raises:
         NotStackableError: the LightningModule trains in its own way.
     """
 
-    def __init__(self, config: dict[str, Any], like: RunRecord | None) -> None:
-        from hydra.utils import instantiate
-
+    def __init__(self, config: dict[str, Any], like: RunRecord | None, builder: Builder) -> None:
         self.config = config
         self.directory = Path(config["paths"]["output_dir"])
         self.directory.mkdir(parents=True, exist_ok=True)
         self.record = _record_like(like, self.directory, config)
         # The order of a run, in which the network's constructor draws random numbers.
         seed_everything(config["seed"], workers=True, verbose=False)
-        self.model = check_module(instantiate(config["model"]))
-        scheme = None if config.get("init") is None else instantiate(config["init"])
+        self.model = check_module(builder.build(config["model"]))
+        scheme = builder.build(config.get("init"))
         initialize_as_configured(self.model.network, scheme, config["seed"])
         self.random_state = torch.get_rng_state()
         self.metrics: dict[str, float] = {}
@@ -65,7 +65,7 @@ class Member:
         self._checkpoints = targets.get(RUN_CHECKPOINTS)
         self._best: tuple[float, dict[str, Any]] | None = None
         self._callbacks = [
-            instantiate(targets[name])
+            builder.build(targets[name])
             for name in (STEPS_TO_ACCURACY, EARLY_STOPPING)
             if name in targets
         ]

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from bn_lightning.data.protocol import data_info
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.runs.record import logged_numbers, run_outcome
+from bn_lightning.stack.builder import Builder
 from bn_lightning.stack.context import DropoutStreams, Placed
 from bn_lightning.stack.evaluation import evaluate_one, evaluate_stack, placed_batch
 from bn_lightning.stack.loss_watch import LossWatch
@@ -117,9 +118,10 @@ class StackTraining:
         device = _device(self._trainer["accelerator"])
         dtype = torch.float64 if self._trainer.get("precision") == "64-true" else torch.float32
         self.members: list[Member] = []
+        builder = Builder()
         for config in configs:
             like = self.members[0].record if self.members else None
-            member = Member(config, like)
+            member = Member(config, like, builder)
             member.model.network.to(device, dtype)
             self.members.append(member)
             if like is None:
