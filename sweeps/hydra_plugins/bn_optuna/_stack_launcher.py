@@ -47,7 +47,8 @@ def launch_together(
         prepare: dotted path of a function of the resolved configurations, each with the job's own
             directories, of `size`, and of the `Rungs` that prune the jobs, in their order, or None.
             It returns a function for each job that it has computed, which is called instead of the
-            task, and None for each other job.
+            task, and None for each other job. While it runs, Hydra's configuration and the
+            environment variables are those of the first job.
         size: passed to `prepare`.
         program: Hydra's context, the task and the configuration of the sweep.
         composer: of the jobs.
@@ -73,7 +74,11 @@ def launch_together(
     except ValueError as error:
         _log.info("jobs one by one: %s", error)
     else:
-        ends = get_method(prepare)(configs, size, rungs)
+        number, overrides = jobs[0]
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(composer.composed(overrides, number))
+            stack.enter_context(env_override(first.config.hydra.job.env_set))
+            ends = get_method(prepare)(configs, size, rungs)
     returns = []
     for (number, overrides), end in zip(jobs, ends, strict=True):
         if end is not None:

@@ -131,6 +131,16 @@ def test_a_sweep_prunes_within_a_stack(command, tmp_path):
     assert again.code == 0 and "4 of 4 trials done" in again.out
 
 
+def test_trials_that_end_before_what_they_are_chosen_by_are_not_trained(command, monkeypatch):
+    from bn_lightning.stack.training import StackTraining
+
+    monkeypatch.delattr(StackTraining, "run")
+    short = ("trainer.max_steps=10", RATES.rpartition(",")[0], "hydra.sweeper.max_retries=0")
+    result = command(main, *(text for text in PRUNED_SWEEP if text != RATES), *short)
+    assert result.code == 1 and "set trainer.val_check_interval=10 or less" in result.err
+    assert "as one stack" not in result.out
+
+
 @pytest.mark.slow
 def test_an_error_after_members_have_left_spares_them(command, tmp_path, monkeypatch):
     """The others fail, and the same command repeats them alone."""
