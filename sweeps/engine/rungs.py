@@ -29,8 +29,11 @@ from optuna.pruners import (
     ThresholdPruner,
     WilcoxonPruner,
 )
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState, create_trial
+
+from bn_lightning.sweeps.engine.storage import RetryingStorage
 
 ValuesByStep = Mapping[int, float]
 """Reported values of a trial, by step."""
@@ -196,8 +199,12 @@ class Rungs:
             step: of the report.
             last_step: at which the training of these trials ends. None is pruned there.
         """
+        storage = next(iter(self._trials.values())).storage
+        if isinstance(storage, RetryingStorage):
+            storage.together(lambda: self._store(storage, values, step))
+        else:
+            self._store(storage, values, step)
         for number, value in values.items():
-            self._trials[number].report(value, step)
             self._curves.setdefault(number, {})[step] = value
         pruner = self._study.pruner
         if step >= last_step or isinstance(pruner, NopPruner):
@@ -218,6 +225,13 @@ class Rungs:
         if isinstance(pruner, SuccessiveHalving | Hyperband):
             return pruner.pruned(rung)
         return _pruned_as_if_ended(pruner, rung)
+
+    def _store(self, storage: BaseStorage, values: Mapping[int, float], step: int) -> None:
+        """Write the values, which `Trial.report` would not do again after a failed write."""
+        study_id = storage.get_study_id_from_name(self._study.study_name)
+        for number, value in values.items():
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+            storage.set_trial_intermediate_value(trial_id, step, float(value))
 
 
 def _not_kept(

@@ -1,5 +1,6 @@
 """Trials that train together, with made-up curves: whom the rungs prune, in any order."""
 
+import errno
 import random
 
 import optuna
@@ -7,7 +8,9 @@ import pytest
 from optuna.pruners import BasePruner, MedianPruner, PercentilePruner, WilcoxonPruner
 from optuna.trial import TrialState, create_trial
 
+from bn_lightning.sweeps.engine.journal_file import JournalFile
 from bn_lightning.sweeps.engine.rungs import Hyperband, Rungs, SuccessiveHalving
+from bn_lightning.sweeps.engine.storage import open_storage, storage_url
 
 STEPS = [100, 200, 300, 400, 500, 600, 700, 800, 900]
 
@@ -117,6 +120,30 @@ def test_trials_of_an_earlier_stack_of_the_batch_are_compared_too():
     # Of these two, trial 3 is below the median. Of all five it is the median.
     assert second.report({3: 0.6, 4: 0.61}, 100, 900) == set()
     assert second.report({3: 0.59, 4: 0.61}, 200, 900) == set()  # its best counts
+
+
+def test_a_rung_is_written_at_once_and_again_if_the_disk_had_no_room(tmp_path, monkeypatch):
+    url = storage_url("journal", tmp_path)
+    pruner = SuccessiveHalving(min_resource=100, reduction_factor=3)
+    storage = open_storage(url, 5)
+    study = optuna.create_study(
+        storage=storage, direction="maximize", pruner=pruner, study_name="made_up"
+    )
+    rungs = Rungs([study.ask() for _ in range(3)])
+    writes = []
+    write = JournalFile._write
+
+    def counted(self, logs):
+        writes.append(len(logs))
+        if len(writes) == 1:
+            raise OSError(errno.ENOSPC, "no room")
+        write(self, logs)
+
+    monkeypatch.setattr(JournalFile, "_write", counted)
+    assert rungs.report({0: 0.1, 1: 0.2, 2: 0.3}, 100, 900) == {0, 1}
+    assert writes == [3, 3]
+    again = optuna.load_study(study_name="made_up", storage=open_storage(url, 5))
+    assert [t.intermediate_values for t in again.trials] == [{100: 0.1}, {100: 0.2}, {100: 0.3}]
 
 
 def test_nobody_is_pruned_at_the_end():
