@@ -12,6 +12,7 @@ import pytest
 
 from bn_lightning.claims import registry
 from bn_lightning.claims.__main__ import main
+from bn_lightning.claims.claim_figures import overview_figure
 from bn_lightning.claims.claim_training import seconds_of_training
 from bn_lightning.claims.design import BUDGETS, Claim, Condition, Curves, Setting
 from bn_lightning.claims.ledger import __path__ as LEDGER
@@ -20,6 +21,7 @@ from bn_lightning.claims.result_table import ResultTable
 from bn_lightning.claims.run_claims import LedgerOptions, run_claims
 from bn_lightning.claims.verdict import verdict_of
 from bn_lightning.models.mlp import MLP
+from bn_lightning.sweeps.report.figure import Intervals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
 
@@ -269,6 +271,26 @@ def test_each_file_of_the_ledger_is_one_claim(ledger):
         for condition in claim.conditions:
             assert (condition.least, condition.most) != (None, None)
             assert bool(condition.against) == (condition.kind != "value")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "value", "place"),
+    [
+        ({"least": 2.0}, 3.0, 1.5),
+        ({"least": -2.0, "most": 2.0}, -1.0, 1.5),
+        ({"most": 2.0}, 1.0, 1.5),
+        ({"most": 2.0}, -1.0, 2.5),
+        ({"most": 2.0}, 3.0, 0.5),
+    ],
+    ids=["least", "both", "most", "far_below_most", "above_most"],
+)
+def test_the_overview_is_in_units_of_the_bound(bounds, value, place):
+    """1 is the bound, and more is on the side that holds."""
+    effect = {"value": value, "low": value, "high": value, "seeds": 3}
+    condition = {"least": None, "most": None, "kind": "difference", "unit": ""} | bounds
+    figure = overview_figure({"tiny": {"conditions": [condition | {"effect": effect}]}})
+    intervals = next(s for s in figure.panels[0].series if isinstance(s, Intervals))
+    assert list(intervals.x) == [place]
 
 
 def test_a_claim_is_registered_once(ledger):
