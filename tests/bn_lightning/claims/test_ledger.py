@@ -1,5 +1,6 @@
 """What the claims of the ledger measure, on tiny networks and made-up points."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from bn_lightning.claims.claim_training import compose_trials
-from bn_lightning.claims.design import MeasuredPoint, Setting
+from bn_lightning.claims.design import BUDGETS, MeasuredPoint, Setting
 from bn_lightning.claims.ledger.initialization import LSUVScheme
 from bn_lightning.claims.ledger.input_shift import STRENGTHS, shifted
 from bn_lightning.claims.ledger.placement import unscaled_batch_norm
@@ -26,6 +27,8 @@ DIGITS = {
     "validation_fraction": 0.1,
     "seed": 1,
 }
+
+UNTRAINED = ("depth_residual",)
 
 
 def points(**accuracies):
@@ -129,6 +132,45 @@ def test_adaptation_is_measured_and_changes_nothing(tmp_path):
     assert claim.numbers([point])["relu, shifted"] == measures["batch"]["shifted"]
     shown = {measure for c in claim.curves for line in c.along.values() for measure in line}
     assert shown <= measures["batch"].keys()
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_a_claim_can_be_judged(name, tmp_path):
+    """Its arms can be built, and its conditions and curves name what is measured."""
+    (claim,) = find_claims([name])
+    label, first = next(iter(claim.settings("quick").items()))
+    one = dataclasses.replace(claim, settings=lambda budget: {label: first})
+    configs = compose_trials(one, "quick", [1], ["data=digits"], tmp_path)
+    tested = {"test/accuracy": 0.5, "val/accuracy": 0.5, "val/loss": 1.0}
+    shown = set()
+    for key, config in configs.items():
+        measures = {"accuracy": 0.5, "test accuracy": 50.0} | dict(
+            claim.measure(MeasuredNetwork(config, metrics=tested))
+        )
+        shown |= measures.keys()
+        for budget in BUDGETS:
+            points = [MeasuredPoint(s, measures) for s in claim.settings(budget).values()]
+            numbers = claim.numbers(points)
+            used = [c for c in claim.conditions if key.arm in (c.arm, c.against)]
+            assert {c.number for c in used} <= numbers.keys()
+    assert {curves.measure for curves in claim.curves} <= shown
+
+
+def test_a_residual_network_explodes_without_batch_norm(tmp_path):
+    """The theory: √2 a block without, and the last branch 1/2; with, √k in k blocks, and 1/k."""
+    (claim,) = find_claims(["depth_residual"])
+    depth = {"depth 16": Setting(("model.network.depth=16",), 16, "", False)}
+    one = dataclasses.replace(claim, settings=lambda budget: depth)
+    found = {
+        key.arm: claim.measure(MeasuredNetwork(config))
+        for key, config in compose_trials(one, "quick", [1], ["data=digits"], tmp_path).items()
+    }
+    assert found["none"]["growth"] == pytest.approx(2**0.5, rel=0.05)
+    assert found["none"]["branch"] == pytest.approx(0.5, abs=0.15)
+    assert 1.0 < found["batch"]["growth"] < 1.25
+    assert found["batch"]["branch"] < 0.15
+    skip_init = found["SkipInit, without BatchNorm"]
+    assert skip_init["growth"] == pytest.approx(1.0) and skip_init["branch"] == 0.0
 
 
 def test_probes():
