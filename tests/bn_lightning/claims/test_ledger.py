@@ -12,6 +12,7 @@ from bn_lightning.claims.design import BUDGETS, MeasuredPoint, Setting
 from bn_lightning.claims.ledger.initialization import LSUVScheme
 from bn_lightning.claims.ledger.input_shift import STRENGTHS, shifted
 from bn_lightning.claims.ledger.placement import unscaled_batch_norm
+from bn_lightning.claims.ledger.rate_transfer import best_rate
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import growth, largest_trained, steps_to
 from bn_lightning.claims.registry import find_claims
@@ -28,7 +29,10 @@ DIGITS = {
     "seed": 1,
 }
 
-UNTRAINED = ("depth_residual",)
+UNTRAINED = (
+    "depth_residual",
+    "rate_transfer",
+)
 
 
 def points(**accuracies):
@@ -171,6 +175,15 @@ def test_a_residual_network_explodes_without_batch_norm(tmp_path):
     assert found["batch"]["branch"] < 0.15
     skip_init = found["SkipInit, without BatchNorm"]
     assert skip_init["growth"] == pytest.approx(1.0) and skip_init["branch"] == 0.0
+
+
+def test_the_best_rate_lies_between_those_of_the_grid():
+    grid = (0.03, 0.1, 0.3, 1.0)
+    losses = {rate: math.exp(math.log(rate / 0.2) ** 2) for rate in grid}
+    assert best_rate(losses) == pytest.approx(0.2)
+    assert best_rate({rate: rate for rate in grid}) == 0.03  # at an end
+    assert best_rate({0.03: 2.0, 0.1: 1.0, 0.3: math.inf}) == 0.1
+    assert best_rate({0.03: 2.0, 0.1: 1.0, 0.3: 4.0}) < 0.1  # towards the lower loss
 
 
 def test_probes():
