@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from bn_lightning.claims.claim_training import compose_trials
 from bn_lightning.claims.design import BUDGETS, MeasuredPoint, Setting
+from bn_lightning.claims.ledger.dropout import classifier_with_dropout, variance_shifts
 from bn_lightning.claims.ledger.initialization import LSUVScheme
 from bn_lightning.claims.ledger.input_shift import STRENGTHS, shifted
 from bn_lightning.claims.ledger.placement import unscaled_batch_norm
@@ -32,6 +34,7 @@ DIGITS = {
 UNTRAINED = (
     "depth_residual",
     "rate_transfer",
+    "dropout",
 )
 
 
@@ -184,6 +187,23 @@ def test_the_best_rate_lies_between_those_of_the_grid():
     assert best_rate({rate: rate for rate in grid}) == 0.03  # at an end
     assert best_rate({0.03: 2.0, 0.1: 1.0, 0.3: math.inf}) == 0.1
     assert best_rate({0.03: 2.0, 0.1: 1.0, 0.3: 4.0}) < 0.1  # towards the lower loss
+
+
+@pytest.mark.parametrize("after_all", [False, True], ids=["each_layer", "after_all"])
+def test_dropout_before_a_batch_norm_shifts_its_variance(after_all):
+    torch.manual_seed(1)
+    norm = partial(unscaled_batch_norm, eps=1e-5, momentum=1.0, backend="auto")
+    network = MLP(20, [40] * 3, 10, "relu", norm, "before")
+    classifier_with_dropout(network, 0.5, after_all, optimizer=torch.optim.SGD)
+    assert sum(isinstance(m, nn.Dropout) for m in network.modules()) == (1 if after_all else 3)
+    x = torch.randn(1000, 20)
+    network.train()(x)  # with momentum 1 the statistics are those of this batch
+    first, *others = variance_shifts(network, x)
+    assert first == pytest.approx(1.0)
+    for shift in others:
+        assert shift == pytest.approx(1.0, abs=0.01) if after_all else shift > 1.3
+    with pytest.raises(ValueError, match="`model.network`"):
+        classifier_with_dropout(nn.Linear(2, 2), 0.5, after_all, optimizer=torch.optim.SGD)
 
 
 def test_probes():
