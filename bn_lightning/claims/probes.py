@@ -39,6 +39,11 @@ def growth(values: Sequence[float]) -> float:
     return (values[0] / values[-1]) ** (1 / (len(values) - 1)) if values[-1] else float("inf")
 
 
+def geometric_mean(values: Iterable[float]) -> float:
+    """Return the geometric mean of values that are at least 0, NaN if one is NaN."""
+    return float(torch.tensor(list(values), dtype=torch.float64).log().mean().exp())
+
+
 @torch.no_grad()
 def evaluated_accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the accuracy in evaluation mode, in [0, 1]."""

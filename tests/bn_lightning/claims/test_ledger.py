@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from bn_lightning.claims.claim_training import compose_trials
 from bn_lightning.claims.design import BUDGETS, MeasuredPoint, Setting
+from bn_lightning.claims.ledger.covariate_shift import ShiftingNoise, gradient_changes
 from bn_lightning.claims.ledger.dropout import classifier_with_dropout, variance_shifts
 from bn_lightning.claims.ledger.initialization import LSUVScheme
 from bn_lightning.claims.ledger.input_shift import STRENGTHS, shifted
@@ -35,6 +37,7 @@ UNTRAINED = (
     "depth_residual",
     "rate_transfer",
     "dropout",
+    "covariate_shift",
 )
 
 
@@ -204,6 +207,26 @@ def test_dropout_before_a_batch_norm_shifts_its_variance(after_all):
         assert shift == pytest.approx(1.0, abs=0.01) if after_all else shift > 1.3
     with pytest.raises(ValueError, match="`model.network`"):
         classifier_with_dropout(nn.Linear(2, 2), 0.5, after_all, optimizer=torch.optim.SGD)
+
+
+def test_a_gradient_changes_with_the_layers_below():
+    """Of a loss b a x with x = 1: the gradient for b is a, which steps from 2 to 2 - .1 b."""
+    network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    for layer, value in zip(network, (2.0, 3.0), strict=True):
+        nn.init.constant_(layer.weight, value)
+    model = SimpleNamespace(network=network, loss=lambda y, target: y.mean())
+    (change,) = gradient_changes(model, torch.ones(4, 1), torch.zeros(4), 0.1)
+    assert change == pytest.approx(0.3 / 2)
+    assert [layer.weight.item() for layer in network] == [2.0, 3.0]
+
+
+def test_the_noise_shifts_in_each_step():
+    noise, x = ShiftingNoise(), torch.zeros(1000, 5)
+    means = torch.stack([noise(x).mean(0) for _ in range(50)])
+    assert means.std(0).min() > 0.15 and means.abs().max() < 0.55  # of U(-.5, .5): .29
+    scales = (noise(x + 1) - noise(x)).mean(0)
+    assert scales.min() > 0 and scales.max() < 2.3
+    assert noise.eval()(x) is x
 
 
 def test_probes():
