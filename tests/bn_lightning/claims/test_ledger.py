@@ -38,6 +38,7 @@ UNTRAINED = (
     "rate_transfer",
     "dropout",
     "covariate_shift",
+    "regularizer",
 )
 
 
@@ -227,6 +228,20 @@ def test_the_noise_shifts_in_each_step():
     scales = (noise(x + 1) - noise(x)).mean(0)
     assert scales.min() > 0 and scales.max() < 2.3
     assert noise.eval()(x) is x
+
+
+def test_a_network_that_has_not_learned_has_no_gap():
+    (claim,) = find_claims(["regularizer"])
+    learned = {"batch 4": 99.0, "batch 32": 100.0, "batch 256": 99.9}
+    settings = claim.settings("quick")
+    measured = [
+        MeasuredPoint(settings[label], {"training accuracy": training, "gap": 9.0})
+        for label, training in learned.items()
+    ]
+    numbers = claim.numbers(measured)
+    assert math.isnan(numbers["gap, batches of 4"])
+    assert numbers["gap, batches of 32"] == numbers["gap, batches of 256"] == 9.0
+    assert numbers["training accuracy, batches of 4"] == 99.0
 
 
 def test_probes():
