@@ -17,6 +17,7 @@ from bn_lightning.claims.ledger.initialization import LSUVScheme
 from bn_lightning.claims.ledger.input_shift import STRENGTHS, shifted
 from bn_lightning.claims.ledger.placement import unscaled_batch_norm
 from bn_lightning.claims.ledger.rate_transfer import best_rate
+from bn_lightning.claims.ledger.smoothness import along_gradient
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import growth, largest_trained, steps_to
 from bn_lightning.claims.registry import find_claims
@@ -39,6 +40,7 @@ UNTRAINED = (
     "dropout",
     "covariate_shift",
     "regularizer",
+    "smoothness",
 )
 
 
@@ -242,6 +244,18 @@ def test_a_network_that_has_not_learned_has_no_gap():
     assert math.isnan(numbers["gap, batches of 4"])
     assert numbers["gap, batches of 32"] == numbers["gap, batches of 256"] == 9.0
     assert numbers["training accuracy, batches of 4"] == 99.0
+
+
+def test_the_loss_along_the_gradient():
+    """Of a loss 3 w² / 2 at w = 2, whose gradient is 3 w."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(network.weight, 2.0)
+    model = SimpleNamespace(network=network, loss=lambda y, target: 1.5 * (y**2).mean())
+    x = torch.ones(4, 1)
+    loss_range, change = along_gradient(model, x, torch.zeros(4), [network.weight])
+    assert loss_range == pytest.approx(6.0 * (1 - (1 - 0.03) ** 2), rel=1e-4)
+    assert change == pytest.approx(0.03, rel=1e-4)
+    assert network.weight.item() == 2.0
 
 
 def test_probes():
