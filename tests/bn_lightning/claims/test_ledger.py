@@ -41,6 +41,7 @@ UNTRAINED = (
     "covariate_shift",
     "regularizer",
     "smoothness",
+    "small_batches",
 )
 
 
@@ -256,6 +257,19 @@ def test_the_loss_along_the_gradient():
     assert loss_range == pytest.approx(6.0 * (1 - (1 - 0.03) ** 2), rel=1e-4)
     assert change == pytest.approx(0.03, rel=1e-4)
     assert network.weight.item() == 2.0
+
+
+def test_what_small_batches_lose():
+    (claim,) = find_claims(["small_batches"])
+    measured = []
+    for setting in claim.settings("quick").values():
+        is_small, is_best = setting.panel == "batches of 2", setting.x == 0.03
+        test = 90.0 if is_small else 95.0
+        measures = {"validation accuracy": float(is_best), "test accuracy": test + is_best}
+        measured.append(MeasuredPoint(setting, measures | {"test accuracy, precise": 94.0}))
+    numbers = claim.numbers(measured)
+    assert numbers["lost, batches of 2"] == 5.0 and numbers["lost, batches of 8"] == 0.0
+    assert numbers["precise, batches of 2"] == 3.0
 
 
 def test_probes():

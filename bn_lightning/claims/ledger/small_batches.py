@@ -1,0 +1,117 @@
+"""Whether BatchNorm loses accuracy with small batches, and regains it by precise statistics."""
+
+from collections.abc import Mapping, Sequence
+
+from bn_lightning.callbacks.running_statistics import average_statistics, batch_norms
+from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
+from bn_lightning.claims.measured_network import MeasuredNetwork
+from bn_lightning.claims.probes import evaluated_accuracy, of_panel
+from bn_lightning.claims.registry import register_claim
+
+_SMALL, _LARGE = (2, 4, 8), 64
+_PRECISE = 2048  # training inputs
+_LEAST = 1.0  # points of test accuracy
+
+
+def _settings(budget: str) -> Mapping[str, Setting]:
+    sizes, rates, steps = {
+        "quick": ((*_SMALL, _LARGE), (0.01, 0.03, 0.1), 1000),
+        "full": ((*_SMALL, 16, 32, _LARGE), (0.003, 0.01, 0.03, 0.1, 0.3), 10_000),
+    }[budget]
+    return {
+        f"batch {size}, rate {rate:g}": Setting(
+            (f"data.batch_size={size}", f"optimizer.lr={rate}", f"trainer.max_steps={steps}"),
+            rate,
+            f"batches of {size}",
+        )
+        for size in sizes
+        for rate in rates
+    }
+
+
+def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
+    found = {
+        "validation accuracy": 100 * network.metrics["val/accuracy"],
+        "test accuracy": 100 * network.metrics["test/accuracy"],
+    }
+    model, data = network.model(), network.data()
+    layers = batch_norms(model.network)
+    if layers:
+        # In batches of one size for all arms, as the variance of two samples is a poor estimate.
+        data.batch_size = _LARGE
+        inputs = (x for x, _ in data.train_dataloader())
+        average_statistics(
+            model.network,
+            list(layers.values()),
+            inputs,
+            num_samples=_PRECISE,
+            modes=dict.fromkeys(model.network.modules(), True),
+        )
+        precise = evaluated_accuracy(model.network, data.test_dataloader())
+        found["test accuracy, precise"] = 100 * precise
+    return found
+
+
+def _numbers(points: Sequence[MeasuredPoint]) -> Mapping[str, float]:
+    best = {
+        size: max(
+            of_panel(points, f"batches of {size}"),
+            key=lambda point: point.measures["validation accuracy"],
+        ).measures
+        for size in (*_SMALL, _LARGE)
+    }
+    found = {}
+    for size in _SMALL:
+        accuracy = best[size]["test accuracy"]
+        found[f"lost, batches of {size}"] = best[_LARGE]["test accuracy"] - accuracy
+        precise = best[size].get("test accuracy, precise", accuracy)
+        found[f"precise, batches of {size}"] = precise - accuracy
+    return found
+
+
+register_claim(
+    Claim(
+        name="small_batches",
+        sentence="BatchNorm needs large batches: with small ones it loses accuracy.",
+        source="Wu & He 2018, arXiv 1803.08494. Precise statistics: Wu & Johnson 2021, arXiv "
+        "2105.07576",
+        base=("model.network.activation=relu", "init=he"),
+        arms={"batch": ("norm=batch",), "none": ("norm=none",)},
+        settings=_settings,
+        measure=_measure,
+        numbers=_numbers,
+        conditions=(
+            *(
+                Condition(
+                    f"batches of {size}",
+                    f"lost, batches of {size}",
+                    "batch",
+                    "none",
+                    least=_LEAST,
+                    unit=f"points more lost against batches of {_LARGE} than without",
+                )
+                for size in _SMALL
+            ),
+            *(
+                Condition(
+                    f"precise statistics are better, batches of {size}",
+                    f"precise, batches of {size}",
+                    "batch",
+                    kind="value",
+                    least=_LEAST,
+                    unit="points of test accuracy",
+                    is_control=True,
+                )
+                for size in _SMALL
+            ),
+        ),
+        curves=(Curves("test accuracy", "test accuracy, %", "learning rate"),),
+        not_varied="Three hidden layers of 100 ReLUs, He initialization, plain SGD, equal steps "
+        "whatever the size of the batch, running averages with momentum .1. Each arm is tested at "
+        "the rate with the best validation accuracy.",
+        would_change="Equal examples instead of equal steps, which gives small batches more steps; "
+        "convolutions, whose statistics are of many pixels; frozen statistics, which do not depend "
+        "on the batch.",
+        least_steps=50,
+    )
+)
