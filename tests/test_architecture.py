@@ -52,6 +52,7 @@ LONG_SIGNATURES = {
 # may have the name of its one function or class, which needs no entry.
 SAME_NAMES = {
     "batch_norm": "the same function as a definition, an op, a module and an option of `norm`",
+    "cost": "what a call of a kernel costs, and what BatchNorm is said to cost",
     "ghost_batch_norm": "the same function as a module and an option of `norm`",
     "sync_batch_norm": "the same function as an op, a module and an option of `norm`",
     "initialization": "of weights: how it is done, and what is claimed about it",

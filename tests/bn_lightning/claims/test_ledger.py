@@ -11,6 +11,7 @@ from torch import nn
 
 from bn_lightning.claims.claim_training import compose_trials
 from bn_lightning.claims.design import BUDGETS, MeasuredPoint, Setting
+from bn_lightning.claims.ledger.cost import saved_bytes, seconds_of_step, without_batch_norms
 from bn_lightning.claims.ledger.covariate_shift import ShiftingNoise, gradient_changes
 from bn_lightning.claims.ledger.dropout import classifier_with_dropout, variance_shifts
 from bn_lightning.claims.ledger.initialization import LSUVScheme
@@ -42,6 +43,7 @@ UNTRAINED = (
     "regularizer",
     "smoothness",
     "small_batches",
+    "cost",
 )
 
 
@@ -270,6 +272,26 @@ def test_what_small_batches_lose():
     numbers = claim.numbers(measured)
     assert numbers["lost, batches of 2"] == 5.0 and numbers["lost, batches of 8"] == 0.0
     assert numbers["precise, batches of 2"] == 3.0
+
+
+def test_the_memory_for_a_backward():
+    """The input of the linear layer, which two layers keep, and the output of the sigmoid."""
+    network, x = Sum(), torch.randn(5, 4)
+    assert saved_bytes(network, lambda y, target: y.sum(), x, x) == 4 * (5 * 4 + 5 * 3)
+    norm = nn.Sequential(network, nn.BatchNorm1d(3))
+    plain = without_batch_norms(norm)
+    assert isinstance(norm[1], nn.BatchNorm1d) and isinstance(plain[1], nn.Identity)
+    assert saved_bytes(plain, lambda y, target: y.sum(), x, x) == 4 * (5 * 4 + 5 * 3)
+    assert min(seconds_of_step([norm, plain], lambda y, target: y.sum(), x, x)) > 0
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return (self.one(x) + self.other(x)).sigmoid()
 
 
 def test_probes():
