@@ -13,7 +13,7 @@ _LEAST = 2.0
 
 def _settings(budget: str) -> Mapping[str, Setting]:
     rates, steps = {
-        "quick": ((0.03, 0.1, 0.3, 1.0, 3.0, 10.0), 600),
+        "quick": ((0.1, 0.3, 1.0, 3.0, 10.0), 300),
         "full": ((0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0), 2000),
     }[budget]
     return {
