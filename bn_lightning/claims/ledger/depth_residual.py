@@ -201,9 +201,9 @@ register_claim(
             ),
         ),
         curves=(
-            Curves("growth", "gradient a block, at the start", "residual blocks"),
-            Curves("branch", "variance of the last branch / of its sum", "residual blocks", "log"),
-            Curves("accuracy", "test accuracy", "residual blocks"),
+            Curves("growth", "gradient a block", "residual blocks", x_scale="linear"),
+            Curves("branch", "last branch / its sum", "residual blocks", "log", "linear"),
+            Curves("accuracy", "test accuracy", "residual blocks", x_scale="linear"),
         ),
         not_varied=f"Width {_WIDTH}, one linear layer a block, BatchNorm and ReLU before it, He "
         f"initialization, plain SGD. Growth and share are those of {_DEPTH} blocks. A depth trains "
