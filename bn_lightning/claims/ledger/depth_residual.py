@@ -146,7 +146,7 @@ register_claim(
         arms={
             "batch": ("norm=batch",),
             "none": ("norm=none",),
-            "SkipInit, without BatchNorm": ("norm=none", "model.network.skip_init=true"),
+            "SkipInit": ("norm=none", "model.network.skip_init=true"),
         },
         settings=_settings,
         measure=_measure,
@@ -183,7 +183,7 @@ register_claim(
                 "the gradient grows less with SkipInit",
                 "growth",
                 "none",
-                "SkipInit, without BatchNorm",
+                "SkipInit",
                 kind="ratio",
                 least=_GROWTH,
                 unit="times as much a block without",
@@ -192,7 +192,7 @@ register_claim(
             Condition(
                 "with SkipInit networks as deep train",
                 "largest depth",
-                "SkipInit, without BatchNorm",
+                "SkipInit",
                 "batch",
                 kind="ratio",
                 least=1.0,
@@ -202,7 +202,7 @@ register_claim(
         ),
         curves=(
             Curves("growth", "gradient a block", "residual blocks", x_scale="linear"),
-            Curves("branch", "last branch / its sum", "residual blocks", "log", "linear"),
+            Curves("branch", "last branch / its sum", "residual blocks", x_scale="linear"),
             Curves("accuracy", "test accuracy", "residual blocks", x_scale="linear"),
         ),
         not_varied=f"Width {_WIDTH}, one linear layer a block, BatchNorm and ReLU before it, He "

@@ -185,7 +185,7 @@ def test_a_residual_network_explodes_without_batch_norm(tmp_path):
     assert found["none"]["branch"] == pytest.approx(0.5, abs=0.15)
     assert 1.0 < found["batch"]["growth"] < 1.25
     assert found["batch"]["branch"] < 0.15
-    skip_init = found["SkipInit, without BatchNorm"]
+    skip_init = found["SkipInit"]
     assert skip_init["growth"] == pytest.approx(1.0) and skip_init["branch"] == 0.0
 
 
