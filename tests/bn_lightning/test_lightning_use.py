@@ -301,6 +301,7 @@ def test_resuming_a_run_with_or_without_the_callback(tmp_path, first, second):
     assert_same(whole, module)
 
 
+@pytest.mark.slow
 def test_a_compiled_module(tmp_path):
     results = []
     for fused in (False, True):

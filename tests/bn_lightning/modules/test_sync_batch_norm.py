@@ -557,6 +557,7 @@ def rank_dies(how: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_rank_that_skips_a_backward_times_the_others_out(ranks):
     # The process is alive, so the others notice only by the timeout.
     message, _ = ranks(rank_dies, "skips")
