@@ -7,6 +7,7 @@ registry.py           finds the claims: one file each in ledger/
 verdict.py            the rule: from one number for each seed and arm to a verdict
 measured_network.py   what a measure sees: a network, before or after training, and its data
 probes.py             measures that several claims share
+settings.py           settings that several claims share
 claim_training.py     composes the trainings of a claim, and trains them as stacks
 result_table.py       trials.csv: what has been measured, and under which versions, data and options
 claim_figures.py      the figure of a claim, and the overview

@@ -1,6 +1,7 @@
 """Measures that several claims share: of gradients, weights and accuracies."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,18 @@ def loss_and_gradients(
     return loss.detach(), torch.autograd.grad(loss, list(parameters))
 
 
+@contextmanager
+def restored(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Give weights their values back at the end of the block; yield copies of these values."""
+    start = [weight.detach().clone() for weight in weights]
+    try:
+        yield start
+    finally:
+        with torch.no_grad():
+            for weight, at in zip(weights, start, strict=True):
+                weight.copy_(at)
+
+
 def growth(values: Sequence[float]) -> float:
     """Return the factor by which values grow from each to the one before, the geometric mean."""
     return (values[0] / values[-1]) ** (1 / (len(values) - 1)) if values[-1] else float("inf")
@@ -60,6 +73,11 @@ def largest_trained(points: Sequence[MeasuredPoint]) -> float:
     x = [p.setting.x for p in points if "accuracy" in p.measures]
     trained = [p.setting.x for p in points if p.measures.get("accuracy", 0.0) >= REACHED]
     return max(trained, default=min(x) / 2)
+
+
+def best_validated(points: Iterable[MeasuredPoint]) -> MeasuredPoint:
+    """Return the point with the best "validation accuracy"."""
+    return max(points, key=lambda point: point.measures["validation accuracy"])
 
 
 def steps_to(accuracy: float, history: Sequence[tuple[int, float]], budget: int) -> float:

@@ -9,8 +9,15 @@ from torch import Tensor, nn
 
 from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import geometric_mean, loss_and_gradients, of_panel, weights_of
+from bn_lightning.claims.probes import (
+    geometric_mean,
+    loss_and_gradients,
+    of_panel,
+    restored,
+    weights_of,
+)
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_moments
 from bn_lightning.models.normalization import batch_norm
 
 _RATES = {"relu": 0.1, "sigmoid": 1.0}
@@ -45,15 +52,7 @@ def noisy_batch_norm(num_features: int, spatial_dims: int = 0, **options: Any) -
 
 def _settings(budget: str) -> Mapping[str, Setting]:
     moments = {"quick": (200,), "full": (200, 400, 600, 1000, 2000, 5000)}[budget]
-    found = {}
-    for activation, rate in _RATES.items():
-        common = (f"model.network.activation={activation}", f"optimizer.lr={rate}")
-        found[f"{activation}, start"] = Setting(common, 0, activation, False)
-        for step in moments:
-            found[f"{activation}, step {step}"] = Setting(
-                (*common, f"trainer.max_steps={step}"), step, activation
-            )
-    return found
+    return at_moments(_RATES, moments)
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
@@ -82,17 +81,14 @@ def gradient_changes(model: Any, x: Tensor, target: Tensor, rate: float) -> list
     Source: Santurkar et al. 2018, arXiv 1805.11604, definition 2.1.
     """
     weights = weights_of(model.network)
-    start = [weight.detach().clone() for weight in weights]
     _, gradients = loss_and_gradients(model, x, target, weights)
     changes = []
-    for place in range(1, len(weights)):
-        with torch.no_grad():  # the layers below that one have stepped already
-            weights[place - 1].sub_(gradients[place - 1], alpha=rate)
-        _, (moved,) = loss_and_gradients(model, x, target, weights[place : place + 1])
-        changes.append(float((moved - gradients[place]).norm() / gradients[place].norm()))
-    with torch.no_grad():
-        for weight, at in zip(weights, start, strict=True):
-            weight.copy_(at)
+    with restored(weights):
+        for place in range(1, len(weights)):
+            with torch.no_grad():  # the layers below that one have stepped already
+                weights[place - 1].sub_(gradients[place - 1], alpha=rate)
+            _, (moved,) = loss_and_gradients(model, x, target, weights[place : place + 1])
+            changes.append(float((moved - gradients[place]).norm() / gradients[place].norm()))
     return changes
 
 

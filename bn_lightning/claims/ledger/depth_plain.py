@@ -8,6 +8,7 @@ from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, 
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import growth, largest_trained, loss_and_gradients, weights_of
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_depths
 
 _WIDTH, _DEPTH = 200, 40
 _BATCH = 256
@@ -19,17 +20,11 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "quick": ((10, 40), 150),
         "full": ((5, 10, 20, 40, 70, 100), 1000),
     }[budget]
-    found = {}
-    for depth in depths:
-        widths = f"model.network.widths={[_WIDTH] * depth}".replace(" ", "")
-        found[f"depth {depth}"] = Setting((widths,), depth, "", False)
-        for rate in _RATES:
-            found[f"depth {depth}, rate {rate:g}"] = Setting(
-                (widths, f"optimizer.lr={rate}", f"trainer.max_steps={steps}"),
-                depth,
-                f"rate {rate:g}",
-            )
-    return found
+    return at_depths(_depth_override, depths, depths, _RATES, steps)
+
+
+def _depth_override(depth: int) -> str:
+    return f"model.network.widths={[_WIDTH] * depth}".replace(" ", "")
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:

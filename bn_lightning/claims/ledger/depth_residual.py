@@ -9,6 +9,7 @@ from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, 
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import growth, largest_trained
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_depths
 from bn_lightning.models.layers import check_positive_integers
 from bn_lightning.models.normalization import NormFactory
 
@@ -82,22 +83,8 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "quick": ((4, 32), (1e-4, 0.01, 0.1), 300),
         "full": ((4, 8, 16, 32, _DEPTH, 128), (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0), 1000),
     }[budget]
-    found = {
-        f"depth {depth}": Setting((f"model.network.depth={depth}",), depth, "", False)
-        for depth in sorted({*depths, _DEPTH})
-    }
-    for depth in depths:
-        for rate in rates:
-            found[f"depth {depth}, rate {rate:g}"] = Setting(
-                (
-                    f"model.network.depth={depth}",
-                    f"optimizer.lr={rate}",
-                    f"trainer.max_steps={steps}",
-                ),
-                depth,
-                f"rate {rate:g}",
-            )
-    return found
+    probed = sorted({*depths, _DEPTH})
+    return at_depths("model.network.depth={}".format, probed, depths, rates, steps)
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:

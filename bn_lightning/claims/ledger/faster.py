@@ -6,6 +6,7 @@ from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, 
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import of_panel, steps_to
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_rates
 
 _ACTIVATIONS = ("sigmoid", "relu")
 _ACCURACIES = (0.90, 0.97)
@@ -18,20 +19,14 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "quick": ((0.03, _SMALL, 0.3, 1.0, 3.0), 600, 25),
         "full": ((0.003, 0.01, 0.03, _SMALL, 0.3, 1.0, 3.0, 10.0), 5000, 50),
     }[budget]
-    return {
-        f"{activation}, rate {rate:g}": Setting(
-            (
-                f"model.network.activation={activation}",
-                f"optimizer.lr={rate}",
-                f"trainer.max_steps={steps}",
-                f"trainer.val_check_interval={every}",
-            ),
-            rate,
-            activation,
+    found: dict[str, Setting] = {}
+    for activation in _ACTIVATIONS:
+        overrides = (
+            f"model.network.activation={activation}",
+            f"trainer.val_check_interval={every}",
         )
-        for activation in _ACTIVATIONS
-        for rate in rates
-    }
+        found |= at_rates(activation, activation, overrides, rates, steps)
+    return found
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:

@@ -6,6 +6,7 @@ from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, 
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import largest_trained, of_panel
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_rates
 
 _BATCHES = (8, 60, 500)
 _LEAST = 2.0
@@ -16,19 +17,11 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "quick": ((0.1, 0.3, 1.0, 3.0, 10.0), 300),
         "full": ((0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0), 2000),
     }[budget]
-    return {
-        f"batch {size}, rate {rate:g}": Setting(
-            (
-                f"data.batch_size={size}",
-                f"optimizer.lr={rate}",
-                f"trainer.max_steps={steps}",
-            ),
-            rate,
-            f"batches of {size}",
-        )
-        for size in _BATCHES
-        for rate in rates
-    }
+    found: dict[str, Setting] = {}
+    for size in _BATCHES:
+        overrides = (f"data.batch_size={size}",)
+        found |= at_rates(f"batch {size}", f"batches of {size}", overrides, rates, steps)
+    return found
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:

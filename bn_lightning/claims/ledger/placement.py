@@ -7,8 +7,9 @@ from torch import nn
 
 from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import of_panel
+from bn_lightning.claims.probes import best_validated, of_panel
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_rates
 from bn_lightning.models.normalization import batch_norm
 
 _ACTIVATIONS = ("sigmoid", "relu")
@@ -28,19 +29,11 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "quick": ((0.1, 0.3, 1.0, 3.0), 600),
         "full": ((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), 5000),
     }[budget]
-    return {
-        f"{activation}, rate {rate:g}": Setting(
-            (
-                f"model.network.activation={activation}",
-                f"optimizer.lr={rate}",
-                f"trainer.max_steps={steps}",
-            ),
-            rate,
-            activation,
-        )
-        for activation in _ACTIVATIONS
-        for rate in rates
-    }
+    found: dict[str, Setting] = {}
+    for activation in _ACTIVATIONS:
+        overrides = (f"model.network.activation={activation}",)
+        found |= at_rates(activation, activation, overrides, rates, steps)
+    return found
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
@@ -54,8 +47,7 @@ def _numbers(points: Sequence[MeasuredPoint]) -> Mapping[str, float]:
     found = {}
     for activation in _ACTIVATIONS:
         there = of_panel(points, activation)
-        best = max(there, key=lambda point: point.measures["validation accuracy"])
-        found[activation] = best.measures["test accuracy"]
+        found[activation] = best_validated(there).measures["test accuracy"]
     return found
 
 

@@ -7,6 +7,7 @@ from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, 
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import of_panel
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_rates
 
 _LAYERS = 3
 _MOST, _LEAST = 0.5, 0.25  # decades
@@ -21,19 +22,11 @@ def _settings(budget: str) -> Mapping[str, Setting]:
             1000,
         ),
     }[budget]
-    return {
-        f"width {width}, rate {rate:g}": Setting(
-            (
-                f"model.network.widths={[width] * _LAYERS}".replace(" ", ""),
-                f"optimizer.lr={rate}",
-                f"trainer.max_steps={steps}",
-            ),
-            rate,
-            f"width {width}",
-        )
-        for width in widths
-        for rate in rates
-    }
+    found: dict[str, Setting] = {}
+    for width in widths:
+        overrides = (f"model.network.widths={[width] * _LAYERS}".replace(" ", ""),)
+        found |= at_rates(f"width {width}", f"width {width}", overrides, rates, steps)
+    return found
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from bn_lightning.callbacks.running_statistics import average_statistics, batch_norms
 from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import evaluated_accuracy, of_panel
+from bn_lightning.claims.probes import best_validated, evaluated_accuracy, of_panel
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_rates
 
 _SMALL, _LARGE = (2, 4, 8), 64
 _PRECISE = 2048  # training inputs
@@ -18,15 +19,11 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "quick": ((*_SMALL, _LARGE), (0.01, 0.03, 0.1), 1000),
         "full": ((*_SMALL, 16, 32, _LARGE), (0.003, 0.01, 0.03, 0.1, 0.3), 10_000),
     }[budget]
-    return {
-        f"batch {size}, rate {rate:g}": Setting(
-            (f"data.batch_size={size}", f"optimizer.lr={rate}", f"trainer.max_steps={steps}"),
-            rate,
-            f"batches of {size}",
-        )
-        for size in sizes
-        for rate in rates
-    }
+    found: dict[str, Setting] = {}
+    for size in sizes:
+        overrides = (f"data.batch_size={size}",)
+        found |= at_rates(f"batch {size}", f"batches of {size}", overrides, rates, steps)
+    return found
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
@@ -54,10 +51,7 @@ def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
 
 def _numbers(points: Sequence[MeasuredPoint]) -> Mapping[str, float]:
     best = {
-        size: max(
-            of_panel(points, f"batches of {size}"),
-            key=lambda point: point.measures["validation accuracy"],
-        ).measures
+        size: best_validated(of_panel(points, f"batches of {size}")).measures
         for size in (*_SMALL, _LARGE)
     }
     found = {}

@@ -8,8 +8,15 @@ from torch import Tensor
 
 from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import geometric_mean, loss_and_gradients, of_panel, weights_of
+from bn_lightning.claims.probes import (
+    geometric_mean,
+    loss_and_gradients,
+    of_panel,
+    restored,
+    weights_of,
+)
 from bn_lightning.claims.registry import register_claim
+from bn_lightning.claims.settings import at_moments
 
 _RATES = {"relu": 0.1, "sigmoid": 1.0}
 _LENGTHS = (0.001, 0.003, 0.01, 0.03)  # of a step, relative to the norm of the weights
@@ -26,15 +33,7 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "quick": (200, 400, 600),
         "full": (200, 400, 600, 800, 1000, 2000, 5000),
     }[budget]
-    found = {}
-    for activation, rate in _RATES.items():
-        common = (f"model.network.activation={activation}", f"optimizer.lr={rate}")
-        found[f"{activation}, start"] = Setting(common, 0, activation, False)
-        for step in moments:
-            found[f"{activation}, step {step}"] = Setting(
-                (*common, f"trainer.max_steps={step}"), step, activation
-            )
-    return found
+    return at_moments(_RATES, moments)
 
 
 def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
@@ -66,21 +65,18 @@ def along_gradient(
 
     Source: Santurkar et al. 2018, arXiv 1805.11604, section 3.1, where steps have learning rates.
     """
-    start = [weight.detach().clone() for weight in weights]
     loss, gradients = loss_and_gradients(model, x, target, weights)
-    size, slope = _norm(start), _norm(gradients)
     losses, changes = [loss], [torch.zeros(())]
-    for length in _LENGTHS:
-        with torch.no_grad():
-            for weight, at, gradient in zip(weights, start, gradients, strict=True):
-                weight.copy_(at - length * size / slope * gradient)
-        loss, there = loss_and_gradients(model, x, target, weights)
-        losses.append(loss)
-        moved = [new - old for new, old in zip(there, gradients, strict=True)]
-        changes.append(_norm(moved) / slope)
-    with torch.no_grad():
-        for weight, at in zip(weights, start, strict=True):
-            weight.copy_(at)
+    with restored(weights) as start:
+        size, slope = _norm(start), _norm(gradients)
+        for length in _LENGTHS:
+            with torch.no_grad():
+                for weight, at, gradient in zip(weights, start, gradients, strict=True):
+                    weight.copy_(at - length * size / slope * gradient)
+            loss, there = loss_and_gradients(model, x, target, weights)
+            losses.append(loss)
+            moved = [new - old for new, old in zip(there, gradients, strict=True)]
+            changes.append(_norm(moved) / slope)
     spread = torch.stack(losses)
     return float(spread.max() - spread.min()), float(torch.stack(changes).max())
 
