@@ -1,14 +1,15 @@
 """Put what is claimed for BatchNorm to the test: `bn-claims [NAME ...] [KEY=VALUE ...]`.
 
 Without a NAME all claims are measured. budget=quick takes minutes and budget=full hours; seeds=N
-sets the number of seeds. Any other KEY=VALUE is an override of bn-train's configuration, for all
-networks. Writes trials.csv, summary.json, figures/, claims.md and claims.html to logs/claims/BUDGET
-or to --output. The same command goes on where it was interrupted.
+sets the number of seeds, and n_jobs=N that of processes, one per core by default. Any other
+KEY=VALUE is an override of bn-train's configuration, for all networks. Writes trials.csv,
+summary.json, figures/, claims.md and claims.html to logs/claims/BUDGET or to --output. The same
+command goes on where it was interrupted.
 """
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bn_lightning.cli.command import format_versions, run_with_exit_code
@@ -59,10 +60,11 @@ def _run(given: argparse.Namespace) -> None:
     options = LedgerOptions(
         names=names,
         budget=values.get("budget", "quick"),
-        seeds=_integer("seeds", values["seeds"]) if "seeds" in values else None,
+        seeds=_integer("seeds", values),
         overrides=overrides,
         output=given.output,
         allow_mixed=given.allow_mixed,
+        n_jobs=_integer("n_jobs", values),
     )
     run_claims(options)
 
@@ -77,14 +79,16 @@ def _sorted_arguments(
     return names, own, tuple(text for text in pairs if text.partition("=")[0] not in _OWN)
 
 
-_OWN = ("budget", "seeds")
+_OWN = ("budget", "seeds", "n_jobs")
 
 
-def _integer(name: str, text: str) -> int:
+def _integer(name: str, values: Mapping[str, str]) -> int | None:
     try:
-        return int(text)
+        return int(values[name]) if name in values else None
     except ValueError:
-        raise ValueError(f"expected `{name}` to be an integer, got {text!r}; correct it") from None
+        raise ValueError(
+            f"expected `{name}` to be an integer, got {values[name]!r}; correct it"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_module
@@ -43,7 +43,23 @@ _SPARE: Overrides = (
     "~callbacks.step_progress",
 )
 
+_ALONE = "alone: "
+
 Configurations = dict[TrialKey, dict[str, Any]]
+
+
+class Part(NamedTuple):
+    """Networks that one process trains and measures.
+
+    Attributes:
+        configurations: of one claim.
+        alone: why they are no stack, "" if they can be one.
+        is_trained: whether they are trained before they are measured.
+    """
+
+    configurations: Configurations
+    alone: str = ""
+    is_trained: bool = True
 
 
 def compose_trials(
@@ -84,13 +100,10 @@ def compose_trials(
     return found
 
 
-def train_networks(
-    configurations: Configurations,
-) -> Iterator[dict[TrialKey, tuple[float, MeasuredNetwork]]]:
-    """Train networks, and yield seconds and network of those of a stack, or of one.
+def parts_of(configurations: Configurations) -> list[Part]:
+    """Return what can be trained as one stack as one part, and each other network alone.
 
-    What can be one stack is trained as one. How long the others take is printed before they begin.
-    The folder of the runs of a stack is removed when the next one is asked for.
+    Parts of the same data are in a row, because data are read anew where they differ.
 
     Args:
         configurations: as `compose_trials` returns them.
@@ -100,35 +113,62 @@ def train_networks(
         try:
             groups.setdefault(stack_key(config), []).append(key)
         except NotStackableError as error:
-            groups.setdefault(f"alone: {error.reason}", []).append(key)
-    # Those of the same data in a row: data are read anew where they differ.
+            groups.setdefault(_ALONE + error.reason, []).append(key)
+    parts = []
     for name, keys in sorted(groups.items(), key=lambda group: _data_of(configurations, group[1])):
-        alone = name.partition("alone: ")[2]
-        most = MOST_MEMBERS
-        while keys and not alone:
-            part = keys[:most]
-            try:
-                train_stack([configurations[key] for key in part])
-            except StackSizeError as error:
-                if error.fits > 1:
-                    most = error.fits
-                    continue
-                alone = error.reason
-            except NotStackableError as error:
-                alone = error.reason
-            else:
-                yield from _finished(part, configurations)
-                keys = keys[most:]
-        if alone and keys:
-            seconds = len(keys) * seconds_of_training(configurations[keys[0]])
-            print(
-                f"{keys[0].claim}: {len(keys)} trainings one by one, about {seconds:,.0f} seconds: "
-                f"{alone}",
-                flush=True,
-            )
-            for key in keys:
-                _train_alone(configurations[key])
-                yield from _finished([key], configurations)
+        alone = name.removeprefix(_ALONE) if name.startswith(_ALONE) else ""
+        size = 1 if alone else MOST_MEMBERS
+        for start in range(0, len(keys), size):
+            part = {key: configurations[key] for key in keys[start : start + size]}
+            parts.append(Part(part, alone))
+    return parts
+
+
+def train_networks(part: Part) -> Iterator[dict[TrialKey, tuple[float, MeasuredNetwork]]]:
+    """Train a part, and yield seconds and network of those of a stack, or of one.
+
+    The folder of the runs of a stack is removed when the next one is asked for.
+
+    Args:
+        part: one of `parts_of`.
+    """
+    configurations, alone = part.configurations, part.alone
+    keys, most = list(configurations), len(configurations)
+    while keys and not alone:
+        members = keys[:most]
+        try:
+            train_stack([configurations[key] for key in members])
+        except StackSizeError as error:
+            if error.fits > 1:
+                most = error.fits
+                continue
+            alone = error.reason
+        except NotStackableError as error:
+            alone = error.reason
+        else:
+            yield from _finished(members, configurations)
+            keys = keys[most:]
+    if keys and not part.alone:
+        announce_alone({key: configurations[key] for key in keys}, alone)
+    for key in keys:
+        _train_alone(configurations[key])
+        yield from _finished([key], configurations)
+
+
+def announce_alone(configurations: Configurations, reason: str) -> None:
+    """Print how long networks take that are trained one by one.
+
+    Args:
+        configurations: of one claim.
+        reason: why they are not a stack.
+    """
+    claim = next(iter(configurations)).claim
+    seconds = len(configurations) * seconds_of_training(next(iter(configurations.values())))
+    print(
+        f"{claim}: {len(configurations)} trainings one by one, about {seconds:,.0f} seconds: "
+        f"{reason}",
+        flush=True,
+    )
 
 
 def seconds_of_training(config: dict[str, Any]) -> float:

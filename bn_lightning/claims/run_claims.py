@@ -1,12 +1,16 @@
 """Measure claims, judge them, and write the ledger into a folder."""
 
+import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose
 from omegaconf import OmegaConf
 
@@ -14,8 +18,11 @@ from bn_lightning.claims.claim_figures import claim_figure, overview_figure
 from bn_lightning.claims.claim_page import claims_markdown, claims_page
 from bn_lightning.claims.claim_training import (
     Configurations,
+    Part,
+    announce_alone,
     compose_trials,
     hydra_configurations,
+    parts_of,
     train_networks,
 )
 from bn_lightning.claims.design import BUDGETS, Claim, MeasuredPoint
@@ -37,6 +44,7 @@ LEDGER_SCHEMA_VERSION = 1
 
 _PAGE, _MARKDOWN = "claims.html", "claims.md"
 _DEFAULT_SEEDS = {"quick": 3, "full": 10}
+_Results = dict[TrialKey, tuple[float, dict[str, float]]]  # seconds, and measures by name
 _VERSIONS = ("bn-lightning", "torch")  # those that change a result
 
 
@@ -51,6 +59,7 @@ class LedgerOptions:
         overrides: Hydra overrides for all networks.
         output: the folder to write to; None for `logs/claims/BUDGET`.
         allow_mixed: add to results of other versions, data or options.
+        n_jobs: processes that train; None for one per core.
     """
 
     names: tuple[str, ...] = ()
@@ -59,6 +68,7 @@ class LedgerOptions:
     overrides: tuple[str, ...] = ()
     output: Path | None = None
     allow_mixed: bool = False
+    n_jobs: int | None = None
 
 
 def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
@@ -82,6 +92,8 @@ def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
     count = _DEFAULT_SEEDS[options.budget] if options.seeds is None else options.seeds
     if count < 1:
         raise ValueError(f"expected `seeds` to be at least 1, got {count}; give more")
+    if options.n_jobs is not None and options.n_jobs < 1:
+        raise ValueError(f"expected `n_jobs` to be at least 1, got {options.n_jobs}; give more")
     claims = find_claims(options.names)
     output = options.output or Path("logs", "claims", options.budget)
     quiet_lightning()
@@ -99,8 +111,7 @@ def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
             f"{LEAST_SEEDS}, so nothing is decided."
         )
     print(*notes, sep="\n", flush=True)
-    for claim in claims:
-        _measure(claim, configurations[claim.name], options.budget, table)
+    _measure(claims, configurations, options, table)
     if table.is_mixed:
         notes.append(f"MIXED: results of different setups are together: {table.mixture()}.")
     return _write(claims, options.budget, table, notes)
@@ -135,35 +146,73 @@ def _setup(options: LedgerOptions) -> tuple[dict[str, Any], list[str]]:
     return setup, notes
 
 
-def _measure(claim: Claim, configurations: Configurations, budget: str, table: ResultTable) -> None:
-    """Measure the networks of a claim that the table lacks."""
-    settings = claim.settings(budget)
-    missing = {key: c for key, c in configurations.items() if key not in table.results}
-    done, begin = len(configurations) - len(missing), time.perf_counter()
-    if not missing:
+def _measure(
+    claims: Sequence[Claim],
+    configurations: Mapping[str, Configurations],
+    options: LedgerOptions,
+    table: ResultTable,
+) -> None:
+    """Measure the networks of claims that the table lacks."""
+    parts: list[Part] = []
+    for claim in claims:
+        settings = claim.settings(options.budget)
+        of_claim = configurations[claim.name].items()
+        missing = {key: c for key, c in of_claim if key not in table.results}
+        if missing:
+            print(f"{claim.name}: {len(missing)} networks", flush=True)
+        initial = {key: c for key, c in missing.items() if not settings[key.setting].is_trained}
+        parts += [Part({key: config}, is_trained=False) for key, config in initial.items()]
+        alone: dict[str, Configurations] = {}
+        for part in parts_of({key: c for key, c in missing.items() if key not in initial}):
+            parts.append(part)
+            if part.alone:
+                alone.setdefault(part.alone, {}).update(part.configurations)
+        for reason, networks in alone.items():
+            announce_alone(networks, reason)
+    begin = time.perf_counter()
+    for results in _results(parts, options.n_jobs or os.cpu_count() or 1):
+        table.add(results)
+        name = next(iter(results)).claim
+        done = sum(key in table.results for key in configurations[name])
+        if len(results) > 1 or done == len(configurations[name]):
+            elapsed = time.perf_counter() - begin
+            print(f"{name}: {done} of {len(configurations[name])}, {elapsed:.0f} s", flush=True)
+
+
+def _results(parts: Sequence[Part], n_jobs: int) -> Iterator[_Results]:
+    """Yield what is measured of parts, as it comes, in as many processes."""
+    if n_jobs == 1 or len(parts) == 1:
+        for part in parts:
+            yield from _measured(part)
         return
-    print(f"{claim.name}: {len(missing)} networks", flush=True)
-    trained = {key: c for key, c in missing.items() if settings[key.setting].is_trained}
-    for part in _networks(missing, trained):
-        measured = {}
-        for key, (seconds, network) in part.items():
-            start = time.perf_counter()
+    with ProcessPoolExecutor(
+        n_jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = [pool.submit(_all_measured, part) for part in parts]
+        try:
+            for future in as_completed(futures):
+                yield from future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _all_measured(part: Part) -> list[_Results]:
+    quiet_lightning()
+    return list(_measured(part))
+
+
+def _measured(part: Part) -> Iterator[_Results]:
+    """Yield seconds and measures of the networks of a stack, or of one."""
+    (claim,) = find_claims((next(iter(part.configurations)).claim,))
+    initial = {key: (0.0, MeasuredNetwork(config)) for key, config in part.configurations.items()}
+    for networks in train_networks(part) if part.is_trained else [initial]:
+        results = {}
+        for key, (seconds, network) in networks.items():
+            begin = time.perf_counter()
             measures = dict(claim.measure(network))
-            measured[key] = seconds + time.perf_counter() - start, measures
-        table.add(measured)
-        done += len(part)
-        elapsed = time.perf_counter() - begin
-        if len(part) > 1 or done == len(configurations):
-            print(f"{claim.name}: {done} of {len(configurations)}, {elapsed:.0f} s", flush=True)
-
-
-def _networks(
-    missing: Configurations, trained: Configurations
-) -> Iterable[Mapping[TrialKey, tuple[float, MeasuredNetwork]]]:
-    for key, config in missing.items():
-        if key not in trained:
-            yield {key: (0.0, MeasuredNetwork(config))}
-    yield from train_networks(trained)
+            results[key] = seconds + time.perf_counter() - begin, measures
+        yield results
 
 
 def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:

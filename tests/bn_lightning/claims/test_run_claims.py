@@ -79,7 +79,7 @@ def ledger(folder, monkeypatch):
 
 def options(output: Path, *overrides: str, **changes):
     given = {"names": ("tiny",), "seeds": 3, "output": output, "overrides": (*TINY, *overrides)}
-    return LedgerOptions(**(given | changes))
+    return LedgerOptions(**(given | {"n_jobs": 1} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,7 @@ class NormlessMLP(MLP):
         ({"names": ("fastest",)}, "cost, .*scale_invariance, .*tiny"),
         ({"budget": "huge"}, "quick, full"),
         ({"seeds": 0}, "`seeds`"),
+        ({"n_jobs": 0}, "`n_jobs`"),
         ({"overrides": (*TINY, "trainer.max_steps=1")}, "`trainer.max_steps`"),
         ({"overrides": (*TINY, "optimizer.lr=-1")}, "`optimizer.lr`"),
         (
@@ -204,7 +205,7 @@ class NormlessMLP(MLP):
             "a BatchNorm in the arm 'batch'",
         ),
     ],
-    ids=["unknown", "budget", "seeds", "short", "value", "no_batch_norm"],
+    ids=["unknown", "budget", "seeds", "n_jobs", "short", "value", "no_batch_norm"],
 )
 def test_refusals(tmp_path, monkeypatch, changes, message):
     # The import mode of the tests leaves their modules out.
@@ -224,10 +225,11 @@ def test_data_with_one_class_are_refused(tmp_path, monkeypatch):
 def test_the_command_sorts_its_arguments(monkeypatch, tmp_path, capsys):
     given = []
     monkeypatch.setattr("bn_lightning.claims.run_claims.run_claims", given.append)
-    arguments = ["tiny", "seeds=4", "--output", str(tmp_path), "budget=full", "model=cnn", "~init"]
+    arguments = ["tiny", "seeds=4", "--output", str(tmp_path), "budget=full"]
+    arguments += ["n_jobs=2", "model=cnn", "~init"]
     monkeypatch.setattr(sys, "argv", ["bn-claims", *arguments])
     main()
-    expected = LedgerOptions(("tiny",), "full", 4, ("model=cnn", "~init"), tmp_path, False)
+    expected = LedgerOptions(("tiny",), "full", 4, ("model=cnn", "~init"), tmp_path, False, 2)
     assert given == [expected]
     monkeypatch.setattr(sys, "argv", ["bn-claims", "seeds=many"])
     with pytest.raises(SystemExit) as end:
@@ -240,10 +242,18 @@ def test_the_command_sorts_its_arguments(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_claims_of_the_ledger(tmp_path):
-    """The command in a process of its own."""
+    """The command in a process of its own, which starts two more."""
     budget = [text for text in TINY if "max_steps" not in text] + ["trainer.max_steps=50"]
-    typed = ["placement", "scale_invariance", "seeds=3", *budget, "--output", str(tmp_path)]
-    command = [sys.executable, "-m", "bn_lightning.claims", *typed]
+    typed = [
+        "placement",
+        "scale_invariance",
+        "seeds=3",
+        "n_jobs=2",
+        *budget,
+        "--output",
+        str(tmp_path),
+    ]
+    command = [sys.executable, "-m", "bn_lightning.claims", *typed, *budget]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
