@@ -18,8 +18,11 @@ from bn_lightning.sweeps.report.page_skeleton import (
 from bn_lightning.sweeps.report.plotly_renderer import plots_of
 
 _TITLE = "The claims for Batch Normalization, put to the test"
-_HEAD = ("claim", "tested", "effect", "rule", "outcome")
-_CAPTION = "Mean over seeds with its 95% bootstrap interval; the rule was written before the run"
+_HEAD = ("claim", "tested", "effect", "rule", "seeds inside", "outcome")
+_CAPTION = (
+    "Mean over seeds with its 95% bootstrap interval, and how many seeds are by themselves inside "
+    "the rule, which was written before the run"
+)
 
 
 def claims_page(content: Mapping[str, Any], figures: Mapping[str, Figure], overview: Figure) -> str:
@@ -82,6 +85,7 @@ def _rows(entry: Mapping[str, Any]) -> list[list[str]]:
             f"{number}. {condition['name']}{' (control)' if condition['is_control'] else ''}",
             effect_text(condition),
             bound_text(condition),
+            f"{condition['effect']['inside']} of {condition['effect']['seeds']}",
             condition["outcome"],
         ]
         for number, condition in enumerate(entry["conditions"], 1)

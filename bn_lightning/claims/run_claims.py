@@ -29,7 +29,13 @@ from bn_lightning.claims.design import BUDGETS, Claim, MeasuredPoint
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.registry import find_claims
 from bn_lightning.claims.result_table import ResultTable, TrialKey
-from bn_lightning.claims.verdict import LEAST_SEEDS, condition_outcome, effect_of, verdict_of
+from bn_lightning.claims.verdict import (
+    LEAST_SEEDS,
+    condition_outcome,
+    effect_of,
+    seeds_inside,
+    verdict_of,
+)
 from bn_lightning.cli.command import quiet_lightning
 from bn_lightning.data.errors import DataFallbackWarning
 from bn_lightning.data.protocol import data_info
@@ -247,6 +253,7 @@ def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:
                     "low": effect.low,
                     "high": effect.high,
                     "seeds": effect.seeds,
+                    "inside": seeds_inside(condition, numbers),
                 },
                 "outcome": condition_outcome(condition, effect),
             }

@@ -58,9 +58,23 @@ def effect_of(condition: Mapping[str, Any], numbers: Numbers) -> Estimate:
         condition: as `Condition.as_json` returns it.
         numbers: of the claim.
     """
+    effects, at_least = _effects(condition, numbers)
+    is_ratio = condition["kind"] == "ratio"
+    return estimate_rate(effects, at_least) if is_ratio else estimate(effects, at_least)
+
+
+def seeds_inside(condition: Mapping[str, Any], numbers: Numbers) -> int:
+    """Return the number of seeds whose own effect is between `least` and `most`."""
+    effects, _ = _effects(condition, numbers)
+    least, most = _bounds(condition)
+    return int(((effects >= least) & (effects <= most)).sum())
+
+
+def _effects(condition: Mapping[str, Any], numbers: Numbers) -> tuple[np.ndarray, bool]:
+    """Return the effect of each seed that has one, and whether the mean is a lower bound."""
     first = _by_seed(numbers, condition["arm"], condition["number"])
     if not condition["against"]:
-        return estimate(np.array(list(first.values()), dtype=float))
+        return np.array(list(first.values()), dtype=float), False
     second = _by_seed(numbers, condition["against"], condition["number"])
     seeds = [seed for seed in first if seed in second]
     at_least = False
@@ -69,19 +83,18 @@ def effect_of(condition: Mapping[str, Any], numbers: Numbers) -> Estimate:
         seeds = [s for s in seeds if first[s] < tops[s] or second[s] < tops[s]]
         at_least = any(first[s] >= tops[s] for s in seeds)
     one, other = (np.array([arm[s] for s in seeds], dtype=float) for arm in (first, second))
-    if condition["kind"] == "ratio":
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = one / other
-        return estimate_rate(ratios[np.isfinite(ratios) & (ratios > 0)], at_least)
-    return estimate(one - other, at_least)
+    if condition["kind"] != "ratio":
+        return one - other, at_least
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = one / other
+    return ratios[np.isfinite(ratios) & (ratios > 0)], at_least
 
 
 def condition_outcome(condition: Mapping[str, Any], effect: Estimate) -> str:
     """Return `HOLDS`, `FAILS` or `OPEN` for a condition and its effect."""
     if effect.seeds < LEAST_SEEDS or math.isnan(effect.low):
         return OPEN
-    least = -math.inf if condition["least"] is None else condition["least"]
-    most = math.inf if condition["most"] is None else condition["most"]
+    least, most = _bounds(condition)
     if least <= effect.low and effect.high <= most:
         return HOLDS
     is_outside = (effect.high < least and not effect.at_least) or effect.low > most
@@ -105,6 +118,11 @@ def verdict_of(conditions: Sequence[Mapping[str, Any]], numbers: Numbers) -> Ver
     if holds:
         return Verdict(HOLDS if len(holds) == len(found) else HOLDS_IF, holds, fails)
     return Verdict(FAILS if len(fails) == len(found) else OPEN, holds, fails)
+
+
+def _bounds(condition: Mapping[str, Any]) -> tuple[float, float]:
+    least, most = condition["least"], condition["most"]
+    return -math.inf if least is None else least, math.inf if most is None else most
 
 
 def _by_seed(numbers: Numbers, arm: str, name: str) -> dict[str, float]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -17,9 +17,11 @@ from bn_lightning.claims.registry import register_claim
 _RATES = {"relu": 0.1, "sigmoid": 1.0}
 _TESTED = 2500  # inputs of the test set
 _ADAPTED = 64
-_SIZES = (2, 8, _ADAPTED, 512)
+_SIZES = (2, 8, 32, _ADAPTED, 512)
+_MIX = 16  # inputs that the statistics of training count for, beside those adapted on
+_ALONE = 500  # inputs of the test set that are each adapted on alone
 _BRIGHTNESS = 0.3
-_LEAST = 5.0  # points of accuracy
+_LEAST = 5.0  # points of accuracy, and of calibration error
 
 STRENGTHS = {
     "noise": (0.1, 0.2, 0.3, 0.4, 0.5),
@@ -104,39 +106,59 @@ def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
     # In random order: a file may be sorted by class.
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
     has_norm = bool(batch_norms(model.network))
-
-    def logits_of(x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Return the logits, with statistics adapted on the chosen inputs."""
-        if chosen is None:
-            return model.network(x)
-        with adapt_batchnorm(model.network, [x[chosen]]):
-            return model.network(x)
-
-    found = {"clean": _points(logits_of(x), target)}
-    errors = []
+    logits = model.network(x)
+    found = {"clean": _points(logits, target), "clean, error": _calibration_error(logits, target)}
+    means: dict[str, list[float]] = {}
     for shift, strengths in STRENGTHS.items():
         for strength in strengths:
-            there = shifted(x, shift, strength)
-            logits = logits_of(there)
-            name = f"{shift} {strength:g}"
-            found[name] = _points(logits, target)
+            there, name = shifted(x, shift, strength), f"{shift} {strength:g}"
+            logits_of = {"": model.network(there)}
+            # Without BatchNorm there is nothing to adapt.
+            logits_of[", adapted"] = logits_of[""]
             if has_norm:
-                found[f"{name}, adapted"] = _points(logits_of(there, order[:_ADAPTED]), target)
-            errors.append(_calibration_error(logits, target))
-    found["calibration error, shifted"] = sum(errors) / len(errors)
-    for ending in ("", ", adapted"):
-        names = [f"{shift} {s:g}" for shift, all_s in STRENGTHS.items() for s in all_s]
-        # Without BatchNorm there is nothing to adapt.
-        values = [found.get(f"{name}{ending}", found[name]) for name in names]
-        found[f"shifted{ending}"] = sum(values) / len(values)
-    if not has_norm:
-        return found
-    there = shifted(x, "brightness", _BRIGHTNESS)
+                logits_of[", adapted"] = _adapted(model.network, there, order[:_ADAPTED])
+            for ending, logits in logits_of.items():
+                points, error = _points(logits, target), _calibration_error(logits, target)
+                means.setdefault(f"shifted{ending}", []).append(points)
+                means.setdefault(f"shifted{ending}, error", []).append(error)
+                if has_norm or not ending:
+                    found[f"{name}{ending}"] = points
+                    if shift == "brightness":
+                        found[f"{name}{ending}, error"] = error
+    found |= {name: sum(values) / len(values) for name, values in means.items()}
+    return found | (_by_size(model.network, x, target, order) if has_norm else {})
+
+
+def _by_size(network: nn.Module, x: Tensor, target: Tensor, order: Tensor) -> dict[str, float]:
+    """Return the accuracy at one brightness, adapted on 1 to 512 inputs that are chosen alike."""
+    there, ordered = shifted(x, "brightness", _BRIGHTNESS), target[order]
+    # The turn of each input among those of its class.
+    turn = (ordered[:, None] == ordered).tril(-1).sum(1)
+    chosen_by = {
+        "random": order,
+        "balanced": order[turn.argsort(stable=True)],
+        "one class": order[ordered == ordered[0]],
+    }
+    found = {}
+    for name, chosen in chosen_by.items():
+        for size in _SIZES:
+            if size <= len(chosen):
+                logits = _adapted(network, there, chosen[:size])
+                found[f"adapted on {size}, {name}"] = _points(logits, target)
     for size in _SIZES:
-        found[f"adapted on {size}"] = _points(logits_of(there, order[:size]), target)
-    of_one_class = order[target[order] == target[order[0]]][:_ADAPTED]
-    found["adapted on one class"] = _points(logits_of(there, of_one_class), target)
-    return found
+        logits = _adapted(network, there, order[:size], _MIX)
+        found[f"adapted on {size}, mixed"] = _points(logits, target)
+    # A single input has no variance, so that without a mix all outputs would be equal.
+    alone = order[:_ALONE]
+    with adapt_batchnorm(network, mix=_MIX):
+        logits = torch.cat([network(there[i : i + 1]) for i in alone.tolist()])
+    return found | {"adapted on 1, mixed": _points(logits, target[alone])}
+
+
+def _adapted(network: nn.Module, x: Tensor, chosen: Tensor, mix: float = 0.0) -> Tensor:
+    """Return the logits of all inputs with statistics adapted on the chosen ones."""
+    with adapt_batchnorm(network, [x[chosen]], mix=mix):
+        return network(x)
 
 
 def _test_inputs(network: MeasuredNetwork) -> tuple[Tensor, Tensor]:
@@ -166,38 +188,46 @@ def _numbers(points: Sequence[MeasuredPoint]) -> Mapping[str, float]:
     for point in points:
         measures, activation = point.measures, point.setting.panel
         brightness = f"brightness {_BRIGHTNESS:g}"
+        found |= {f"{activation}, {name}": measures[name] for name in _MEANS}
         found |= {
-            f"{activation}, shifted": measures["shifted"],
-            f"{activation}, shifted, adapted": measures["shifted, adapted"],
             f"{activation}, brightness": measures[brightness],
             f"{activation}, lost adapted": measures["clean"]
             - measures.get(f"{brightness}, adapted", math.nan),
             f"{activation}, lost on one class": measures["clean"]
-            - measures.get("adapted on one class", math.nan),
-            f"{activation}, calibration error": measures["calibration error, shifted"],
+            - measures.get(f"adapted on {_ADAPTED}, one class", math.nan),
         }
     return found
+
+
+_MEANS = ("shifted", "shifted, adapted", "shifted, error", "shifted, adapted, error")
 
 
 def _conditions(activation: str) -> tuple[Condition, ...]:
     at = f"{activation}, brightness +{_BRIGHTNESS:g}"
     worse = {"relu": {"least": 10.0}, "sigmoid": {"most": 10.0}}[activation]
+    as_adapted = f"statistics adapted on {_ADAPTED} inputs"
     return (
-        Condition(
-            f"{activation}, as trained, mean of all shifts",
-            f"{activation}, shifted",
-            "batch",
-            "none",
-            least=_LEAST,
-            unit="points",
+        *(
+            Condition(
+                f"{activation}, {how}, mean of all shifts",
+                f"{activation}, shifted{ending}",
+                "batch",
+                "none",
+                least=_LEAST,
+                unit="points",
+            )
+            for how, ending in (("as trained", ""), (as_adapted, ", adapted"))
         ),
-        Condition(
-            f"{activation}, statistics adapted on {_ADAPTED} inputs, mean of all shifts",
-            f"{activation}, shifted, adapted",
-            "batch",
-            "none",
-            least=_LEAST,
-            unit="points",
+        *(
+            Condition(
+                f"{activation}, calibration, {how}, mean of all shifts",
+                f"{activation}, shifted{ending}, error",
+                "none",
+                "batch",
+                least=_LEAST,
+                unit="points of calibration error more without",
+            )
+            for how, ending in (("as trained", ""), (as_adapted, ", adapted"))
         ),
         Condition(
             f"{at}: without is {'better' if activation == 'relu' else 'not better'}",
@@ -218,7 +248,7 @@ def _conditions(activation: str) -> tuple[Condition, ...]:
             is_control=True,
         ),
         Condition(
-            f"{at}: lost when adapted on one class",
+            f"{at}: lost when adapted on {_ADAPTED} of one class",
             f"{activation}, lost on one class",
             "batch",
             kind="value",
@@ -227,6 +257,16 @@ def _conditions(activation: str) -> tuple[Condition, ...]:
             is_control=True,
         ),
     )
+
+
+def _over_brightness(ending: str) -> Mapping[str, Mapping[str, float]]:
+    """Return curves over the brightness, of a measure whose names have this ending."""
+    strengths = STRENGTHS["brightness"]
+    adapted = {f"brightness {s:g}, adapted{ending}": s for s in strengths}
+    return {
+        "": {f"clean{ending}": 0.0} | {f"brightness {s:g}{ending}": s for s in strengths},
+        f"adapted on {_ADAPTED}": adapted,
+    }
 
 
 register_claim(
@@ -247,25 +287,35 @@ register_claim(
                 "test accuracy, %",
                 "brightness added",
                 x_scale="linear",
-                along={
-                    "": {
-                        "clean": 0.0,
-                        **{f"brightness {s:g}": s for s in STRENGTHS["brightness"]},
-                    },
-                    f"adapted on {_ADAPTED}": {
-                        f"brightness {s:g}, adapted": s for s in STRENGTHS["brightness"]
-                    },
-                },
+                along=_over_brightness(""),
+            ),
+            Curves(
+                "clean, error",
+                "expected calibration error, %",
+                "brightness added",
+                x_scale="linear",
+                along=_over_brightness(", error"),
             ),
             Curves(
                 "clean",
                 f"accuracy at brightness +{_BRIGHTNESS:g}, %",
                 "unlabelled inputs adapted on",
-                along={"adapted": {f"adapted on {size}": float(size) for size in _SIZES}},
+                along={
+                    **{
+                        f"{kind} inputs": {f"adapted on {s}, {kind}": float(s) for s in _SIZES}
+                        for kind in ("random", "balanced")
+                    },
+                    "of one class": {f"adapted on {s}, one class": float(s) for s in _SIZES},
+                    f"mixed with {_MIX} of training": {
+                        f"adapted on {s}, mixed": float(s) for s in (1, *_SIZES)
+                    },
+                },
             ),
         ),
         not_varied="torch's own initialization, 3,000 steps, batches of 60, one learning rate an "
-        f"activation (.1 with ReLUs, 1 with sigmoids); the first {_TESTED:,} test images.",
+        f"activation (.1 with ReLUs, 1 with sigmoids); the first {_TESTED:,} test images; a "
+        f"calibration error of 15 bins. Adapted on 1 input, each of {_ALONE} images is normalized "
+        "by itself.",
         would_change="Shifts in training (augmentation); convolutions; shifts that a linear change "
         "of each unit cannot undo, such as rotation and inversion, which dominate the mean if more "
         "of them are in it.",

@@ -11,6 +11,7 @@ from torch import nn
 
 from bn_lightning.claims.claim_training import compose_trials
 from bn_lightning.claims.design import BUDGETS, MeasuredPoint, Setting
+from bn_lightning.claims.ledger import input_shift
 from bn_lightning.claims.ledger.cost import saved_bytes, seconds_of_step, without_batch_norms
 from bn_lightning.claims.ledger.covariate_shift import ShiftingNoise, gradient_changes
 from bn_lightning.claims.ledger.dropout import classifier_with_dropout, variance_shifts
@@ -142,12 +143,42 @@ def test_shifts_are_what_they_are_called():
 def test_adaptation_is_measured_and_changes_nothing(tmp_path):
     claim, found = networks("input_shift", tmp_path)
     measures = {arm: claim.measure(network) for arm, network in found.items()}
-    assert measures["none"]["shifted"] == measures["none"]["shifted, adapted"]
-    assert measures["batch"]["shifted"] != measures["batch"]["shifted, adapted"]
-    point = MeasuredPoint(claim.settings("quick")["relu"], measures["batch"])
-    assert claim.numbers([point])["relu, shifted"] == measures["batch"]["shifted"]
+    for ending in ("", ", error"):
+        without, with_ = (
+            [measures[arm][f"shifted{adapted}{ending}"] for adapted in ("", ", adapted")]
+            for arm in ("none", "batch")
+        )
+        assert without[0] == without[1] and with_[0] != with_[1]
+    with_ = measures["batch"]
+    assert 0 < with_["clean, error"] < 100
+    point = MeasuredPoint(claim.settings("quick")["relu"], with_)
+    assert claim.numbers([point])["relu, shifted"] == with_["shifted"]
     shown = {measure for c in claim.curves for line in c.along.values() for measure in line}
-    assert shown <= measures["batch"].keys()
+    # The test set of the digits has 360 images, 36 of a class.
+    assert {name for name in shown - with_.keys() if "512" not in name} == {
+        "adapted on 64, one class"
+    }
+
+
+def test_inputs_to_adapt_on_are_balanced_or_of_one_class(monkeypatch):
+    """Made-up inputs that are their class; the network has no use for them."""
+    chosen = {}
+
+    def adapted(network, x, picked, mix=0.0):
+        chosen[len(chosen)] = target[picked].tolist()
+        return torch.zeros(len(x), 3)
+
+    monkeypatch.setattr(input_shift, "_adapted", adapted)
+    target = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    found = input_shift._by_size(network, torch.rand(60, 1, 2, 2), target, order)
+    by_name = dict(zip(found, chosen.values(), strict=False))
+    balanced = by_name["adapted on 32, balanced"]
+    assert sorted(map(balanced.count, range(3))) == [10, 11, 11]
+    assert len(set(by_name["adapted on 8, one class"])) == 1
+    assert len(set(by_name["adapted on 32, random"])) == 3
+    assert by_name["adapted on 32, random"] == target[order[:32]].tolist()
 
 
 @pytest.mark.parametrize("name", UNTRAINED)

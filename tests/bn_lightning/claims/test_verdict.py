@@ -13,6 +13,7 @@ from bn_lightning.claims.verdict import (
     OPEN,
     condition_outcome,
     effect_of,
+    seeds_inside,
     verdict_of,
 )
 
@@ -69,6 +70,15 @@ def test_seeds_are_paired():
     assert (effect.value, effect.low, effect.high, effect.seeds) == (2.0, 2.0, 2.0, 3)
     one_missing = numbers(a=[2.0, 102.0, 902.0], b=[0.0, 100.0])
     assert effect_of(rule, one_missing).seeds == 2
+
+
+def test_seeds_are_counted_one_by_one():
+    found = numbers(a=[1.0, 12.0, 10.0, float("nan")], b=[0.0] * 4)
+    assert seeds_inside(condition(least=10.0), found) == 2
+    assert seeds_inside(condition(least=None, most=10.0), found) == 2
+    assert seeds_inside(condition(kind="value", against="", least=1.0, most=10.0), found) == 2
+    ratios = numbers(a=[1.0, 12.0, 10.0], b=[1.0, 2.0, 0.0])
+    assert seeds_inside(condition(kind="ratio", least=2.0), ratios) == 1
 
 
 def test_a_ratio_is_geometric():
