@@ -97,7 +97,7 @@ def _about(entry: Mapping[str, Any]) -> dict[str, str]:
         "source": entry["source"],
         "not varied": entry["not_varied"],
         "what would change the verdict": entry["would_change"],
-        "time": duration_text(entry["seconds"]),
+        "processor time": duration_text(entry["seconds"]),
     }
 
 

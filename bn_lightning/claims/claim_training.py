@@ -124,8 +124,8 @@ def parts_of(configurations: Configurations) -> list[Part]:
     return parts
 
 
-def train_networks(part: Part) -> Iterator[dict[TrialKey, tuple[float, MeasuredNetwork]]]:
-    """Train a part, and yield seconds and network of those of a stack, or of one.
+def train_networks(part: Part) -> Iterator[dict[TrialKey, MeasuredNetwork]]:
+    """Train a part, and yield the networks of a stack, or one.
 
     The folder of the runs of a stack is removed when the next one is asked for.
 
@@ -228,16 +228,14 @@ def _train_alone(config: dict[str, Any]) -> None:
 
 def _finished(
     keys: Sequence[TrialKey], configurations: Configurations
-) -> Iterator[dict[TrialKey, tuple[float, MeasuredNetwork]]]:
+) -> Iterator[dict[TrialKey, MeasuredNetwork]]:
     found = {}
     for key in keys:
         config = configurations[key]
         directory = Path(config["paths"]["output_dir"])
-        record = read_run(directory)
-        network = MeasuredNetwork(config, directory, record["metrics"])
-        found[key] = record["seconds"] or 0.0, network
+        found[key] = MeasuredNetwork(config, directory, read_run(directory)["metrics"])
     yield found
-    for _, network in found.values():
+    for network in found.values():
         if network.directory is not None:
             shutil.rmtree(network.directory)
 

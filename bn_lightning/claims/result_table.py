@@ -43,7 +43,7 @@ class TrialResult:
 
     Attributes:
         setup: place in `setups.json`.
-        seconds: of training and measuring it.
+        seconds: processor time of training and measuring it; of a stack, its share.
         measures: name -> value.
     """
 
