@@ -3,22 +3,18 @@
 Of two such jobs few values differ, so what cannot differ is resolved and written as YAML once.
 """
 
-import copy
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-
-KeyPath = tuple[Any, ...]
-"""Keys and indices from the root of a configuration."""
+from hydra_plugins.bn_optuna._kept_resolution import KeptResolution, KeyPath
+from hydra_plugins.bn_optuna._yaml_texts import YamlTexts
+from omegaconf import DictConfig, OmegaConf
 
 # Parts of Hydra's node that each job has of its own.
 _OF_JOB = {"hydra.job.override_dirname", "hydra.job.id", "hydra.job.num"}
 _OF_JOB |= {"hydra.overrides.hydra", "hydra.overrides.task", "hydra.runtime.output_dir"}
-
-_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 # Texts that are kept, of the values of one key after another.
 _MOST_TEXTS = 10_000
 
@@ -33,6 +29,7 @@ class ComposedJob:
     Attributes:
         config: of the job and of Hydra.
         lines: key -> the override that has set it.
+        overrides: of Hydra's configuration and of the task's, "hydra" and "task".
     """
 
     def __init__(self, config: DictConfig, lines: Mapping[str, str | None]) -> None:
@@ -42,28 +39,36 @@ class ComposedJob:
         self._of_job = _OF_JOB | second
         self._parts_of_job = {key.split(".")[1] for key in self._of_job}
         self._texts: dict[tuple[str | None, ...], str] = {}
-        self._resolved: dict[str, Any] | None = None
-        self._differing: list[KeyPath] | None = None  # None: anything may differ
+        self._yaml = YamlTexts()
+        self.overrides: Any = OmegaConf.to_container(config.hydra.overrides)  # not resolved
+        self._logging: Any = None
 
     def resolved(self) -> dict[str, Any]:
         """Return the task's part of the configuration, as plain dictionaries and lists."""
-        if self._resolved is None or self._differing is None:
-            plain: dict[str, Any] = {}
-            for key in self.config:
-                if key != "hydra":
-                    missing = OmegaConf.is_missing(self.config, key)
-                    plain[str(key)] = MISSING if missing else _plain(self.config[key])
-            if self._resolved is None:
-                self._differing = _differing_paths(self.config, self.lines)
-            self._resolved = plain
-        resolved = copy.deepcopy(self._resolved)
-        for path in self._differing or ():
-            node: Any = self.config
-            place: Any = resolved
-            for key in path[:-1]:
-                node, place = node[key], place[key]
-            place[path[-1]] = _plain(node[path[-1]])
-        return resolved
+        keys = [str(key) for key in self.config if key != "hydra"]
+        computed: dict[KeyPath, Any] = {}
+        return {key: self._resolution.value((key,), computed) for key in keys}
+
+    def of_hydra(self, *names: str) -> Any:
+        """Return a resolved value of Hydra's part."""
+        return self._resolution.value(("hydra", *names))
+
+    def logging(self) -> Any:
+        """Return the resolved `hydra.job_logging`, which becomes that of the next job."""
+        path = ("hydra", "job_logging")
+        resolved = self._resolution.value(path)
+        if self._logging is None:
+            self._logging = OmegaConf.create(resolved)
+        for place in self._resolution.changing(path):
+            node, value = self._logging, resolved
+            for key in place[:-1]:
+                node, value = node[key], value[key]
+            node[place[-1]] = value[place[-1]]
+        return self._logging
+
+    @cached_property
+    def _resolution(self) -> KeptResolution:
+        return KeptResolution(self.config, {*self.lines, *self._of_job})
 
     def files(self) -> dict[str, str]:
         """Return the files that Hydra writes for a job: name -> content."""
@@ -72,7 +77,7 @@ class ComposedJob:
         return {
             "config.yaml": "".join(task) or OmegaConf.to_yaml({}),
             "hydra.yaml": "hydra:\n" + "".join(parts),
-            "overrides.yaml": OmegaConf.to_yaml(self.config.hydra.overrides.task),
+            "overrides.yaml": self._text_of_overrides(),
         }
 
     def _text_of(self, key: str) -> str:
@@ -86,11 +91,23 @@ class ComposedJob:
         texts = [f"  {part}:\n"]
         parents = ("hydra", part)
         names = [str(name) for name in self.config.hydra[part]]
+        content = self.overrides
+        if part != "overrides":
+            content = OmegaConf.to_container(self.config.hydra[part], enum_to_str=True)
         for is_own, some in groupby(names, lambda name: f"hydra.{part}.{name}" in self._of_job):
             run = list(some)
-            own = self._text(parents, run) if is_own else None
-            texts.append(own or self._kept_text((*parents, *run), parents, run))
+            if is_own:
+                own = [self._yaml.node(name, content[name], indent=4) for name in run]
+                texts.append("".join(filter(None, own)) if all(own) else self._text(parents, run))
+            else:
+                texts.append(self._kept_text((*parents, *run), parents, run))
         return "".join(texts)
+
+    def _text_of_overrides(self) -> str:
+        items = [self._yaml.item(line, indent=0) for line in self.overrides["task"]]
+        if items and all(items):
+            return "".join(filter(None, items))
+        return OmegaConf.to_yaml(self.config.hydra.overrides.task)
 
     def _kept_text(self, name: tuple[str | None, ...], parents: KeyPath, keys: list[str]) -> str:
         if name not in self._texts:
@@ -110,65 +127,3 @@ class ComposedJob:
             whole[name] = content
             content = whole
         return OmegaConf.to_yaml(content).split("\n", len(parents))[-1]
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _differing_paths(config: DictConfig, keys: Iterable[str]) -> list[KeyPath] | None:
-    """Return where the resolved configurations of jobs may differ; None if it is not known.
-
-    Args:
-        config: of a job.
-        keys: whose values differ.
-    """
-    content: Any = OmegaConf.to_container(config)
-    hydra = content.pop("hydra", None)
-    references: dict[KeyPath, list[KeyPath] | None] = {}
-    for path, text in _interpolations(content, ()):
-        # A resolver may return something else for each job.
-        is_known = "${" not in _REFERENCE.sub("", text) and "\\" not in text
-        found = [tuple(name.split(".")) for name in _REFERENCE.findall(text)]
-        references[path] = found if is_known else None
-    differing: set[KeyPath] = {("hydra",)} if hydra is not None else set()
-    for key in keys:
-        path = tuple(key.split("."))
-        if path[0] != "hydra":
-            if not _has(content, path):
-                return None
-            differing.add(path)
-    differing |= {path for path, found in references.items() if found is None}
-    while new := {
-        path
-        for path, found in references.items()
-        if path not in differing and any(_meet(a, b) for a in found or () for b in differing)
-    }:
-        differing |= new
-    return [path for path in differing if path[0] != "hydra"]
-
-
-def _interpolations(content: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    """Yield the texts with an interpolation, and where they are."""
-    if isinstance(content, str):
-        if "${" in content:
-            yield path, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _interpolations(value, (*path, key))
-    elif isinstance(content, list):
-        for index, value in enumerate(content):
-            yield from _interpolations(value, (*path, index))
-
-
-def _has(content: Any, path: Sequence[str]) -> bool:
-    for name in path:
-        if not isinstance(content, dict) or name not in content:
-            return False
-        content = content[name]
-    return True
-
-
-def _meet(a: KeyPath, b: KeyPath) -> bool:
-    """Return whether one path is the other one or leads to it."""
-    return all(str(x) == str(y) for x, y in zip(a, b, strict=False))

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -89,7 +90,7 @@ class JobComposer:
         kept = self._kept.pop(group, None)
         if kept is not None:
             try:
-                self._set(kept, parsed, plain)
+                self._set(kept, parsed, is_plain)
             except OmegaConfBaseException:
                 kept = None  # Hydra says what is wrong
         if kept is None:
@@ -106,26 +107,27 @@ class JobComposer:
             kept.config.hydra.runtime.output_dir = MISSING
         return kept
 
-    def _set(
-        self, kept: ComposedJob, parsed: Sequence[Override], plain: Sequence[Override]
-    ) -> None:
+    def _set(self, kept: ComposedJob, parsed: Sequence[Override], is_plain: Sequence[bool]) -> None:
         """Give a kept configuration the values and the overrides of another job."""
-        config = kept.config
+        config, hydra = kept.config, kept.config.hydra
         OmegaConf.copy_cache(from_config=self._sweep, to_config=config)
-        for override in plain:
-            key, line = override.key_or_group, override.input_line
-            if kept.lines[key] != line:
+        given = len(self._sweep.hydra.overrides.hydra)
+        places = {"hydra": count(given), "task": count()}
+        for override, may_differ in zip(parsed, is_plain, strict=True):
+            part = "hydra" if override.is_hydra_override() else "task"
+            place, key, line = next(places[part]), override.key_or_group, override.input_line
+            if may_differ and kept.lines[key] != line:
                 is_added = override.type in _ADDED
                 OmegaConf.update(config, key, override.value(), force_add=is_added)
+                hydra.overrides[part][place] = kept.overrides[part][place] = line
                 kept.lines[key] = line
-        task = [override for override in parsed if not override.is_hydra_override()]
-        of_hydra = [override.input_line for override in parsed if override.is_hydra_override()]
-        hydra = config.hydra
-        hydra.overrides.task = [override.input_line for override in task]
-        given: Any = OmegaConf.to_container(self._sweep.hydra.overrides.hydra)  # not resolved
-        hydra.overrides.hydra = [*given, *of_hydra]
         naming = hydra.job.config.override_dirname
-        lines = [o.input_line for o in task if o.key_or_group not in naming.exclude_keys]
+        left_out = naming.exclude_keys
+        lines = [
+            override.input_line
+            for override in parsed
+            if not override.is_hydra_override() and override.key_or_group not in left_out
+        ]
         name = naming.item_sep.join(sorted(str(line) for line in lines))
         hydra.job.override_dirname = re.sub("=", naming.kv_sep, name)
 

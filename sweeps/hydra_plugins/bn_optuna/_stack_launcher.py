@@ -120,23 +120,22 @@ def _end_job(
 
     `run_job` copies the configuration several times, which takes 40 ms.
     """
-    hydra = job.config.hydra
+    directory = Path(job.config.hydra.runtime.output_dir)
     result = JobReturn(
-        overrides=OmegaConf.to_container(hydra.overrides.task),  # type: ignore[arg-type]
+        overrides=list(job.overrides["task"]),
         working_dir=os.getcwd(),
         task_name=JobRuntime.instance().get("name"),
     )
-    directory = Path(hydra.runtime.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    configure_log(hydra.job_logging, hydra.verbose)
-    if hydra.output_subdir is not None:
-        folder = directory / hydra.output_subdir
+    configure_log(job.logging(), job.config.hydra.verbose)
+    if (subdirectory := job.of_hydra("output_subdir")) is not None:
+        folder = directory / subdirectory
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in job.files().items():
             (folder / name).write_text(text, encoding="utf-8")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(env_override(hydra.job.env_set))
-        if hydra.job.chdir:
+        stack.enter_context(env_override(job.of_hydra("job", "env_set")))
+        if job.of_hydra("job", "chdir"):
             stack.enter_context(contextlib.chdir(directory))
         context.callbacks.on_job_start(config=job.config, task_function=task)
         try:

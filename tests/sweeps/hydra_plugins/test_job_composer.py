@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import dataclass
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -12,7 +13,8 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from hydra_plugins.bn_optuna import register
 from hydra_plugins.bn_optuna._job_composer import JobComposer
-from omegaconf import OmegaConf, open_dict
+from hydra_plugins.bn_optuna._kept_resolution import KeptResolution
+from omegaconf import II, OmegaConf, open_dict
 
 TREE = {
     "config.yaml": """
@@ -254,6 +256,24 @@ def test_a_composed_job_writes_the_files_of_a_run(tmp_path):
         assert seen == [resolved]
         folder = tmp_path / str(number) / ".hydra"
         assert files == {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+@dataclass
+class Typed:
+    number: float = II("a")
+    text: str = II("a")
+
+
+def test_typed_nodes_convert_the_values_of_references():
+    config = OmegaConf.create({"a": 1, "typed": OmegaConf.structured(Typed), "b": "${a}-${a}"})
+    kept = KeptResolution(config, ["a"])
+    for value in (1, 2.5, 3):
+        config.a = value
+        resolved = {key: kept.value((key,)) for key in config}
+        expected = OmegaConf.to_container(config, resolve=True)
+        assert resolved == expected
+        assert type(resolved["typed"]["number"]) is float
+        assert type(resolved["typed"]["text"]) is str
 
 
 class Callbacks:
