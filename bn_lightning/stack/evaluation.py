@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bn_lightning.data.batches import TensorBatches
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.stack.context import Placed
 from bn_lightning.stack.network import StackedNetwork
@@ -46,6 +47,20 @@ def evaluate_one(model: Classifier, name: str, batches: Iterable[Any]) -> None:
         for x, target in batches:
             logits = model.network(placed_batch(x, first))
             model.update_metrics(name, logits, target.to(first.device))
+
+
+def same_evaluation(batches: Any, other: Any) -> bool:
+    """Return whether evaluating either gives the same: unchanged samples in the same batches."""
+    are_plain = all(
+        type(part) is TensorBatches and not part.shuffle and part.transform is None
+        for part in (batches, other)
+    )
+    return (
+        are_plain
+        and batches.inputs is other.inputs
+        and batches.targets is other.targets
+        and batches.batch_size == other.batch_size
+    )
 
 
 @contextmanager

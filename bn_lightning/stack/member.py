@@ -54,6 +54,7 @@ class Member:
         initialize_as_configured(self.model.network, scheme, config["seed"])
         self.random_state = torch.get_rng_state()
         self.metrics: dict[str, float] = {}
+        self.tested: dict[str, float] = {}  # test metrics that a validation at this step measured
         self.seconds = 0.0
         self.steps = 0
         self.epoch = 0

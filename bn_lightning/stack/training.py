@@ -17,7 +17,12 @@ from bn_lightning.models.classifier import Classifier
 from bn_lightning.runs.record import logged_numbers, run_outcome
 from bn_lightning.stack.builder import Builder
 from bn_lightning.stack.context import DropoutStreams, Placed
-from bn_lightning.stack.evaluation import evaluate_one, evaluate_stack, placed_batch
+from bn_lightning.stack.evaluation import (
+    evaluate_one,
+    evaluate_stack,
+    placed_batch,
+    same_evaluation,
+)
 from bn_lightning.stack.loss_watch import LossWatch
 from bn_lightning.stack.member import Member
 from bn_lightning.stack.memory import StackSizeError, fitting_members
@@ -151,6 +156,9 @@ class StackTraining:
                 self._datamodule.val_dataloader(),
                 self._last_step(),
             )
+        tests = [batches for name, batches in self._validation() if name == "test"]
+        of_test = self._datamodule.test_dataloader()
+        self._validates_test = any(same_evaluation(batches, of_test) for batches in tests)
         self._progress: StackProgress | None = None
         if PROGRESS_BAR in nodes:
             # A sweep has a table in the terminal.
@@ -206,7 +214,7 @@ class StackTraining:
             for x, target in self.batches.epoch(epoch):
                 step += 1
                 for member in self.members:
-                    member.steps = step
+                    member.steps, member.tested = step, {}
                 running = len(self.members)
                 self._step(step, self._placed(x), self._placed(target))
                 if self._progress is not None:
@@ -284,7 +292,10 @@ class StackTraining:
 
     def _end_validation(self, k: int) -> None:
         member = self.members[k]
-        member.log(logged_numbers(member.model.take_metrics()))
+        measured = logged_numbers(member.model.take_metrics())
+        member.log(measured)
+        if self._validates_test:
+            member.tested = {k: v for k, v in measured.items() if k.startswith("test/")}
         member.end_validation(lambda: self.network.member_state(k))
 
     def _validation(self) -> list[tuple[str, Any]]:
@@ -326,20 +337,26 @@ class StackTraining:
             reason = f"{pruner}, by {self._monitor} {member.metrics[self._monitor]:.4g}"
             member.end("pruned", pruned_at=member.steps, prune_reason=reason)
         else:
-            evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
-            member.log(logged_numbers(member.model.take_metrics()))
-            member.end_trained()
+            if not member.tested:
+                evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
+            self._end_tested(member)
 
     def _test(self) -> None:
         """Test and end the members that are left."""
         if not self.members:
             return
-        models = [member.model for member in self.members]
-        evaluate_stack(self.network, models, "test", self._datamodule.test_dataloader())
+        if not all(member.tested for member in self.members):
+            models = [member.model for member in self.members]
+            evaluate_stack(self.network, models, "test", self._datamodule.test_dataloader())
         for k, member in enumerate(self.members):
             self._save(k)
-            member.log(logged_numbers(member.model.take_metrics()))
-            member.end_trained()
+            self._end_tested(member)
+
+    def _end_tested(self, member: Member) -> None:
+        """Log the test and end a member."""
+        measured = logged_numbers(member.model.take_metrics())
+        member.log(measured or member.tested)
+        member.end_trained()
 
     def _save(self, k: int) -> None:
         state = self._datamodule.state_dict()

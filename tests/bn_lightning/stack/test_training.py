@@ -15,6 +15,7 @@ from bn_lightning.models.mlp import MLP
 from bn_lightning.runs.checkpoint import TrainedCheckpoint, load_checkpoint
 from bn_lightning.runs.metrics_csv import read_metrics
 from bn_lightning.runs.record import read_run
+from bn_lightning.stack.evaluation import evaluate_stack
 from bn_lightning.stack.network import NotStackableError
 from bn_lightning.stack.stackable import stack_key
 from bn_lightning.stack.training import train_stack
@@ -293,3 +294,21 @@ def test_other_runs_in_double_precision(tmp_path, shared):
             # Adam makes a step of the rate out of a gradient that is nothing but rounding.
             limit = 1e-6 * max(1.0, float(value.abs().max()))
             torch.testing.assert_close(weights[key], value, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("curve", [True, False], ids=["with_test_curve", "without"])
+def test_what_the_last_validation_has_measured_is_not_measured_again(tmp_path, monkeypatch, curve):
+    measured = []
+
+    def evaluate(network, models, name, batches):
+        measured.append(name)
+        evaluate_stack(network, models, name, batches)
+
+    monkeypatch.setattr("bn_lightning.stack.training.evaluate_stack", evaluate)
+    shared = ["trainer.max_steps=2", "trainer.val_check_interval=2", f"data.test_curve={curve}"]
+    members = [composed(tmp_path / seed, *shared, f"seed={seed}") for seed in "12"]
+    outcomes = train_stack(members)
+    assert measured == ["val", "test"]
+    for seed, outcome in zip("12", outcomes, strict=True):
+        logged = read_metrics(tmp_path / seed)["test/accuracy"]
+        assert logged == [(2, outcome["test/accuracy"])]
