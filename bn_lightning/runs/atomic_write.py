@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,19 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
         OSError: the file cannot be written; the error names `path`, and the old file is whole.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = None
+    unfinished = path.with_name(f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}")
+    is_made = False
     try:
-        handle, temporary = tempfile.mkstemp(UNFINISHED, f".{path.name}.", path.parent)
-        with open(handle, "wb") as file:
+        with open(unfinished, "xb") as file:
+            is_made = True
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp allows only the user to read; a run's files follow the umask.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     except BaseException as error:
-        if temporary is not None:
+        if is_made:
             with contextlib.suppress(OSError):  # the folder may be gone
-                os.unlink(temporary)
+                os.unlink(unfinished)
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -61,9 +59,3 @@ def json_values(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [json_values(value) for value in content]
     return content
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -51,8 +51,9 @@ class Outcome:
         try:
             part.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
             part.replace(directory / OUTCOME_FILE)
-        finally:
+        except BaseException:
             part.unlink(missing_ok=True)
+            raise
 
 
 def read_outcome(directory: Path) -> Outcome | None:

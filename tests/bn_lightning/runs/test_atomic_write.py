@@ -32,7 +32,7 @@ class TestJson:
 
 
 class TestAtomically:
-    @pytest.mark.parametrize("step", ["os.fsync", "os.chmod", "os.replace"])
+    @pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
     def test_a_write_that_fails_leaves_the_old_file_whole(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
     ) -> None:
