@@ -15,7 +15,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.cli.batch_norm_table import print_batch_norms
-from bn_lightning.cli.command import hydra_command, in_sweep, is_typed, quiet_lightning
+from bn_lightning.cli.command import (
+    freeze_libraries,
+    hydra_command,
+    in_sweep,
+    is_typed,
+    quiet_lightning,
+)
 from bn_lightning.cli.config_check import check_config
 from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.install_hint import install_command
@@ -111,9 +117,7 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     from bn_lightning.models.protocol import NetworkModel, check_model
     from bn_lightning.runs.checkpoint import CONFIG_KEY
 
-    if in_sweep() and gc.get_freeze_count() == 0:
-        # Libraries outlive the sweep, so the collection after each job need not look at them.
-        gc.freeze()
+    freeze_libraries()
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     datamodule = instantiate(config.data)

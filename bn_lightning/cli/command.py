@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import io
 import logging
 import os
@@ -263,6 +264,12 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
     # A resumed run writes to the folder of its checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+
+def freeze_libraries() -> None:
+    """Leave what a multirun has imported out of garbage collections, because it outlives them."""
+    if in_sweep() and gc.get_freeze_count() == 0:
+        gc.freeze()
 
 
 def is_typed(key: str) -> bool:
