@@ -74,7 +74,7 @@ def test_a_path_that_is_no_utf_8(tmp_path):
     assert (directory / "figures/accuracy.png").exists()
 
 
-NAMES = [
+EACH_NAME = [
     "with spaces",
     "a=b",
     "a,b",
@@ -87,6 +87,12 @@ NAMES = [
     "#%:::",
     "-dash",
     "日本 é",
+]
+NAMES = [
+    "with spaces, a=b [a] it's",
+    'say "so" a{b} back\\slash',
+    "-dash *? #%::: 日本 é",
+    *(pytest.param(name, marks=pytest.mark.soak) for name in EACH_NAME),
 ]
 
 
