@@ -59,7 +59,7 @@ class HostTime(NamedTuple):
 EAGER_HOST = {True: HostTime(67.0, 13.8, 10.6), False: HostTime(11.3, 1.7, 1.7)}
 TRITON_HOST = {True: HostTime(76.6, 0.0, 5.0), False: HostTime(10.7, 0.0, 0.4)}
 # The same in 200 bursts where Triton itself launches each kernel (triton_launcher.py).
-ORDINARY_LAUNCH_HOST = {True: HostTime(305.6, 0.0, 88.2), False: HostTime(46.9, 0.0, 1.5)}
+ORDINARY_LAUNCH_HOST = {True: HostTime(283.4, 0.0, 43.0), False: HostTime(47.5, 0.0, 0.8)}
 
 
 class Machine(NamedTuple):

@@ -263,7 +263,8 @@ def _reduction(s: Shape, regime: Regime, device: Device, *, writes_mask: bool = 
     elements = REDUCTION_BYTES // s.itemsize
     most = s.C
     if regime is Regime.SINGLE_LAUNCH and s.numel * s.itemsize > SINGLE_LAUNCH_BYTES:
-        most = max(1, _most_channels(s, device))
+        # Where not even one fits, more lose nothing, and two are better aligned.
+        most = _most_channels(s, device) or 2
     group, block_p = _group(s, most, writes_mask) if s.L > 1 else (s.C, 1)
     threads = MAX_THREADS
     if group > 1 and (regime is not Regime.TWO_PASS or s.L == 1):
