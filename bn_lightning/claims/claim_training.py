@@ -84,7 +84,7 @@ def compose_trials(
     with hydra_configurations():
         for arm, own in claim.arms.items():
             of_arm = compose("train", [*_SPARE, *claim.base, *own, *typed])
-            for label, setting in claim.settings(budget).items():
+            for label, setting in claim.settings_of(budget, arm).items():
                 config = _with_values(of_arm, setting.overrides, typed)
                 for seed in seeds:
                     key = TrialKey(claim.name, arm, label, seed)

@@ -14,7 +14,7 @@ Overrides = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """A point at which all arms of a claim are measured.
+    """A point at which arms of a claim are measured.
 
     Attributes:
         overrides: values of keys beside those of the arm, such as optimizer.lr=0.1; no option of
@@ -22,12 +22,14 @@ class Setting:
         x: its place on the horizontal axis of the claim's figure.
         panel: title of its panel in the figure.
         is_trained: whether the network is trained as configured before it is measured.
+        arms: names of the arms that are measured at it; () for all.
     """
 
     overrides: Overrides
     x: float
     panel: str = ""
     is_trained: bool = True
+    arms: tuple[str, ...] = ()
 
 
 class MeasuredPoint(NamedTuple):
@@ -134,3 +136,13 @@ class Claim:
     not_varied: str
     would_change: str
     least_steps: int = 1
+
+    def settings_of(self, budget: str, arm: str) -> dict[str, Setting]:
+        """Return the settings of one arm, label -> setting.
+
+        Args:
+            budget: a name of `BUDGETS`.
+            arm: a key of `arms`.
+        """
+        settings = self.settings(budget)
+        return {label: s for label, s in settings.items() if arm in (s.arms or self.arms)}

@@ -238,7 +238,9 @@ def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:
             seconds += result.seconds
     numbers: dict[str, dict[str, dict[str, float | None]]] = {arm: {} for arm in claim.arms}
     for (arm, seed), found in points.items():
-        if len(found) == len(settings):  # a seed counts when all of its networks are measured
+        if len(found) == len(
+            claim.settings_of(budget, arm)
+        ):  # a seed counts when all of its networks are measured
             for name, value in claim.numbers(found).items():
                 numbers[arm].setdefault(name, {})[str(seed)] = json_values(float(value))
     conditions = []

@@ -6,7 +6,12 @@ from bn_lightning.claims.design import Overrides, Setting
 
 
 def at_rates(
-    label: str, panel: str, overrides: Overrides, rates: Iterable[float], steps: int
+    label: str,
+    panel: str,
+    overrides: Overrides,
+    rates: Iterable[float],
+    steps: int,
+    arms: tuple[str, ...] = (),
 ) -> dict[str, Setting]:
     """Return a trained setting for each learning rate, label -> setting.
 
@@ -16,10 +21,14 @@ def at_rates(
         overrides: of all of them.
         rates: learning rates.
         steps: of training.
+        arms: that are trained; () for all.
     """
     return {
         f"{label}, rate {rate:g}": Setting(
-            (*overrides, f"optimizer.lr={rate}", f"trainer.max_steps={steps}"), rate, panel
+            (*overrides, f"optimizer.lr={rate}", f"trainer.max_steps={steps}"),
+            rate,
+            panel,
+            arms=arms,
         )
         for rate in rates
     }

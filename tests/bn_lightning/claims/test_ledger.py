@@ -19,6 +19,7 @@ from bn_lightning.claims.ledger.initialization import LSUVScheme
 from bn_lightning.claims.ledger.input_shift import STRENGTHS, shifted
 from bn_lightning.claims.ledger.placement import unscaled_batch_norm
 from bn_lightning.claims.ledger.rate_transfer import best_rate
+from bn_lightning.claims.ledger.regularizer import PopulationClassifier
 from bn_lightning.claims.ledger.smoothness import along_gradient
 from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import growth, largest_trained, steps_to
@@ -185,9 +186,10 @@ def test_inputs_to_adapt_on_are_balanced_or_of_one_class(monkeypatch):
 def test_a_claim_can_be_judged(name, tmp_path):
     """Its arms can be built, and its conditions and curves name what is measured."""
     (claim,) = find_claims([name])
-    label, first = next(iter(claim.settings("quick").items()))
-    one = dataclasses.replace(claim, settings=lambda budget: {label: first})
+    firsts = {next(iter(claim.settings_of("quick", arm).items())) for arm in claim.arms}
+    one = dataclasses.replace(claim, settings=lambda budget: dict(firsts))
     configs = compose_trials(one, "quick", [1], ["data=digits"], tmp_path)
+    assert {key.arm for key in configs} == claim.arms.keys()
     tested = {"test/accuracy": 0.5, "val/accuracy": 0.5, "val/loss": 1.0}
     shown = set()
     for key, config in configs.items():
@@ -196,8 +198,8 @@ def test_a_claim_can_be_judged(name, tmp_path):
         )
         shown |= measures.keys()
         for budget in BUDGETS:
-            points = [MeasuredPoint(s, measures) for s in claim.settings(budget).values()]
-            numbers = claim.numbers(points)
+            settings = claim.settings_of(budget, key.arm).values()
+            numbers = claim.numbers([MeasuredPoint(s, measures) for s in settings])
             used = [c for c in claim.conditions if key.arm in (c.arm, c.against)]
             assert {c.number for c in used} <= numbers.keys()
     assert {curves.measure for curves in claim.curves} <= shown
@@ -269,7 +271,7 @@ def test_the_noise_shifts_in_each_step():
 def test_a_network_that_has_not_learned_has_no_gap():
     (claim,) = find_claims(["regularizer"])
     learned = {"batch 4": 99.0, "batch 32": 100.0, "batch 256": 99.9}
-    settings = claim.settings("quick")
+    settings = claim.settings_of("quick", "batch")
     measured = [
         MeasuredPoint(settings[label], {"training accuracy": training, "gap": 9.0})
         for label, training in learned.items()
@@ -278,6 +280,32 @@ def test_a_network_that_has_not_learned_has_no_gap():
     assert math.isnan(numbers["gap, batches of 4"])
     assert numbers["gap, batches of 32"] == numbers["gap, batches of 256"] == 9.0
     assert numbers["training accuracy, batches of 4"] == 99.0
+    assert numbers["gap, parts of 4"] == numbers["gap, parts of 16"] == 9.0  # of the whole batch
+    in_parts = claim.settings_of("quick", claim.conditions[3].against)
+    measured = [
+        MeasuredPoint(s, {"training accuracy": 100.0, "gap": s.x}) for s in in_parts.values()
+    ]
+    numbers = claim.numbers(measured)
+    assert numbers["gap, parts of 4"] == 4.0 and numbers["gap, parts of 16"] == 16.0
+
+
+def test_statistics_of_all_examples():
+    """The loss is that of the first samples, and its gradient that of the whole formula."""
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    x, target = torch.randn(12, 5).double(), torch.randint(3, (12,))
+    model = PopulationClassifier(network, 4, optimizer=torch.optim.SGD, num_classes=3)
+    weight = network[0].weight
+    (found,) = torch.autograd.grad(model.training_step((x, target), 0), [weight])
+    h = network[0](x)
+    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
+    loss = nn.functional.cross_entropy(network[2](h)[:4], target[:4])
+    (expected,) = torch.autograd.grad(loss, [weight])
+    assert torch.allclose(found, expected, rtol=1e-10)
+    # Another sample outside the loss changes the statistics, and so the gradient.
+    x[11] += 1
+    (other,) = torch.autograd.grad(model.training_step((x, target), 0), [weight])
+    assert not torch.allclose(found, other, rtol=1e-3)
 
 
 def test_the_loss_along_the_gradient():
