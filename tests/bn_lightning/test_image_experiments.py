@@ -19,8 +19,10 @@ pytestmark = [
 # The default, bn_baseline, also runs in tests/test_experiments.py.
 VARIANTS = [
     "inception",
-    "bn_x5_sigmoid",
-    *(pytest.param(name, marks=pytest.mark.soak) for name in ("bn_baseline", "bn_x5", "bn_x30")),
+    *(
+        pytest.param(name, marks=pytest.mark.soak)
+        for name in ("bn_baseline", "bn_x5", "bn_x5_sigmoid", "bn_x30")
+    ),
 ]
 CLASSES = ("cat", "dog", "owl")
 

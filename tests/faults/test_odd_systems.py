@@ -40,6 +40,7 @@ class TestClock:
         result = command(main, *ARGUMENTS, "trainer.max_steps=7", "ckpt_path=last")
         assert result.directory == before  # the one that was worked on last
 
+    @pytest.mark.soak
     def test_a_clock_that_runs_backwards(self, tmp_path):
         """By an hour with every look at it."""
         whole = run(tmp_path, *ARGUMENTS)

@@ -49,7 +49,7 @@ def wait_for_a_pruned_run(directory, process):
     [
         ([signal.SIGKILL], 6, 6),
         ([signal.SIGINT, signal.SIGINT], 6, 6),
-        ([signal.SIGINT], 3, 0),
+        pytest.param([signal.SIGINT], 3, 0, marks=pytest.mark.soak),
     ],
     ids=["killed", "interrupted_twice", "interrupted_once"],
 )
