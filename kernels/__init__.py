@@ -14,7 +14,7 @@ The files in reading order:
     triton_launcher.py  Triton's launcher, called with addresses: its private fields
     launch_plan.py    record the launches of a call, and repeat them on other tensors
     element.py        the activations and their derivatives, of an element
-    tile.py           one tile: where its elements are, and the arithmetic of each
+    tile_access.py    one tile: where its elements are, loads, stores and their arithmetic
     stats.py          per-channel mean and rstd from (n, mean, M2) partials, running statistics
     normalize.py      y = act((x - mean) * rstd * weight + bias + residual)
     backward.py       dweight and dbias, then dx and dresidual

@@ -9,7 +9,7 @@ one, the smallest sufficient tensor is saved beside x:
     OUTPUT    act' is a function of y, which exists anyway
     RESIDUAL  otherwise the residual, which exists anyway as the input of its block
 
-The Triton implementation is in tile.py; a test compares the two.
+The Triton implementation is in tile_access.py; a test compares the two.
 """
 
 from collections.abc import Callable

@@ -26,7 +26,7 @@ from bn_lightning.kernels.element import derivative_is_finite
 from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.stats import locate_splits
-from bn_lightning.kernels.tile import (
+from bn_lightning.kernels.tile_access import (
     ChannelValues,
     Tile,
     clear_outside,

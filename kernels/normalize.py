@@ -22,7 +22,7 @@ from bn_lightning.kernels.arguments import (
 from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.stats import load_running_statistics
-from bn_lightning.kernels.tile import (
+from bn_lightning.kernels.tile_access import (
     ChannelValues,
     find_place,
     load_channels,

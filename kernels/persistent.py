@@ -69,7 +69,7 @@ from bn_lightning.kernels.stats import (
     store_partial,
     walk_statistics,
 )
-from bn_lightning.kernels.tile import (
+from bn_lightning.kernels.tile_access import (
     count_blocks,
     load_channels,
     locate_channels,

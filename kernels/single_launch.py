@@ -29,7 +29,7 @@ from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.normalize import walk_normalize
 from bn_lightning.kernels.schedule import Schedule
 from bn_lightning.kernels.stats import count_batch, finish_channels, walk_statistics
-from bn_lightning.kernels.tile import (
+from bn_lightning.kernels.tile_access import (
     count_tiles,
     load_channels,
     locate_channels,

@@ -33,7 +33,7 @@ from bn_lightning.kernels.arguments import (
 )
 from bn_lightning.kernels.launch_plan import launch_kernel
 from bn_lightning.kernels.schedule import Schedule
-from bn_lightning.kernels.tile import (
+from bn_lightning.kernels.tile_access import (
     clear_outside,
     count_values,
     find_place,

@@ -152,7 +152,7 @@ class Walk:
 
 
 class Tiling(NamedTuple):
-    """A tensor as rows of memory, and its tiles; see tile.py.
+    """A tensor as rows of memory, and its tiles; see tile_access.py.
 
     Attributes:
         R: rows.

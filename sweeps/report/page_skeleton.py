@@ -85,7 +85,7 @@ def render_page(
         **scripts,
     }
     # In one pass, so that fields in inserted text are not replaced.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], _file("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], _file("page_skeleton.html"))
 
 
 def json_block(content: Any) -> str:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bn_lightning.kernels import dispatch, element, tile
+from bn_lightning.kernels import dispatch, element, tile_access
 from bn_lightning.kernels.activations import (
     ACTIVATIONS,
     Saves,
@@ -97,8 +97,8 @@ def _last_tile_kernel(
     found_ptr: tl.tensor,  # (blocks, 3) int64: least and largest offset, and elements inside
     tiling: Tiling,
 ) -> None:
-    place = tile.find_place(tile.count_tiles(tiling) - 1, tiling)
-    last = tile.locate_tile(place, tl.program_id(0), tiling)
+    place = tile_access.find_place(tile_access.count_tiles(tiling) - 1, tiling)
+    last = tile_access.locate_tile(place, tl.program_id(0), tiling)
     found_ptr += 3 * tl.program_id(0)
     elements = last.elements
     offsets = (elements.start + elements.offsets).to(tl.int64)
