@@ -1,4 +1,4 @@
-"""Whether BatchNorm loses accuracy with small batches, and regains it by precise statistics."""
+"""Whether BatchNorm loses accuracy with small batches, and what regains it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,8 +10,10 @@ from bn_lightning.claims.registry import register_claim
 from bn_lightning.claims.settings import at_rates
 
 _SMALL, _LARGE = (2, 4, 8), 64
+_CONTROLLED = _SMALL[0]  # with frozen statistics, and as the size of parts of large batches
 _PRECISE = 2048  # training inputs
 _LEAST = 1.0  # points of test accuracy
+_FROZEN, _IN_PARTS = "frozen for the second half", f"batches of {_LARGE} in parts"
 
 
 def _settings(budget: str) -> Mapping[str, Setting]:
@@ -20,9 +22,22 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "full": ((*_SMALL, 16, 32, _LARGE), (0.003, 0.01, 0.03, 0.1, 0.3), 10_000),
     }[budget]
     found: dict[str, Setting] = {}
+
+    def add(label: str, panel: str, *overrides: str, arms: tuple[str, ...]) -> None:
+        found.update(at_rates(label, panel, overrides, rates, steps, arms))
+
     for size in sizes:
-        overrides = (f"data.batch_size={size}",)
-        found |= at_rates(f"batch {size}", f"batches of {size}", overrides, rates, steps)
+        batch = f"data.batch_size={size}"
+        add(f"batch {size}", f"batches of {size}", batch, arms=("batch", "none"))
+    small = f"batches of {_CONTROLLED}"
+    add(
+        f"batch {_CONTROLLED}, frozen",
+        small,
+        f"data.batch_size={_CONTROLLED}",
+        f"callbacks.freeze_batch_norm.from_step={steps // 2}",
+        arms=(_FROZEN,),
+    )
+    add(f"parts of {_CONTROLLED}", small, f"data.batch_size={_LARGE}", arms=(_IN_PARTS,))
     return found
 
 
@@ -50,15 +65,19 @@ def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
 
 
 def _numbers(points: Sequence[MeasuredPoint]) -> Mapping[str, float]:
-    best = {
-        size: best_validated(of_panel(points, f"batches of {size}")).measures
-        for size in (*_SMALL, _LARGE)
-    }
-    found = {}
+    panels = {point.setting.panel for point in points}
+    best = {panel: best_validated(of_panel(points, panel)).measures for panel in panels}
+    small = best[f"batches of {_CONTROLLED}"]["test accuracy"]
+    found = {f"test accuracy, batches of {_CONTROLLED}": small, "parts": small}
+    if f"batches of {_LARGE}" not in best:
+        return found
+    large = best[f"batches of {_LARGE}"]["test accuracy"]
+    found["parts"] = large  # what the parts are compared with
     for size in _SMALL:
-        accuracy = best[size]["test accuracy"]
-        found[f"lost, batches of {size}"] = best[_LARGE]["test accuracy"] - accuracy
-        precise = best[size].get("test accuracy, precise", accuracy)
+        measures = best[f"batches of {size}"]
+        accuracy = measures["test accuracy"]
+        found[f"lost, batches of {size}"] = large - accuracy
+        precise = measures.get("test accuracy, precise", accuracy)
         found[f"precise, batches of {size}"] = precise - accuracy
     return found
 
@@ -70,7 +89,12 @@ register_claim(
         source="Wu & He 2018, arXiv 1803.08494. Precise statistics: Wu & Johnson 2021, arXiv "
         "2105.07576",
         base=("model.network.activation=relu", "init=he"),
-        arms={"batch": ("norm=batch",), "none": ("norm=none",)},
+        arms={
+            "batch": ("norm=batch",),
+            "none": ("norm=none",),
+            _FROZEN: ("norm=batch", "callbacks=[default,freeze_batch_norm]"),
+            _IN_PARTS: ("norm=ghost", f"norm.ghost_size={_CONTROLLED}"),
+        },
         settings=_settings,
         measure=_measure,
         numbers=_numbers,
@@ -98,14 +122,33 @@ register_claim(
                 )
                 for size in _SMALL
             ),
+            Condition(
+                f"statistics that are frozen for the second half are better, batches of "
+                f"{_CONTROLLED}",
+                f"test accuracy, batches of {_CONTROLLED}",
+                _FROZEN,
+                "batch",
+                least=_LEAST,
+                unit="points of test accuracy",
+                is_control=True,
+            ),
+            Condition(
+                f"batches of {_LARGE} in parts of {_CONTROLLED} lose too",
+                "parts",
+                "batch",
+                _IN_PARTS,
+                least=_LEAST,
+                unit=f"points lost against whole batches of {_LARGE}",
+                is_control=True,
+            ),
         ),
         curves=(Curves("test accuracy", "test accuracy, %", "learning rate"),),
         not_varied="Three hidden layers of 100 ReLUs, He initialization, plain SGD, equal steps "
         "whatever the size of the batch, running averages with momentum .1. Each arm is tested at "
-        "the rate with the best validation accuracy.",
+        "the rate with the best validation accuracy. Frozen statistics, and parts of large "
+        f"batches, are those of batches of {_CONTROLLED} alone.",
         would_change="Equal examples instead of equal steps, which gives small batches more steps; "
-        "convolutions, whose statistics are of many pixels; frozen statistics, which do not depend "
-        "on the batch.",
+        "convolutions, whose statistics are of many pixels.",
         least_steps=50,
     )
 )

@@ -323,7 +323,7 @@ def test_the_loss_along_the_gradient():
 def test_what_small_batches_lose():
     (claim,) = find_claims(["small_batches"])
     measured = []
-    for setting in claim.settings("quick").values():
+    for setting in claim.settings_of("quick", "batch").values():
         is_small, is_best = setting.panel == "batches of 2", setting.x == 0.03
         test = 90.0 if is_small else 95.0
         measures = {"validation accuracy": float(is_best), "test accuracy": test + is_best}
@@ -331,6 +331,15 @@ def test_what_small_batches_lose():
     numbers = claim.numbers(measured)
     assert numbers["lost, batches of 2"] == 5.0 and numbers["lost, batches of 8"] == 0.0
     assert numbers["precise, batches of 2"] == 3.0
+    # Whole batches of 64, and in parts of 2.
+    assert numbers["parts"] == 96.0
+    *_, frozen, parts = claim.conditions
+    for condition, arm in ((frozen, frozen.arm), (parts, parts.against)):
+        points_of_arm = [
+            MeasuredPoint(s, {"validation accuracy": -s.x, "test accuracy": s.x})
+            for s in claim.settings_of("quick", arm).values()
+        ]
+        assert claim.numbers(points_of_arm)[condition.number] == 0.01
 
 
 def test_the_memory_for_a_backward():
