@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
 
@@ -75,15 +76,20 @@ def compose_trials(
         folder: of the runs.
 
     Raises:
-        Exception: an override cannot be used.
-        ValueError: a value cannot be used, the budget is too short, or an arm has not the
-            BatchNorms that its name promises.
+        ValueError: an override or a value cannot be used, the budget is too short, the claim is
+            about another network, or an arm has not the BatchNorms that its name promises.
     """
     register()
     found: Configurations = {}
     with hydra_configurations():
         for arm, own in claim.arms.items():
-            of_arm = compose("train", [*_SPARE, *claim.base, *own, *typed])
+            try:
+                of_arm = compose("train", [*_SPARE, *claim.base, *own, *typed])
+            except HydraException as error:
+                raise ValueError(
+                    f"expected overrides that the claim {claim.name} can use beside its own, got "
+                    f"{' '.join(typed)}: {first_line(error)}; leave out the override or the claim"
+                ) from error
             for label, setting in claim.settings_of(budget, arm).items():
                 config = _with_values(of_arm, setting.overrides, typed)
                 for seed in seeds:
@@ -210,6 +216,12 @@ def _resolved(config: DictConfig, seed: int, directory: Path) -> dict[str, Any]:
 
 def _check_arm(claim: Claim, arm: str, config: dict[str, Any]) -> None:
     network = MeasuredNetwork(config).model().network
+    if not isinstance(network, claim.network):
+        raise ValueError(
+            f"expected `model.network` to be of {claim.network.__name__} for the claim "
+            f"{claim.name}, which is about it, got {type(network).__name__}; leave out the "
+            "override or the claim"
+        )
     has, expected = bool(batch_norms(network)), config["norm"] is not None
     if has != expected:
         raise ValueError(
@@ -247,6 +259,11 @@ def _data_of(configurations: Configurations, keys: Sequence[TrialKey]) -> str:
 
 def _in_path(part: object) -> str:
     return "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in str(part))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message; Hydra's tell in further lines where they come from."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from torch import nn
+
 from bn_lightning.claims.measured_network import MeasuredNetwork
 
 BUDGETS = ("quick", "full")
@@ -121,6 +123,7 @@ class Claim:
         not_varied: what the test kept fixed.
         would_change: what would change the verdict.
         least_steps: budget in training steps below which the measure means nothing.
+        network: class of the network that the claim is about; others are refused.
     """
 
     name: str
@@ -136,6 +139,7 @@ class Claim:
     not_varied: str
     would_change: str
     least_steps: int = 1
+    network: type[nn.Module] = nn.Module
 
     def settings_of(self, budget: str, arm: str) -> dict[str, Setting]:
         """Return the settings of one arm, label -> setting.

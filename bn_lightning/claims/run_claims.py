@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hydra import compose
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from bn_lightning.claims.claim_figures import claim_figure, overview_figure
@@ -21,6 +22,7 @@ from bn_lightning.claims.claim_training import (
     Part,
     announce_alone,
     compose_trials,
+    first_line,
     hydra_configurations,
     parts_of,
     train_networks,
@@ -104,12 +106,8 @@ def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
     output = options.output or Path("logs", "claims", options.budget)
     quiet_lightning()
     setup, notes = _setup(options)
-    configurations = {
-        claim.name: compose_trials(
-            claim, options.budget, range(1, count + 1), options.overrides, output / "runs"
-        )
-        for claim in claims
-    }
+    configurations = _composed(claims, options, count, output / "runs", notes)
+    claims = [claim for claim in claims if claim.name in configurations]
     table = ResultTable(output, setup, options.allow_mixed)
     if count < LEAST_SEEDS:
         notes.append(
@@ -121,6 +119,34 @@ def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
     if table.is_mixed:
         notes.append(f"MIXED: results of different setups are together: {table.mixture()}.")
     return _write(claims, options.budget, table, notes)
+
+
+def _composed(
+    claims: Sequence[Claim],
+    options: LedgerOptions,
+    count: int,
+    folder: Path,
+    notes: list[str],
+) -> dict[str, Configurations]:
+    """Compose the networks of claims, by the claim's name.
+
+    If all claims are asked for, those that the overrides do not suit are left out, with a note.
+
+    Raises:
+        ValueError: a claim that is named cannot have these overrides, or no claim can.
+        HydraException: likewise.
+    """
+    found: dict[str, Configurations] = {}
+    for claim in claims:
+        try:
+            found[claim.name] = compose_trials(
+                claim, options.budget, range(1, count + 1), options.overrides, folder
+            )
+        except (ValueError, HydraException) as error:
+            if options.names or (claim is claims[-1] and not found):
+                raise
+            notes.append(f"{claim.name} is left out: {first_line(error)}")
+    return found
 
 
 def _setup(options: LedgerOptions) -> tuple[dict[str, Any], list[str]]:

@@ -9,6 +9,7 @@ from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import growth, largest_trained, loss_and_gradients, weights_of
 from bn_lightning.claims.registry import register_claim
 from bn_lightning.claims.settings import at_depths
+from bn_lightning.models.mlp import MLP
 
 _WIDTH, _DEPTH = 200, 40
 _BATCH = 256
@@ -113,5 +114,6 @@ register_claim(
         "layer's gradient; an activation nearer to the identity, for which the theory predicts "
         "less growth; the training budget, for the last condition.",
         least_steps=50,
+        network=MLP,
     )
 )

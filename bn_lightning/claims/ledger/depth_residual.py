@@ -199,5 +199,6 @@ register_claim(
         would_change="Smaller rates and more steps without BatchNorm; branches that are scaled "
         "down at the start, as SkipInit does; blocks with the ReLU after the addition.",
         least_steps=50,
+        network=ResidualMLP,
     )
 )

@@ -8,6 +8,7 @@ from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.probes import of_panel
 from bn_lightning.claims.registry import register_claim
 from bn_lightning.claims.settings import at_rates
+from bn_lightning.models.mlp import MLP
 
 _LAYERS = 3
 _MOST, _LEAST = 0.5, 0.25  # decades
@@ -98,5 +99,6 @@ register_claim(
         would_change="A longer budget, for which lower rates are best; a parametrization that "
         "scales rates with the width, such as muP; a wider range of widths.",
         least_steps=50,
+        network=MLP,
     )
 )

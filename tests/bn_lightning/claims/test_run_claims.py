@@ -26,6 +26,7 @@ from bn_lightning.sweeps.report.figure import Intervals
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
 
 TINY = ("data=digits", "model.network.widths=[8]", "trainer.max_steps=4")
+CNN = (*TINY, "model=cnn", "model.network.channels=[2]")
 
 
 def settings(budget):
@@ -215,6 +216,23 @@ def test_refusals(tmp_path, monkeypatch, changes, message):
     assert seen == [] and not (tmp_path / "new").exists()
 
 
+def test_claims_about_another_network_are_left_out(tmp_path, monkeypatch, ledger, capsys):
+    """If no claim is named; those that are left are measured with the network."""
+    claims = {name: ledger[name] for name in ("depth_plain", "depth_residual", "tiny")}
+    monkeypatch.setattr(registry, "_claims", claims)
+    run_claims(options(tmp_path, names=(), overrides=CNN, seeds=1, n_jobs=1))
+    content = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert set(content["claims"]) == {"tiny"}
+    said = capsys.readouterr().out
+    for name in ("depth_plain", "depth_residual"):
+        assert sum(note.startswith(f"{name} is left out") for note in content["notes"]) == 1
+        assert said.index(f"{name} is left out") < said.index("tiny: 6 networks")
+    # What suits no claim is refused.
+    with pytest.raises(ValueError, match=r"`optimizer.lr`"):
+        run_claims(options(tmp_path / "new", "optimizer.lr=-1", names=()))
+    assert not (tmp_path / "new").exists()
+
+
 def test_data_with_one_class_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("bn_lightning.claims.run_claims.data_info", lambda data: {"classes": 1})
     with pytest.raises(ValueError, match="2 classes"):
@@ -291,13 +309,30 @@ def test_each_file_of_the_ledger_is_one_claim(ledger):
         ({"most": 2.0}, 1.0, 1.5),
         ({"most": 2.0}, -1.0, 2.5),
         ({"most": 2.0}, 3.0, 0.5),
+        ({"least": 4.0, "kind": "ratio"}, 16.0, 2.0),
+        ({"least": 1.0, "kind": "ratio"}, 1.0, 1.0),
+        ({"least": 1.0, "kind": "ratio"}, 2.0, 2.0),
+        ({"most": 1.0, "kind": "ratio"}, 0.5, 2.0),
+        ({"most": 1.0, "kind": "ratio"}, 4.0, -1.0),
     ],
-    ids=["least", "both", "most", "far_below_most", "above_most"],
+    ids=[
+        "least",
+        "both",
+        "most",
+        "far_below_most",
+        "above_most",
+        "ratio",
+        "equal",
+        "doubled",
+        "halved",
+        "quadrupled",
+    ],
 )
 def test_the_overview_is_in_units_of_the_bound(bounds, value, place):
     """1 is the bound, and more is on the side that holds."""
     effect = {"value": value, "low": value, "high": value, "seeds": 3}
     condition = {"least": None, "most": None, "kind": "difference", "unit": ""} | bounds
+    condition |= {"name": "here", "outcome": "holds"}
     figure = overview_figure({"tiny": {"conditions": [condition | {"effect": effect}]}})
     intervals = next(s for s in figure.panels[0].series if isinstance(s, Intervals))
     assert list(intervals.x) == [place]
