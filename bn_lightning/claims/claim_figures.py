@@ -8,10 +8,26 @@ import numpy as np
 
 from bn_lightning.claims.design import Claim, Curves
 from bn_lightning.claims.result_table import ResultTable
+from bn_lightning.claims.verdict import FAILS, HOLDS, OPEN
 from bn_lightning.sweeps.analysis.arms import COLORS, Style, label_of, style_of
-from bn_lightning.sweeps.report.figure import Axis, Band, Figure, Intervals, Line, Panel, Series
+from bn_lightning.sweeps.report.figure import (
+    GRAY,
+    Axis,
+    Band,
+    Figure,
+    Intervals,
+    Line,
+    Panel,
+    Series,
+)
 
-_WIDTH, _HEIGHT = 3.6, 3.2  # inches of a panel
+_WIDTH, _HEIGHT, _ENTRY = 3.6, 3.0, 0.2  # inches of a panel, and of an entry of its legend
+_MOST_COLUMNS = 3
+_OUTCOMES = {
+    HOLDS: Style(COLORS[0]),
+    FAILS: Style(COLORS[1], marker="s"),
+    OPEN: Style(GRAY, marker="^"),
+}
 _FARTHEST = 4.0  # from the bound, in units of the bound: the overview ends there
 
 
@@ -44,11 +60,18 @@ def claim_figure(claim: Claim, budget: str, table: ResultTable) -> Figure:
                     Axis(curves.x_label, curves.x_scale),
                     Axis(curves.label, curves.scale),
                     _curves(claim, curves, there, table),
-                    page_title=title or curves.label,
+                    page_title=", ".join(part for part in (curves.label, title) if part),
+                    page_caption="Mean of the seeds, and their range.",
                     page_legend="below",
                 )
             )
-    return Figure(panels, (_WIDTH * len(panels) + 0.6, _HEIGHT), legend="panels")
+    rows = math.ceil(len(panels) / _MOST_COLUMNS)
+    columns = math.ceil(len(panels) / rows)
+    legends = [[s.name for s in panel.series if isinstance(s, Line)] for panel in panels]
+    is_shared = len(panels) > 1 and all(legend == legends[0] for legend in legends)
+    most = 1 if is_shared else max(map(len, legends))
+    inches = (_WIDTH * columns + 0.6, (_HEIGHT + _ENTRY * most) * rows)
+    return Figure(panels, inches, columns, "below" if is_shared else "panels below")
 
 
 def _curves(
@@ -91,28 +114,37 @@ def overview_figure(entries: Mapping[str, Any]) -> Figure:
         for name, entry in entries.items()
         for number, condition in enumerate(entry["conditions"], 1)
     ]
-    x, low, high, texts = [], [], [], []
-    for _, condition in rows:
-        effect = condition["effect"]
-        x.append(_relative(effect["value"], condition))
-        low.append(_relative(effect["low"], condition))
-        high.append(_relative(effect["high"], condition))
-        texts.append(effect_text(condition))
-    places = [float(len(rows) - 1 - i) for i in range(len(rows))]
-    ticks = {place: label for place, (label, _) in zip(places, rows, strict=True)}
+    places = {label: float(len(rows) - 1 - i) for i, (label, _) in enumerate(rows)}
+    series: list[Series] = [
+        Line([1.0, 1.0], [-0.7, len(rows) - 0.3], "", Style(GRAY, "--")),
+    ]
+    for outcome, style in _OUTCOMES.items():
+        found = [(label, c) for label, c in rows if c["outcome"] == outcome]
+        if found:
+            x, low, high = (
+                [_relative(c["effect"][end], c) for _, c in found]
+                for end in ("value", "low", "high")
+            )
+            y = [places[label] for label, _ in found]
+            texts = [f"{c['name']}: {effect_text(c)}" for _, c in found]
+            series.append(Intervals(x, low, high, y, texts, [False] * len(y), outcome, style))
     panel = Panel(
         "overview",
         "1 and more: the effect that the rule asks for",
         Axis("effect / bound of its rule", bounds=(-1.0, _FARTHEST)),
-        Axis(ticks=ticks, bounds=(-0.7, max(len(rows) - 0.3, 0.7))),
-        [
-            Line([1.0, 1.0], [-0.7, len(rows) - 0.3], "", Style("#888888", "--")),
-            Intervals(x, low, high, places, texts, [False] * len(rows), "", Style(COLORS[0])),
-        ],
+        Axis(
+            ticks={place: label for label, place in places.items()},
+            bounds=(-0.7, max(len(rows) - 0.3, 0.7)),
+        ),
+        series,
         page_title="Overview",
-        page_height=120 + 26 * len(rows),
+        page_caption="Each condition, as it is numbered below, with its interval, in units of the "
+        "bound of its rule. 1 and more is on the side that holds. Effects beyond an end of the "
+        "axis are drawn there.",
+        page_height=150 + 26 * len(rows),
+        page_legend="above",
     )
-    return Figure([panel], (7.5, 1.2 + 0.28 * len(rows)), legend="")
+    return Figure([panel], (7.5, 1.5 + 0.28 * len(rows)), legend="above")
 
 
 def effect_text(condition: Mapping[str, Any]) -> str:
@@ -135,13 +167,18 @@ def bound_text(condition: Mapping[str, Any]) -> str:
 
 
 def _relative(value: float | None, condition: Mapping[str, Any]) -> float:
-    """Return an effect in units of its bound: a ratio on a logarithmic scale; 1 is the bound."""
+    """Return an effect in units of its bound: a ratio on a logarithmic scale; 1 is the bound.
+
+    A ratio's bound of 1 has no logarithm to measure in: a factor of 2 lies 1 beyond it.
+    """
     if value is None or math.isnan(value):
         return math.nan
     least, most = condition["least"], condition["most"]
     if condition["kind"] == "ratio" and value > 0:
-        value = math.log(value)
-        least, most = (None if b is None else math.log(b) for b in (least, most))
+        value = math.log2(value)
+        least, most = (None if b is None else math.log2(b) for b in (least, most))
+        if 0.0 in (least, most):
+            value, least = (value + 1.0 if least == 0.0 else 1.0 - value), 1.0
     if least is not None and least > 0:
         relative = value / least
     else:  # as far below the upper bound as a half is below 1

@@ -24,6 +24,8 @@ _CAPTION = (
     "the rule, which was written before the run"
 )
 
+_CURVES = "A curve is the mean of the seeds of an arm, and its band their range."
+
 
 def claims_page(content: Mapping[str, Any], figures: Mapping[str, Figure], overview: Figure) -> str:
     """Return the page.
@@ -69,7 +71,7 @@ def claims_markdown(content: Mapping[str, Any]) -> str:
         lines += ["", f"## {name}: {entry['text']}", "", f"{entry['sentence']}", ""]
         lines += [f"| {' | '.join(_HEAD[1:])} |", "|" + "---|" * len(_HEAD[1:])]
         lines += [f"| {' | '.join(row)} |" for row in _rows(entry)]
-        lines += ["", f"![{name}](figures/{name}.png)", ""]
+        lines += ["", f"![{name}](figures/{name}.png)", "", _CURVES, ""]
         lines += [f"{term.capitalize()}: {text}\n" for term, text in _about(entry).items()]
     lines += ["", "; ".join(map(_setup_text, content["setups"]))]
     return "\n".join(lines) + "\n"

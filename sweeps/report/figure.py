@@ -212,7 +212,7 @@ class Figure:
         panels: at least one.
         inches: width and height of the picture.
         columns: panels side by side, 0 for all.
-        legend: in each panel, or one above or below all panels, or "" for none.
+        legend: in each panel, or below it, or one above or below all panels, or "" for none.
         caption: below the label of the horizontal axis, which all panels then share.
         title: above all panels of a picture.
     """
@@ -220,7 +220,7 @@ class Figure:
     panels: Sequence[Panel]
     inches: tuple[float, float]
     columns: int = 0
-    legend: Literal["panels", "above", "below", ""] = ""
+    legend: Literal["panels", "panels below", "above", "below", ""] = ""
     caption: str = ""
     title: str = ""
 

@@ -35,6 +35,7 @@ from bn_lightning.sweeps.report.figure import (
     to_log1p,
 )
 
+_BELOW_PANEL: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
 _MOST_LETTERS, _MOST_IN_LEGEND = 30, 80  # letters of a tick's label, of a legend's entry
 
 
@@ -68,8 +69,9 @@ def draw(figure: Figure) -> Picture:
             axes.tick_params(labelbottom=False)
         if not figure.caption:
             axes.set_xlabel(literal(panel.x.label))
-        if figure.legend == "panels" and axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize="small")
+        if figure.legend.startswith("panels") and axes.get_legend_handles_labels()[1]:
+            place = {} if figure.legend == "panels" else _BELOW_PANEL
+            axes.legend(frameon=False, fontsize="small", **place)
     if figure.title:
         drawn.suptitle(literal(figure.title), fontsize="medium")
     if figure.caption:
