@@ -79,7 +79,10 @@ class Display:
             self._live.update(self._table(), refresh=True)
             return
         for trial, counts in new:
-            self._console.print(trial_line(trial, counts), highlight=False, markup=False)
+            line = trial_line(trial, counts)
+            if trial is new[-1][0] and counts.settled < counts.total and (left := self._time_left()):
+                line += f"  {left} left"
+            self._console.print(line, highlight=False, markup=False)
 
     def _take_new(self) -> list[tuple[FrozenTrial, SlotCounts]]:
         new = self._slots.take_new()
@@ -98,10 +101,18 @@ class Display:
         for trial in self._best[:1]:
             table.add_row("best so far", f"{_values(trial)} in trial {trial.number}")
             table.add_row("", _params(trial))
-        if (done := counts.settled - self._settled_before) > 0:
-            seconds = (time.monotonic() - self._started) / done * (counts.total - counts.settled)
-            table.add_row("time left", f"about {timedelta(seconds=round(seconds))}")
+        if left := self._time_left():
+            table.add_row("time left", left)
         return table
+
+    def _time_left(self) -> str:
+        """Return about how long the sweep still takes, "" before a trial has ended."""
+        counts = self._slots.counts()
+        done = counts.settled - self._settled_before
+        if done <= 0:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (counts.total - counts.settled)
+        return f"about {timedelta(seconds=round(seconds))}"
 
 
 def trial_line(trial: FrozenTrial, counts: SlotCounts) -> str:

@@ -70,6 +70,18 @@ class TestDisplay:
             "trial 2: failed (no)  [3/3]",
         ]
 
+    def test_in_a_log_the_last_new_trial_tells_the_time_left(self, monkeypatch):
+        clock = iter([100.0, 130.0])
+        monkeypatch.setattr("bn_lightning.sweeps.engine.display.time.monotonic", lambda: next(clock))
+        output, slots = io.StringIO(), Slots(6, 0)
+        with Display("demo", slots, [MIN], Console(file=output, width=100)) as display:
+            slots.update([trial(0, [2]), trial(1, [1])])
+            display.update()
+        assert output.getvalue().splitlines() == [
+            "trial 0: 2  [1/6]",
+            "trial 1: 1  [2/6]  about 0:01:00 left",
+        ]
+
     def test_in_a_terminal_there_is_one_table(self):
         table = self.shown(is_terminal=True)
         for words in ("demo", "3 of 3", "0 / 1 / 1", "1 in trial 1", "x=2", "time left"):
