@@ -123,6 +123,7 @@ def parts_of(configurations: Configurations) -> list[Part]:
     parts = []
     for name, keys in sorted(groups.items(), key=lambda group: _data_of(configurations, group[1])):
         alone = name.removeprefix(_ALONE) if name.startswith(_ALONE) else ""
+        keys.sort(key=lambda key: key.seed)  # members of one seed share batches and a layer's GEMM
         size = 1 if alone else MOST_MEMBERS
         for start in range(0, len(keys), size):
             part = {key: configurations[key] for key in keys[start : start + size]}
