@@ -619,7 +619,7 @@ def refuse_cpu(x: torch.Tensor) -> None:
     raise ValueError("on cpu; set TRITON_INTERPRET=1")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_triton_on_cpu_tensors_is_refused_in_a_fresh_process(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("the kernels run on this machine")

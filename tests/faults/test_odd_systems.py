@@ -25,6 +25,7 @@ ARGUMENTS = (*SMALL, "trainer.max_steps=3")
 
 
 class TestClock:
+    @pytest.mark.soak
     def test_last_is_the_run_after_which_the_clock_was_set_back(self, command):
         """The first run's files are of tomorrow, as the clock was wrong then."""
         before = command(main, *ARGUMENTS).directory
@@ -56,6 +57,7 @@ class TestClock:
         assert 0 < record["seconds"] < 200 and record["steps_per_second"] > 0
 
 
+@pytest.mark.soak
 def test_a_path_that_is_no_utf_8(tmp_path):
     """Under the locale C without Python's coercion; with output as in C, then as in en_US.UTF-8."""
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xff")
