@@ -80,7 +80,8 @@ class Display:
             return
         for trial, counts in new:
             line = trial_line(trial, counts)
-            if trial is new[-1][0] and counts.settled < counts.total and (left := self._time_left()):
+            is_last = trial is new[-1][0] and counts.settled < counts.total
+            if is_last and (left := self._time_left()):
                 line += f"  {left} left"
             self._console.print(line, highlight=False, markup=False)
 

@@ -8,6 +8,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
+from bn_lightning.sweeps.engine import display as display_module
 from bn_lightning.sweeps.engine.display import (
     Display,
     print_sweep_summary,
@@ -72,7 +73,7 @@ class TestDisplay:
 
     def test_in_a_log_the_last_new_trial_tells_the_time_left(self, monkeypatch):
         clock = iter([100.0, 130.0])
-        monkeypatch.setattr("bn_lightning.sweeps.engine.display.time.monotonic", lambda: next(clock))
+        monkeypatch.setattr(display_module.time, "monotonic", lambda: next(clock))
         output, slots = io.StringIO(), Slots(6, 0)
         with Display("demo", slots, [MIN], Console(file=output, width=100)) as display:
             slots.update([trial(0, [2]), trial(1, [1])])
