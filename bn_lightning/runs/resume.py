@@ -17,7 +17,7 @@ _FREE = {"callbacks", "ckpt_path", "extras", "logger", "paths", "resume", "task_
 _FREE |= {"trusted"}  # a key of version 0.1.0
 _FREE_DATA = {"root", "num_workers"}
 
-_KEPT = ("started", "resumed_at", "data", "metrics", "steps", "seconds")
+_KEPT = ("started", "resumed_at", "data", "metrics", "stack", "steps", "seconds")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
 
     Raises:
         ValueError: the run has ended, the configuration is not the one that it began with, or the
-            checkpoint lacks the optimizer's state, as that of a stack's member does.
+            checkpoint lacks the optimizer's state, as the best.ckpt of a stack's member does.
         UntrustedError: run.json contains interpolations, which would be evaluated.
     """
     from bn_lightning.runs.checkpoint import load_checkpoint
@@ -55,8 +55,8 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
         in_stack = before is not None and "stack" in before
         raise ValueError(
             "expected `ckpt_path` to be a checkpoint with the optimizer's state, got "
-            f"{path}{' of a run in a stack' * in_stack} without; leave ckpt_path out to start a "
-            "new run"
+            f"{path}{' of a run in a stack' * in_stack} without; "
+            f"{'name its last.ckpt, or ' * in_stack}leave ckpt_path out to start a new run"
         )
     _refuse_ended(path, checkpoint["global_step"], config, before)
     resume_point = ResumePoint(path, checkpoint, copy.deepcopy(before))

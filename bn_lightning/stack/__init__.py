@@ -5,6 +5,7 @@ stackable.py       which runs can be one stack, read from their configurations
 member.py          one run of a stack, and what it leaves
 seed_batches.py    the training batches of each seed
 rehearsal.py       compares a stack with its members before it trains
+loop_state.py      what a member's checkpoint holds of Lightning's loops
 loss_watch.py      finds members that diverge
 evaluation.py      validation and test of all members
 percentiles.py     the percentile callback for all members

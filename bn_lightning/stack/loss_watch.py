@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,10 @@ class LossWatch:
                 if step - since >= self._guard.patience:
                     found.append(member)
         return found
+
+    def member_state(self, member: int) -> dict[str, Any]:
+        """Return the state that the `DivergenceGuard` of a member that goes on would have."""
+        return {"diverged_at": None, "above_since": self._above_since[member]}
 
     def take(self, members: Sequence[int]) -> None:
         """Keep the given members only."""

@@ -44,6 +44,7 @@ class Member:
 
     def __init__(self, config: dict[str, Any], like: RunRecord | None, builder: Builder) -> None:
         self.config = config
+        self._builder = builder
         self.directory = Path(config["paths"]["output_dir"])
         self.directory.mkdir(parents=True, exist_ok=True)
         self.record = _record_like(like, self.directory, config)
@@ -54,10 +55,11 @@ class Member:
         initialize_as_configured(self.model.network, scheme, config["seed"])
         self.random_state = torch.get_rng_state()
         self.metrics: dict[str, float] = {}
-        self.tested: dict[str, float] = {}  # test metrics that a validation at this step measured
         self.seconds = 0.0
         self.steps = 0
         self.epoch = 0
+        self.validated_at = 0  # a step
+        self.validations = 0  # in the current epoch
         self.planned_steps = 0  # of the whole budget
         self.stop_reason: str | None = None  # why a callback ended training before that
         self.trial: int | None = None  # number of the trial that this run is
@@ -85,6 +87,8 @@ class Member:
         Args:
             state: returns copies of the network's tensors, for the best checkpoint.
         """
+        self.validated_at = self.steps
+        self.validations += 1
         trainer = self._as_trainer()
         for callback in self._callbacks:
             callback.on_validation_end(trainer, self.model)
@@ -104,6 +108,11 @@ class Member:
         if self._logger is not None:
             self._logger.save()
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Count from the start of an epoch."""
+        self.epoch = epoch
+        self.validations = 0
+
     def end_epoch(self) -> None:
         """Log what callbacks log after an epoch."""
         for callback in self._callbacks:
@@ -114,21 +123,39 @@ class Member:
                     # Lightning counts the last step only after the hook that logs this.
                     self._logger.log_metrics({**value, "epoch": self.epoch}, self.steps - 1)
 
-    def save(self, state: Mapping[str, Tensor], data_state: Mapping[str, Any]) -> None:
+    def save(
+        self, state: Mapping[str, Tensor], of_last: Mapping[str, Any], of_both: Mapping[str, Any]
+    ) -> None:
         """Write the checkpoints of the best validation and of now.
 
         Args:
             state: copies of the network's tensors.
-            data_state: name of the data module's class -> its state, for the checkpoints.
+            of_last: what a run that goes on needs; the callbacks of the member are added.
+            of_both: name of the data module's class -> its state.
         """
-        if self._checkpoints is not None:
-            folder = Path(self._checkpoints["dirpath"])
-            writer = AtomicCheckpointIO()
-            best = None if self._best is None else self._best[1]
-            for name, checkpoint in (("best.ckpt", best), (LAST.name, self._checkpoint(state))):
-                if checkpoint is not None:
-                    writer.save_checkpoint({**checkpoint, **data_state}, folder / name)
-            self._best = None
+        if self._checkpoints is None:
+            return
+        folder = Path(self._checkpoints["dirpath"])
+        writer = AtomicCheckpointIO()
+        if self._best is not None:
+            writer.save_checkpoint({**self._best[1], **of_both}, folder / "best.ckpt")
+        callbacks = {callback.state_key: callback.state_dict() for callback in self._callbacks}
+        callbacks |= self._state_of_checkpoints()
+        last = {**self._checkpoint(state), **of_last}
+        last["callbacks"] = {**of_last.get("callbacks", {}), **callbacks}
+        writer.save_checkpoint({**last, **of_both}, folder / LAST.name)
+        self._best = None
+
+    def _state_of_checkpoints(self) -> dict[str, dict[str, Any]]:
+        """Return the state of `RunCheckpoints`, which keeps the best checkpoint in a longer run."""
+        callback = self._builder.build(self._checkpoints)
+        if self._best is not None:
+            score, path = self._best[0], str(Path(callback.dirpath, "best.ckpt"))
+            value = torch.tensor(-score if callback.mode == "min" else score)
+            callback.best_model_score = callback.current_score = callback.kth_value = value
+            callback.best_model_path = callback.kth_best_model_path = path
+            callback.best_k_models = {path: value}
+        return {callback.state_key: callback.state_dict()}
 
     def end_trained(self) -> None:
         """Write the metrics and the record of a member that was trained and tested."""

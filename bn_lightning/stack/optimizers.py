@@ -11,11 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from bn_lightning.models.classifier import Classifier
 from bn_lightning.stack.network import NotStackableError
 
 Number = float | Tensor
 """The same number for all members, or one for each, in a shape that broadcasts."""
+
+
+def member_optimizers(models: Sequence[Classifier]) -> tuple[list[Optimizer], list[Any]]:
+    """Return the optimizer of each member, and its scheduler if there are any.
+
+    Raises:
+        NotStackableError: the schedulers follow a metric.
+    """
+    optimizers: list[Optimizer] = []
+    schedulers: list[Any] = []
+    for model in models:
+        made = model.configure_optimizers()
+        if isinstance(made, dict):
+            schedulers.append(made["lr_scheduler"]["scheduler"])
+            made = made["optimizer"]
+        optimizers.append(made)
+    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
+        raise NotStackableError("`scheduler` follows a metric")
+    for optimizer in optimizers if schedulers else []:
+        # Without gradients it changes nothing. torch warns if a scheduler comes first.
+        optimizer.step()
+    return optimizers, schedulers
 
 
 class StackedOptimizer:
@@ -103,6 +127,19 @@ class StackedOptimizer:
                 state[name] = value.index_select(0, chosen)
         self.read_numbers()
 
+    def member_state(self, member: int) -> dict[str, Any]:
+        """Return the `state_dict` that a member's own optimizer would have, of copies."""
+        optimizer = self.members[member]
+        group = optimizer.param_groups[0]
+        places = [i for i, p in enumerate(self._own_parameters(member)) if p.requires_grad]
+        state: dict[int, dict[str, Tensor]] = {}
+        for place, tensors in self.state.items():
+            if tensors and group.get("momentum") != 0:  # torch keeps no buffer for a momentum of 0
+                own = {name: tensor[member].clone() for name, tensor in tensors.items()}
+                counted = {} if self._rule is _sgd else {"step": torch.tensor(float(self.steps))}
+                state[places[place]] = counted | own
+        return optimizer.state_dict() | {"state": state}
+
     def number(self, name: str, like: Tensor) -> Number:
         """Return a number of all members, to combine with a tensor (K, ...)."""
         value = self._numbers[name]
@@ -116,6 +153,9 @@ class StackedOptimizer:
     def whole(self, name: str) -> Tensor:
         """Return a number of all members as (K,) in double precision, or () if it is the same."""
         return torch.as_tensor(self._numbers[name], dtype=torch.float64)
+
+    def _own_parameters(self, member: int) -> list[Tensor]:
+        return self.members[member].param_groups[0]["params"]
 
     def _descend(self, parameter: Tensor, dy: Tensor, x: Tensor | None = None) -> None:
         """Apply w -= lr * gradient.

@@ -74,6 +74,10 @@ class SeedBatches:
             inputs, targets = zip(*batches, strict=True)
             yield self._placed(inputs), self._placed(targets)
 
+    def member_state(self, member: int) -> dict[str, Any]:
+        """Return where a member is in its batches, as its own run saves it."""
+        return self.streams[self.stream_of[member]].state_dict()
+
     def take(self, members: Sequence[int]) -> None:
         """Keep the given members only."""
         self.stream_of = [self.stream_of[k] for k in members]

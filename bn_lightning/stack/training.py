@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from bn_lightning.callbacks.divergence_guard import DivergenceGuard
+from bn_lightning.callbacks.same_data import SameData
 from bn_lightning.data.protocol import data_info
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.runs.record import logged_numbers, run_outcome
@@ -23,11 +23,12 @@ from bn_lightning.stack.evaluation import (
     placed_batch,
     same_evaluation,
 )
+from bn_lightning.stack.loop_state import Validated, loop_state
 from bn_lightning.stack.loss_watch import LossWatch
 from bn_lightning.stack.member import Member
 from bn_lightning.stack.memory import StackSizeError, fitting_members
 from bn_lightning.stack.network import NotStackableError, StackedNetwork
-from bn_lightning.stack.optimizers import StackedOptimizer
+from bn_lightning.stack.optimizers import StackedOptimizer, member_optimizers
 from bn_lightning.stack.percentiles import StackPercentiles
 from bn_lightning.stack.progress import StackProgress
 from bn_lightning.stack.rehearsal import rehearse
@@ -137,7 +138,7 @@ class StackTraining:
         self.runs = list(self.members)  # those that left, too
         self.network = StackedNetwork([member.model.network for member in self.members])
         self.network.context.streams = _streams(self.members)
-        optimizers, self._schedulers = _optimizers(self.members)
+        optimizers, self._schedulers = member_optimizers([member.model for member in self.members])
         parameters = list(self.network.network.parameters())
         clip = self._trainer.get("gradient_clip_val")
         self.optimizer = StackedOptimizer(parameters, optimizers, clip or None)
@@ -156,7 +157,9 @@ class StackTraining:
                 self._datamodule.val_dataloader(),
                 self._last_step(),
             )
-        tests = [batches for name, batches in self._validation() if name == "test"]
+        validation = self._validation()
+        self._validation_batches = sum(len(batches) for _, batches in validation)
+        tests = [batches for name, batches in validation if name == "test"]
         of_test = self._datamodule.test_dataloader()
         self._validates_test = any(same_evaluation(batches, of_test) for batches in tests)
         self._progress: StackProgress | None = None
@@ -211,10 +214,12 @@ class StackTraining:
         if self._percentiles is not None:
             self._percentiles.log(0, self.members)
         while step < last and self.members:
+            for member in self.members:
+                member.begin_epoch(epoch)
             for x, target in self.batches.epoch(epoch):
                 step += 1
                 for member in self.members:
-                    member.steps, member.tested = step, {}
+                    member.steps = step
                 running = len(self.members)
                 self._step(step, self._placed(x), self._placed(target))
                 if self._progress is not None:
@@ -224,7 +229,6 @@ class StackTraining:
             epoch += 1
             for member in self.members:
                 member.end_epoch()
-                member.epoch = epoch
         if self._progress is not None:
             self._progress.end()
 
@@ -292,10 +296,7 @@ class StackTraining:
 
     def _end_validation(self, k: int) -> None:
         member = self.members[k]
-        measured = logged_numbers(member.model.take_metrics())
-        member.log(measured)
-        if self._validates_test:
-            member.tested = {k: v for k, v in measured.items() if k.startswith("test/")}
+        member.log(logged_numbers(member.model.take_metrics()))
         member.end_validation(lambda: self.network.member_state(k))
 
     def _validation(self) -> list[tuple[str, Any]]:
@@ -337,7 +338,7 @@ class StackTraining:
             reason = f"{pruner}, by {self._monitor} {member.metrics[self._monitor]:.4g}"
             member.end("pruned", pruned_at=member.steps, prune_reason=reason)
         else:
-            if not member.tested:
+            if not self._has_tested(member):
                 evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
             self._end_tested(member)
 
@@ -345,7 +346,7 @@ class StackTraining:
         """Test and end the members that are left."""
         if not self.members:
             return
-        if not all(member.tested for member in self.members):
+        if not all(map(self._has_tested, self.members)):
             models = [member.model for member in self.members]
             evaluate_stack(self.network, models, "test", self._datamodule.test_dataloader())
         for k, member in enumerate(self.members):
@@ -354,14 +355,43 @@ class StackTraining:
 
     def _end_tested(self, member: Member) -> None:
         """Log the test and end a member."""
-        measured = logged_numbers(member.model.take_metrics())
-        member.log(measured or member.tested)
+        if self._has_tested(member):
+            tested = {k: v for k, v in member.metrics.items() if k.startswith("test/")}
+        else:
+            tested = logged_numbers(member.model.take_metrics())
+        member.log(tested)
         member.end_trained()
 
+    def _has_tested(self, member: Member) -> bool:
+        """Return whether the last validation has measured the test set with these weights."""
+        return self._validates_test and member.validated_at == member.steps
+
     def _save(self, k: int) -> None:
+        member = self.members[k]
         state = self._datamodule.state_dict()
         data_state = {type(self._datamodule).__qualname__: state} if state else {}
-        self.members[k].save(self.network.member_state(k), data_state)
+        member.save(self.network.member_state(k), self._state_of_run(k), data_state)
+
+    def _state_of_run(self, k: int) -> dict[str, Any]:
+        """Return what a run needs that goes on from a member's checkpoint."""
+        member = self.members[k]
+        callbacks = {SameData.__qualname__: {"sha256": self._datamodule.info.get("sha256")}}
+        if self._watch is not None:
+            callbacks[DivergenceGuard.__qualname__] = self._watch.member_state(k)
+        schedulers = [self._schedulers[k]] if self._schedulers else []
+        validated = Validated(member.validated_at, member.validations, self._validation_batches)
+        return {
+            "callbacks": callbacks,
+            "loops": loop_state(
+                member.steps,
+                len(self.batches),
+                self.batches.member_state(k),
+                validated,
+                is_scheduled=bool(schedulers),
+            ),
+            "optimizer_states": [self.optimizer.member_state(k)],
+            "lr_schedulers": [scheduler.state_dict() for scheduler in schedulers],
+        }
 
     def _share_time(self) -> None:
         """Give each member its share of the time since the last call."""
@@ -394,25 +424,3 @@ def _streams(members: Sequence[Member]) -> DropoutStreams:
     places = {key: place for place, key in enumerate(states)}
     stream_of = [places[member.random_state.numpy().tobytes()] for member in members]
     return DropoutStreams(list(states.values()), stream_of)
-
-
-def _optimizers(members: Sequence[Member]) -> tuple[list[Optimizer], list[Any]]:
-    """Return the optimizer of each member, and its scheduler if there are any.
-
-    Raises:
-        NotStackableError: the schedulers follow a metric.
-    """
-    optimizers: list[Optimizer] = []
-    schedulers: list[Any] = []
-    for member in members:
-        made = member.model.configure_optimizers()
-        if isinstance(made, dict):
-            schedulers.append(made["lr_scheduler"]["scheduler"])
-            made = made["optimizer"]
-        optimizers.append(made)
-    if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
-        raise NotStackableError("`scheduler` follows a metric")
-    for optimizer in optimizers if schedulers else []:
-        # Without gradients it changes nothing. torch warns if a scheduler comes first.
-        optimizer.step()
-    return optimizers, schedulers

@@ -32,7 +32,7 @@ def test_hydras_own_sweeper_gets_stacks(command, tmp_path):
         assert (folder / str(number) / ".hydra" / "config.yaml").exists()
 
 
-def test_a_member_is_not_resumed_and_stays_as_it_was(command, tmp_path):
+def test_the_best_checkpoint_of_a_member_is_not_resumed(command, tmp_path):
     given = [text for text in SHORT if text != "callbacks=none"]
     command(main, "-m", *given, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'there'}")
     member = tmp_path / "there" / "1"
@@ -42,10 +42,10 @@ def test_a_member_is_not_resumed_and_stays_as_it_was(command, tmp_path):
         *given[:-1],
         "seed=2",
         "trainer.max_steps=8",
-        f"ckpt_path={member}/checkpoints/last.ckpt",
+        f"ckpt_path={member}/checkpoints/best.ckpt",
     )
     assert result.code == 1 and "the optimizer's state" in result.err
-    assert "of a run in a stack" in result.err
+    assert "of a run in a stack" in result.err and "its last.ckpt" in result.err
     assert (member / "run.json").read_bytes() == before
 
 
