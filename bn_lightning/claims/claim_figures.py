@@ -1,8 +1,8 @@
 """The figure of a claim, and the overview of all claims."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,13 +22,15 @@ from bn_lightning.sweeps.report.figure import (
 )
 
 _WIDTH, _HEIGHT, _ENTRY = 3.6, 3.0, 0.2  # inches of a panel, and of an entry of its legend
+_PAGE_HEIGHT, _PAGE_ENTRY = 340, 24  # pixels of a panel of the page, and of an entry below it
 _MOST_COLUMNS = 3
 _OUTCOMES = {
     HOLDS: Style(COLORS[0]),
     FAILS: Style(COLORS[1], marker="s"),
     OPEN: Style(GRAY, marker="^"),
 }
-_FARTHEST = 4.0  # from the bound, in units of the bound: the overview ends there
+_FARTHEST = 4.0  # from the bound, in units of the bound: the overview draws it there
+_BESIDE = 0.15  # to the ends of the overview, so that markers lie on no label
 
 
 def claim_figure(claim: Claim, budget: str, table: ResultTable) -> Figure:
@@ -53,15 +55,18 @@ def claim_figure(claim: Claim, budget: str, table: ResultTable) -> Figure:
         }
         for number, title in enumerate(dict.fromkeys(s.panel for s in shown.values())):
             there = {label: s.x for label, s in shown.items() if s.panel == title}
+            series = _curves(claim, curves, there, table)
+            entries = sum(isinstance(one, Line) for one in series)
             panels.append(
                 Panel(
                     f"{claim.name.replace('_', '-')}-{place}-{number}",
                     title or curves.label,
-                    Axis(curves.x_label, curves.x_scale),
-                    Axis(curves.label, curves.scale),
-                    _curves(claim, curves, there, table),
+                    Axis(curves.x_label, curves.x_scale, number_format=_format_of(there.values())),
+                    Axis(curves.label, curves.scale, number_format="g"),
+                    series,
                     page_title=", ".join(part for part in (curves.label, title) if part),
                     page_caption="Mean of the seeds, and their range.",
+                    page_height=_PAGE_HEIGHT + _PAGE_ENTRY * entries,
                     page_legend="below",
                 )
             )
@@ -72,6 +77,12 @@ def claim_figure(claim: Claim, budget: str, table: ResultTable) -> Figure:
     most = 1 if is_shared else max(map(len, legends))
     inches = (_WIDTH * columns + 0.6, (_HEIGHT + _ENTRY * most) * rows)
     return Figure(panels, inches, columns, "below" if is_shared else "panels below")
+
+
+def _format_of(x: Collection[float]) -> Literal["", "g"]:
+    """Return the format of an axis: plain numbers if they are short, else powers of 10."""
+    least = min((value for value in x if value > 0), default=1.0)
+    return "g" if max(x, default=1.0) < 1000 * least else ""
 
 
 def _curves(
@@ -131,7 +142,7 @@ def overview_figure(entries: Mapping[str, Any]) -> Figure:
     panel = Panel(
         "overview",
         "1 and more: the effect that the rule asks for",
-        Axis("effect / bound of its rule", bounds=(-1.0, _FARTHEST)),
+        Axis("effect / bound of its rule", bounds=(-1.0 - _BESIDE, _FARTHEST + _BESIDE)),
         Axis(
             ticks={place: label for label, place in places.items()},
             bounds=(-0.7, max(len(rows) - 0.3, 0.7)),
@@ -139,8 +150,8 @@ def overview_figure(entries: Mapping[str, Any]) -> Figure:
         series,
         page_title="Overview",
         page_caption="Each condition, as it is numbered below, with its interval, in units of the "
-        "bound of its rule. 1 and more is on the side that holds. Effects beyond an end of the "
-        "axis are drawn there.",
+        f"bound of its rule. 1 and more is on the side that holds. Effects below -1 or above "
+        f"{_FARTHEST:g} are drawn there, and a row is empty where nothing was measured.",
         page_height=150 + 26 * len(rows),
         page_legend="above",
     )

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_ledger import made_up_ledger
 from optuna.trial import TrialState
 
+from bn_lightning.claims.claim_page import claims_page
 from bn_lightning.sweeps.analysis.columns import Columns
 from bn_lightning.sweeps.analysis.summary import summarize
 from bn_lightning.sweeps.analysis.tolerance import GridTrial
@@ -306,3 +308,16 @@ def test_a_page_without_figures(
     sweep = make_study(tmp_path, change=lambda n, p: {"state": TrialState.WAITING})
     opened = open_page(write_report([str(sweep)]))
     assert opened.said == [] and opened.asked == [opened.page.url]
+
+
+def test_the_claims_are_drawn(open_page: Any, tmp_path: Path) -> None:
+    """Of the whole budget, which has the most panels and curves."""
+    content, figures, overview = made_up_ledger(tmp_path)
+    page = tmp_path / "claims.html"
+    page.write_text(claims_page(content, figures, overview))
+    for width, scheme in zip(WIDTHS, ("light", "dark", "light"), strict=True):
+        opened = open_page(page, width=width, scheme=scheme)
+        opened.check()
+    ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
+    panels = [panel for figure in (overview, *figures.values()) for panel in figure.panels]
+    assert ids == {panel.id for panel in panels} and len(ids) == len(panels)
