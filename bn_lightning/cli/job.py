@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from bn_lightning.cli.error_line import FULL_ERROR, format_error
@@ -65,7 +66,8 @@ class NewDirectories(Callback):
 
     @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _remember(Path(config.hydra.run.dir))
+        with contextlib.suppress(OmegaConfBaseException):  # Hydra raises it next, here it warns
+            _remember(Path(config.hydra.run.dir))
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

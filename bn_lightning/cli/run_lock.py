@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from bn_lightning.runs.atomic_write import remove_unfinished
@@ -39,7 +40,10 @@ class RunLock(Callback):
         if "LOCAL_RANK" in os.environ:
             return
         _release()  # of the previous run in this process
-        directory = Path(config.hydra.run.dir).absolute()
+        try:
+            directory = Path(config.hydra.run.dir).absolute()
+        except OmegaConfBaseException:
+            return  # Hydra raises it next, and would make a warning of it here
         try:
             directory.mkdir(parents=True, exist_ok=True)
             RunLock._held = os.open(directory, os.O_RDONLY)

@@ -600,6 +600,13 @@ def test_bad_input_is_one_line_that_says_what_to_do(
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
 
 
+def test_nothing_to_resume_is_said_without_a_warning(command):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert command(main, *SHORT, *BARE, "ckpt_path=last").code == 1
+    assert [str(warning.message) for warning in caught] == []
+
+
 def test_refused_jobs_of_a_multirun_leave_nothing_and_the_others_stay(command, tmp_path):
     assert command(main, "-m", *SHORT, *BARE, "optimizer.lr=-1,-2").code == 1
     assert not list(tmp_path.iterdir())
