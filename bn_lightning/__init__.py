@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         SyncBatchNorm3d,
     )
     from bn_lightning.plugins.layer_sync import FusedSyncBatchNorm
+    from bn_lightning.stack.stacked_classifier import StackedClassifier
     from bn_lightning.stack.training import train_stack
 
 __version__ = "0.2.0"
@@ -47,6 +48,7 @@ __all__ = [
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "StackedClassifier",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
@@ -74,6 +76,7 @@ _HOME = {
     "GhostBatchNorm1d": "bn_lightning.modules.ghost_batch_norm",
     "GhostBatchNorm2d": "bn_lightning.modules.ghost_batch_norm",
     "GhostBatchNorm3d": "bn_lightning.modules.ghost_batch_norm",
+    "StackedClassifier": "bn_lightning.stack.stacked_classifier",
     "SyncBatchNorm": "bn_lightning.modules.sync_batch_norm",
     "SyncBatchNorm1d": "bn_lightning.modules.sync_batch_norm",
     "SyncBatchNorm2d": "bn_lightning.modules.sync_batch_norm",

@@ -98,8 +98,11 @@ class Classifier(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        self.check_classes(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check_classes(self, datamodule: Any) -> None:
         """Raise a ValueError if the data module's `num_classes` is above this module's."""
-        classes = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        classes = getattr(datamodule, "num_classes", None)
         if classes is not None and classes > self.num_classes:
             raise ValueError(
                 f"expected `num_classes` to be at least {classes}, the number of classes of the"
@@ -130,12 +133,7 @@ class Classifier(LightningModule):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if dataloader_idx > 1:
-            raise ValueError(
-                "expected `val_dataloaders` to be at most two, validation and test, got "
-                f"{dataloader_idx + 1} or more"
-            )
-        self._evaluate(("val", "test")[dataloader_idx], batch)
+        self._evaluate(evaluation_name(dataloader_idx), batch)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -230,6 +228,20 @@ class Classifier(LightningModule):
         values = {"step": float(self.global_step), **self.take_metrics()}
         # torchmetrics has reduced the values over all ranks; sync_dist only avoids a warning.
         self.log_dict(values, sync_dist=True)
+
+
+def evaluation_name(dataloader_idx: int) -> str:
+    """Return the name, "val" or "test", of the evaluation on a validation loader.
+
+    Raises:
+        ValueError: `dataloader_idx` is above 1.
+    """
+    if dataloader_idx > 1:
+        raise ValueError(
+            "expected `val_dataloaders` to be at most two, validation and test, got "
+            f"{dataloader_idx + 1} or more"
+        )
+    return ("val", "test")[dataloader_idx]
 
 
 def _call_factory(name: str, factory: Callable[[Any], Any], argument: Any) -> Any:

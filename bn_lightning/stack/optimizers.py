@@ -5,7 +5,7 @@ computes, in the same order. Where all members have the same number it stays a n
 faster than a tensor.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class StackedOptimizer:
         """Apply a step to all parameters that have a gradient, and remove the gradients."""
         self.steps += 1
         if self.clip_norm is not None:
-            _clip([p.grad for p in self.parameters if p.grad is not None], self.clip_norm)
+            clip_members([p.grad for p in self.parameters if p.grad is not None], self.clip_norm)
         with torch.no_grad():
             for place, parameter in enumerate(self.parameters):
                 gradient, parameter.grad = parameter.grad, None
@@ -139,6 +139,25 @@ class StackedOptimizer:
                 counted = {} if self._rule is _sgd else {"step": torch.tensor(float(self.steps))}
                 state[places[place]] = counted | own
         return optimizer.state_dict() | {"state": state}
+
+    def load_members(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take the members' states from `member_state`, in their order."""
+        for optimizer, state in zip(self.members, states, strict=True):
+            optimizer.load_state_dict({**state, "state": {}})
+        self.state = {}
+        places = [i for i, p in enumerate(self._own_parameters(0)) if p.requires_grad]
+        for place, index in enumerate(places):
+            own = [state["state"].get(index, {}) for state in states]
+            names = {name for tensors in own for name in tensors} - {"step"}
+            parameter = self.parameters[place]
+            for name in sorted(names):
+                # A member with a momentum of 0 has no buffer, and reads none.
+                zero = torch.zeros_like(parameter[0])
+                stacked = torch.stack([tensors.get(name, zero) for tensors in own])
+                self.state.setdefault(place, {})[name] = stacked.to(parameter)
+            steps = [int(tensors["step"]) for tensors in own if "step" in tensors]
+            self.steps = max(steps, default=self.steps)
+        self.read_numbers()
 
     def number(self, name: str, like: Tensor) -> Number:
         """Return a number of all members, to combine with a tensor (K, ...)."""
@@ -304,8 +323,8 @@ def _add_quotient(p: Tensor, numerator: Tensor, denominator: Tensor, size: Tenso
         p.addcdiv_(numerator * _view(size, p), denominator, value=-1.0)
 
 
-def _clip(gradients: Sequence[Tensor], limit: float) -> None:
-    """Scale gradients in place so that each member's norm is at most `limit`.
+def clip_members(gradients: Sequence[Tensor], limit: float) -> None:
+    """Scale gradients (K, ...) in place so that each member's norm is at most `limit`.
 
     As `torch.nn.utils.clip_grad_norm_` does for one network.
     """

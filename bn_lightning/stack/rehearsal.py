@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bn_lightning.models.classifier import Classifier
 from bn_lightning.modules.preserve_state import preserve_state
 from bn_lightning.stack.context import Placed
-from bn_lightning.stack.member import Member
 from bn_lightning.stack.network import NotStackableError, StackedNetwork
 
 # Largest difference of two losses relative to the larger one, or to 1. Rounding makes 1e-6 of it
@@ -20,7 +20,10 @@ _PLAIN = (bool, int, float, str, list, tuple, dict, set)
 
 
 def rehearse(
-    network: StackedNetwork, members: Sequence[Member], batch: tuple[Placed, Placed]
+    network: StackedNetwork,
+    models: Sequence[Classifier],
+    random_states: Sequence[Tensor],
+    batch: tuple[Placed, Placed],
 ) -> None:
     """Compute the losses of a training batch in the stack and one by one, and compare them.
 
@@ -28,14 +31,15 @@ def rehearse(
 
     Args:
         network: of the stack.
-        members: with their own networks in the initial state, and random states.
+        models: of the members, whose own networks have the state that they have in the stack.
+        random_states: of torch on the CPU, one for each member.
         batch: inputs and targets.
 
     Raises:
         NotStackableError: the network cannot run in a stack, keeps state in attributes, or a loss
             differs.
     """
-    loss_of = members[0].model.loss
+    loss_of = models[0].loss
     network.network.train()
     try:
         with torch.no_grad(), network.preserved():
@@ -43,13 +47,13 @@ def rehearse(
     except Exception as error:
         line = str(error).strip().partition("\n")[0]
         raise NotStackableError(f"the network cannot run under torch.func.vmap: {line}") from error
-    for k, (member, loss) in enumerate(zip(members, losses, strict=True)):
-        own = member.model.network.train()
+    for k, (model, loss) in enumerate(zip(models, losses, strict=True)):
+        own = model.network.train()
         x, target = (part.value if part.dim is None else part.value[k] for part in batch)
         before = _plain_attributes(own)
         with torch.no_grad(), preserve_state(own):
-            torch.set_rng_state(member.random_state)
-            single = loss_of(own(x), target).item()
+            torch.set_rng_state(random_states[k])
+            single = model.loss(own(x), target).item()
         if changed := [name for name, v in _plain_attributes(own).items() if before.get(name) != v]:
             raise NotStackableError(f"the network keeps state in the attribute `{changed[0]}`")
         same = abs(single - loss) <= _TOLERANCE * max(1.0, abs(single), abs(loss))

@@ -26,6 +26,7 @@ from bn_lightning.stack.evaluation import (
 from bn_lightning.stack.loop_state import Validated, loop_state
 from bn_lightning.stack.loss_watch import LossWatch
 from bn_lightning.stack.member import Member
+from bn_lightning.stack.member_losses import member_losses
 from bn_lightning.stack.memory import StackSizeError, fitting_members
 from bn_lightning.stack.network import NotStackableError, StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer, member_optimizers
@@ -138,7 +139,8 @@ class StackTraining:
         self.runs = list(self.members)  # those that left, too
         self.network = StackedNetwork([member.model.network for member in self.members])
         self.network.context.streams = _streams(self.members)
-        optimizers, self._schedulers = member_optimizers([member.model for member in self.members])
+        models = [member.model for member in self.members]
+        optimizers, self._schedulers = member_optimizers(models)
         parameters = list(self.network.network.parameters())
         clip = self._trainer.get("gradient_clip_val")
         self.optimizer = StackedOptimizer(parameters, optimizers, clip or None)
@@ -167,7 +169,8 @@ class StackTraining:
             # A sweep has a table in the terminal.
             is_live = STUDY_VARIABLE not in os.environ
             self._progress = StackProgress(self._last_step(), is_live=is_live)
-        rehearse(self.network, self.members, self._first_batch())
+        states = [member.random_state for member in self.members]
+        rehearse(self.network, models, states, self._first_batch())
 
     def run(self) -> list[dict[str, Any]]:
         """Train and test all members, and return their outcomes."""
@@ -265,22 +268,10 @@ class StackTraining:
 
     def _gradients(self, x: Placed, target: Placed, logs: bool) -> tuple[Tensor, Tensor | None]:
         """Return the losses (K,), and accuracies (K,) if they are logged; leave gradients."""
-        context = self.network.context
-        context.calls.clear()
-        context.update = self.optimizer.update
-        model = self.members[0].model
-
-        def compute(network: Any, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-            logits = network(x)
-            loss = model.loss(logits, target)
-            if not logs:
-                return (loss,)
-            right = model.predicted_classes(logits.detach()) == target
-            return loss, right.float().mean()
-
-        losses, *accuracies = self.network.map(compute, x, target)
+        self.network.context.update = self.optimizer.update
+        losses, accuracies = member_losses(self.network, self.members[0].model, x, target, logs)
         losses.backward(torch.ones_like(losses))
-        return losses.detach(), accuracies[0] if logs else None
+        return losses.detach(), accuracies
 
     def _validate(self) -> None:
         models = [member.model for member in self.members]

@@ -1,0 +1,203 @@
+"""`StackedClassifier` in a Trainer, against its members in Trainers of their own."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+from bn_lightning.data.batches import TensorBatches
+from bn_lightning.models.classifier import Classifier
+from bn_lightning.models.mlp import MLP
+from bn_lightning.models.normalization import batch_norm
+from bn_lightning.stack.network import NotStackableError
+from bn_lightning.stack.stacked_classifier import StackedClassifier, member_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+
+BATCH = partial(batch_norm, eps=1e-5, momentum=0.1, backend="auto")
+RATES = [0.1, 0.01, 0.3]
+# Of the largest value of a tensor: rounding of a different order of summation.
+TOLERANCE = 1e-12
+
+
+def batches(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 12, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, 4, (count,), generator=generator)
+    return TensorBatches(x, target, 10, shuffle=seed == 0, seed=seed)
+
+
+def classifier(k, optimizer, scheduler=None, norm=BATCH, dropout=0.0):
+    torch.manual_seed(k)
+    # A BatchNorm after the activation, so that no parameter's gradient is rounding alone.
+    network: nn.Module = MLP(12, [7, 5], 4, "sigmoid", norm, "after")
+    if dropout:
+        network = nn.Sequential(nn.Linear(12, 7), nn.Dropout(dropout), nn.Linear(7, 4))
+    # Lightning loads a checkpoint before it makes the weights double.
+    network.double()
+    return Classifier(network, partial(optimizer, lr=RATES[k]), scheduler, num_classes=4)
+
+
+def trainer(epochs, **options):
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        precision="64-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=2,
+        **options,
+    )
+
+
+def fitted(model, epochs=2, ckpt_path=None, **options):
+    """The Trainer, after training 5 steps an epoch with two validation sets."""
+    made = trainer(epochs, **options)
+    loaders = batches(50, 0), [batches(30, 1), batches(20, 2)]
+    made.fit(model, *loaders, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return made
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        limit = TOLERANCE * max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(found[name], value, rtol=0, atol=limit, equal_nan=True)
+
+
+OPTIMIZERS = {
+    "sgd": (partial(classifier, optimizer=torch.optim.SGD), {}),
+    "momentum_scheduled": (
+        partial(
+            classifier,
+            optimizer=partial(torch.optim.SGD, momentum=0.9),
+            scheduler=partial(StepLR, step_size=3, gamma=0.5),
+        ),
+        {},
+    ),
+    "adam_clipped": (
+        partial(classifier, optimizer=torch.optim.Adam),
+        {"gradient_clip_val": 0.1},
+    ),
+    "adagrad_accumulated": (
+        partial(classifier, optimizer=torch.optim.Adagrad),
+        {"accumulate_grad_batches": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_members_equal_their_own_runs(made, options):
+    stack = StackedClassifier([made(k) for k in range(3)])
+    logged = fitted(stack, **options).callback_metrics
+    for k in range(3):
+        alone = made(k)
+        expected = fitted(alone, **options).callback_metrics
+        assert_same(stack.member(k).state_dict(), alone.state_dict())
+        own = {name: value for name, value in logged.items() if name.startswith(f"member_{k}/")}
+        assert len(own) == 8
+        for name, value in own.items():
+            wanted = expected[name.removeprefix(f"member_{k}/")]
+            torch.testing.assert_close(value.double(), wanted.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_dropout_of_each_seed():
+    made = partial(classifier, optimizer=torch.optim.SGD, dropout=0.5)
+    stack = StackedClassifier([made(k) for k in range(2)], seeds=[5, 6])
+    fitted(stack)
+    for k, seed in enumerate((5, 6)):
+        alone = made(k)
+        torch.manual_seed(seed)
+        fitted(alone)
+        assert_same(stack.member(k).state_dict(), alone.state_dict())
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory):
+    """A checkpoint of two members after two of four epochs, and what makes a member."""
+    made, _ = OPTIMIZERS["momentum_scheduled"]
+    path = tmp_path_factory.mktemp("half") / "stack.ckpt"
+    fitted(StackedClassifier([made(k) for k in range(2)])).save_checkpoint(path)
+    return made, path
+
+
+def test_a_checkpoint_of_the_stack_goes_on(half_way):
+    made, path = half_way
+    resumed, whole = (StackedClassifier([made(k) for k in range(2)]) for _ in range(2))
+    last = fitted(resumed, epochs=4, ckpt_path=path)
+    assert last.global_step == fitted(whole, epochs=4).global_step == 20
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_member_goes_on_alone(half_way, tmp_path):
+    made, path = half_way
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(member_checkpoint(checkpoint, 1), tmp_path / "member.ckpt")
+    resumed, whole = made(1), made(1)
+    last = fitted(resumed, epochs=4, ckpt_path=tmp_path / "member.ckpt")
+    assert last.global_step == fitted(whole, epochs=4).global_step == 20
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_member_that_diverges_reaches_no_other():
+    made = partial(classifier, optimizer=torch.optim.SGD, norm=None)
+    wild = made(1)
+    with torch.no_grad():
+        next(wild.network.parameters()).fill_(float("nan"))
+    stack = StackedClassifier([made(0), wild])
+    logged = fitted(stack).callback_metrics
+    alone = made(0)
+    fitted(alone)
+    assert_same(stack.member(0).state_dict(), alone.state_dict())
+    assert torch.isnan(logged["member_1/val/loss"]) and torch.isfinite(logged["member_0/val/loss"])
+
+
+def test_the_test_of_each_member():
+    made = partial(classifier, optimizer=torch.optim.SGD)
+    stack = StackedClassifier([made(0).float(), made(1).float()])  # the Trainer makes it double
+    (found,) = trainer(1).test(stack, batches(30, 1), verbose=False)
+    (expected,) = trainer(1).test(made(1).float(), batches(30, 1), verbose=False)
+    assert found["member_1/test/loss"] == pytest.approx(expected["test/loss"], rel=1e-12)
+    assert {f"member_{k}/test/accuracy" for k in (0, 1)} <= found.keys()
+    # A Trainer evaluates in inference mode, of which nothing stays.
+    assert not any(parameter.is_inference() for parameter in stack.member(1).parameters())
+
+
+class OwnStep(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx)
+
+
+class Noisy(MLP):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(1, device=x.device)
+
+
+def test_what_cannot_be_stacked_is_refused():
+    network = partial(MLP, 12, [7], 4, "relu", None, "before")
+    own = OwnStep(network(), torch.optim.SGD, num_classes=4)
+    with pytest.raises(NotStackableError, match="training_step"):
+        StackedClassifier([own])
+    unlike = Classifier(nn.Linear(12, 4), torch.optim.SGD, num_classes=4)
+    with pytest.raises(NotStackableError, match="differ"):
+        StackedClassifier([classifier(0, torch.optim.SGD), unlike])
+    with pytest.raises(NotStackableError, match="RMSprop"):
+        fitted(StackedClassifier([classifier(0, torch.optim.RMSprop)]))
+    noisy = Classifier(Noisy(12, [7], 4, "relu", None, "before"), torch.optim.SGD, num_classes=4)
+    with pytest.raises(NotStackableError, match="vmap"):
+        fitted(StackedClassifier([noisy]))
+
+
+@pytest.mark.parametrize(
+    ("count", "seeds", "named"), [(0, None, "members"), (1, [1, 2], "seeds")], ids=["none", "seeds"]
+)
+def test_arguments_are_checked(count, seeds, named):
+    members = [classifier(k, torch.optim.SGD) for k in range(count)]
+    with pytest.raises(ValueError, match=f"expected `{named}`"):
+        StackedClassifier(members, seeds)
