@@ -175,7 +175,7 @@ class MemberOptimizers(Optimizer):
         self.stacked = StackedOptimizer(parameters, optimizers)
 
     @override
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
