@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-FOLDERS = sorted(path.parent for path in RESULTS.glob("*/trials.csv"))
+LEDGER = RESULTS / "claims"
+FOLDERS = sorted({path.parent for path in RESULTS.glob("*/trials.csv")} - {LEDGER})
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -37,6 +38,35 @@ def test_a_committed_report_is_made_again_from_its_table(folder: Path, tmp_path:
     assert (tmp_path / "trials.csv").read_bytes() == (folder / "trials.csv").read_bytes()
     now, before = (json.loads((place / "summary.json").read_text()) for place in (tmp_path, folder))
     assert differences(now, before) == []
+
+
+class TestLedger:
+    """The verdicts on the claims, in docs/results/claims."""
+
+    content = json.loads((LEDGER / "summary.json").read_text(encoding="utf-8"))
+
+    def test_it_follows_from_its_table(self) -> None:
+        from bn_lightning.claims.registry import find_claims
+        from bn_lightning.claims.result_table import ResultTable
+        from bn_lightning.claims.run_claims import judge
+        from bn_lightning.runs.atomic_write import json_values
+
+        assert sum(path.stat().st_size for path in LEDGER.rglob("*") if path.is_file()) < 4e6
+        table = ResultTable(LEDGER, self.content["setups"][0], allow_mixed=False)
+        claims = {claim.name: claim for claim in find_claims()}
+        assert self.content["claims"].keys() == claims.keys()
+        for name, entry in self.content["claims"].items():
+            again = json_values(judge(claims[name], self.content["budget"], table))
+            assert differences(again, entry) == [], name
+
+    def test_the_documentation_has_its_verdicts(self) -> None:
+        from bn_lightning.claims.claim_figures import effect_text
+
+        page = (RESULTS.parent / "claims.md").read_text(encoding="utf-8").splitlines()
+        for name, entry in self.content["claims"].items():
+            first = entry["conditions"][0]
+            number = f"{first['name']}: {effect_text(first)}"
+            assert f"| `{name}` | {entry['text']} | {number} |" in page
 
 
 def test_differences_are_found() -> None:
