@@ -79,10 +79,8 @@ class Display:
             self._live.update(self._table(), refresh=True)
             return
         for trial, counts in new:
-            line = trial_line(trial, counts)
             is_last = trial is new[-1][0] and counts.settled < counts.total
-            if is_last and (left := self._time_left()):
-                line += f"  {left} left"
+            line = trial_line(trial, counts, self._time_left() if is_last else "")
             self._console.print(line, highlight=False, markup=False)
 
     def _take_new(self) -> list[tuple[FrozenTrial, SlotCounts]]:
@@ -116,7 +114,7 @@ class Display:
         return f"about {timedelta(seconds=round(seconds))}"
 
 
-def trial_line(trial: FrozenTrial, counts: SlotCounts) -> str:
+def trial_line(trial: FrozenTrial, counts: SlotCounts, time_left: str = "") -> str:
     """Return a line with the result of a trial, its parameters, its time and the progress."""
     if trial.state == TrialState.COMPLETE:
         ended = _values(trial) + (" diverged" if trial.user_attrs.get(DIVERGED) else "")
@@ -129,6 +127,8 @@ def trial_line(trial: FrozenTrial, counts: SlotCounts) -> str:
     parts = [f"trial {trial.number}: {ended}", _params(trial)]
     if SECONDS in trial.user_attrs:
         parts.append(f"{trial.user_attrs[SECONDS]:.1f} s")
+    if time_left:
+        parts.append(f"{time_left} left")
     parts.append(f"[{counts.settled}/{counts.total}]")
     return "  ".join(part for part in parts if part)
 

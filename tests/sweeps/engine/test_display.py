@@ -80,7 +80,7 @@ class TestDisplay:
             display.update()
         assert output.getvalue().splitlines() == [
             "trial 0: 2  [1/6]",
-            "trial 1: 1  [2/6]  about 0:01:00 left",
+            "trial 1: 1  about 0:01:00 left  [2/6]",
         ]
 
     def test_in_a_terminal_there_is_one_table(self):
