@@ -131,15 +131,18 @@ def parts_of(configurations: Configurations) -> list[Part]:
     return parts
 
 
-def train_networks(part: Part) -> Iterator[dict[TrialKey, MeasuredNetwork]]:
-    """Train a part, and yield the networks of a stack, or one.
+def networks_of(part: Part) -> Iterator[dict[TrialKey, MeasuredNetwork]]:
+    """Yield the networks of a part: as they begin, or trained, those of a stack or one.
 
     The folder of the runs of a stack is removed when the next one is asked for.
 
     Args:
-        part: one of `parts_of`.
+        part: networks of one claim, see `parts_of`.
     """
     configurations, alone = part.configurations, part.alone
+    if not part.is_trained:
+        yield {key: MeasuredNetwork(config) for key, config in configurations.items()}
+        return
     keys, most = list(configurations), len(configurations)
     while keys and not alone:
         members = keys[:most]

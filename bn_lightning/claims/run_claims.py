@@ -24,11 +24,10 @@ from bn_lightning.claims.claim_training import (
     compose_trials,
     first_line,
     hydra_configurations,
+    networks_of,
     parts_of,
-    train_networks,
 )
 from bn_lightning.claims.design import BUDGETS, Claim, MeasuredPoint
-from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.registry import find_claims
 from bn_lightning.claims.result_table import ResultTable, TrialKey
 from bn_lightning.claims.verdict import (
@@ -237,9 +236,8 @@ def _all_measured(part: Part) -> list[_Results]:
 def _measured(part: Part) -> Iterator[_Results]:
     """Yield seconds and measures of the networks of a stack, or of one."""
     (claim,) = find_claims((next(iter(part.configurations)).claim,))
-    initial = {key: MeasuredNetwork(config) for key, config in part.configurations.items()}
     begin = time.process_time()
-    for networks in train_networks(part) if part.is_trained else [initial]:
+    for networks in networks_of(part):
         measures = {key: dict(claim.measure(network)) for key, network in networks.items()}
         seconds = (time.process_time() - begin) / len(networks)
         yield {key: (seconds, found) for key, found in measures.items()}
@@ -264,9 +262,8 @@ def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:
             seconds += result.seconds
     numbers: dict[str, dict[str, dict[str, float | None]]] = {arm: {} for arm in claim.arms}
     for (arm, seed), found in points.items():
-        if len(found) == len(
-            claim.settings_of(budget, arm)
-        ):  # a seed counts when all of its networks are measured
+        # A seed counts when all of its networks are measured.
+        if len(found) == len(claim.settings_of(budget, arm)):
             for name, value in claim.numbers(found).items():
                 numbers[arm].setdefault(name, {})[str(seed)] = json_values(float(value))
     conditions = []

@@ -41,7 +41,8 @@ def loop_state(
     def tracked(*names: str) -> dict[str, dict[str, int]]:
         return {"total": counts(0, *names), "current": counts(before, *names)}
 
-    batch = tracked("ready", "started", "processed", "completed")
+    names = ("ready", "started", "processed", "completed")
+    batch = tracked(*names)
     if validated.at != steps:  # Lightning counts a batch as completed after the hook that saves
         for part in batch.values():
             part["completed"] -= 1
@@ -59,7 +60,6 @@ def loop_state(
         },
         "epoch_progress": {"total": begun, "current": dict(begun)},
     }
-    names = ("ready", "started", "processed", "completed")
     last = validated.batches if validated.at else 0
     fit_loop["epoch_loop.val_loop.batch_progress"] = {
         "total": dict.fromkeys(names, validated.in_epoch * validated.batches),
