@@ -34,7 +34,14 @@ from bn_lightning.kernels.autograd import (
     pack_statistics,
     unpack_backward,
 )
-from bn_lightning.kernels.launch_plan import LaunchPlan, make_plan, picker, recorded
+from bn_lightning.kernels.launch_plan import (
+    LaunchPlan,
+    Result,
+    make_plan,
+    picker,
+    places_of,
+    recorded,
+)
 from bn_lightning.kernels.layout import as_layout, mask_shape
 from bn_lightning.kernels.schedule import forced
 
@@ -64,7 +71,6 @@ _MISALIGNED = 15
 # Names of this module are found in less time than attributes.
 _grad_mode = torch.is_grad_enabled
 _reduce, _or = functools.reduce, operator.or_
-_empty_like = torch.empty_like
 _data_ptr = Tensor.data_ptr
 
 
@@ -103,11 +109,13 @@ class _PlannedBackward(NamedTuple):
         is_alike: whether dy, in the layout of x, and the saved tensors are like the recorded ones.
         misalignment: of those.
         launches: how to repeat the launches.
+        pick: picks what `backward` returns from the results of the launches, dy and None.
     """
 
     is_alike: Callable[..., bool]
     misalignment: tuple[int, ...] | None
     launches: LaunchPlan
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 class Plan:
@@ -150,21 +158,25 @@ class Plan:
         # The last of the tensors are updated in place.
         self.updates = len([t for t in a[4:7] if t is not None]) if a.training else 0
         self.is_identity = a.activation == "identity"
-        self.C = a.x.shape[1]
         mask_bytes = math.prod(mask_shape(a.x.shape, self.options.channels_last))
-        packing = Packing.of(self.C, mask_bytes if self.writes_mask else 0)
-        self.packed_numel = packing.numel
-        # In bytes.
-        self.rstd_offset, self.mask_offset = 4 * packing.rstd, 4 * packing.mask
-        # Those of the gradients, where they are not fp32.
-        *_, weight_dtype, bias_dtype = self.options
-        self.weight_dtype = None if weight_dtype is torch.float32 else weight_dtype
-        self.bias_dtype = None if bias_dtype is torch.float32 else bias_dtype
-        # Of torch's functions, `new_empty` makes a tensor in the least time.
-        self.new_floats = a.x.new_empty(0, dtype=torch.float32).new_empty
+        self.packing = Packing.of(a.x.shape[1], mask_bytes if self.writes_mask else 0)
+        # Whether dweight or dbias is not fp32. `to` takes its time even if it changes nothing.
+        self.casts = not {*self.options[-2:]} <= {None, torch.float32}
         self.is_recorded = False
         self.forward: LaunchPlan | None = None
         self.backwards: dict[tuple[bool, ...], _PlannedBackward] = {}
+
+    def results_like(self, y: Tensor, mask: Tensor | None, mean: Any, rstd: Any) -> list[Result]:
+        """Return what a repetition of the forward allocates for these results."""
+        if not self.needs_gradient:
+            return [Result.like(y)]
+        numel, begins = self.packing.numel, (0, self.packing.rstd, self.packing.mask)
+        parts = [
+            (tensor, 4 * begin)
+            for tensor, begin in zip((mean, rstd, mask), begins, strict=True)
+            if tensor is not None
+        ]
+        return [Result.like(y), Result((numel,), (1,), torch.float32, tuple(parts))]
 
 
 # In place of a result: ATen computes this kind of calls.
@@ -256,8 +268,7 @@ def run_plan(
     launches = plan.forward
     if launches is None or launches.is_observed():
         return _launch_forward(plan, fields)[0]
-    y = _empty_like(fields[0])
-    launches.launch((*addresses, y.data_ptr()))
+    (y,) = launches.launch(addresses)
     if plan.updates:
         _increment_version(tensors[-plan.updates :])
     return y
@@ -279,7 +290,7 @@ def _launch_forward(plan: Plan, fields: tuple[Any, ...]) -> tuple[Tensor, Tensor
         )
     if not plan.is_recorded:
         plan.is_recorded = True
-        plan.forward = make_plan(recording, a[:7], results[: 4 if plan.needs_gradient else 1])
+        plan.forward = make_plan(recording, a[:7], plan.results_like(*results))
     return results
 
 
@@ -294,13 +305,7 @@ class _EagerBatchNorm(torch.autograd.Function):
             y, mask, mean, rstd = _launch_forward(plan, fields)
             packed = pack_statistics(mean, rstd, mask)
         else:
-            y = _empty_like(x)
-            packed = plan.new_floats(plan.packed_numel)
-            begin = packed.data_ptr()
-            results: tuple[int, ...] = (begin, begin + plan.rstd_offset)
-            if plan.writes_mask:
-                results = (begin + plan.mask_offset, *results)
-            launches.launch((*addresses, y.data_ptr(), *results))
+            y, packed = launches.launch(addresses)
             if plan.updates:
                 _increment_version(tensors[-plan.updates :])
         ctx.set_materialize_grads(False)
@@ -324,12 +329,8 @@ class _EagerBatchNorm(torch.autograd.Function):
                 is_alike = planned.is_alike(*tensors)
             addresses = [*map(_data_ptr, tensors)]
             if is_alike and misalignment_of(addresses) == planned.misalignment:
-                dx, dresidual, dweight, dbias = _repeat_backward(
-                    plan, planned.launches, needs, tensors[0], addresses
-                )
-                if needs[1] and plan.is_identity:
-                    dresidual = dy
-                return dx, dresidual, dweight, dbias, None
+                gradients = planned.pick((*planned.launches.launch(addresses), dy, None))
+                return _as_parameters(plan, *gradients) if plan.casts else gradients
         run: Any = torch.ops.bn_lightning.batch_norm_backward
         if not is_observed() and all(map(has_memory, tensors)):
             run = functools.partial(_launch_backward, plan, needs, tensors[1:])
@@ -370,39 +371,28 @@ def _launch_backward(
         dx, dresidual, dweight, dbias = results = run_backward(call, wanted)
     if plan.forward is not None and needs not in plan.backwards:
         tensors = [call.dy, *saved]
-        launches = make_plan(recording, tensors, results)
+        allocated = [Result.like(r) for r in results if r is not None]
+        launches = make_plan(recording, tensors, allocated)
         if launches is not None:
+            # In front of None, which is last, is dy: the gradient of a residual without activation.
+            places = [
+                place if is_needed else -1
+                for place, is_needed in zip(places_of(results), needs, strict=True)
+            ]
+            if needs[1] and plan.is_identity:
+                places[1] = -2
             plan.backwards[needs] = _PlannedBackward(
-                make_guard(tensors), misalignment_of([t.data_ptr() for t in tensors]), launches
+                make_guard(tensors),
+                misalignment_of([t.data_ptr() for t in tensors]),
+                launches,
+                picker([*places, -1]),
             )
     return dx, dweight, dbias, dresidual
 
 
-def _repeat_backward(
-    plan: Plan,
-    launches: LaunchPlan,
-    needs: tuple[bool, ...],
-    dy: Tensor,
-    addresses: list[int],
-) -> tuple[Tensor | None, ...]:
-    """Return dx, dresidual, dweight and dbias, each None if it is not needed or is dy."""
-    needs_dx, needs_dresidual, needs_dweight, needs_dbias = needs
-    dx = dresidual = dweight = dbias = None
-    if needs_dx:
-        dx = _empty_like(dy)
-        addresses.append(dx.data_ptr())
-    if needs_dresidual and not plan.is_identity:
-        dresidual = _empty_like(dy)
-        addresses.append(dresidual.data_ptr())
-    if needs_dweight or needs_dbias:
-        dweight, dbias = plan.new_floats(plan.C), plan.new_floats(plan.C)
-        addresses += (dweight.data_ptr(), dbias.data_ptr())
-    launches.launch(tuple(addresses))
-    dweight = dweight if needs_dweight else None
-    dbias = dbias if needs_dbias else None
-    # `to` takes its time even if it changes nothing.
-    if dweight is not None and plan.weight_dtype is not None:
-        dweight = dweight.to(plan.weight_dtype)
-    if dbias is not None and plan.bias_dtype is not None:
-        dbias = dbias.to(plan.bias_dtype)
-    return dx, dresidual, dweight, dbias
+def _as_parameters(plan: Plan, dx: Any, dresidual: Any, dweight: Any, dbias: Any, _: None) -> Any:
+    """Return the same, with dweight and dbias in the dtypes of weight and bias."""
+    weight_dtype, bias_dtype = plan.options[-2:]
+    dweight = None if dweight is None else dweight.to(weight_dtype)
+    dbias = None if dbias is None else dbias.to(bias_dtype)
+    return dx, dresidual, dweight, dbias, None

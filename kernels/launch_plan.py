@@ -1,9 +1,9 @@
 """Record the launches of a call, and repeat them for calls that differ in addresses alone.
 
 Every kernel is launched by `launch_kernel`. Inside `recorded` it also notes the launch. A tensor in
-a noted launch is one of those given to the call, one of its results, or scratch memory. A plan
+a noted launch is one of those given to the call, in one of its results, or scratch memory. A plan
 keeps for each argument of each kernel which of these it is, and at which offset. It knows no
-kernel's parameters, and a repetition computes addresses and nothing else.
+kernel's parameters. A repetition allocates the results and computes addresses, and nothing else.
 
 Scratch memory is not initialized. A tensor that must be made in its own way for every call comes
 from `make_anew`.
@@ -20,8 +20,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Inductor's code allocates with these, on the current device. They skip the dispatcher and so take
+# half the time of `torch.empty_strided`. They are private; without them there are no plans.
+try:
+    from torch._C._dynamo import guards
+
+    EMPTY_STRIDED = {name: getattr(guards, f"_empty_strided_{name}") for name in ("cpu", "cuda")}
+except (ImportError, AttributeError):
+    EMPTY_STRIDED = {}
+
 # Bytes between the parts of the scratch memory: a cache line, and more than the widest access.
 _ALIGNMENT = 128
+# A name of this module is found in less time than an attribute.
+_data_ptr = Tensor.data_ptr
 
 
 class _Launch(NamedTuple):
@@ -89,6 +100,27 @@ def make_anew(make: Callable[[], Tensor]) -> Tensor:
     return tensor
 
 
+class Result(NamedTuple):
+    """A tensor that a repetition allocates and returns.
+
+    Attributes:
+        size: its shape.
+        strides: as many.
+        dtype: its dtype.
+        parts: the tensors of the recorded call that are in it, each with its offset in bytes.
+    """
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[tuple[Tensor, int], ...]
+
+    @classmethod
+    def like(cls, tensor: Tensor) -> "Result":
+        """Return the result that a tensor of the recorded call was."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, ((tensor, 0),))
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
     """The launches of a call, ready to be repeated.
@@ -98,11 +130,12 @@ class LaunchPlan:
     any; those at an offset from one before. The values are the addresses, then the constants.
 
     Attributes:
-        device: of the tensors.
         index: of the device on which the kernels are loaded.
         current_device: returns the index of the current device.
         stream: index of a device -> the handle of its current stream.
         is_observed: returns whether to launch by Triton itself, because someone wants to see it.
+        empty_strided: size, strides, dtype -> a tensor on the current device.
+        results: size, strides and dtype of each.
         scratch_bytes: size of the scratch memory.
         makers: of the tensors that are made anew.
         bases: picks from the addresses those before the ones at an offset.
@@ -112,41 +145,47 @@ class LaunchPlan:
             its values from addresses and constants.
     """
 
-    device: torch.device
     index: int
     current_device: Callable[[], int]
     stream: Callable[[int], int]
     is_observed: Callable[[], bool]
+    empty_strided: Callable[..., Tensor]
+    results: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     scratch_bytes: int
     makers: tuple[Callable[[], Tensor], ...]
-    bases: Callable[[tuple[int, ...]], tuple[int, ...]]
+    bases: Callable[[Sequence[int]], tuple[int, ...]]
     offsets: tuple[int, ...]
     constants: tuple[Any, ...]
     steps: tuple[tuple[Any, ...], ...]
 
-    def launch(self, addresses: tuple[int, ...]) -> None:
+    def launch(self, addresses: Sequence[int]) -> list[Tensor]:
         """Repeat the launches on the current stream.
 
         Args:
-            addresses: of the tensors given and of the results, in the order in which `make_plan`
-                had them, without those that are None; each a multiple of 16 where it was one then.
+            addresses: of the tensors given, in the order in which `make_plan` had them, without
+                those that are None; each a multiple of 16 where it was one then.
+
+        Returns:
+            The results.
         """
         if self.current_device() != self.index:
             with torch.cuda.device(self.index):
-                self.launch(addresses)
-            return
+                return self.launch(addresses)
+        results = [*itertools.starmap(self.empty_strided, self.results)]
+        values = [*addresses, *map(_data_ptr, results)]
         if self.makers:
             made = [make() for make in self.makers]
-            addresses = (*addresses, *[tensor.data_ptr() for tensor in made])
+            values += map(_data_ptr, made)
         if self.scratch_bytes:
-            scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.device)
-            addresses = (*addresses, scratch.data_ptr())
+            scratch = self.empty_strided((self.scratch_bytes,), (1,), torch.uint8)
+            values.append(scratch.data_ptr())
         if self.offsets:
-            addresses += tuple(map(operator.add, self.bases(addresses), self.offsets))
-        values = addresses + self.constants
+            values += map(operator.add, self.bases(values), self.offsets)
+        values += self.constants
         stream = self.stream(self.index)
         for start, before, after, pick in self.steps:
             start(*before, stream, *after, pick(values))
+        return results
 
 
 class _Part(NamedTuple):
@@ -166,7 +205,7 @@ class _Part(NamedTuple):
 
 
 def make_plan(
-    recording: Recording, given: Iterable[Tensor | None], results: Iterable[Tensor | None]
+    recording: Recording, given: Iterable[Tensor | None], results: Sequence[Result]
 ) -> LaunchPlan | None:
     """Return the plan of a recorded call, or None if addresses alone cannot repeat it.
 
@@ -176,34 +215,38 @@ def make_plan(
     Args:
         recording: of the call.
         given: the tensors that the call read or updated, dense and not empty.
-        results: the tensors that it returned, likewise.
+        results: what it returned, likewise.
     """
     from bn_lightning.kernels.triton_launcher import bind_launch, launch_is_observed
 
     bound = [bind_launch(*launch) for launch in recording.launches]
     launches = [launch for launch in bound if launch is not None]
-    if not launches or len(launches) < len(bound):
+    tensors = [tensor for tensor in given if tensor is not None]
+    empty_strided = EMPTY_STRIDED.get(tensors[0].device.type)
+    if not launches or len(launches) < len(bound) or empty_strided is None:
         return None
-    tensors = [tensor for tensor in (*given, *results) if tensor is not None]
-    known = [*tensors, *(tensor for tensor, _ in recording.made_anew)]
-    parts = [_Part(*_span(tensor), place, 0) for place, tensor in enumerate(known)]
+    pointers = [leaf for launch in launches for leaf in launch.leaves if isinstance(leaf, Tensor)]
+    parts = [_Part(*_span(tensor), place, 0) for place, tensor in enumerate(tensors)]
+    for place, result in enumerate(results, len(tensors)):
+        parts += [_Part(*_span(tensor), place, offset) for tensor, offset in result.parts]
+    if not all(any(_find(pointer, [part]) for pointer in pointers) for part in parts):
+        return None
+    known = len(tensors) + len(results) + len(recording.made_anew)
+    for place, (tensor, _) in enumerate(recording.made_anew, len(tensors) + len(results)):
+        parts.append(_Part(*_span(tensor), place, 0))
     if any(a.end > b.begin for a, b in itertools.pairwise(sorted(parts))):
         return None
     scratch_bytes = 0
-    pointers = [leaf for launch in launches for leaf in launch.leaves if isinstance(leaf, Tensor)]
     for pointer in pointers:
         if _find(pointer, parts) is None:
             storage = pointer.untyped_storage()
             begin, size = storage.data_ptr(), storage.nbytes()
-            parts.append(_Part(begin, begin + size, len(known), scratch_bytes))
+            parts.append(_Part(begin, begin + size, known, scratch_bytes))
             scratch_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-    found = [_find(pointer, parts) for pointer in pointers]
-    if not set(range(len(tensors))) <= {place for place, _ in found}:
-        return None
 
     # Where each pair of place and offset, and each constant, is among the values.
-    bases = len(known) + bool(scratch_bytes)
-    offsets = sorted({pair for pair in found if pair[1]})
+    bases = known + bool(scratch_bytes)
+    offsets = sorted({pair for pair in (_find(p, parts) for p in pointers) if pair[1]})
     index = {(place, 0): place for place in range(bases)}
     index |= {pair: bases + number for number, pair in enumerate(offsets)}
     constants: list[Any] = []
@@ -218,11 +261,12 @@ def make_plan(
                 constants.append(leaf)
         steps.append((launch.start, launch.before, launch.after, picker(picked)))
     return LaunchPlan(
-        device=tensors[0].device,
         index=launches[0].device,
         current_device=launches[0].current_device,
         stream=launches[0].stream,
         is_observed=launch_is_observed,
+        empty_strided=empty_strided,
+        results=tuple(result[:3] for result in results),
         scratch_bytes=scratch_bytes,
         makers=tuple(make for _, make in recording.made_anew),
         bases=picker([place for place, _ in offsets]),
@@ -241,6 +285,12 @@ def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
         (place,) = places
         return lambda items: (items[place],)
     return operator.itemgetter(*places)
+
+
+def places_of(results: Sequence[Tensor | None]) -> list[int]:
+    """Return where each is among those that are not None; -1 for None."""
+    numbers = itertools.count()
+    return [-1 if result is None else next(numbers) for result in results]
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -5,9 +5,8 @@ A stage is launched as its launchers do the first time, and its launches are rec
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bn_lightning.kernels.eager import (
@@ -17,7 +16,14 @@ from bn_lightning.kernels.eager import (
     make_room,
     misalignment_of,
 )
-from bn_lightning.kernels.launch_plan import LaunchPlan, make_plan, recorded
+from bn_lightning.kernels.launch_plan import (
+    LaunchPlan,
+    Result,
+    make_plan,
+    picker,
+    places_of,
+    recorded,
+)
 from bn_lightning.kernels.schedule import forced
 
 MAX_STAGES = 512
@@ -30,13 +36,13 @@ class _Stage(NamedTuple):
         is_alike: whether other tensors are like the recorded ones.
         misalignment: of those.
         launches: how to repeat the launches.
-        results: size, strides and dtype of each result, or None.
+        pick: picks the results from those of the launches, followed by None.
     """
 
     is_alike: Callable[..., bool]
     misalignment: tuple[int, ...] | None
     launches: LaunchPlan
-    results: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]
+    pick: Callable[[Sequence[Any]], tuple[Tensor | None, ...]]
 
 
 _stages: dict[Hashable, _Stage] = {}
@@ -68,21 +74,14 @@ def run_stage(
         and stage.is_alike(*given)
         and misalignment_of(addresses) == stage.misalignment
     ):
-        device = given[0].device
-        results = [
-            None if r is None else torch.empty_strided(r[0], r[1], dtype=r[2], device=device)
-            for r in stage.results
-        ]
-        addresses += [r.data_ptr() for r in results if r is not None]
-        stage.launches.launch(tuple(addresses))
-        return results
+        return [*stage.pick((*stage.launches.launch(addresses), None))]
     with recorded() as recording:
         results = [*launch()]
     plain = TensorGuards is not None and all(map(has_memory, given))
     if plain and len(set(addresses)) == len(addresses):
-        launches = make_plan(recording, given, results)
+        launches = make_plan(recording, given, [Result.like(r) for r in results if r is not None])
         if launches is not None:
             make_room(_stages, MAX_STAGES)
-            made = [None if r is None else (r.shape, r.stride(), r.dtype) for r in results]
-            _stages[key] = _Stage(make_guard(given), misalignment_of(addresses), launches, made)
+            pick = picker(places_of(results))
+            _stages[key] = _Stage(make_guard(given), misalignment_of(addresses), launches, pick)
     return results

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -26,6 +26,8 @@ from bn_lightning.kernels.layout import as_layout
 from bn_lightning.kernels.schedule import Regime, forced_regime
 from bn_lightning.modules.batch_norm import BatchNorm2d
 
+pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
+
 # L is a multiple of 8, so that a mask is possible in every regime.
 SHAPE = (3, 3, 2, 4)
 AFFINE = ("weight", "bias")
@@ -34,15 +36,13 @@ RUNNING = ("running_mean", "running_var")
 
 
 @pytest.fixture(autouse=True)
-def no_plans_and_nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget all plans, cut tiles to 128 elements, and fill what torch.empty returns with NaN."""
+def no_plans_and_small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget all plans, and cut tiles to 128 elements."""
     for name, value in {"REDUCTION_BYTES": 512, "PERSISTENT_ITEM_BYTES": 256}.items():
         monkeypatch.setattr(schedule, name, value)
     schedule._make_schedule.cache_clear()
     eager._plans.clear()
-    torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
     eager._plans.clear()
     schedule._make_schedule.cache_clear()
 
@@ -53,9 +53,9 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> Plans:
     found: Plans = []
     launch = launch_plan.LaunchPlan.launch
 
-    def spy(plan: launch_plan.LaunchPlan, addresses: tuple[int, ...]) -> None:
+    def spy(plan: launch_plan.LaunchPlan, addresses: Sequence[int]) -> list[Tensor]:
         found.append(plan)
-        launch(plan, addresses)
+        return launch(plan, addresses)
 
     monkeypatch.setattr(launch_plan.LaunchPlan, "launch", spy)
     return found
@@ -325,15 +325,42 @@ def test_a_plan_runs_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str)
         current[0] = before
 
     monkeypatch.setattr(torch.cuda, "device", guard)
-    used = []
+    used, allocated_on = [], []
+    empty_strided = plan.forward.empty_strided
+
+    def allocate(*arguments: Any) -> Tensor:
+        allocated_on.append(current[0])
+        return empty_strided(*arguments)
+
     plan.forward = dataclasses.replace(
         plan.forward,
         current_device=lambda: current[0],
         stream=lambda index: used.append((index, current[0])),
+        empty_strided=allocate,
     )
     assert torch.equal(_ours(x=t["x"], training=True), _op(x=t["x"], training=True))
     assert used == [(plan.forward.index, plan.forward.index)]
+    assert set(allocated_on) == {plan.forward.index}
     assert current == [plan.forward.index + 1]
+
+
+def test_without_torchs_private_allocators_nothing_is_repeated(
+    monkeypatch: pytest.MonkeyPatch, repeated: Plans, device: str
+) -> None:
+    monkeypatch.setattr(launch_plan, "EMPTY_STRIDED", {})
+    case = CASES["two_pass"]
+    for seed in (1, 2):
+        _assert_equal(*(case.run(case.tensors(device, seed), f) for f in (_ours, _op)))
+    assert not repeated
+
+
+def test_results_in_inference_mode_are_inference_tensors(repeated: Plans, device: str) -> None:
+    x = Case().tensors(device, 1)["x"]
+    with torch.inference_mode():
+        expected = _ours(x=x, training=True)
+        found = _ours(x=x, training=True)
+    assert len(repeated) == 1
+    assert found.is_inference() and torch.equal(found, expected)
 
 
 def test_an_unknown_triton_launches_as_it_documents(

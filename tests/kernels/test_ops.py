@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from bn_lightning.kernels import batch_norm, dispatch, ops, reference
 from bn_lightning.kernels.activations import ACTIVATIONS
 from bn_lightning.kernels.layout import mask_shape
 
+pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
 needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 triton = pytest.param("triton", marks=needs_triton)
 backends = pytest.mark.parametrize("backend", ["native", triton])
@@ -57,14 +58,6 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "channels_last": ((2, 3, 4, 5), _channels_last),
     "slice": ((4, 6, 5), _slice),
 }
-
-
-@pytest.fixture(autouse=True)
-def nan_in_empty_tensors() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _tensors(

@@ -1,7 +1,6 @@
 """Mean, rstd and running statistics: ours, torch at the same dtype, the reference in fp64."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,17 +34,10 @@ SHAPES = {
     "one_over_a_tile_of_positions": (2, 3, 4097),
     "images": (3, 3, 5, 7),
 }
+pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-@pytest.fixture(autouse=True)
-def nan_in_empty_tensors() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _input(shape: tuple[int, ...], device: str, mean: float = 3.0) -> Tensor:
