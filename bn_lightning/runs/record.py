@@ -106,9 +106,14 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        got, listed = f"a {RUN_FILE} that cannot be read: {error}", str(directory)
+        if not Path(directory).exists():
+            got, listed = "a directory that does not exist", "logs"
+        elif not path.exists():
+            got = f"none: there is no {RUN_FILE}"
         raise ValueError(
-            f"expected `{directory}` to be a run's directory with a {RUN_FILE}, got {error}; "
-            f"bn-report --list {directory} lists the runs below it"
+            f"expected `{directory}` to be a run's directory with a {RUN_FILE}, metrics.csv and "
+            f"checkpoints, got {got}; bn-report --list {listed} lists the runs below it"
         ) from error
     found = record.get("schema_version") if isinstance(record, dict) else None
     if found != SCHEMA_VERSION:

@@ -58,7 +58,7 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
             f"{path}{' of a run in a stack' * in_stack} without; "
             f"{'name its last.ckpt, or ' * in_stack}leave ckpt_path out to start a new run"
         )
-    _refuse_ended(path, checkpoint["global_step"], config, before)
+    _refuse_ended(path, checkpoint["global_step"], config, before, directory)
     resume_point = ResumePoint(path, checkpoint, copy.deepcopy(before))
     if before is not None:
         _restore_derived_values(config, record.content["config"], before, directory)
@@ -67,7 +67,7 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
 
 
 def _refuse_ended(
-    path: Path, steps: int, config: DictConfig, before: dict[str, Any] | None
+    path: Path, steps: int, config: DictConfig, before: dict[str, Any] | None, directory: Path
 ) -> None:
     """Refuse the checkpoint of a run that would end at once.
 
@@ -76,9 +76,22 @@ def _refuse_ended(
         steps: of the checkpoint.
         config: with which the run is resumed.
         before: run.json of the run, None if there is none.
+        directory: of the run.
     """
     max_steps = config.trainer.max_steps
     status = None if before is None else before["status"]
+    is_end = before is not None and steps >= before.get("steps", 0)
+    if before is not None and is_end and status == "completed":
+        begun = before["config"]["trainer"]
+        budget = ("max_steps", "max_epochs", "max_time")
+        has_its_steps = steps >= max_steps > 0
+        if has_its_steps or all(begun.get(k) == config.trainer.get(k) for k in budget):
+            key = f"trainer.max_steps above {steps}" if has_its_steps else "trainer.max_epochs"
+            raise ValueError(
+                f"expected `ckpt_path` to name a run that is not finished, got {directory}, which "
+                f"completed its {steps:,} steps; raise {key} to train it further, or leave "
+                "ckpt_path out to start a new run"
+            )
     # A run with all its steps but another status was stopped before its test.
     is_over = status in (None, "completed", "diverged", "pruned")
     if steps > max_steps > 0 or (steps == max_steps and is_over):
@@ -87,17 +100,9 @@ def _refuse_ended(
             f"steps, got {steps} in {path}; raise trainer.max_steps, or leave ckpt_path out to "
             "start a new run"
         )
-    if before is None or steps < before.get("steps", 0):
+    if before is None or not is_end:
         return
-    begun: dict[str, Any] = before["config"]
-    budget = ("max_steps", "max_epochs", "max_time")
-    is_same_budget = all(begun["trainer"].get(k) == config.trainer.get(k) for k in budget)
-    if status == "completed" and is_same_budget:
-        raise ValueError(
-            f"expected `ckpt_path` to be a checkpoint of a run that has not ended, got {path} of "
-            f"one that completed its {steps:,} steps; raise trainer.max_epochs, or leave ckpt_path "
-            "out to start a new run"
-        )
+    begun = before["config"]
     is_same_stop = begun["callbacks"].keys() <= config.callbacks.keys() and (
         begun["trainer"].get("max_time") == config.trainer.get("max_time")
     )

@@ -262,9 +262,16 @@ class TestErrors:
         with pytest.raises(TypeError, match="`overrides`"):
             run_experiment("+experiment=mnist_bn")
 
-    def test_no_run(self, tmp_path: Path) -> None:
-        with pytest.raises(ExperimentError, match="run's directory"):
-            load_run(tmp_path)
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [("missing", "that does not exist; bn-report --list logs "), (".", "no run.json; bn-rep")],
+    )
+    def test_no_run(self, tmp_path: Path, name: str, words: str) -> None:
+        with pytest.raises(ExperimentError) as error:
+            load_run(tmp_path / name)
+        for part in ("a run.json, metrics.csv and checkpoints, got", words):
+            assert part in str(error.value)
+        assert "Errno" not in str(error.value)
 
     def test_classes_of_other_packages_must_be_trusted(self, run: Run) -> None:
         import own_network
