@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bn_lightning.cli.command import format_versions, run_with_exit_code
+from bn_lightning.cli.command_parser import CommandParser
 from bn_lightning.cli.error_line import FULL_ERROR
 from bn_lightning.sweeps.analysis.columns import Columns
 from bn_lightning.sweeps.analysis.run_list import list_runs
@@ -28,7 +29,11 @@ examples:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    run_with_exit_code(_run, full_error=os.environ.get(FULL_ERROR) == "1")
+
+
+def _run() -> None:
+    parser = CommandParser(
         prog="bn-report",
         description=__doc__,
         epilog=EXAMPLES,
@@ -53,7 +58,7 @@ def main() -> None:
         help=f"accuracy at which a cell of a sweep has trained (default: {TRAINED}); of another "
         "metric no default, and at most VALUE where it is minimized",
     )
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     options = ReportOptions(
         output=given.output,
         study=given.study,
@@ -61,11 +66,10 @@ def main() -> None:
         allow_mixed=given.allow_mixed,
         threshold=given.threshold,
     )
-    full_error = os.environ.get(FULL_ERROR) == "1"
-    run_with_exit_code(
-        lambda: print_runs(given.sources) if given.list else write_report(given.sources, options),
-        full_error=full_error,
-    )
+    if given.list:
+        print_runs(given.sources)
+    else:
+        write_report(given.sources, options)
 
 
 def print_runs(folders: Sequence[str]) -> None:

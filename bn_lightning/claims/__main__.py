@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bn_lightning.cli.command import format_versions, run_with_exit_code
+from bn_lightning.cli.command_parser import CommandParser
 from bn_lightning.cli.error_line import FULL_ERROR
 
 _EXAMPLES = """\
@@ -25,7 +26,11 @@ examples:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    run_with_exit_code(_run, full_error=os.environ.get(FULL_ERROR) == "1")
+
+
+def _run() -> None:
+    parser = CommandParser(
         prog="bn-claims",
         description=__doc__,
         epilog=_EXAMPLES,
@@ -39,10 +44,10 @@ def main() -> None:
         "--allow-mixed", action="store_true", help="add to results of other versions or options"
     )
     given = parser.parse_intermixed_args()
-    run_with_exit_code(
-        lambda: print_claims() if given.list else _run(given),
-        full_error=os.environ.get(FULL_ERROR) == "1",
-    )
+    if given.list:
+        print_claims()
+    else:
+        _measure_claims(given)
 
 
 def print_claims() -> None:
@@ -53,7 +58,7 @@ def print_claims() -> None:
         print(f"{claim.name}: {claim.sentence}")
 
 
-def _run(given: argparse.Namespace) -> None:
+def _measure_claims(given: argparse.Namespace) -> None:
     from bn_lightning.claims.run_claims import LedgerOptions, run_claims
 
     names, values, overrides = _sorted_arguments(given.arguments)

@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
 
+from bn_lightning.cli.command_parser import check_hydras_options
 from bn_lightning.cli.error_line import FULL_ERROR, format_error, one_line_errors, print_error
 from bn_lightning.cli.job import remove_empty_multirun, run_task
 from bn_lightning.cli.run_lock import RunRefusedError
@@ -62,6 +63,7 @@ def hydra_command(task: Callable[[DictConfig], Any], config_name: str) -> Callab
 
     def run() -> None:
         refuse_typed_password(sys.argv[1:])
+        check_hydras_options(sys.argv[1:])
         try:
             hydra_main()
         except Exception:

@@ -798,3 +798,25 @@ class TestCommand:
         assert err.startswith("error: expected a sweep's directory")
         assert "bn-report --list logs" in err
         assert err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["here", "--outptu", "there"], "got '--outptu'; did you mean --output?"),
+            (["here", "--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
+            ([], "arguments are required: DIR"),
+        ],
+        ids=["unknown", "value", "none"],
+    )
+    def test_so_is_an_option_that_it_has_not(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        arguments: list[str],
+        words: str,
+    ) -> None:
+        with pytest.raises(SystemExit) as end:
+            self.main(monkeypatch, *arguments)
+        assert end.value.code == 1
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and words in err and err.count("\n") == 1

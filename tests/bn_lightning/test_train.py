@@ -622,6 +622,24 @@ def test_refused_jobs_of_a_multirun_leave_nothing_and_the_others_stay(command, t
     assert not list(Path("mine").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("seed=1", "--cfgg"), "got '--cfgg'; did you mean --cfg?"),
+        (("--nosuch", "seed=1"), "got '--nosuch'; --hydra-help lists them"),
+        (("seed=1", "--cfg", "nope"), "'nope' (choose from "),
+        (("seed=1", "-m", "data=digits"), "got 'data=digits' after an option; move the options"),
+    ],
+    ids=["typo", "unknown", "value", "between"],
+)
+def test_an_option_that_is_none_is_refused_in_one_line(command, tmp_path, words, line):
+    result = command(main, *words)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    assert line in result.err
+    assert not list(tmp_path.iterdir())
+
+
 def refuse_cpu(x: torch.Tensor) -> None:
     raise ValueError("on cpu; set TRITON_INTERPRET=1")
 

@@ -249,10 +249,11 @@ def test_the_command_sorts_its_arguments(monkeypatch, tmp_path, capsys):
     main()
     expected = LedgerOptions(("tiny",), "full", 4, ("model=cnn", "~init"), tmp_path, False, 2)
     assert given == [expected]
-    monkeypatch.setattr(sys, "argv", ["bn-claims", "seeds=many"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1 and "`seeds`" in capsys.readouterr().err
+    for typed, words in (("seeds=many", "`seeds`"), ("--lsit", "did you mean --list?")):
+        monkeypatch.setattr(sys, "argv", ["bn-claims", typed])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 1 and words in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["bn-claims", "--list"])
     main()
     assert f"tiny: {TINY_CLAIM.sentence}\n" in capsys.readouterr().out
