@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 
+from bn_lightning.cli.command import in_sweep, is_typed
 from bn_lightning.runs.machine import MAX_PROCESSES
 from bn_lightning.sweeps.engine.environment import in_trial
+from bn_lightning.sweeps.engine.processes import is_called
 
 _ABSENT = object()
 
@@ -99,7 +101,7 @@ _CHECKS: dict[str, _Check] = {
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse values that no run can use, and a GPU that is not there.
+    """Refuse values that no run can use, a GPU that is not there, and a sweep without -m.
 
     Args:
         config: composed from `conf/train.yaml`, resolved, as plain dictionaries and lists.
@@ -107,6 +109,37 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the key, what was expected and what came.
     """
+    _check_values(config)
+    if config["trainer"].get("accelerator") == "gpu":
+        from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+
+        if not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
+            raise ValueError(
+                "expected `trainer.accelerator=gpu` to find a GPU, got none that torch sees; use"
+                " trainer=cpu"
+            )
+    if in_trial():
+        _check_objective(config)
+    else:
+        _refuse_single_run_of_sweep()
+
+
+def check_trial(config: Mapping[str, Any]) -> None:
+    """Refuse a sweep whose first trial could only fail, for `hydra.sweeper.check`.
+
+    The trials may run on other machines, so no GPU is looked for.
+
+    Args:
+        config: of the first trial, as for `check_config`.
+
+    Raises:
+        ValueError: as from `check_config`.
+    """
+    _check_values(config)
+    _check_objective(config)
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
     for key, check in _CHECKS.items():
         value = _select(config, key)
         if value is _ABSENT and (check in (_POSITIVE, _NOT_NEGATIVE) or key == "model.network"):
@@ -123,20 +156,62 @@ def check_config(config: Mapping[str, Any]) -> None:
     devices = trainer.get("devices")
     if type(devices) is int and devices > MAX_PROCESSES:
         raise ValueError(f"expected `trainer.devices` to be at most {MAX_PROCESSES}, got {devices}")
-    if trainer.get("accelerator") == "gpu":
-        from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+    for name, node in config["callbacks"].items():
+        monitor = str((node or {}).get("monitor"))
+        if monitor.startswith("val/") and str(node["_target_"]).endswith(".EarlyStopping"):
+            _check_validates(trainer, f"callbacks.{name} stops the run by its {monitor}")
 
-        if not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
-            raise ValueError(
-                "expected `trainer.accelerator=gpu` to find a GPU, got none that torch sees; use"
-                " trainer=cpu"
-            )
-    if _never_validates(trainer) and _is_chosen_by_validation():
-        steps, interval = trainer["max_steps"], trainer["val_check_interval"]
+
+def _check_objective(config: Mapping[str, Any]) -> None:
+    """Refuse a trial that ends before the metric of its sweep is measured."""
+    if not HydraConfig.initialized():
+        return
+    metric = HydraConfig.get().sweeper.get("metric")
+    names = [metric] if isinstance(metric, str) else metric or []
+    for name in names:
+        if str(name).startswith("val/"):
+            _check_validates(config["trainer"], f"the sweep chooses trials by their {name}")
+
+
+def _check_validates(trainer: Mapping[str, Any], reason: str) -> None:
+    """Refuse a budget that ends before the first validation.
+
+    Whether a run of epochs is validated after a number of steps depends on the data, too.
+    """
+    if trainer.get("fast_dev_run"):
+        return
+    if trainer.get("limit_val_batches") in (0, 0.0):
         raise ValueError(
-            f"expected `trainer.max_steps` to be at least trainer.val_check_interval={interval}, as"
-            f" this trial is chosen by its validation, got {steps}; set "
-            f"trainer.val_check_interval={steps} or less"
+            f"expected `trainer.limit_val_batches` to be above 0, as {reason}, got 0; leave it out"
+        )
+    every = trainer.get("check_val_every_n_epoch", 1)
+    pairs = [("max_epochs", "check_val_every_n_epoch", every)]
+    if every is None:  # steps are counted across epochs
+        pairs = [("max_steps", "val_check_interval", trainer.get("val_check_interval"))]
+    for limit, key, interval in pairs:
+        most = trainer.get(limit)
+        if type(interval) is int and type(most) is int and interval > most > 0:
+            raise ValueError(
+                f"expected `trainer.{limit}` to be at least trainer.{key}={interval}, as {reason}, "
+                f"got {most}; set trainer.{key}={most} or less"
+            )
+
+
+def _refuse_single_run_of_sweep() -> None:
+    """Refuse `+sweep=NAME` in a single run, unless each key of the sweep has a typed value.
+
+    The command that repeats a trial is of that kind.
+    """
+    if not is_typed("sweep") or in_sweep():
+        return
+    hydra = HydraConfig.get()
+    missing = [key for key in hydra.sweeper.get("params") or () if not is_typed(key)]
+    if missing:
+        name = hydra.runtime.choices.get("sweep")
+        advice = "call run_sweep" if is_called() else "add -m"
+        raise ValueError(
+            f"expected `+sweep={name}` to be of a multirun, got a single run without a value of "
+            f"{', '.join(missing)}; {advice}, or leave +sweep={name} out"
         )
 
 
@@ -152,23 +227,3 @@ def _ends_otherwise(trainer: Mapping[str, Any]) -> bool:
     epochs = trainer.get("max_epochs")
     has_epochs = type(epochs) is int and epochs >= 1
     return has_epochs or bool(trainer.get("max_time")) or bool(trainer.get("fast_dev_run"))
-
-
-def _never_validates(trainer: Mapping[str, Any]) -> bool:
-    """Return whether the budget ends before an interval that counts steps across epochs."""
-    interval = trainer.get("val_check_interval")
-    return (
-        type(interval) is int
-        and interval > trainer["max_steps"] > 0
-        and trainer.get("check_val_every_n_epoch", 1) is None
-        and not trainer.get("fast_dev_run")
-    )
-
-
-def _is_chosen_by_validation() -> bool:
-    """Return whether this is a trial of a sweep over a metric such as `val/accuracy`."""
-    if not in_trial() or not HydraConfig.initialized():
-        return False
-    metric = HydraConfig.get().sweeper.get("metric")
-    names = [metric] if isinstance(metric, str) else metric or []
-    return any(str(name).startswith("val/") for name in names)

@@ -622,6 +622,28 @@ def test_refused_jobs_of_a_multirun_leave_nothing_and_the_others_stay(command, t
     assert not list(Path("mine").iterdir())
 
 
+def test_a_sweep_that_never_validates_is_refused_before_its_first_trial(command, tmp_path):
+    quick = ("-m", "+experiment=mnist_bn", "data=digits", "+sweep=quick")
+    result = command(main, *quick, "trainer.max_steps=100")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.count("\n") == 1
+    assert "got 100; set trainer.val_check_interval=100 or less" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_without_m_is_refused(command, tmp_path):
+    """Unless each of its keys has a value, as in the command that repeats a trial."""
+    quick = (*SHORT, *BARE, "+sweep=quick")
+    result = command(main, *quick, "norm=none")
+    assert (result.code, result.out) == (1, "")
+    assert "`+sweep=quick`" in result.err
+    assert "without a value of init.std, optimizer.lr; add -m" in result.err
+    assert not list(tmp_path.iterdir())
+    assert command(main, *quick, "--cfg", "job").code == 0
+    values = ("norm=none", "init.std=0.1", "optimizer.lr=1", "trainer.max_steps=1")
+    assert read_run(command(main, *quick, *values).directory)["steps"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -26,8 +26,11 @@ class Result:
 def command(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
     """Runs a command in this process, in an empty folder: `command(main, "data=digits")`."""
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
 
     monkeypatch.chdir(tmp_path)
+    # Hydra leaves the configuration of the last command behind, also for what no command calls.
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", HydraConfig.instance().cfg)
 
     def run(main: Callable[[], None], *arguments: str) -> Result:
         GlobalHydra.instance().clear()

@@ -42,6 +42,7 @@ class Settings:
     pruner: dict[str, Any] | None
     params: dict[str, Any] | None
     custom_search_space: str | None
+    check: str | None
     direction: DirectionName | list[DirectionName]
     metric: str | list[str] | None
     n_trials: int | None
@@ -106,16 +107,16 @@ class Settings:
         Raises:
             SweepError: there is no such function.
         """
-        path = self.custom_search_space
-        if path is None:
-            return None
-        try:
-            return partial(get_method(path), config)
-        except Exception as error:
-            raise SweepError(
-                f"expected `custom_search_space` to be a.module.function(config, trial), got {path}"
-                f": {error}"
-            ) from error
+        function = _function("custom_search_space", self.custom_search_space, "config, trial")
+        return None if function is None else partial(function, config)
+
+    def check_of_trial(self) -> Callable[[dict[str, Any]], object] | None:
+        """Return the function that `check` names.
+
+        Raises:
+            SweepError: there is no such function.
+        """
+        return _function("check", self.check, "config")
 
     def location(self) -> Location:
         """Return where the sweep is to be created or resumed; in a worker, where it is.
@@ -145,3 +146,15 @@ class Settings:
 
         name = study_name(self.study_name, exists, fresh=self.restart == "fresh")
         return Location(name, directory_of(name), storage_url(self.storage, directory_of(name)))
+
+
+def _function(key: str, path: str | None, arguments: str) -> Callable[..., Any] | None:
+    """Return the function that a setting names by its dotted path, None without one."""
+    if path is None:
+        return None
+    try:
+        return get_method(path)
+    except Exception as error:
+        raise SweepError(
+            f"expected `{key}` to be a.module.function({arguments}), got {path}: {error}"
+        ) from error

@@ -95,7 +95,7 @@ def run_sweep(
             variables_of_workers = worker_devices(
                 settings.n_jobs, settings.devices_per_job, os.environ
             )
-        _check_first_trial(runner, plan)
+        _check_first_trial(runner, plan, settings)
 
     storage = open_storage(place.url, settings.storage_patience)
     if not is_worker:
@@ -220,8 +220,9 @@ def _end(study: SweepStudy, plan: SamplingPlan, max_failure_rate: float, stop: S
         )
 
 
-def _check_first_trial(runner: TrialRunner, plan: SamplingPlan) -> None:
+def _check_first_trial(runner: TrialRunner, plan: SamplingPlan, settings: Settings) -> None:
     """Build the sampler and compose a trial, so that an error is raised once, not in each trial."""
+    check = settings.check_of_trial()
     if plan.is_planned:
         params = plan.point(0).params
     else:
@@ -229,6 +230,8 @@ def _check_first_trial(runner: TrialRunner, plan: SamplingPlan) -> None:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         params = plan.space.suggest(study.ask())
     runner.compose(0, params)
+    if check is not None:
+        runner.check(check, params)
 
 
 def _are_numbered(config: DictConfig) -> bool:

@@ -114,6 +114,13 @@ class TrialRunner:
         """
         return self._composer.compose(self._overrides(params, subdirectory), number)
 
+    def check(
+        self, check: Callable[[dict[str, Any]], object], params: dict[str, Parameter]
+    ) -> None:
+        """Call `check` with the configuration of trial 0, which is Hydra's current one then."""
+        with self._composer.composed(self._overrides(params, None), 0) as job:
+            check(job.resolved())
+
     def subdirectory(self, number: int, params: dict[str, Parameter]) -> str:
         """Return `hydra.sweep.subdir` of a trial."""
         return str(self.compose(number, params).hydra.sweep.subdir)

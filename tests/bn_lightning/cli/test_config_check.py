@@ -6,7 +6,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from bn_lightning.cli.config_check import check_config
+from bn_lightning.cli.config_check import check_config, check_trial
 from bn_lightning.sweeps.engine.environment import TRIAL_VARIABLE
 
 GOOD: dict[str, Any] = {
@@ -71,11 +71,15 @@ EDGE = {
 }
 
 
-def check(**changes: Any) -> None:
+def changed(**changes: Any) -> Any:
     config = OmegaConf.create(GOOD)
     for key, value in changes.items():
         OmegaConf.update(config, key, value, merge=False, force_add=True)
-    check_config(OmegaConf.to_container(config))
+    return OmegaConf.to_container(config)
+
+
+def check(**changes: Any) -> None:
+    check_config(changed(**changes))
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
@@ -151,15 +155,43 @@ def test_a_trial_that_ends_before_what_it_is_chosen_by(
 ) -> None:
     given = {"max_steps": 999, "check_val_every_n_epoch": None, **trainer}
     changes = {f"trainer.{key}": value for key, value in given.items()}
-    hydra = OmegaConf.create({"sweeper": {"metric": metric}})
+    hydra = OmegaConf.create({"sweeper": {"metric": metric}, "overrides": {"task": []}})
     monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: True))
     monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: hydra))
     check(**changes)  # a run by itself
     monkeypatch.setenv(TRIAL_VARIABLE, "0")
-    if not is_refused:
-        return check(**changes)
-    with pytest.raises(ValueError, match="set trainer.val_check_interval=999 or less"):
-        check(**changes)
+    for function in (check_config, check_trial):  # in each trial, and before the first
+        if is_refused:
+            with pytest.raises(ValueError, match="set trainer.val_check_interval=999 or less"):
+                function(changed(**changes))
+        else:
+            function(changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words"),
+    [
+        ({"max_steps": 999, "check_val_every_n_epoch": None}, "set trainer.val_check_interval=999"),
+        ({"max_epochs": 2, "check_val_every_n_epoch": 3}, "set trainer.check_val_every_n_epoch=2"),
+        ({"limit_val_batches": 0}, "`trainer.limit_val_batches` to be above 0"),
+        ({"max_epochs": 3, "check_val_every_n_epoch": 3}, None),
+        ({"limit_val_batches": 0, "fast_dev_run": True}, None),
+    ],
+    ids=["steps", "epochs", "no_batches", "last_epoch", "debug"],
+)
+def test_early_stopping_without_a_validation(trainer: dict[str, Any], words: str | None) -> None:
+    changes = {f"trainer.{key}": value for key, value in trainer.items()}
+    stop = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss"}
+    check(**changes)
+    check(**changes, callbacks={"stop": {**stop, "monitor": "train/loss"}})
+    if words is None:
+        check(**changes, callbacks={"stop": stop})
+    else:
+        with pytest.raises(
+            ValueError, match="callbacks.stop stops the run by its val/loss"
+        ) as error:
+            check(**changes, callbacks={"stop": stop})
+        assert words in str(error.value)
 
 
 def test_a_schedule_over_steps_that_have_no_limit() -> None:

@@ -1,6 +1,7 @@
 """Sweeps of a small program, started from the command line."""
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -546,6 +547,7 @@ SETTINGS = {
     "pruner": None,
     "params": None,
     "custom_search_space": None,
+    "check": None,
     "direction": "minimize",
     "metric": None,
     "n_trials": 1,
@@ -586,3 +588,12 @@ def test_settings(key, value, words):
     assert Settings(**SETTINGS).directions == ["minimize"]
     with pytest.raises(SweepError, match=f"`{key}` .*{words}"):
         Settings(**{**SETTINGS, key: value})
+
+
+def test_a_check_that_is_no_function():
+    from hydra_plugins.bn_optuna._settings import Settings
+
+    assert Settings(**SETTINGS).check_of_trial() is None
+    assert Settings(**{**SETTINGS, "check": "math.isfinite"}).check_of_trial() is math.isfinite
+    with pytest.raises(SweepError, match="`check` .*, got math.nope"):
+        Settings(**{**SETTINGS, "check": "math.nope"}).check_of_trial()
