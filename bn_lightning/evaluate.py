@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from bn_lightning.cli.checkpoint_path import checkpoint_path
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.cli.error_line import format_error
 from bn_lightning.cli.run_table import print_run_table
@@ -25,7 +26,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     """
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     directory = Path(config.paths.output_dir)
-    checkpoint = TrainedCheckpoint.of_command(config)
+    checkpoint = TrainedCheckpoint.read(checkpoint_path(config), config.trusted)
     record_config = resolved | {
         "ckpt_path": checkpoint.path,
         "data": resolved.get("data") or checkpoint.config["data"],

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from bn_lightning.cli.checkpoint_path import checkpoint_path
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.cli.install_hint import install_command
 from bn_lightning.conversion.fold import FoldError, fold_with_report
@@ -72,7 +73,7 @@ def export(config: DictConfig) -> Path:
     if config.format == "onnx":
         _check_onnx()
     quiet_lightning()
-    checkpoint = TrainedCheckpoint.of_command(config)
+    checkpoint = TrainedCheckpoint.read(checkpoint_path(config), config.trusted)
     datamodule = checkpoint.build_data()
     check_data_module(datamodule)
     # Compiling the network would take longer than exporting it.

@@ -6,9 +6,9 @@ Takes any Lightning checkpoint: only tensors and plain values are read, and noth
 from omegaconf import DictConfig
 
 from bn_lightning.cli.batch_norm_table import print_batch_norms
+from bn_lightning.cli.checkpoint_path import checkpoint_path
 from bn_lightning.cli.command import hydra_command
 from bn_lightning.runs.checkpoint import CONFIG_KEY, load_checkpoint
-from bn_lightning.runs.directory import trained_checkpoint
 
 
 def inspect_checkpoint(config: DictConfig) -> None:
@@ -20,10 +20,7 @@ def inspect_checkpoint(config: DictConfig) -> None:
     Raises:
         CheckpointError: there is no such file, or it is not a Lightning checkpoint.
     """
-    path = trained_checkpoint(config.ckpt_path, config.paths.log_dir)
-    checkpoint = load_checkpoint(path)
-    if path != config.ckpt_path:
-        print(f"checkpoint: {path}")
+    checkpoint = load_checkpoint(checkpoint_path(config))
     # momentum and eps are not tensors. A checkpoint of bn_lightning.train has them in its config.
     hyper_parameters = checkpoint.get("hyper_parameters") or {}
     run_config = hyper_parameters.get(CONFIG_KEY)

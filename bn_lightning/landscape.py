@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bn_lightning.cli.checkpoint_path import checkpoint_path
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.modules.preserve_state import preserve_state
 from bn_lightning.runs.atomic_write import write_atomically
@@ -57,7 +58,7 @@ def landscape(config: DictConfig) -> Path:
             f"expected `batches` to be an integer of at least 1, got {config.batches!r}"
         )
     quiet_lightning()
-    checkpoint = TrainedCheckpoint.of_command(config)
+    checkpoint = TrainedCheckpoint.read(checkpoint_path(config), config.trusted)
     model = checkpoint.build_model()
     check_model(model, "network", "loss")
     datamodule = checkpoint.build_data(config.get("data"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from bn_lightning.cli.checkpoint_path import checkpoint_path
 from bn_lightning.cli.command import hydra_command, quiet_lightning
 from bn_lightning.cli.trainer_builder import build_trainer, print_profile
 from bn_lightning.runs.atomic_write import write_atomically
@@ -38,7 +39,7 @@ def predict(config: DictConfig) -> Path:
     if output.is_dir():
         raise ValueError(f"expected `output` to be the name of a file, got the folder {output}")
     quiet_lightning()
-    checkpoint = TrainedCheckpoint.of_command(config)
+    checkpoint = TrainedCheckpoint.read(checkpoint_path(config), config.trusted)
     datamodule = checkpoint.build_data()
     check_data_module(datamodule, "prediction_inputs")
     samples = _Samples(datamodule, Path(config.input), skip=config.corrupt == "skip")

@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.runs.directory import trained_checkpoint
 from bn_lightning.runs.trust import UntrustedError, check_plain, check_trusted
 
 CONFIG_KEY = "config"
@@ -44,21 +43,6 @@ class TrainedCheckpoint:
         """Read a checkpoint file. Raises what `load_checkpoint` and `trusted_config` raise."""
         content = load_checkpoint(path)
         return cls(path, content, trusted_config(content, trusted, path))
-
-    @classmethod
-    def of_command(cls, config: Any) -> Self:
-        """Read the checkpoint that `ckpt_path` of a command names (`trained_checkpoint`).
-
-        Prints its path if the name is another.
-
-        Args:
-            config: with `ckpt_path`, `paths.log_dir` and `trusted`.
-        """
-        path = trained_checkpoint(config.ckpt_path, config.paths.log_dir)
-        checkpoint = cls.read(path, config.trusted)
-        if path != config.ckpt_path:
-            print(f"checkpoint: {path}")
-        return checkpoint
 
     def build_model(self) -> Any:
         """Build the LightningModule and load its weights.
