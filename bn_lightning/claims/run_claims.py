@@ -1,12 +1,14 @@
 """Measure claims, judge them, and write the ledger into a folder."""
 
 import os
+import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from bn_lightning.cli.command import quiet_lightning
 from bn_lightning.data.errors import DataFallbackWarning
 from bn_lightning.data.protocol import data_info
 from bn_lightning.runs.atomic_write import json_values, write_atomically, write_json
+from bn_lightning.runs.interruption import Interrupted
 from bn_lightning.runs.machine import package_versions
 from bn_lightning.runs.record import data_sentence
 from bn_lightning.stack.seed_batches import loaded_data
@@ -114,7 +117,11 @@ def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
             f"{LEAST_SEEDS}, so nothing is decided."
         )
     print(*notes, sep="\n", flush=True)
-    _measure(claims, configurations, options, table)
+    try:
+        _measure(claims, configurations, options, table)
+    except Interrupted as interrupted:
+        print(f"interrupted by {interrupted}: {output}; the same command goes on from there")
+        raise
     if table.is_mixed:
         notes.append(f"MIXED: results of different setups are together: {table.mixture()}.")
     return _write(claims, options.budget, table, notes)
@@ -201,31 +208,41 @@ def _measure(
         for reason, networks in alone.items():
             announce_alone(networks, reason)
     begin = time.perf_counter()
-    for results in _results(parts, options.n_jobs or os.cpu_count() or 1):
-        table.add(results)
-        name = next(iter(results)).claim
-        done = sum(key in table.results for key in configurations[name])
-        if len(results) > 1 or done == len(configurations[name]):
-            elapsed = time.perf_counter() - begin
-            print(f"{name}: {done} of {len(configurations[name])}, {elapsed:.0f} s", flush=True)
+    with closing(_results(parts, options.n_jobs or os.cpu_count() or 1)) as found:
+        for results in found:
+            table.add(results)
+            name = next(iter(results)).claim
+            done = sum(key in table.results for key in configurations[name])
+            if len(results) > 1 or done == len(configurations[name]):
+                elapsed = time.perf_counter() - begin
+                print(f"{name}: {done} of {len(configurations[name])}, {elapsed:.0f} s", flush=True)
 
 
-def _results(parts: Sequence[Part], n_jobs: int) -> Iterator[_Results]:
-    """Yield what is measured of parts, as it comes, in as many processes."""
+def _results(parts: Sequence[Part], n_jobs: int) -> Generator[_Results]:
+    """Yield what is measured of parts, as it comes, in as many processes.
+
+    The processes are ended when the generator is closed.
+    """
     if n_jobs == 1 or len(parts) == 1:
         for part in parts:
             yield from _measured(part)
         return
-    with ProcessPoolExecutor(
-        n_jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = [pool.submit(_all_measured, part) for part in parts]
+    others = active_children()
+    with ProcessPoolExecutor(n_jobs, get_context("spawn"), initializer=_begin_worker) as pool:
         try:
+            futures = [pool.submit(_all_measured, part) for part in parts]
             for future in as_completed(futures):
                 yield from future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(active_children()).difference(others):
+                worker.kill()  # they write nothing of the ledger
             raise
+
+
+def _begin_worker() -> None:
+    # Ctrl-C in the terminal reaches all processes; the main process ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def _all_measured(part: Part) -> list[_Results]:

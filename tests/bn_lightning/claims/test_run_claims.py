@@ -3,8 +3,11 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -354,3 +357,50 @@ def test_the_time_of_a_training_is_known_before():
     config = next(iter(found.values()))
     more = {**config, "trainer": {**config["trainer"], "max_steps": 40_000}}
     assert 0 < seconds_of_training(config) < seconds_of_training(more)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_processes_and_keeps_what_is_measured(tmp_path, ledger):
+    """Two processes train for hours once the networks that are not trained are measured."""
+    claim = ledger["smoothness"]
+    initial = {
+        (arm, label)
+        for arm in claim.arms
+        for label, setting in claim.settings_of("quick", arm).items()
+        if not setting.is_trained
+    }
+    typed = ["smoothness", "seeds=1", "n_jobs=2", *TINY[:2], "trainer.max_steps=10000000"]
+    command = [sys.executable, "-m", "bn_lightning.claims", *typed, "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while measured(tmp_path) != initial and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert measured(tmp_path) == initial
+        process.terminate()
+        said, _ = process.communicate(timeout=30)
+        assert process.returncode == 143
+        assert said.splitlines()[-1].startswith(f"interrupted by SIGTERM: {tmp_path}; the same")
+        while group_exists(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not group_exists(process.pid)
+        assert measured(tmp_path) == initial
+    finally:
+        if group_exists(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def measured(folder):
+    try:
+        lines = (folder / "trials.csv").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return set()
+    return {(row["arm"], row["setting"]) for row in csv.DictReader(lines)}
+
+
+def group_exists(leader):
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    return True
