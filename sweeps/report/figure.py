@@ -101,7 +101,7 @@ class Intervals:
         low, high: (P,), NaN for no interval.
         texts: (P,), the values with their units.
         at_least: (P,), whether the value is a lower bound, shown by an arrow.
-        name: the entry in the legend.
+        name: the entry in the legend, "" for none.
         style: color and marker.
     """
 
@@ -113,6 +113,21 @@ class Intervals:
     at_least: Sequence[bool]
     name: str
     style: Style
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text that begins at the left end of the panel, at the height `y`.
+
+    Attributes:
+        y: of the middle of its only line.
+        text: the line.
+        is_bold: whether it is a heading.
+    """
+
+    y: float
+    text: str
+    is_bold: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,7 @@ class Heatmap:
     cells: Sequence[Sequence[str]] = ()
 
 
-Series = Line | Band | Rule | Intervals | Bars | Heatmap
+Series = Line | Band | Rule | Intervals | Label | Bars | Heatmap
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,7 @@ class Figure:
         columns: panels side by side, 0 for all.
         legend: in each panel, or below it, or one above or below all panels, or "" for none.
         caption: below the label of the horizontal axis, which all panels then share.
-        title: above all panels of a picture.
+        title: above all panels of a picture; may have several lines.
     """
 
     panels: Sequence[Panel]

@@ -27,6 +27,7 @@ from bn_lightning.sweeps.report.figure import (
     Figure,
     Heatmap,
     Intervals,
+    Label,
     Line,
     Panel,
     Rule,
@@ -62,7 +63,8 @@ def draw(figure: Figure) -> Picture:
         axes.set_title(_wrapped(panel.title, letters), fontsize="medium")
         # Equal axes are labeled once, at the left and at the bottom.
         if i % columns == 0 or panel.y != figure.panels[i - 1].y:
-            axes.set_ylabel(literal(panel.y.label))
+            label, letters = panel.y.label, int(8 * figure.inches[1] / rows)
+            axes.set_ylabel(literal(label) if "\n" in label else _wrapped(label, letters))
         elif panel.y.bounds != (None, None):
             axes.tick_params(labelleft=False)
         if figure.caption and i + columns < len(figure.panels):
@@ -73,7 +75,8 @@ def draw(figure: Figure) -> Picture:
             place = {} if figure.legend == "panels" else _BELOW_PANEL
             axes.legend(frameon=False, fontsize="small", **place)
     if figure.title:
-        drawn.suptitle(literal(figure.title), fontsize="medium")
+        title = _wrapped(figure.title, int(12 * figure.inches[0]), most_lines=8)
+        drawn.suptitle(title, fontsize="medium")
     if figure.caption:
         label = f"{figure.panels[0].x.label}\n{figure.caption}"
         drawn.supxlabel(literal(label), fontsize="medium", wrap=True)
@@ -125,10 +128,11 @@ def _shortened(text: str, letters: int = _MOST_LETTERS) -> str:
     return literal(text if len(text) <= letters else f"{text[: letters - 1]}…")
 
 
-def _wrapped(text: str, letters: int) -> str:
-    """Break a title into at most four lines of this many letters, escaped."""
+def _wrapped(text: str, letters: int, most_lines: int = 4) -> str:
+    """Break a title into lines of this many letters, escaped; "…" takes the place of the rest."""
     lines = [part for line in text.split("\n") for part in wrap(line, letters)]
-    return literal("\n".join([*lines[:3], *(["…"] if len(lines) > 4 else lines[3:])]))
+    last = most_lines - 1
+    return literal("\n".join([*lines[:last], *(["…"] if lines[most_lines:] else lines[last:])]))
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -144,6 +148,11 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
                 axes.axhline(y, color=GRAY, linewidth=0.8)
             case Intervals():
                 _draw_intervals(axes, series)
+            case Label(y, text, is_bold):
+                weight = "bold" if is_bold else "normal"
+                from_left = axes.get_yaxis_transform()
+                drawn = axes.text(0, y, literal(text), size="small", weight=weight)
+                drawn.set(transform=from_left, verticalalignment="center")
             case Bars():
                 _draw_bars(axes, series, bars.index(series), len(bars))
             case Heatmap():
@@ -160,8 +169,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.tick_params(axis="x", rotation=90)
         axes.spines[:].set_visible(False)
     else:
-        axes.grid(alpha=0.0 if bars else 0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        has_labels = any(isinstance(series, Label) for series in panel.series)
+        axes.grid(alpha=0.0 if bars or has_labels else 0.3)
+        axes.spines[["top", "right", *(["left"] if has_labels else [])]].set_visible(False)
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
@@ -191,7 +201,7 @@ def _draw_intervals(axes: Axes, intervals: Intervals) -> None:
         color=color,
         markersize=5,
         clip_on=False,
-        label=_shortened(intervals.name, _MOST_IN_LEGEND),
+        label=_shortened(intervals.name, _MOST_IN_LEGEND) or None,
     )
     for x, y, at_least in zip(intervals.x, intervals.y, intervals.at_least, strict=True):
         if at_least:
@@ -285,9 +295,11 @@ def _draw_legend(drawn: matplotlib.figure.Figure, figure: Figure) -> None:
         by_name = {n: h for handles, names in found for h, n in zip(handles, names, strict=True)}
         handles = list(by_name.values())
     is_above = figure.legend == "above"
+    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    columns = int(11 * figure.inches[0] / (longest + 6))  # letters, with room for the marks
     drawn.legend(
         handles=handles,
         loc="outside upper center" if is_above else "outside lower center",
-        ncols=len(handles) if is_above else 3,
+        ncols=len(handles) if is_above else min(max(columns, 1), 3),
         frameon=False,
     )

@@ -15,6 +15,7 @@ from bn_lightning.sweeps.report.figure import (
     Figure,
     Heatmap,
     Intervals,
+    Label,
     Line,
     Panel,
     Rule,
@@ -74,6 +75,13 @@ def _plot(panel: Panel) -> Plot:
         for axis in ("xaxis", "yaxis"):
             layout[axis] |= {"showgrid": False, "zeroline": False}
             layout[axis]["title"]["standoff"] = 6
+    labels = [series for series in panel.series if isinstance(series, Label)]
+    if labels:
+        layout["annotations"] = list(map(_annotation, labels))
+        layout["margin"]["l"] = 20  # half of the first tick's label
+        for axis in ("xaxis", "yaxis"):
+            layout[axis] |= {"showgrid": False, "zeroline": False}
+        layout["yaxis"]["showline"] = False
     if any(isinstance(series, Bars | Intervals) for series in panel.series):
         layout["yaxis"]["automargin"] = True  # for names of any length
         layout["margin"]["r"] = 40
@@ -155,6 +163,7 @@ def _intervals(found: Intervals) -> dict[str, Any]:
         "type": "scatter",
         "mode": "markers",
         "name": found.name,
+        "showlegend": bool(found.name),
         "x": list(map(rounded, found.x)),
         "y": list(found.y),
         "error_x": {
@@ -172,6 +181,20 @@ def _intervals(found: Intervals) -> dict[str, Any]:
         "cliponaxis": False,
         "hovertext": list(found.texts),
         "hovertemplate": "%{hovertext}",
+    }
+
+
+def _annotation(label: Label) -> dict[str, Any]:
+    (text,) = _plain([label.text])
+    return {
+        "text": f"<b>{text}</b>" if label.is_bold else text,
+        "x": 0,
+        "xref": "paper",
+        "xanchor": "left",
+        "y": label.y,
+        "yanchor": "middle",
+        "showarrow": False,
+        "font": {"size": 11},
     }
 
 
