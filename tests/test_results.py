@@ -60,13 +60,12 @@ class TestLedger:
             assert differences(again, entry) == [], name
 
     def test_the_documentation_has_its_verdicts(self) -> None:
-        from bn_lightning.claims.claim_figures import effect_text
+        from bn_lightning.claims.verdict_text import verdict_row
 
         page = (RESULTS.parent / "claims.md").read_text(encoding="utf-8").splitlines()
         for name, entry in self.content["claims"].items():
-            first = entry["conditions"][0]
-            number = f"{first['name']}: {effect_text(first)}"
-            assert f"| `{name}` | {entry['text']} | {number} |" in page
+            _, verdict, number, rule = verdict_row(name, entry)
+            assert f"| `{name}` | {verdict} | {number} | {rule} |" in page
 
 
 def test_differences_are_found() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bn_lightning.claims.claim_figures import bound_text, effect_text
+from bn_lightning.claims.verdict_text import bound_text, effect_text, outcome_text
 from bn_lightning.sweeps.report.figure import Figure
 from bn_lightning.sweeps.report.page_parts import duration_text, notes_of
 from bn_lightning.sweeps.report.page_skeleton import (
@@ -24,8 +24,6 @@ _CAPTION = (
     "the rule, which was written before the run"
 )
 
-_CURVES = "A curve is the mean of the seeds of an arm, and its band their range."
-
 
 def claims_page(content: Mapping[str, Any], figures: Mapping[str, Figure], overview: Figure) -> str:
     """Return the page.
@@ -41,15 +39,16 @@ def claims_page(content: Mapping[str, Any], figures: Mapping[str, Figure], overv
         tag("h1", _TITLE),
         *notes_of(content["notes"]),
         html_table(("claim", "verdict"), [_verdict(e) for e in content["claims"].values()]),
-        places_for(first, "40rem"),
+        places_for(first, "21rem"),
     ]
     for name, entry in content["claims"].items():
+        least = "30rem" if figures[name].columns == 2 else "24rem"  # as in the picture
         rows: list[list[Content]] = [list(row) for row in _rows(entry)]
         body += [
             tag("h2", f"{name}: {entry['text']}"),
             tag("p", entry["sentence"], class_="lead"),
             html_table(_HEAD[1:], rows, _CAPTION, "text"),
-            places_for(plots[name], "24rem"),
+            places_for(plots[name], least),
             definitions(_about(entry)),
         ]
     setups = "; ".join(map(_setup_text, content["setups"]))
@@ -67,11 +66,12 @@ def claims_markdown(content: Mapping[str, Any]) -> str:
     lines = [f"# {_TITLE}", "", *(f"{note}\n" for note in content["notes"])]
     lines += ["| claim | verdict |", "|---|---|"]
     lines += [f"| {' | '.join(_verdict(entry))} |" for entry in content["claims"].values()]
+    lines += ["", "![overview](figures/overview.png)"]
     for name, entry in content["claims"].items():
         lines += ["", f"## {name}: {entry['text']}", "", f"{entry['sentence']}", ""]
         lines += [f"| {' | '.join(_HEAD[1:])} |", "|" + "---|" * len(_HEAD[1:])]
         lines += [f"| {' | '.join(row)} |" for row in _rows(entry)]
-        lines += ["", f"![{name}](figures/{name}.png)", "", _CURVES, ""]
+        lines += ["", f"![{name}](figures/{name}.png)", ""]
         lines += [f"{term.capitalize()}: {text}\n" for term, text in _about(entry).items()]
     lines += ["", "; ".join(map(_setup_text, content["setups"]))]
     return "\n".join(lines) + "\n"
@@ -84,11 +84,11 @@ def _verdict(entry: Mapping[str, Any]) -> list[str]:
 def _rows(entry: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
-            f"{number}. {condition['name']}{' (control)' if condition['is_control'] else ''}",
+            f"{number}. {condition['statement']}{' (control)' * condition['is_control']}",
             effect_text(condition),
             bound_text(condition),
             f"{condition['effect']['inside']} of {condition['effect']['seeds']}",
-            condition["outcome"],
+            outcome_text(condition),
         ]
         for number, condition in enumerate(entry["conditions"], 1)
     ]

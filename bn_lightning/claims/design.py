@@ -65,6 +65,7 @@ class Condition:
         limit: key of a number that `number` cannot exceed, such as the budget in steps; seeds where
             both arms reach it say nothing and are left out. "" for none.
         is_control: whether it is reported beside the verdict and does not decide it.
+        statement: what it says, in words that stand alone; "" for the name.
     """
 
     name: str
@@ -77,10 +78,11 @@ class Condition:
     unit: str = ""
     limit: str = ""
     is_control: bool = False
+    statement: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the condition as plain values."""
-        return asdict(self)
+        """Return the condition as plain values, always with a statement."""
+        return asdict(self) | {"statement": self.statement or self.name}
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Curves:
         x_scale: of the horizontal axis.
         along: name of a curve -> measure -> x, for curves within one setting; {} for one point of a
             curve for each setting.
+        threshold: name -> value of horizontal lines, such as the accuracy that a rule asks for.
     """
 
     measure: str
@@ -103,6 +106,7 @@ class Curves:
     scale: Literal["linear", "log"] = "linear"
     x_scale: Literal["linear", "log"] = "log"
     along: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    threshold: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Claim:
         would_change: what would change the verdict.
         least_steps: budget in training steps below which the measure means nothing.
         network: class of the network that the claim is about; others are refused.
+        arm_labels: arm -> its label in figures, where its name does not stand alone.
     """
 
     name: str
@@ -140,6 +145,7 @@ class Claim:
     would_change: str
     least_steps: int = 1
     network: type[nn.Module] = nn.Module
+    arm_labels: Mapping[str, str] = field(default_factory=dict)
 
     def settings_of(self, budget: str, arm: str) -> dict[str, Setting]:
         """Return the settings of one arm, label -> setting.

@@ -1,14 +1,14 @@
 """Measures that several claims share: of gradients, weights and accuracies."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from bn_lightning.claims.design import MeasuredPoint
+from bn_lightning.claims.design import Curves, MeasuredPoint
 
 REACHED = 0.9
 """A network with this accuracy on the test set has trained."""
@@ -66,6 +66,18 @@ def evaluated_accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tenso
         right += int((network(x).argmax(1) == target).sum())
         count += len(target)
     return right / count
+
+
+def accuracy_curves(x_label: str, x_scale: Literal["linear", "log"] = "log") -> Curves:
+    """Return panels of the measure "accuracy", with a line at `REACHED`."""
+    threshold = {f"has trained: {REACHED:g}": REACHED}
+    return Curves("accuracy", "test accuracy", x_label, x_scale=x_scale, threshold=threshold)
+
+
+def numbers_of_depth(points: Sequence[MeasuredPoint], depth: int) -> Mapping[str, float]:
+    """Return what was measured of the initial network of a depth, and the largest that trains."""
+    (initial,) = (p for p in points if p.setting.x == depth and not p.setting.is_trained)
+    return {**initial.measures, "largest depth": largest_trained(points)}
 
 
 def largest_trained(points: Sequence[MeasuredPoint]) -> float:

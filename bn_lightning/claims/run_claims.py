@@ -17,7 +17,8 @@ from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from bn_lightning.claims.claim_figures import claim_figure, overview_figure
+from bn_lightning.claims.claim_figures import claim_figure
+from bn_lightning.claims.claim_overview import overview_figure
 from bn_lightning.claims.claim_page import claims_markdown, claims_page
 from bn_lightning.claims.claim_training import (
     Configurations,
@@ -36,6 +37,7 @@ from bn_lightning.claims.verdict import (
     LEAST_SEEDS,
     condition_outcome,
     effect_of,
+    open_reason,
     seeds_inside,
     verdict_of,
 )
@@ -293,10 +295,12 @@ def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:
                     "value": effect.value,
                     "low": effect.low,
                     "high": effect.high,
+                    "at_least": effect.at_least,
                     "seeds": effect.seeds,
                     "inside": seeds_inside(condition, numbers),
                 },
                 "outcome": condition_outcome(condition, effect),
+                "reason": open_reason(condition, effect),
             }
         )
     verdict = verdict_of(conditions, numbers)

@@ -2,7 +2,8 @@
 
     holds             the whole 95% interval of the effect lies between `least` and `most`
     does not hold     the whole interval lies outside
-    not decided       anything else, and always with fewer than three seeds, which have no interval
+    not decided       anything else, and always with fewer than three seeds, which have no interval;
+                      the reason is given
 
 A claim holds if all its conditions do, holds if ... where some do, does not hold if none can, and
 is not decided otherwise. Controls are judged likewise, and do not count.
@@ -33,20 +34,28 @@ class Verdict(NamedTuple):
 
     Attributes:
         outcome: `HOLDS`, `HOLDS_IF`, `FAILS` or `OPEN`.
-        holds: names of the conditions that hold, controls left out.
-        fails: names of those that do not.
+        holds: statements of the conditions that hold, controls left out.
+        fails: statements of those that do not.
+        undecided: statement -> reason, of those that are not decided.
     """
 
     outcome: str
     holds: tuple[str, ...]
     fails: tuple[str, ...]
+    undecided: Mapping[str, str]
 
     @property
     def text(self) -> str:
         """The verdict in words."""
-        if self.outcome != HOLDS_IF:
+        if self.outcome == HOLDS_IF:
+            return f"{HOLDS_IF}: {'; '.join(self.holds)}"
+        if self.outcome != OPEN:
             return self.outcome
-        return f"{HOLDS_IF}: {'; '.join(self.holds)}"
+        reasons = set(self.undecided.values())
+        if len(reasons) == 1 and not self.fails:  # all conditions have the same
+            return f"{OPEN}: {reasons.pop()}"
+        parts = [f"{statement} ({reason})" for statement, reason in self.undecided.items()]
+        return f"{OPEN}: {'; '.join(parts)}"
 
 
 def effect_of(condition: Mapping[str, Any], numbers: Numbers) -> Estimate:
@@ -101,6 +110,22 @@ def condition_outcome(condition: Mapping[str, Any], effect: Estimate) -> str:
     return FAILS if is_outside else OPEN
 
 
+def open_reason(condition: Mapping[str, Any], effect: Estimate) -> str:
+    """Return why a condition is not decided, "" if it is."""
+    if condition_outcome(condition, effect) != OPEN:
+        return ""
+    if effect.seeds == 0:
+        return "nothing measured within the budget" if condition["limit"] else "nothing measured"
+    if effect.seeds < LEAST_SEEDS:
+        return f"{effect.seeds} seed{'s' * (effect.seeds > 1)}, fewer than {LEAST_SEEDS}"
+    least, most = _bounds(condition)
+    crossed = [f"{least:.3g}"] if effect.low < least <= effect.high else []
+    crossed += [f"{most:.3g}"] if effect.low <= most < effect.high else []
+    if crossed:
+        return f"the interval crosses {' and '.join(crossed)}"
+    return "only a lower bound is known" if effect.at_least else "no interval"
+
+
 def verdict_of(conditions: Sequence[Mapping[str, Any]], numbers: Numbers) -> Verdict:
     """Return the verdict on a claim.
 
@@ -108,16 +133,20 @@ def verdict_of(conditions: Sequence[Mapping[str, Any]], numbers: Numbers) -> Ver
         conditions: as `Condition.as_json` returns them.
         numbers: of the claim.
     """
-    found = {
-        condition["name"]: condition_outcome(condition, effect_of(condition, numbers))
-        for condition in conditions
-        if not condition["is_control"]
-    }
-    holds = tuple(name for name, outcome in found.items() if outcome == HOLDS)
-    fails = tuple(name for name, outcome in found.items() if outcome == FAILS)
+    tested = [condition for condition in conditions if not condition["is_control"]]
+    effects = [effect_of(condition, numbers) for condition in tested]
+    found: dict[str, list[str]] = {HOLDS: [], FAILS: [], OPEN: []}
+    undecided = {}
+    for condition, effect in zip(tested, effects, strict=True):
+        found[condition_outcome(condition, effect)].append(condition["statement"])
+        if reason := open_reason(condition, effect):
+            undecided[condition["statement"]] = reason
+    holds, fails = tuple(found[HOLDS]), tuple(found[FAILS])
     if holds:
-        return Verdict(HOLDS if len(holds) == len(found) else HOLDS_IF, holds, fails)
-    return Verdict(FAILS if len(fails) == len(found) else OPEN, holds, fails)
+        outcome = HOLDS if len(holds) == len(tested) else HOLDS_IF
+    else:
+        outcome = FAILS if len(fails) == len(tested) else OPEN
+    return Verdict(outcome, holds, fails, undecided)
 
 
 def _bounds(condition: Mapping[str, Any]) -> tuple[float, float]:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bn_lightning.claims.claim_figures import claim_figure, overview_figure
+from bn_lightning.claims.claim_figures import claim_figure
+from bn_lightning.claims.claim_overview import overview_figure
 from bn_lightning.claims.design import Claim
 from bn_lightning.claims.registry import find_claims
 from bn_lightning.claims.result_table import ResultTable, TrialKey, TrialResult

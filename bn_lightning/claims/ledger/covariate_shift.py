@@ -130,7 +130,7 @@ register_claim(
                     "batch",
                     kind="ratio",
                     least=_LEAST,
-                    unit="times as much without",
+                    unit="times as much without BatchNorm",
                 )
                 for activation in _RATES
             ),
@@ -153,14 +153,16 @@ register_claim(
                     _NOISY,
                     "none",
                     least=_HARM,
-                    unit="points of test accuracy",
+                    unit="points of test accuracy more",
                     is_control=True,
                 )
                 for activation in _RATES
             ),
         ),
         curves=(
-            Curves("change", "change of the gradient / its norm", "training step", "log", "linear"),
+            Curves(
+                "change", "change of the gradient\n/ its norm", "training step", "log", "linear"
+            ),
             Curves("test accuracy", "test accuracy, %", "training step", x_scale="linear"),
         ),
         not_varied="Three hidden layers of 100 units, Xavier initialization, one rate an "
@@ -170,5 +172,6 @@ register_claim(
         "inputs; other rates, as the step of the layers below is proportional to them; a deeper "
         "network.",
         least_steps=50,
+        arm_labels={_NOISY: "with BatchNorm, then noise"},
     )
 )

@@ -1,18 +1,27 @@
 """Whether BatchNorm makes the gradient explode in a deep network without skip connections."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 
-from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
+from bn_lightning.claims.design import Claim, Condition, Curves, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import growth, largest_trained, loss_and_gradients, weights_of
+from bn_lightning.claims.probes import (
+    accuracy_curves,
+    growth,
+    loss_and_gradients,
+    numbers_of_depth,
+    weights_of,
+)
 from bn_lightning.claims.registry import register_claim
 from bn_lightning.claims.settings import at_depths
 from bn_lightning.models.mlp import MLP
 
 _WIDTH, _DEPTH = 200, 40
 _BATCH = 256
+_MORE = 0.1  # growth a layer
 _RATES = (0.01, 0.1)
 
 
@@ -46,15 +55,6 @@ def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
     return {"growth": growths[0], "growth after a step": growths[1]}
 
 
-def _numbers(points: Sequence[MeasuredPoint]) -> Mapping[str, float]:
-    probes = {p.setting.x: p.measures for p in points if "growth" in p.measures}
-    return {
-        "growth": probes[_DEPTH]["growth"],
-        "growth after a step": probes[_DEPTH]["growth after a step"],
-        "largest depth": largest_trained(points),
-    }
-
-
 register_claim(
     Claim(
         name="depth_plain",
@@ -66,7 +66,7 @@ register_claim(
         arms={"batch": ("norm=batch",), "none": ("norm=none",)},
         settings=_settings,
         measure=_measure,
-        numbers=_numbers,
+        numbers=partial(numbers_of_depth, depth=_DEPTH),
         conditions=(
             Condition(
                 "at the start",
@@ -76,22 +76,25 @@ register_claim(
                 least=1.18,
                 most=1.22,
                 unit="a layer",
+                statement="the gradient grows as predicted with BatchNorm, at the start",
             ),
             Condition(
                 "more than without, at the start",
                 "growth",
                 "batch",
                 "none",
-                least=0.1,
-                unit="a layer",
+                least=_MORE,
+                unit="more a layer",
+                statement="the gradient grows faster with BatchNorm, at the start",
             ),
             Condition(
                 "after one step",
                 "growth after a step",
                 "batch",
                 "none",
-                least=0.1,
-                unit="a layer",
+                least=_MORE,
+                unit="more a layer",
+                statement="the gradient grows faster with BatchNorm, after one step",
             ),
             Condition(
                 "the largest depth that trains without is larger",
@@ -100,13 +103,24 @@ register_claim(
                 "batch",
                 kind="ratio",
                 least=1.5,
-                unit="times",
+                unit="times as deep",
+                statement="the largest depth that trains is larger without BatchNorm",
             ),
         ),
         curves=(
-            Curves("growth", "gradient a layer, at the start", "hidden layers"),
-            Curves("growth after a step", "gradient a layer, after a step", "hidden layers"),
-            Curves("accuracy", "test accuracy", "hidden layers"),
+            *(
+                Curves(
+                    measure,
+                    f"growth of the gradient\na layer, {moment}",
+                    "hidden layers",
+                    threshold={"√(π/(π−1))": math.sqrt(math.pi / (math.pi - 1))},
+                )
+                for measure, moment in (
+                    ("growth", "at the start"),
+                    ("growth after a step", "after one step"),
+                )
+            ),
+            accuracy_curves("hidden layers"),
         ),
         not_varied=f"Width {_WIDTH}, He initialization, ReLU, batches of {_BATCH} for the "
         "gradient, plain SGD with rates .01 and .1, one step of rate .1.",

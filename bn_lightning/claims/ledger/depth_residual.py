@@ -1,13 +1,14 @@
 """Whether a deep residual network explodes without BatchNorm, and with SkipInit in its place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
+from bn_lightning.claims.design import Claim, Condition, Curves, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import growth, largest_trained
+from bn_lightning.claims.probes import accuracy_curves, growth, numbers_of_depth
 from bn_lightning.claims.registry import register_claim
 from bn_lightning.claims.settings import at_depths
 from bn_lightning.models.layers import check_positive_integers
@@ -105,15 +106,6 @@ def _measure(network: MeasuredNetwork) -> Mapping[str, float]:
     }
 
 
-def _numbers(points: Sequence[MeasuredPoint]) -> Mapping[str, float]:
-    probes = {p.setting.x: p.measures for p in points if "growth" in p.measures}
-    return {
-        "growth": probes[_DEPTH]["growth"],
-        "branch": probes[_DEPTH]["branch"],
-        "largest depth": largest_trained(points),
-    }
-
-
 register_claim(
     Claim(
         name="depth_residual",
@@ -137,7 +129,7 @@ register_claim(
         },
         settings=_settings,
         measure=_measure,
-        numbers=_numbers,
+        numbers=partial(numbers_of_depth, depth=_DEPTH),
         conditions=(
             Condition(
                 "the gradient grows less a block, at the start",
@@ -146,7 +138,7 @@ register_claim(
                 "batch",
                 kind="ratio",
                 least=_GROWTH,
-                unit="times as much a block without",
+                unit="times as much a block without BatchNorm",
             ),
             Condition(
                 "the last branch is smaller beside the skip connection, at the start",
@@ -155,7 +147,7 @@ register_claim(
                 "batch",
                 kind="ratio",
                 least=_SHARE,
-                unit="times the share without",
+                unit="times the share without BatchNorm",
             ),
             Condition(
                 "the largest depth that trains is larger",
@@ -164,7 +156,7 @@ register_claim(
                 "none",
                 kind="ratio",
                 least=_DEEPER,
-                unit="times",
+                unit="times as deep",
             ),
             Condition(
                 "the gradient grows less with SkipInit",
@@ -173,7 +165,7 @@ register_claim(
                 "SkipInit",
                 kind="ratio",
                 least=_GROWTH,
-                unit="times as much a block without",
+                unit="times as much a block without BatchNorm",
                 is_control=True,
             ),
             Condition(
@@ -188,9 +180,16 @@ register_claim(
             ),
         ),
         curves=(
-            Curves("growth", "gradient a block", "residual blocks", x_scale="linear"),
-            Curves("branch", "last branch / its sum", "residual blocks", x_scale="linear"),
-            Curves("accuracy", "test accuracy", "residual blocks", x_scale="linear"),
+            Curves(
+                "growth", "growth of the gradient\na block", "residual blocks", x_scale="linear"
+            ),
+            Curves(
+                "branch",
+                "variance of the last branch\n/ of its sum with the skip",
+                "residual blocks",
+                x_scale="linear",
+            ),
+            accuracy_curves("residual blocks", "linear"),
         ),
         not_varied=f"Width {_WIDTH}, one linear layer a block, BatchNorm and ReLU before it, He "
         f"initialization, plain SGD. Growth and share are those of {_DEPTH} blocks. A depth trains "

@@ -135,7 +135,7 @@ register_claim(
                 "dropout",
                 "batch",
                 most=_LEAST,
-                unit="points of test accuracy",
+                unit="points of test accuracy more",
             ),
             Condition(
                 "dropout adds nothing to BatchNorm",
@@ -143,7 +143,7 @@ register_claim(
                 "both",
                 "batch",
                 most=_LEAST,
-                unit="points of test accuracy",
+                unit="points of test accuracy more",
             ),
             Condition(
                 "dropout after all BatchNorms adds nothing",
@@ -151,7 +151,7 @@ register_claim(
                 "both, dropout after all",
                 "batch",
                 most=_LEAST,
-                unit="points of test accuracy",
+                unit="points of test accuracy more",
             ),
             Condition(
                 "dropout is of use without BatchNorm",
@@ -159,7 +159,7 @@ register_claim(
                 "dropout",
                 "none",
                 least=_LEAST,
-                unit="points of test accuracy",
+                unit="points of test accuracy more",
                 is_control=True,
             ),
             Condition(
@@ -168,7 +168,7 @@ register_claim(
                 "batch",
                 "both",
                 least=_LEAST,
-                unit="points of test accuracy",
+                unit="points of test accuracy more",
                 is_control=True,
             ),
             Condition(
@@ -189,5 +189,11 @@ register_claim(
         would_change="More examples; a smaller probability; a deeper network, in which variance "
         "shifts add up; convolutions.",
         least_steps=50,
+        arm_labels={
+            "none": "neither",
+            "batch": "BatchNorm",
+            "both": "BatchNorm and dropout",
+            "both, dropout after all": "BatchNorm, and dropout after all of them",
+        },
     )
 )

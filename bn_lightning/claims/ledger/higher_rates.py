@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
+from bn_lightning.claims.design import Claim, Condition, MeasuredPoint, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import largest_trained, of_panel
+from bn_lightning.claims.probes import accuracy_curves, largest_trained, of_panel
 from bn_lightning.claims.registry import register_claim
 from bn_lightning.claims.settings import at_rates
 
@@ -54,11 +54,11 @@ register_claim(
                 "none",
                 kind="ratio",
                 least=_LEAST,
-                unit="times the largest rate",
+                unit="times the largest rate without BatchNorm",
             )
             for size in _BATCHES
         ),
-        curves=(Curves("accuracy", "test accuracy", "learning rate"),),
+        curves=(accuracy_curves("learning rate"),),
         not_varied="He initialization, which suits the network without BatchNorm, ReLU, plain SGD "
         "with a constant rate. A rate trains if it reaches a test accuracy of .90.",
         would_change="A worse initialization, where the network without BatchNorm trains at fewer "

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
+from bn_lightning.claims.design import Claim, Condition, MeasuredPoint, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import REACHED
+from bn_lightning.claims.probes import REACHED, accuracy_curves
 from bn_lightning.claims.registry import register_claim
 from bn_lightning.models.layers import activation_factory
 from bn_lightning.stack.seed_batches import loaded_data
@@ -118,7 +118,7 @@ register_claim(
                 "batch",
                 "none",
                 least=15.0,
-                unit="points",
+                unit="points of all cells",
             ),
             Condition(
                 "more deviations train at some rate",
@@ -126,7 +126,7 @@ register_claim(
                 "batch",
                 "none",
                 least=1.0,
-                unit="deviations",
+                unit="more deviations",
             ),
             Condition(
                 "more cells than with LSUV",
@@ -134,11 +134,11 @@ register_claim(
                 "batch",
                 "LSUV, without BatchNorm",
                 least=15.0,
-                unit="points",
+                unit="points of all cells",
                 is_control=True,
             ),
         ),
-        curves=(Curves("accuracy", "test accuracy", "deviation of the weights"),),
+        curves=(accuracy_curves("standard deviation of the weights"),),
         not_varied="The paper's network of three layers of 100 sigmoids, Gaussian weights, "
         "batches of 60, plain SGD. A cell trains if it reaches a test accuracy of .90.",
         would_change="Schemes such as Xavier's, which avoid bad deviations; another range of "

@@ -205,37 +205,36 @@ _MEANS = ("shifted", "shifted, adapted", "shifted, error", "shifted, adapted, er
 def _conditions(activation: str) -> tuple[Condition, ...]:
     at = f"{activation}, brightness +{_BRIGHTNESS:g}"
     worse = {"relu": {"least": 10.0}, "sigmoid": {"most": 10.0}}[activation]
+    better = "better" if activation == "relu" else "not better"
     as_adapted = f"statistics adapted on {_ADAPTED} inputs"
     return (
         *(
             Condition(
-                f"{activation}, {how}, mean of all shifts",
-                f"{activation}, shifted{ending}",
-                "batch",
-                "none",
+                f"{activation}, {what}{how}, mean of all shifts",
+                f"{activation}, shifted{ending}{of}",
+                *arms,
                 least=_LEAST,
-                unit="points",
+                unit=unit,
             )
-            for how, ending in (("as trained", ""), (as_adapted, ", adapted"))
-        ),
-        *(
-            Condition(
-                f"{activation}, calibration, {how}, mean of all shifts",
-                f"{activation}, shifted{ending}, error",
-                "none",
-                "batch",
-                least=_LEAST,
-                unit="points of calibration error more without",
+            for what, of, arms, unit in (
+                ("", "", ("batch", "none"), "points of accuracy more"),
+                (
+                    "calibration, ",
+                    ", error",
+                    ("none", "batch"),
+                    "points of calibration error more without BatchNorm",
+                ),
             )
             for how, ending in (("as trained", ""), (as_adapted, ", adapted"))
         ),
         Condition(
-            f"{at}: without is {'better' if activation == 'relu' else 'not better'}",
+            f"{at}: without is {better}",
             f"{activation}, brightness",
             "none",
             "batch",
-            unit="points",
+            unit="points of accuracy more without BatchNorm",
             is_control=True,
+            statement=f"{at}: without BatchNorm is {better}",
             **worse,  # type: ignore[arg-type]  # a bound
         ),
         Condition(
@@ -298,7 +297,7 @@ register_claim(
             ),
             Curves(
                 "clean",
-                f"accuracy at brightness +{_BRIGHTNESS:g}, %",
+                f"test accuracy, %,\nat brightness +{_BRIGHTNESS:g}",
                 "unlabelled inputs adapted on",
                 along={
                     **{

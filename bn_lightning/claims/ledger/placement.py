@@ -77,7 +77,7 @@ register_claim(
                     "before",
                     "after",
                     least=_LEAST,
-                    unit="points of test accuracy",
+                    unit="points of test accuracy more",
                 )
                 for activation in _ACTIVATIONS
             ),
@@ -89,7 +89,7 @@ register_claim(
                     "before, without scale",
                     least=-_LEAST,
                     most=_LEAST,
-                    unit="points of test accuracy",
+                    unit="points of test accuracy more",
                     is_control=True,
                 )
                 for activation in _ACTIVATIONS
@@ -101,5 +101,10 @@ register_claim(
         would_change="A deeper network; convolutions; the budget, as the arms come nearer to one "
         "another the longer they train.",
         least_steps=50,
+        arm_labels={
+            "before": "BatchNorm before the activation",
+            "after": "BatchNorm after the activation",
+            "before, without scale": "before, without its scale",
+        },
     )
 )

@@ -82,6 +82,7 @@ register_claim(
                 kind="value",
                 most=_MOST,
                 unit="decades from the lowest to the highest best rate",
+                statement="the best rate stays with BatchNorm",
             ),
             Condition(
                 "it moves more without",
@@ -89,7 +90,8 @@ register_claim(
                 "none",
                 "batch",
                 least=_LEAST,
-                unit="decades",
+                unit="decades more",
+                statement="the best rate moves more without BatchNorm",
             ),
         ),
         curves=(Curves("validation loss", "validation loss, nats", "learning rate", "log"),),

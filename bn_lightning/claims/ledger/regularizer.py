@@ -133,7 +133,7 @@ register_claim(
                     "none",
                     "batch",
                     least=_LEAST,
-                    unit="points more without",
+                    unit="points more without BatchNorm",
                 )
                 for size in _TESTED
             ),
@@ -167,14 +167,20 @@ register_claim(
                     least=_LEARNED,
                     unit="%",
                     is_control=True,
+                    statement=f"training accuracy {label} BatchNorm, batches of {size}",
                 )
                 for size in _TESTED
                 for arm, label in (("batch", "with"), ("none", "without"))
             ),
         ),
         curves=(
-            Curves("gap", "training minus test accuracy, points", "size of a batch, or of a part"),
-            Curves("training accuracy", "training accuracy, %", "size of a batch, or of a part"),
+            Curves("gap", "training minus\ntest accuracy, points", "size of a batch, or of a part"),
+            Curves(
+                "training accuracy",
+                "training accuracy, %",
+                "size of a batch, or of a part",
+                threshold={f"has learned: {_LEARNED:g}%": _LEARNED},
+            ),
         ),
         not_varied=f"The same {_EXAMPLES:,} examples for all seeds, three hidden layers of 100 "
         f"ReLUs, He initialization, plain SGD whose rate falls from {_RATE:g} to 0, no other "
@@ -185,5 +191,6 @@ register_claim(
         would_change="More examples, with which the gap is smaller; another rate, whose noise "
         "regularizes too; weight decay or augmentation.",
         least_steps=50,
+        arm_labels={arm: f"with BatchNorm, {arm}" for arm in (_IN_PARTS, _OF_ALL)},
     )
 )

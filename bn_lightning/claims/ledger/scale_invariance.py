@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from bn_lightning.callbacks.running_statistics import batch_norms
-from bn_lightning.claims.design import Claim, Condition, Curves, MeasuredPoint, Setting
+from bn_lightning.claims.design import Claim, Condition, MeasuredPoint, Setting
 from bn_lightning.claims.measured_network import MeasuredNetwork
-from bn_lightning.claims.probes import REACHED, evaluated_accuracy, loss_and_gradients, weights_of
+from bn_lightning.claims.probes import (
+    REACHED,
+    accuracy_curves,
+    evaluated_accuracy,
+    loss_and_gradients,
+    weights_of,
+)
 from bn_lightning.claims.registry import register_claim
 
 _BATCH = 256
@@ -119,6 +125,7 @@ register_claim(
                 kind="value",
                 least=5.0,
                 unit="decades",
+                statement="rates of the weights that train with BatchNorm span many decades",
             ),
             Condition(
                 "rates of the weights that train, without",
@@ -127,6 +134,7 @@ register_claim(
                 kind="value",
                 most=2.0,
                 unit="decades",
+                statement="rates of the weights that train without BatchNorm span few decades",
             ),
             Condition(
                 "loss(aW) is another without",
@@ -136,9 +144,10 @@ register_claim(
                 least=0.01,
                 unit="of it",
                 is_control=True,
+                statement="loss(aW) differs from loss(W) without BatchNorm",
             ),
         ),
-        curves=(Curves("accuracy", "test accuracy", "learning rate of the weights"),),
+        curves=(accuracy_curves("learning rate of the weights"),),
         not_varied="One network, plain SGD without weight decay, rate .1 of the other parameters. "
         "The equations are tested in fp64 without eps, and eps breaks them for weights so small "
         "that a channel's variance is near it.",

@@ -106,7 +106,7 @@ register_claim(
                     "batch",
                     "none",
                     least=_LEAST,
-                    unit=f"points more lost against batches of {_LARGE} than without",
+                    unit=f"points more lost against batches of {_LARGE} than without BatchNorm",
                 )
                 for size in _SMALL
             ),
@@ -150,5 +150,9 @@ register_claim(
         would_change="Equal examples instead of equal steps, which gives small batches more steps; "
         "convolutions, whose statistics are of many pixels.",
         least_steps=50,
+        arm_labels={
+            _FROZEN: f"with BatchNorm, {_FROZEN}",
+            _IN_PARTS: f"with BatchNorm, {_IN_PARTS} of {_CONTROLLED}",
+        },
     )
 )

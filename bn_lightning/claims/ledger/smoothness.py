@@ -24,7 +24,7 @@ _BATCH, _BATCHES = 256, 4
 _LEAST = 1.5
 _MEASURES = {
     "loss range": "range of the loss, nats",
-    "gradient change": "change of the gradient / its norm",
+    "gradient change": "change of the gradient\n/ its norm",
 }
 
 
@@ -115,7 +115,7 @@ register_claim(
                 "batch",
                 kind="ratio",
                 least=_LEAST,
-                unit="times as much without",
+                unit="times as much without BatchNorm",
             )
             for activation in _RATES
             for name, label in (

@@ -13,6 +13,7 @@ from bn_lightning.claims.verdict import (
     OPEN,
     condition_outcome,
     effect_of,
+    open_reason,
     seeds_inside,
     verdict_of,
 )
@@ -119,7 +120,30 @@ def test_a_claim_holds_where_its_conditions_do():
     assert verdict(far, far, near) == (HOLDS, HOLDS)
     assert verdict(far, near, far) == (HOLDS_IF, "holds if: relu")
     assert verdict(near, near, far) == (FAILS, FAILS)
-    assert verdict(near, [0.0, 1.0, 2.0], far) == (OPEN, OPEN)
+    across = [0.0, 1.0, 2.0]
+    reason = "the interval crosses 1"
+    assert verdict(near, across, far) == (OPEN, f"{OPEN}: sigmoid ({reason})")
+    # One reason for all conditions is said once.
+    assert verdict(across, across, far) == (OPEN, f"{OPEN}: {reason}")
+
+
+def reason(changes, differences, budget=100.0):
+    rule = condition(**changes)
+    found = numbers(a=[10 + d for d in differences], b=[10.0] * len(differences))
+    found["a"]["budget"] = dict.fromkeys(SEEDS, budget)
+    return open_reason(rule, effect_of(rule, found))
+
+
+def test_what_is_not_decided_has_a_reason():
+    assert reason({}, [1.5, 2.0, 2.5]) == reason({}, [0.1, 0.2, 0.3]) == ""
+    assert reason({}, []) == "nothing measured"
+    assert "2 seeds" in reason({}, [1.5, 2.0])
+    assert reason({}, [0.5, 2.0, 2.5]) == "the interval crosses 1"
+    assert reason({"least": None, "most": 2.0}, [1.0, 2.0, 2.5]) == "the interval crosses 2"
+    assert reason({"most": 2.0}, [0.5, 1.5, 2.5]) == "the interval crosses 1 and 2"
+    ratio = {"kind": "ratio", "limit": "budget", "least": 1.5}
+    assert "lower bound" in reason(ratio, [3.0, 3.0, 3.0], budget=13.0)
+    assert "budget" in reason(ratio, [0.0, 0.0, 0.0], budget=10.0)
 
 
 # Test accuracies of the network with BatchNorm after 300 steps, seeds 1 to 3, at the learning rate
