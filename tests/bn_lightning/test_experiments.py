@@ -240,7 +240,7 @@ class TestErrors:
             run_experiment([*SMALL, f"hydra.run.dir={run.directory}"])
         assert (run.directory / "run.json").read_text() == before
 
-    def test_a_sweep_without_an_experiment(
+    def test_a_sweep_without_what_it_needs(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.chdir(tmp_path)
@@ -248,6 +248,8 @@ class TestErrors:
             run_sweep(["+sweep=quick"])
         with pytest.raises(ExperimentError, match="nothing to sweep"):
             run_sweep([*SMALL])
+        with pytest.raises(ExperimentError, match="without a value of init.std, .*call run_sweep"):
+            run_experiment([*SMALL, "+sweep=quick"])
 
     def test_a_trial_fails_with_the_line_of_the_command(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
