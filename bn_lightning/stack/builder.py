@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from omegaconf import OmegaConf
-
 # Which change how the arguments of a target are built.
 _SPECIAL = ("_args_", "_convert_", "_recursive_")
 
@@ -37,22 +35,24 @@ class Builder:
         if not _is_node(node) or not _can_be_kept(node):
             return instantiate(node)
         is_partial = node.get("_partial_", False)
-        parts = {} if is_partial else {key: v for key, v in node.items() if _is_node(v)}
-        own = {**node, **dict.fromkeys(parts), "_partial_": True}
+        arguments = {key: v for key, v in node.items() if key not in ("_target_", "_partial_")}
+        containers = {
+            key: v
+            for key, v in arguments.items()
+            if isinstance(v, Mapping | list) and (is_partial or not _is_node(v))
+        }
+        own = {"_target_": node["_target_"], "_partial_": True, **containers}
         text = json.dumps(own)
         if text not in self._factories:
-            made = instantiate(own)
-            # Hydra's own partial checks its target again at each call, which takes 0.2 ms.
-            self._factories[text] = partial(made.func, *made.args, **made.keywords)
+            self._factories[text] = instantiate(own)
+        # Hydra's own partial checks its target again at each call, which takes 0.2 ms.
         factory = self._factories[text]
+        for key, value in factory.keywords.items():
+            arguments[key] = copy.deepcopy(value)  # an object may change it
         if is_partial:
-            return factory
-        arguments = {
-            key: copy.deepcopy(value)  # an object may change them
-            for key, value in factory.keywords.items()
-            if OmegaConf.is_config(value)
-        }
-        return factory(**arguments, **{key: self.build(part) for key, part in parts.items()})
+            return partial(factory.func, *factory.args, **arguments)
+        parts = {key: self.build(v) for key, v in arguments.items() if _is_node(v)}
+        return factory.func(*factory.args, **{**arguments, **parts})
 
 
 def _is_node(value: Any) -> bool:

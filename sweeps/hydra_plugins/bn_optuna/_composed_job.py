@@ -91,17 +91,27 @@ class ComposedJob:
         texts = [f"  {part}:\n"]
         parents = ("hydra", part)
         names = [str(name) for name in self.config.hydra[part]]
-        content = self.overrides
-        if part != "overrides":
-            content = OmegaConf.to_container(self.config.hydra[part], enum_to_str=True)
         for is_own, some in groupby(names, lambda name: f"hydra.{part}.{name}" in self._of_job):
             run = list(some)
             if is_own:
-                own = [self._yaml.node(name, content[name], indent=4) for name in run]
+                own = [self._yaml.node(name, self._written(part, name), indent=4) for name in run]
                 texts.append("".join(filter(None, own)) if all(own) else self._text(parents, run))
             else:
                 texts.append(self._kept_text((*parents, *run), parents, run))
         return "".join(texts)
+
+    def _written(self, part: str, name: str) -> Any:
+        """Return a value of Hydra's part as it is written, with its interpolations."""
+        if part == "overrides":
+            return self.overrides[name]
+        node = self.config.hydra[part]
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            content: Any = OmegaConf.to_container(node, enum_to_str=True)
+            return content[name]
+        value = node[name]
+        return (
+            OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value
+        )
 
     def _text_of_overrides(self) -> str:
         items = [self._yaml.item(line, indent=0) for line in self.overrides["task"]]

@@ -1,5 +1,6 @@
 """Write plain values as the YAML that OmegaConf writes, each scalar once."""
 
+import re
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -8,6 +9,8 @@ from omegaconf import OmegaConf
 _MOST_TEXTS = 10_000
 _WIDTH = 80  # PyYAML breaks a longer line at a space
 _LONGEST_KEY = 100  # PyYAML writes one of 128 characters in another way
+# Paths and overrides, which YAML writes as they are: no number, date, boolean or null is like them.
+_AS_IT_IS = re.compile(r"[A-Za-z/][\w./+-]*[/=][\w./=+-]*", re.ASCII)
 
 
 class YamlTexts:
@@ -55,7 +58,11 @@ class YamlTexts:
             may_break = " " in value and width > _WIDTH
             if may_break or not (value.isascii() and value.isprintable()):
                 return None
-        elif value is not None and type(value) not in (bool, int, float):
+            if _AS_IT_IS.fullmatch(value):
+                return value
+        elif type(value) is int:
+            return str(value)
+        elif value is not None and type(value) not in (bool, float):
             return None
         kept = repr(value)
         if kept not in self._scalars:

@@ -19,6 +19,9 @@ NODES = {
     "keys": {"on": None, "1": "a", "a b": "c", "${x}": "${y}", "k" * 100: 1},
     "nested": {"a": {"b": [1, "two", None]}, "c": {}, "d": [], "e": {"f": {"g": "h"}}},
     "long_word": {"a": "x=" * 200},
+    "paths": {"a": "/", "b": "a/b-1.0", "c": "12/3", "d": "./a", "e": "//", "f": "/a:b", "g": "/#"},
+    "overrides": {"a": "a=1", "b": "a.b=", "c": "=a", "d": "+a=1", "e": "a=1e3", "f": "~a=b"},
+    "integers": {"a": 10**30, "b": -1, "c": 0},
 }
 REFUSED = {
     "long_line": {"a": "many words " * 10},
