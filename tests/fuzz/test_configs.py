@@ -113,7 +113,7 @@ def runs() -> Iterator[Runs]:
     started.process.stdout.close()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_what_is_not_touched_runs(runs: Runs) -> None:
     """So that no field is covered by another's error."""
     bases = sorted({(command, base) for command, base, _ in runs.fields})

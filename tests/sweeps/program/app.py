@@ -42,7 +42,7 @@ def prepare(
     if int(os.environ.get("CTRL_C", "0")) and not os.path.exists("interrupted"):
         open("interrupted", "w").close()
         for _ in range(int(os.environ["CTRL_C"])):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread: two that wait would be one
     with open("prepared", "a") as file:
         file.write(f"{size} {[config['x'] for config in configs]}\n")
     if rungs is not None:
