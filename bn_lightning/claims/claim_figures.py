@@ -20,7 +20,7 @@ _WIDTH, _HEIGHT, _LINE = 3.6, 3.0, 0.2  # inches of a panel, and of a line of te
 _PAGE_HEIGHT, _PAGE_ENTRY = 340, 24  # pixels of a panel of the page, and of an entry below it
 _MOST_COLUMNS = 3
 _MOST_TICKS = 7
-_MANTISSAS = (range(1, 10), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+_MANTISSAS = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 
 
 class _Curve(NamedTuple):
@@ -175,7 +175,8 @@ def _x_axis(curves: Curves, found: Mapping[str, Sequence[_Curve]]) -> Axis:
         ticks = {place: f"{place:,g}" for place in places}
     elif scale == "log":
         ticks = plain_log_ticks(places[0], places[-1])
-    return Axis(curves.x_label, scale, ticks=ticks, number_format="g")
+    is_count = all(float(place).is_integer() for place in places)
+    return Axis(curves.x_label, scale, ticks=ticks, number_format="," if is_count else "g")
 
 
 def _y_axes(curves: Curves, found: Mapping[str, Sequence[_Curve]]) -> dict[str, Axis]:
@@ -218,11 +219,12 @@ def plain_log_ticks(low: float, high: float) -> dict[float, str]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found: list[float] = []
     for mantissas in _MANTISSAS:
-        ticks = (float(f"{m}e{power}") for power in powers for m in mantissas)
+        ticks = [float(f"{m}e{power}") for power in powers for m in mantissas]
         found = [tick for tick in ticks if low <= tick <= high]
         if len(found) <= _MOST_TICKS:
             break
-    if len(found) < 2:  # less than a decade: as on a linear axis
-        found = [float(t) for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
+    if len(found) < 3:  # a part of a decade: as on a linear axis
+        ticks = list(map(float, MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)))
+        found = [tick for tick in ticks if low <= tick <= high]
     every = math.ceil(len(found) / _MOST_TICKS)
     return {tick: f"{tick:,.10g}" for tick in found[::every]}

@@ -141,9 +141,10 @@ def test_logarithmic_axes_have_plain_numbers(tmp_path):
         (50, 600, ["50", "70", "100", "200", "300", "500"]),
         (0.0003, 30, ["0.001", "0.01", "0.1", "1", "10"]),
         (1e-4, 1e4, ["0.0001", "0.01", "1", "100", "10,000"]),
+        (0.6, 2.4, ["0.7", "1", "2"]),
         (2.1, 2.9, ["2.2", "2.4", "2.6", "2.8"]),
     ],
-    ids=["a_decade", "five_decades", "eight_decades", "less_than_a_factor_of_2"],
+    ids=["a_decade", "five_decades", "eight_decades", "a_factor_of_4", "less_than_a_factor_of_2"],
 )
 def test_logarithmic_ticks(low, high, labels):
     assert list(plain_log_ticks(low, high).values()) == labels
