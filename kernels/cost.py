@@ -53,12 +53,12 @@ class HostTime(NamedTuple):
         return self.batch_norm + activation + self.addition * fusion.has_residual
 
 
-# For (2, 8), fp32, modules in training and in evaluation, on one thread of a shared x86-64 machine,
-# both in one run: torch 2.13.0, Triton 3.7.1, 2026-11-26, the cases of benchmarks/host_overhead.py
-# in 900 bursts. Counted without a GPU; not measured on a GPU.
-EAGER_HOST = {True: HostTime(67.0, 13.8, 10.6), False: HostTime(11.3, 1.7, 1.7)}
-TRITON_HOST = {True: HostTime(76.6, 0.0, 5.0), False: HostTime(10.7, 0.0, 0.4)}
-# The same in 200 bursts where Triton itself launches each kernel (triton_launcher.py).
+# For (2, 8), fp32, modules in training and in evaluation, on one thread of a shared x86-64 machine:
+# benchmarks/results/host_overhead.csv of 2026-11-26, with torch 2.13.0 and Triton 3.7.1.
+# Counted without a GPU; not measured on a GPU.
+EAGER_HOST = {True: HostTime(69.2, 13.9, 12.0), False: HostTime(11.6, 1.7, 1.9)}
+TRITON_HOST = {True: HostTime(68.3, 0.0, 4.5), False: HostTime(10.8, 0.0, 0.5)}
+# In 200 bursts where Triton itself launches each kernel (triton_launcher.py).
 ORDINARY_LAUNCH_HOST = {True: HostTime(283.4, 0.0, 43.0), False: HostTime(47.5, 0.0, 0.8)}
 
 
