@@ -136,6 +136,7 @@ def test_what_needs_quotes_is_said(command, name):
     assert shlex.split(error.partition("in a shell ")[2]) == [f'ckpt_path="{name}"']
 
 
+@pytest.mark.soak
 def test_few_open_files(tmp_path):
     """A hundred: neither checkpoints, nor epochs of workers, nor evaluations pile them up."""
     write_images(tmp_path / "images", train=8, size=(12, 12))

@@ -327,7 +327,7 @@ def test_the_time_of_a_training_is_known_before():
     assert 0 < seconds_of_training(config) < seconds_of_training(more)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_sigterm_ends_the_processes_and_keeps_what_is_measured(tmp_path, ledger):
     """Two processes train for hours once the networks that are not trained are measured."""
     claim = ledger["smoothness"]

@@ -261,7 +261,7 @@ def test_a_study_of_ones_own_is_drawn(
         return {"value": number / 7, "user_attrs": found}
 
     page = write_report([str(make_study(tmp_path / "sweep", space=space, change=change))])
-    for width in WIDTHS:
+    for width in (WIDTHS[0], WIDTHS[-1]):
         opened = open_page(page, width=width)
         opened.check()
     ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
@@ -315,7 +315,7 @@ def test_the_claims_are_drawn(open_page: Any, tmp_path: Path) -> None:
     content, figures, overview = made_up_ledger(tmp_path)
     page = tmp_path / "claims.html"
     page.write_text(claims_page(content, figures, overview))
-    for width, scheme in zip(WIDTHS, ("light", "dark", "light"), strict=True):
+    for width, scheme in ((WIDTHS[0], "light"), (WIDTHS[-1], "dark")):
         opened = open_page(page, width=width, scheme=scheme)
         opened.check()
     ids = {plot.get_attribute("id") for plot in opened.page.locator(".plot").all()}
