@@ -220,6 +220,44 @@ def run_known(fields: tuple[Any, ...], backend: str, *, recomputes: bool = False
     return None
 
 
+def find_repetition(
+    fields: tuple[Any, ...], backend: str
+) -> Callable[[tuple[Any, ...]], Tensor | None] | None:
+    """Return what runs the calls of one place in a program without a search for their plan.
+
+    Args:
+        fields: of a call that was just computed, as for `run_known`.
+        backend: as for `run_known`.
+
+    Returns:
+        A function of fields that differ in tensors alone, in code that only autograd has to see,
+        with the same gradient mode. It returns y, or None if the tensors are of another kind.
+        None if no plan computed the call.
+    """
+    regime = forced()
+    for plan in _plans.get(_key(fields, backend), ()):
+        if not plan.is_native and plan.is_alike(*plan.pick_given(fields)):
+            break
+    else:
+        return None
+
+    def repeat(fields: tuple[Any, ...]) -> Tensor | None:
+        tensors = plan.pick_given(fields)
+        if (
+            not plan.is_alike(*tensors)
+            or plan.pick_absent(fields) != plan.nones
+            or forced() != regime
+            or (fields[7] and _current_graph_task_id() != -1)
+        ):
+            return None
+        addresses = tuple(map(_data_ptr, tensors))
+        if misalignment_of(addresses) != plan.misalignment:
+            return None
+        return run_plan(plan, fields, tensors, addresses)
+
+    return repeat
+
+
 def keep_plan(a: BatchNormArguments, backend: str, is_native: bool) -> Plan | None:
     """Return a new plan for a call that was checked, or None if it has to take the ops.
 

@@ -284,6 +284,34 @@ def test_the_number_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch, device:
     assert len(eager._plans) == 3
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_repetition_is_the_planned_call(training: bool, repeated: Plans, device: str) -> None:
+    def fields(x: Tensor, residual: Tensor | None = None) -> tuple[Any, ...]:
+        state = (torch.full((3,), 0.5, device=device), None, *torch.ones(2, 3, device=device))
+        return (x, residual, *state, None, training, 0.1, 1e-5, "relu", 0.01)
+
+    x = torch.randn(SHAPE, device=device, requires_grad=training)
+    wanted = _batch_norm_of(given := fields(x))
+    repeat = eager.find_repetition(given, "triton")
+    assert repeat is not None and eager.find_repetition(given, "auto") is None
+    found = repeat(again := fields(x))
+    assert len(repeated) == 1 and torch.equal(found, wanted)
+    assert torch.equal(given[4], again[4]) and torch.equal(given[5], again[5])
+    if training:
+        dy = torch.randn_like(x)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y, x, dy)[0] for y in (found, wanted)), rtol=0, atol=0
+        )
+    assert repeat(fields(x[:, :, :1])) is None
+    assert repeat(fields(x, residual=torch.ones_like(x))) is None
+    with forced_regime(Regime.PERSISTENT):
+        assert repeat(fields(x)) is None
+
+
+def _batch_norm_of(fields: tuple[Any, ...]) -> Tensor:
+    return batch_norm(**BatchNormArguments._make(fields)._asdict(), backend="triton")
+
+
 def test_a_module_that_moves_between_dtypes(repeated: Plans, device: str) -> None:
     module = BatchNorm2d(3, activation="relu", backend="triton", device=device)
     for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):
