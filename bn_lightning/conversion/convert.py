@@ -191,7 +191,7 @@ def fusion_counts(model: nn.Module) -> dict[str, FusionCount]:
     """
     _check_model(model)
     deferrals = ((name, m.__dict__.get("deferral")) for name, m in model.named_modules())
-    return {name: d.count() for name, d in deferrals if d is not None}
+    return {name: FusionCount(d.fused, d.separate) for name, d in deferrals if d is not None}
 
 
 def is_converted(model: nn.Module) -> bool:

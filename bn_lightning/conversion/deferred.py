@@ -15,9 +15,9 @@ statistics are updated once, however often the output is read, and in the order 
                              passes it on unseen by __torch_function__, as autograd.Function does
     a value computed twice   `Site` learns in the first forward which outputs are read twice
 
-Where the same activation always follows directly, it is computed with the call, before anything
-asks for it (`Ahead`). If something else reads the output then, the BatchNorm is computed again
-alone.
+Once a forward has shown what always follows a call, the next ones are planned (`CallPlan`): the
+activation is computed with the call, or with the addition before it, and waits to be called. If
+something else reads the output then, the BatchNorm is computed again alone.
 
 A `Deferred` that is computed becomes a plain tensor: the same object, with another class and
 content. Before the outermost module of a conversion returns, all of them do (outermost.py).
@@ -31,18 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.conversion.deferrable import may_wait, planned
-from bn_lightning.conversion.deferred_call import (
-    ALL,
-    NOTHING,
-    Ahead,
-    CallPlan,
-    DeferredCall,
-    Site,
-    Value,
-    modes_for,
-    versions_of,
-)
+from bn_lightning.conversion.deferrable import ALL, NOTHING, Site, may_wait
+from bn_lightning.conversion.deferred_call import DeferredCall, Value
 from bn_lightning.conversion.fusable import (
     ADDITIONS,
     IN_PLACE_ADDITIONS,
@@ -79,20 +69,38 @@ class Deferral:
 
     Args:
         weight: the module's parameter, or None.
+
+    Attributes:
+        fused: number of calls that were fused.
+        separate: number of other calls.
+        sites: what is known of the calls in training, and of those in evaluation.
     """
 
     def __init__(self, weight: Tensor | None) -> None:
         self.weight = weight
-        self.fused = 0
-        self.separate = 0
-        self._sites = {True: Site(), False: Site()}
+        self.fused = self.separate = 0
+        self.sites = {True: Site(), False: Site()}
 
-    def count(self) -> FusionCount:
-        """Return the numbers of calls."""
-        return FusionCount(self.fused, self.separate)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sites": {True: Site(), False: Site()}}
+
+    def repeat(self, module: Any, x: Tensor) -> Tensor | None:
+        """Return the output of a call that is like the last one; None for another call."""
+        plan = self.sites[module.training and not module.stats_frozen].plan
+        if plan is None or not plan.is_for(module, x):
+            return None
+        if thread.latest:
+            self._finish_earlier()
+        value = Value(DeferredCall.planned(plan, x))
+        is_ahead = plan.is_summand is None
+        made = _made(value, value.expect().requires_grad) if is_ahead else _defer(value)
+        if x.is_inference():
+            value.call.keep_input()
+        return made
 
     def __call__(
         self,
+        module: nn.Module,
         compute: Callable[..., Tensor],
         input: Tensor,
         state: tuple[Tensor | None, ...],
@@ -100,51 +108,28 @@ class Deferral:
     ) -> Tensor:
         """Return `compute(input, *state, **options)`, deferred where that is possible.
 
-        The arguments are those of `BatchNormCall`; `compute` is a method of the module.
+        The arguments are those of `BatchNormCall`; `compute` is that of the module.
         """
         if torch.compiler.is_compiling():
             return trace(compute, input, state, options)
         if type(input) is Deferred:
             input = read(input)
-        site = self._sites[options["training"]]
+        site = self.sites[options["training"]]
         if site.fuses != NOTHING:
             self._finish_earlier()
-            module: Any = compute.__self__  # type: ignore[attr-defined]
-            plan = planned(site, module, input, state)
-            if plan is not None and plan.activation is not None:
-                return _run_ahead(plan, (self, site, compute, input, state, options))
-            waits = plan is not None or may_wait(module, input, state, options)
-            if waits and site.begin():
-                return _defer(Value(DeferredCall(self, site, compute, input, state, options)))
+            if may_wait(module, input, state, options) and site.begin():
+                call = DeferredCall(self, site, module, compute, input, state, options)
+                return _defer(Value(call))
         self.separate += 1
         return compute(input, *state, **options)
 
     def _finish_earlier(self) -> None:
         """Compute the last call, so that the statistics are updated in the order of the calls."""
-        earlier = _thread.latest.get(id(self))
+        earlier = thread.latest.get(id(self))
         before = None if earlier is None else earlier()
-        if type(before) is Deferred and not _value_of(before).call.is_done:
-            _value_of(before).call.is_candidate = True
-            _value_of(before).compute()
-
-
-def _run_ahead(plan: CallPlan, arguments: tuple[Any, ...]) -> Tensor:
-    """Compute BatchNorm and activation, and return a tensor that stands for the BatchNorm alone.
-
-    Args:
-        plan: of the site.
-        arguments: those of `DeferredCall`.
-    """
-    deferral, site, compute, x, state, options = arguments
-    versions = versions_of((x, *state))
-    activation: Any = plan.activation
-    options = {**options, "activation": activation.name, "negative_slope": activation.slope}
-    result = compute(x, *state, **options)
-    deferral.fused += 1
-    made = _wrap(Ahead(result, arguments, versions, plan), x, site, result.requires_grad)
-    if _thread.outermost is not None:
-        _thread.made.append(weakref.ref(made))
-    return made
+        if type(before) is Deferred and not before._value.call.is_done:
+            before._value.call.is_candidate = True
+            before._value.compute()
 
 
 class _Thread(threading.local):
@@ -162,44 +147,31 @@ class _Thread(threading.local):
         self.made: list[weakref.ref[Tensor]] = []
 
 
-_thread = _Thread()
-
-
-def enter_outermost(module: nn.Module) -> None:
-    """Start the forward of a converted model, unless one runs in this thread."""
-    if _thread.outermost is None:
-        _thread.outermost = module
-
-
-def leave_outermost(module: nn.Module, has_failed: bool) -> bool:
-    """End the forward that `enter_outermost` started; computes all that is still deferred.
-
-    Returns:
-        Whether the forward was that of `module`.
-    """
-    if _thread.outermost is not module:
-        return False
-    made, _thread.made, _thread.outermost = _thread.made, [], None
-    _thread.latest.clear()
-    if not has_failed:
-        for reference in made:
-            tensor = reference()
-            if type(tensor) is Deferred:
-                read(tensor, is_use=False)
-        Site.passes += 1
-    return True
+thread = _Thread()
 
 
 class Deferred(Tensor):
     """The output of a BatchNorm, not computed yet; made by `Deferral`."""
 
-    _value: Value | Ahead
+    _value: Value
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if args and type(args[0]) is cls:
+            value: Any = args[0]._value
+            expected = value.expected
+            if (
+                expected is not None
+                and func is expected.function
+                and args[1:] == expected.args
+                and kwargs == expected.kwargs
+                and value.call.is_current()
+            ):
+                result, value.result, value.expected = value.result, None, None
+                return _replaced(args[0], result) if expected.in_place else result
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -208,11 +180,6 @@ class Deferred(Tensor):
             if len(args) == 2 and kwargs in ({}, {"alpha": 1}):
                 result = _add(func in IN_PLACE_ADDITIONS, *args)
         elif args and type(args[0]) is cls:
-            ahead = args[0]._value
-            if type(ahead) is Ahead and ahead.activation[3:] == (func, args[1:], kwargs):
-                result = _take(args[0], ahead)
-                if result is not None:
-                    return result
             activation = activation_of(func, args, kwargs)
             if activation is not None:
                 result = _activate(args[0], activation)
@@ -231,25 +198,12 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
 
-def _take(y: Deferred, ahead: Ahead) -> Tensor | None:
-    """Return the activation that was computed ahead, None if it cannot be used."""
-    result = ahead.result
-    if result is None or modes_for(ahead.arguments[3]) != ahead.modes:
-        return None
-    ahead.result = None
-    if not ahead.activation.in_place:
-        return result
+def _replaced(y: Deferred, result: Tensor) -> Tensor:
+    """Return `y` with what an operation in place made of it."""
     if _become(y, result):
         return y
-    value = y._value = ahead.to_value()
-    value.tensor = result
+    y._value.tensor = result
     return read(y)
-
-
-def _value_of(y: Deferred) -> Value:
-    if type(y._value) is Ahead:
-        y._value = y._value.to_value()
-    return y._value  # type: ignore[return-value]
 
 
 def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
@@ -259,7 +213,8 @@ def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
         tensor: changed in place; if that cannot be, another tensor is returned.
         is_use: whether an operation reads it.
     """
-    value = _value_of(tensor)
+    value = tensor._value
+    value.expect_nothing()
     value.note_read(is_use)
     content = value.compute() if value.tensor is None else value.tensor
     with torch._C.DisableTorchFunctionSubclass():
@@ -275,19 +230,18 @@ def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
             "the output of a BatchNorm to be read by an addition or activation, as in the forwards "
             "before, got one that autograd knows by itself"
         )
-    value.call.site.misses += 1
+    value.call.site.miss()
     value.tensor = content
     return content
 
 
 def _become(tensor: Deferred, content: Tensor) -> bool:
     """Make a deferred tensor plain, unless C++ refers to it; return whether it is plain now."""
-    with torch._C.DisableTorchFunctionSubclass():
-        if tensor._use_count() > 1:  # type: ignore[attr-defined]
-            return False
-        if content._use_count() > 1:  # type: ignore[attr-defined]
-            content = content.view_as(content)
-        torch._C._swap_tensor_impl(tensor, content)
+    if tensor._use_count() > 1:  # type: ignore[attr-defined]
+        return False
+    if content._use_count() > 1:  # type: ignore[attr-defined]
+        content = content.view_as(content)
+    torch._C._swap_tensor_impl(tensor, content)
     tensor.__class__ = Tensor  # type: ignore[assignment]
     del tensor._value
     return True
@@ -304,44 +258,27 @@ def _defer(value: Value) -> Deferred:
     inputs = (*call.inputs, value.addend)
     needs_grad = call.grad and any([t is not None and t.requires_grad for t in inputs])
     if needs_grad and not call.is_done and not call.place:
-        call.reserve_place()
+        node: Any = torch._C._functions.UndefinedGrad()
+        call.place = node._sequence_nr()  # what an operation would have now
     is_bridged = needs_grad and not call.site.is_known
-    made = (
-        _Bridge.apply(value, *inputs)
-        if is_bridged
-        else _wrap(value, call.input, call.site, needs_grad)
-    )
-    value.owner = weakref.ref(made)
-    _thread.latest[id(call.deferral)] = value.owner
-    if _thread.outermost is not None:
-        _thread.made.append(value.owner)
+    made = _Bridge.apply(value, *inputs) if is_bridged else _made(value, needs_grad)
+    thread.latest[id(call.deferral)] = value.owner
     return made
 
 
-def _wrap(value: Value | Ahead, like: Tensor, site: Site, requires_grad: bool) -> Deferred:
-    """Return a tensor that has the metadata of `like`, the input, and no memory."""
-    blank = site.blank
-    if (
-        blank is None
-        or blank.shape != like.shape
-        or blank.stride() != like.stride()
-        or blank.dtype != like.dtype
-        or blank.device != like.device
-    ):
-        with torch.inference_mode(False):
-            blank = site.blank = torch.empty_strided(
-                like.shape, like.stride(), dtype=like.dtype, device=like.device
-            )
-        blank.untyped_storage().resize_(0)
-        torch._C._set_throw_on_mutable_data_ptr(blank)
-    made: Any = _make_subclass(Deferred, blank, requires_grad)
+def _made(value: Value, requires_grad: bool) -> Deferred:
+    """Return a tensor that stands for a value."""
+    made: Any = _make_subclass(Deferred, value.call.blank, requires_grad)
     made._value = value
+    value.owner = weakref.ref(made)
+    if thread.outermost is not None:
+        thread.made.append(value.owner)
     return made
 
 
 def _activate(y: Deferred, activation: FusableActivation) -> Tensor | None:
     """Return the activation of `y`, None if it cannot be fused."""
-    value = _value_of(y)
+    value = y._value
     call, site = value.call, value.call.site
     if not value.is_pending or not call.is_current():
         return None
@@ -359,33 +296,39 @@ def _activate(y: Deferred, activation: FusableActivation) -> Tensor | None:
     if not (activation.in_place or site.is_known):
         return _defer(applied)
     result = applied.run()
-    if not activation.in_place:
-        return result
-    value.tensor = result
-    return read(y)
+    return _replaced(y, result) if activation.in_place else result
 
 
 def _add(in_place: bool, left: Any, right: Any) -> Tensor | None:
-    """Return the deferred sum of a deferred tensor and another, None if it cannot be fused."""
+    """Return the sum of a deferred tensor and another, None if it cannot be fused."""
     for y, other in ((left, right), (right, left)):
         if type(y) is not Deferred or y is other:
             continue
-        value = _value_of(y)
-        if value.residual is not None or not value.is_pending or not value.call.is_current():
+        value = y._value
+        call, plan = value.call, value.call.plan
+        if value.residual is not None or not value.is_pending or not call.is_current():
             continue
         if type(other) is Deferred:
             other = read(other)
-        if not value.is_pending or not fits(other, value.call.input):
+            if not value.is_pending:
+                continue
+        is_planned = plan is not None and plan.is_summand is not None and plan.is_summand(other)
+        if not (is_planned or fits(other, call.input)):
             continue
-        if not in_place:
-            return _defer(Value(value.call, value, other))
-        if y is right:
+        if in_place and y is right:
             return _add_to(other, value)
-        summed = _defer(Value(value.call, residual=other))
-        with torch._C.DisableTorchFunctionSubclass():
-            torch._C._swap_tensor_impl(y, summed)
-        y._value = _value_of(summed)
-        y._value.owner = value.owner
+        summed = Value(call, None if in_place else value, other)
+        if plan is None or not is_planned:
+            made = _defer(summed)
+        elif plan.activation is None:
+            return _replaced(y, summed.run()) if in_place else summed.run()
+        else:
+            call.check_unchanged()
+            made = _made(summed, summed.expect().requires_grad)
+        if not in_place:
+            return made
+        torch._C._swap_tensor_impl(y, made)
+        y._value, summed.owner = summed, value.owner
         return y
     return None
 
@@ -420,7 +363,7 @@ class _Bridge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Value, *inputs: Tensor | None) -> Deferred:
         ctx.value = value
-        return _wrap(value, value.call.input, value.call.site, requires_grad=False)
+        return _made(value, requires_grad=False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bn_lightning.conversion.deferred import enter_outermost, leave_outermost
+from bn_lightning.conversion.deferrable import Site
+from bn_lightning.conversion.deferred import Deferred, read, thread
 from bn_lightning.conversion.traced import compute_traced
 
 
 class _Hook:
-    """A hook that works only on the module itself, not on a copy of it.
+    """A hook before and after the forward of a module, but not of a copy of it.
 
     Args:
         is_root: whether the module is the converted model, not one of its children.
@@ -22,6 +23,26 @@ class _Hook:
     def __init__(self, is_root: bool, is_temporary: bool) -> None:
         self.is_root = is_root
         self.is_temporary = is_temporary
+
+    def __call__(self, module: nn.Module, args: Any, *output: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return compute_traced(output[0]) if output and self.is_root else None
+        if not output:
+            if thread.outermost is None:
+                thread.outermost = module
+            return None
+        if thread.outermost is not module:
+            return None
+        made, thread.made, thread.outermost = thread.made, [], None
+        thread.latest.clear()
+        if output[0] is not None or sys.exc_info()[0] is None:  # it has not failed
+            for reference in made:
+                tensor = reference()
+                if type(tensor) is Deferred:
+                    read(tensor, is_use=False)
+            Site.passes += 1
+        # Tensors of a compiled forward, or of torch.export, cannot become plain themselves.
+        return compute_traced(output[0])
 
     def __reduce__(self) -> Any:
         if self.is_temporary:
@@ -38,29 +59,12 @@ class _Hook:
         )
 
 
-class _Enter(_Hook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_dynamo_compiling():
-            enter_outermost(module)
-
-
-class _Leave(_Hook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return compute_traced(output) if self.is_root else None
-        has_failed = output is None and sys.exc_info()[0] is not None
-        is_outermost = leave_outermost(module, has_failed)
-        # Tensors of a compiled forward, or of torch.export, cannot become plain themselves.
-        return compute_traced(output) if is_outermost else None
-
-
-# Where Dynamo does not inline the hooks, it would compile them and what they call by themselves.
+# Where Dynamo does not inline the hook, it would compile it and what it calls by themselves.
 _frames = torch._C._dynamo.eval_frame
-for _hook in (_Enter, _Leave):
-    _frames.set_code_exec_strategy(
-        _hook.__call__.__code__,
-        _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP),
-    )
+_frames.set_code_exec_strategy(
+    _Hook.__call__.__code__,
+    _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP),
+)
 
 
 def add_hooks(model: nn.Module, is_temporary: bool) -> None:
@@ -74,10 +78,9 @@ def add_hooks(model: nn.Module, is_temporary: bool) -> None:
     for module in (model, *model.children()):
         parts = (part for part in module.modules() if part is not module)
         if any("deferral" in part.__dict__ for part in parts):
-            enter = _Enter(module is model, is_temporary)
-            leave = _Leave(module is model, is_temporary)
-            module.register_forward_pre_hook(enter, prepend=True)
-            module.register_forward_hook(leave, prepend=True, always_call=True)
+            hook = _Hook(module is model, is_temporary)
+            module.register_forward_pre_hook(hook, prepend=True)
+            module.register_forward_hook(hook, prepend=True, always_call=True)
 
 
 def remove_hooks(model: nn.Module) -> None:

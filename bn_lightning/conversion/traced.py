@@ -38,11 +38,10 @@ class _TracedValue:
         tensor: the value, once computed.
     """
 
+    tensor: Tensor | None = None
+
     def __init__(self, call: BatchNormCall, residual: Tensor | None, pure: Tensor) -> None:
-        self.call = call
-        self.residual = residual
-        self.pure = pure
-        self.tensor: Tensor | None = None
+        self.call, self.residual, self.pure = call, residual, pure
 
     def compute(self) -> Tensor:
         if self.tensor is None:
@@ -157,8 +156,4 @@ def _add(in_place: bool, left: Any, right: Any) -> Tensor | None:
 
 def compute_traced(value: Any) -> Any:
     """Return an argument, or what a model returns, with all traced tensors in it computed."""
-    return replace_tensors(value, Traced, _compute)
-
-
-def _compute(tensor: Any) -> Tensor:
-    return tensor._value.compute()
+    return replace_tensors(value, Traced, lambda tensor: tensor._value.compute())

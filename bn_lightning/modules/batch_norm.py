@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.kernels.checks import check_activation, check_backend
@@ -125,6 +126,11 @@ class _BackendMixin(_BatchNorm):
                 is unchanged.
             RuntimeError: a call under torch.jit.trace.
         """
+        deferral = self.deferral
+        if deferral is not None and residual is None and activation is None and not is_compiling():
+            y = deferral.repeat(self, input)
+            if y is not None:
+                return y
         if isinstance(input, fx.Proxy):
             tracer: Any = input.tracer
             options: dict[str, Any] = {
@@ -166,12 +172,12 @@ class _BackendMixin(_BatchNorm):
             "num_batches_tracked": count,
             "backend": self.backend,
         }
-        if self.deferral is not None and residual is None and options["activation"] == "identity":
-            return self.deferral(self._batch_norm, input, state, options)
-        if type(self)._batch_norm is _BackendMixin._batch_norm:
-            # The method in between would take its time.
-            return batch_norm(input, *state, **options)
-        return self._batch_norm(input, *state, **options)
+        # The method in between would take its time.
+        is_own = type(self)._batch_norm is _BackendMixin._batch_norm
+        compute = batch_norm if is_own else self._batch_norm
+        if deferral is not None and residual is None and options["activation"] == "identity":
+            return deferral(self, compute, input, state, options)
+        return compute(input, *state, **options)
 
     def _batch_norm(self, input: Tensor, *state: Tensor | None, **options: Any) -> Tensor:
         """Compute `forward`'s result; the synchronized modules override this."""

@@ -532,6 +532,25 @@ class TestOwnStep:
                     found.append(m(x + 0))
             assert torch.equal(*found)
 
+    def test_in_inference_mode_a_known_sum_is_of_the_values_before_the_change(self) -> None:
+        module, untouched = (m.eval() for m in net(lambda self, x: self.use(self.bn1(x), x)))
+
+        def use(y: Tensor, x: Tensor) -> Tensor:
+            r = x * 2
+            x.zero_()
+            return F.relu(y + r)
+
+        module.use = untouched.use = use
+        untouched.use = lambda y, x: F.relu(y + x * 2)
+        for _ in range(4):
+            found = []
+            for m in (module, untouched):
+                with torch.inference_mode():
+                    x = torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 3, 4, 4)
+                    found.append(m(x + 0))
+            assert torch.equal(*found)
+        assert fusion_counts(module)["bn1"] == (4, 0)
+
     def test_kept_across_a_step(self) -> None:
         bn, x, y = self.deferred()
         wanted = F.batch_norm(x, None, None, bn.weight, bn.bias, training=True)
@@ -759,6 +778,43 @@ def test_a_known_output_is_used_otherwise(first, then, training: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     counts = fusion_counts(nets[0])["bn1"]
     assert counts.fused + counts.separate == 6
+
+
+@pytest.mark.parametrize("forward", [relu_module, addition_relu, addition_in_place])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_known_batch_norm(forward: Forward, copied, monkeypatch) -> None:
+    """They learn by themselves, and share nothing with the original."""
+    monkeypatch.setattr(Net, "forward", forward, raising=False)
+    module = Net().double()
+    convert_batchnorm(module, fuse=True)
+    for step in range(3):
+        run(module, step, training=True)
+    again = copied(module)
+    for step in range(3):
+        found, wanted = (run(m, step, training=True) for m in (again, module))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert fusion_counts(again) == fusion_counts(module)
+    assert fusion_counts(again)["bn1"].fused == 6
+
+
+@pytest.mark.parametrize("forward", [relu_function, addition_relu])
+def test_known_calls_of_the_kernels(forward: Forward) -> None:
+    """What is repeated has the bits of what was launched, where the input changes as well."""
+    pytest.importorskip("triton")
+    module, _ = net(forward)
+    separate = copy.deepcopy(module).float()
+    module.float()
+    for m, fuse in ((module, True), (separate, False)):
+        convert_batchnorm(m, fuse=fuse, backend="triton")
+    for step, rows in enumerate((2, 2, 2, 3, 2)):
+        found = []
+        for m in (module, separate):
+            x = torch.randn(rows, 3, 1, 2, generator=torch.Generator().manual_seed(step))
+            y = m(x.requires_grad_() * 1)
+            dy = torch.linspace(-1, 1, y.numel()).view_as(y)
+            found.append([y, torch.autograd.grad(y, x, dy)[0], *map(torch.clone, m.buffers())])
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    assert fusion_counts(module)["bn1"] == (5, 0)
 
 
 def test_known_calls_of_two_shapes() -> None:
