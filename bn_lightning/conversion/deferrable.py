@@ -24,7 +24,8 @@ class CallPlan(NamedTuple):
         is_alike: tells whether x is like that of the earlier call.
         tensors: the module's parameters and buffers, in that call.
         settings: of the module, in that call.
-        attributes: of that `DeferredCall`, which all calls have.
+        attributes: of that `DeferredCall`, which all calls have. The module keeps the plan: it is
+            not one of them.
         fields: all of `BatchNormArguments` but x and what is added.
         repeat: repeats the kernels of the call, as `find_repetition` says; None if it cannot.
     """

@@ -91,7 +91,7 @@ class Deferral:
             return None
         if thread.latest:
             self._finish_earlier()
-        value = Value(DeferredCall.planned(plan, x))
+        value = Value(DeferredCall.planned(plan, module, x))
         is_ahead = plan.is_summand is None
         made = _made(value, value.expect().requires_grad) if is_ahead else _defer(value)
         if x.is_inference():

@@ -72,11 +72,11 @@ class DeferredCall(BatchNormCall):
         torch._C._set_throw_on_mutable_data_ptr(self.blank)
 
     @classmethod
-    def planned(cls, plan: CallPlan, x: Tensor) -> Self:
+    def planned(cls, plan: CallPlan, module: Any, x: Tensor) -> Self:
         """Return a call that is like an earlier one, without `snapshot`."""
         call = cls.__new__(cls)
         call.__dict__.update(plan.attributes)
-        call.plan, call.input = plan, x
+        call.plan, call.module, call.input = plan, module, x
         call.versions = versions_of((x, *call.watched))
         return call
 
@@ -161,7 +161,7 @@ class DeferredCall(BatchNormCall):
             *(options["momentum"], options["eps"]),
             *(("identity", 0.01) if activation is None else activation[:2]),
         )
-        names = ("deferral", "site", "module", "compute", "state", "options", "modes", "blank")
+        names = ("deferral", "site", "compute", "state", "options", "modes", "blank")
         repeat = None
         if self.compute is batch_norm:
             repeat = find_repetition((self.input, residual, *fields), options["backend"])

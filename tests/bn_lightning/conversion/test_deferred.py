@@ -6,7 +6,9 @@ import io
 import pickle
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -795,6 +797,22 @@ def test_copies_of_a_known_batch_norm(forward: Forward, copied, monkeypatch) -> 
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert fusion_counts(again) == fusion_counts(module)
     assert fusion_counts(again)["bn1"].fused == 6
+
+
+def test_a_known_model_is_freed_without_the_garbage_collector(monkeypatch) -> None:
+    monkeypatch.setattr(Net, "forward", addition_relu, raising=False)
+    module = Net().double()
+    convert_batchnorm(module, fuse=True)
+    for step, training in product(range(3), (True, False)):
+        run(module, step, training=training)
+    gc.collect()
+    gc.disable()
+    try:
+        parts = [weakref.ref(part) for part in module.modules()]
+        del module
+        assert not any(part() for part in parts)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("forward", [relu_function, addition_relu])
