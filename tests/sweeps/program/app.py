@@ -17,6 +17,9 @@ from bn_lightning.sweeps.engine.outcome import PrunedInBatch
 from bn_lightning.sweeps.engine.rungs import Rungs
 from bn_lightning.sweeps.engine.trial import current_trial
 
+# It is ignored where a shell has started the tests in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 if os.environ.get("NO_WORKER_STARTS") and WORKER_VARIABLE in os.environ:
     raise SystemExit("a library is missing")
 
@@ -42,7 +45,7 @@ def prepare(
     if int(os.environ.get("CTRL_C", "0")) and not os.path.exists("interrupted"):
         open("interrupted", "w").close()
         for _ in range(int(os.environ["CTRL_C"])):
-            signal.raise_signal(signal.SIGINT)  # to this thread: two that wait would be one
+            os.kill(os.getpid(), signal.SIGINT)
     with open("prepared", "a") as file:
         file.write(f"{size} {[config['x'] for config in configs]}\n")
     if rungs is not None:
