@@ -41,7 +41,8 @@ class Classifier(LightningModule):
             the state_dict do not change.
 
     Raises:
-        ValueError: If `num_classes` is below 2, or `channels_last` or `compile` is not a bool.
+        ValueError: If `num_classes` is below 2, or `channels_last` or `compile` is not a bool; in
+            training or evaluation, if the network has not as many outputs.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.1.
     """
@@ -188,6 +189,12 @@ class Classifier(LightningModule):
 
     def loss(self, logits: Float[Tensor, "N K"], target: Int[Tensor, "N"]) -> Float[Tensor, ""]:
         """Return the mean cross-entropy in nats."""
+        if logits.dim() < 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"expected `network` to return logits of shape (N, {self.num_classes}), as"
+                f" `num_classes` says, got {tuple(logits.shape)}; set model.num_classes to the"
+                " number of outputs"
+            )
         return F.cross_entropy(logits, target)
 
     def predicted_classes(self, logits: Float[Tensor, "N K"]) -> Int[Tensor, "N"]:

@@ -373,6 +373,15 @@ class TestUse:
             module.head = 3.0
 
 
+@pytest.mark.parametrize("outputs", [4, 8], ids=["fewer", "more"])
+def test_another_number_of_outputs(outputs: int) -> None:
+    module = classifier()
+    logits, target = torch.randn(3, outputs), torch.zeros(3, dtype=torch.long)
+    for call in (module.loss, lambda *given: module.update_metrics("val", *given)):
+        with pytest.raises(ValueError, match=rf"\(N, 7\).*got \(3, {outputs}\); set model.num_cla"):
+            call(logits, target)
+
+
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 def test_data_with_more_classes_than_outputs(tmp_path: Path, stage: str) -> None:
     """The error comes before the first batch is loaded."""
