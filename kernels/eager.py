@@ -212,11 +212,19 @@ def run_known(fields: tuple[Any, ...], backend: str, *, recomputes: bool = False
     ):
         return None
     for plan in plans:
-        tensors = plan.pick_given(fields)
-        if plan.is_alike(*tensors) and plan.pick_absent(fields) == plan.nones:
-            addresses = tuple(map(_data_ptr, tensors))
-            if misalignment_of(addresses) == plan.misalignment:
-                return NATIVE if plan.is_native else run_plan(plan, fields, tensors, addresses)
+        y = _run_if_alike(plan, fields)
+        if y is not None:
+            return y
+    return None
+
+
+def _run_if_alike(plan: Plan, fields: tuple[Any, ...]) -> Any:
+    """Return what `run_known` returns, if a plan is of a call's tensors; None if it is not."""
+    tensors = plan.pick_given(fields)
+    if plan.is_alike(*tensors) and plan.pick_absent(fields) == plan.nones:
+        addresses = tuple(map(_data_ptr, tensors))
+        if misalignment_of(addresses) == plan.misalignment:
+            return NATIVE if plan.is_native else run_plan(plan, fields, tensors, addresses)
     return None
 
 
@@ -242,18 +250,9 @@ def find_repetition(
         return None
 
     def repeat(fields: tuple[Any, ...]) -> Tensor | None:
-        tensors = plan.pick_given(fields)
-        if (
-            not plan.is_alike(*tensors)
-            or plan.pick_absent(fields) != plan.nones
-            or forced() != regime
-            or (fields[7] and _current_graph_task_id() != -1)
-        ):
+        if forced() != regime or (fields[7] and _current_graph_task_id() != -1):
             return None
-        addresses = tuple(map(_data_ptr, tensors))
-        if misalignment_of(addresses) != plan.misalignment:
-            return None
-        return run_plan(plan, fields, tensors, addresses)
+        return _run_if_alike(plan, fields)
 
     return repeat
 
