@@ -184,17 +184,15 @@ def _check_validates(trainer: Mapping[str, Any], reason: str) -> None:
         raise ValueError(
             f"expected `trainer.limit_val_batches` to be above 0, as {reason}, got 0; leave it out"
         )
-    every = trainer.get("check_val_every_n_epoch", 1)
-    pairs = [("max_epochs", "check_val_every_n_epoch", every)]
-    if every is None:  # steps are counted across epochs
-        pairs = [("max_steps", "val_check_interval", trainer.get("val_check_interval"))]
-    for limit, key, interval in pairs:
-        most = trainer.get(limit)
-        if type(interval) is int and type(most) is int and interval > most > 0:
-            raise ValueError(
-                f"expected `trainer.{limit}` to be at least trainer.{key}={interval}, as {reason}, "
-                f"got {most}; set trainer.{key}={most} or less"
-            )
+    limit, key = "max_epochs", "check_val_every_n_epoch"
+    if trainer.get(key, 1) is None:  # steps are counted across epochs
+        limit, key = "max_steps", "val_check_interval"
+    most, interval = trainer.get(limit), trainer.get(key, 1)
+    if type(interval) is int and type(most) is int and interval > most > 0:
+        raise ValueError(
+            f"expected `trainer.{limit}` to be at least trainer.{key}={interval}, as {reason}, "
+            f"got {most}; set trainer.{key}={most} or less"
+        )
 
 
 def _refuse_single_run_of_sweep() -> None:
