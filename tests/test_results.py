@@ -67,6 +67,23 @@ class TestLedger:
             _, verdict, number, rule = verdict_row(name, entry)
             assert f"| `{name}` | {verdict} | {number} | {rule} |" in page
 
+    def test_the_readme_has_a_row_for_each(self) -> None:
+        from bn_lightning.claims.verdict import FAILS, HOLDS, HOLDS_IF
+        from bn_lightning.claims.verdict_text import effect_text
+
+        readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+        _, _, rest = readme.partition("BatchNorm | holds | measured\n")
+        rows = rest.partition("\n\n")[0].splitlines()[1:]
+        assert len(rows) == len(self.content["claims"])
+        for name, entry in self.content["claims"].items():
+            outcomes = [c["outcome"] for c in entry["conditions"] if not c["is_control"]]
+            part = f"{outcomes.count(HOLDS)}/{len(outcomes)}"
+            words = {HOLDS: "yes", HOLDS_IF: part, FAILS: "no"}
+            number = effect_text({**entry["conditions"][0], "unit": ""})
+            assert any(
+                f" | {words.get(entry['verdict'], 'open')} | {number}" in row for row in rows
+            ), name
+
 
 def test_differences_are_found() -> None:
     content = {"a": [1.0, None, {"b": "x"}]}
