@@ -84,6 +84,8 @@ def test_commands(page, monkeypatch):
 def test_commands_are_found_and_checked():
     readme = commands((ROOT / "README.md").read_text(encoding="utf-8"))
     assert ["bn_lightning.train", "+experiment=mnist_bn"] in readme
+    arms = ["-m", "+experiment=mnist_bn", "norm=none,batch", "seed=1,2,3"]
+    assert ["bn_lightning.train", *arms] in readme
     assert commands("    bn-train a=1 \\\n  b=2  # c") == [["bn_lightning.train", "a=1", "b=2"]]
     with initialize_config_module("bn_lightning.conf", version_base="1.3"):
         for wrong in ("+experiment=mnist", "optimizer.rate=1", "norm=none,batch"):

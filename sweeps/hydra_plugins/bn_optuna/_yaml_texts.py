@@ -11,7 +11,7 @@ _WIDTH = 80  # PyYAML breaks a longer line at a space
 _LONGEST_KEY = 100  # PyYAML writes one of 128 characters in another way
 # Paths and overrides, which YAML writes as they are: no number, date, boolean or null is like them.
 _AS_IT_IS = re.compile(r"[A-Za-z/+][\w./+-]*[/=][\w./=+',-]*", re.ASCII)
-_NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
+_DIGITS = re.compile(r"0|[1-9]\d*", re.ASCII)  # a text, which YAML writes in quotes
 
 
 class YamlTexts:
@@ -61,7 +61,7 @@ class YamlTexts:
                 return None
             if _AS_IT_IS.fullmatch(value):
                 return value
-            if _NUMBER.fullmatch(value):
+            if _DIGITS.fullmatch(value):
                 return f"'{value}'"
         elif type(value) is int:
             return str(value)
