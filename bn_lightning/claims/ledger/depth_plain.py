@@ -28,7 +28,7 @@ _RATES = (0.01, 0.1)
 def _settings(budget: str) -> Mapping[str, Setting]:
     depths, steps = {
         "quick": ((10, 40), 150),
-        "full": ((5, 10, 20, 40, 70, 100), 1000),
+        "full": ((5, 10, 20, 40, 100), 1000),
     }[budget]
     return at_depths(_depth_override, depths, depths, _RATES, steps)
 

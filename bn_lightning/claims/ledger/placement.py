@@ -27,7 +27,7 @@ def unscaled_batch_norm(num_features: int, spatial_dims: int = 0, **options: Any
 def _settings(budget: str) -> Mapping[str, Setting]:
     rates, steps = {
         "quick": ((0.1, 0.3, 1.0, 3.0), 600),
-        "full": ((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), 5000),
+        "full": ((0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), 2000),
     }[budget]
     found: dict[str, Setting] = {}
     for activation in _ACTIVATIONS:

@@ -20,7 +20,7 @@ def _settings(budget: str) -> Mapping[str, Setting]:
         "full": (
             (25, 50, 100, 200, 400),
             (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-            1000,
+            400,
         ),
     }[budget]
     found: dict[str, Setting] = {}

@@ -24,7 +24,7 @@ _REST = 0.1  # rate of all other parameters
 
 
 def _settings(budget: str) -> Mapping[str, Setting]:
-    steps, a_decade = {"quick": (600, 1), "full": (2000, 2)}[budget]
+    steps, a_decade = {"quick": (600, 1), "full": (1000, 2)}[budget]
     powers = [power / a_decade for power in range(-4 * a_decade, 4 * a_decade + 1)]
     return {
         f"rate {10**power:.3g}": Setting(

@@ -19,7 +19,7 @@ _FROZEN, _IN_PARTS = "frozen for the second half", f"batches of {_LARGE} in part
 def _settings(budget: str) -> Mapping[str, Setting]:
     sizes, rates, steps = {
         "quick": ((*_SMALL, _LARGE), (0.01, 0.03, 0.1), 1000),
-        "full": ((*_SMALL, 16, 32, _LARGE), (0.003, 0.01, 0.03, 0.1, 0.3), 10_000),
+        "full": ((*_SMALL, 16, 32, _LARGE), (0.003, 0.01, 0.03, 0.1, 0.3), 4000),
     }[budget]
     found: dict[str, Setting] = {}
 
