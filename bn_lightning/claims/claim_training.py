@@ -86,9 +86,10 @@ def compose_trials(
             try:
                 of_arm = compose("train", [*_SPARE, *claim.base, *own, *typed])
             except HydraException as error:
+                reason = first_line(error).rstrip(".")
                 raise ValueError(
                     f"expected overrides that the claim {claim.name} can use beside its own, got "
-                    f"{' '.join(typed)}: {first_line(error)}; leave out the override or the claim"
+                    f"{' '.join(typed)}: {reason}; leave out the override or the claim"
                 ) from error
             for label, setting in claim.settings_of(budget, arm).items():
                 config = _with_values(of_arm, setting.overrides, typed)
