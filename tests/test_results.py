@@ -67,6 +67,16 @@ class TestLedger:
             _, verdict, number, rule = verdict_row(name, entry)
             assert f"| `{name}` | {verdict} | {number} | {rule} |" in page
 
+    def test_the_documentation_says_what_was_not_varied(self) -> None:
+        from bn_lightning.claims.registry import find_claims
+
+        page = " ".join((RESULTS.parent / "claims.md").read_text(encoding="utf-8").split())
+        for claim in find_claims():
+            assert (
+                f"- **`{claim.name}`**. Not varied: {claim.not_varied} What would change the "
+                f"verdict: {claim.would_change} " in page
+            )
+
     def test_the_readme_has_a_row_for_each(self) -> None:
         from bn_lightning.claims.verdict import FAILS, HOLDS, HOLDS_IF
         from bn_lightning.claims.verdict_text import effect_text
