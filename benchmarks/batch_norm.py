@@ -14,11 +14,12 @@ channels-last, eager torch runs cuDNN. Requires torch, Triton on a GPU, and matp
 """
 
 import argparse
+import contextlib
 import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from rows import append_rows
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 
 from bn_lightning.kernels.cost import backward_passes, forward_passes
@@ -131,14 +133,14 @@ def origin() -> dict[str, str | None]:
     }
 
 
-def make_modules(case: Case, device: str, backend: str) -> dict[str, Callable[..., Tensor]]:
+def make_modules(case: Case, device: str, backend: str) -> dict[str, nn.Module]:
     """Return our module with a backend, eager torch's and, on a GPU, the compiled one."""
     dimensions = max(1, len(case.shape) - 2)
     ours = (BatchNorm1d, BatchNorm2d, BatchNorm3d)[dimensions - 1]
     theirs = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
     activation = case.fused(training=True).activation
     eager = _Eager(theirs(case.shape[1]), activation).to(device)
-    modules: dict[str, Callable[..., Tensor]] = {
+    modules: dict[str, nn.Module] = {
         "ours": ours(case.shape[1], activation=activation, backend=backend).to(device),
         "eager": eager,
     }
@@ -162,20 +164,34 @@ class _Eager(nn.Module):
         return F.relu(z) if self.relu else z
 
 
+@contextlib.contextmanager
+def capturable() -> Iterator[None]:
+    """Work on a stream that a CUDA graph can record.
+
+    A backward waits for the stream on which each of its tensors was first used, and a graph of one
+    stream cannot wait for another. So all tensors of a case are made and used here.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+
+
 def steps(module: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Callable[[], Any]]:
-    """Return the functions to time; `backward` uses one retained graph every time."""
+    """Return the functions to time; `backward` uses one retained graph every time.
+
+    Call `module.train(direction != "inference")` before a function.
+    """
     wanted = [*inputs, *module.parameters()]
-    y = module(*inputs)
+    y = module.train()(*inputs)
 
     def both() -> Any:
         return torch.autograd.grad(module(*inputs), wanted, dy)
 
     def inference() -> Tensor:
-        module.eval()
         with torch.no_grad():
-            result = module(*inputs)
-        module.train()
-        return result
+            return module(*inputs)
 
     return {
         "forward": lambda: module(*inputs),
@@ -186,15 +202,14 @@ def steps(module: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Callable[[
 
 
 def device_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
-    """Time replays of a CUDA graph of `step`, with the L2 cache overwritten before each."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
+    """Time replays of a CUDA graph of `step`, with the L2 cache overwritten before each.
+
+    Inside `capturable`.
+    """
+    for _ in range(3):
+        step()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     times = []
@@ -266,9 +281,12 @@ def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -
     }
 
 
+@capturable()
 def time_on_gpu(case: Case, repeats: int, persistent: bool = True) -> list[dict[str, Any]]:
     """Time one case; `ours_persistent` forces that regime, unless `persistent` is False."""
     torch.compiler.reset()
+    # Inductor would otherwise free what `backward` needs the next time.
+    functorch_config.donated_buffer = False
     inputs = case.inputs("cuda")
     dy = torch.randn_like(inputs[0])
     rows = []
@@ -292,6 +310,7 @@ def _time_steps(
 ) -> list[dict[str, Any]]:
     rows = []
     for direction, step in steps(module, inputs, dy).items():
+        module.train(direction != "inference")
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = torch.cuda.max_memory_allocated()
@@ -308,7 +327,7 @@ def _time_steps(
                 times,
                 bytes=int(counted),
                 host_ms=f"{host:.5f}",
-                saved_bytes=saved_bytes(module, inputs),
+                saved_bytes=saved_bytes(module.train(), inputs),
                 peak_bytes=peak,
             )
         )
@@ -319,9 +338,12 @@ def time_on_cpu(case: Case, rounds: int) -> list[dict[str, Any]]:
     """Time ours and eager in alternation, because other load changes both in the same round."""
     inputs = case.inputs("cpu")
     dy = torch.randn_like(inputs[0])
-    by_who = {who: steps(m, inputs, dy) for who, m in make_modules(case, "cpu", "native").items()}
+    modules = make_modules(case, "cpu", "native")
+    by_who = {who: steps(module, inputs, dy) for who, module in modules.items()}
     rows = []
     for direction in ("forward", "backward", "both", "inference"):
+        for module in modules.values():
+            module.train(direction != "inference")
         times: dict[str, list[float]] = {who: [] for who in by_who}
         for number in range(rounds + 2):
             # Each is first in half of the rounds.

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from batch_norm import (
     ROWS,
     UNET3D,
     Case,
+    capturable,
     device_milliseconds,
     host_milliseconds,
     make_modules,
@@ -20,7 +21,7 @@ from batch_norm import (
     resnet50,
     steps,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from bn_lightning.kernels.dispatch import device_name
 from bn_lightning.kernels.measurements import EAGER, TABLE_COLUMNS, read_table
@@ -74,6 +75,7 @@ def _each(
             yield from (Case(shape, dtype, channels_last, fusion) for fusion in FUSIONS)
 
 
+@capturable()
 def time_case(timed: Timed, device: str, without: Collection[str]) -> list[dict[str, Any]]:
     """Time a case, a row for each contender and mode: the columns of the table.
 
@@ -90,21 +92,21 @@ def time_case(timed: Timed, device: str, without: Collection[str]) -> list[dict[
     modules = make_modules(case, device, "triton")
     if timed.compiled:
         torch.compiler.reset()
-        return _time_contender(case, COMPILED, steps(modules[COMPILED], inputs, dy), device)
+        return _time_contender(case, COMPILED, modules[COMPILED], inputs, dy, device)
     modules[AUTO] = make_modules(case, device, AUTO)["ours"]
     rows = []
     for who in (EAGER, AUTO):
-        rows += _time_contender(case, who, steps(modules[who], inputs, dy), device)
+        rows += _time_contender(case, who, modules[who], inputs, dy, device)
     for regime in _timed_regimes(without):
         with forced_regime(regime):
-            functions = steps(modules["ours"], inputs, dy)
-            rows += _time_contender(case, regime.value, functions, device)
+            rows += _time_contender(case, regime.value, modules["ours"], inputs, dy, device)
     return rows
 
 
 def _time_contender(
-    case: Case, who: str, functions: dict[str, Callable[[], Any]], device: str
+    case: Case, who: str, module: nn.Module, inputs: list[Tensor], dy: Tensor, device: str
 ) -> list[dict[str, Any]]:
+    functions = steps(module, inputs, dy)
     modes = {"training": "both"}
     # Evaluation is the same in every regime.
     if who in (EAGER, AUTO, COMPILED, Regime.TWO_PASS.value):
@@ -112,6 +114,7 @@ def _time_contender(
     rows = []
     for mode, direction in modes.items():
         step = functions[direction]
+        module.train(mode == "training")
         if device == "cuda":
             host = host_milliseconds(step, REPEATS)
             on_device = device_milliseconds(step, REPEATS)
@@ -165,6 +168,7 @@ def warm(timed: Timed, without: Collection[str]) -> None:
 def _run_once(module: Any, inputs: list[Tensor], dy: Tensor) -> None:
     functions = steps(module, inputs, dy)
     functions["both"]()
+    module.eval()
     functions["inference"]()
 
 

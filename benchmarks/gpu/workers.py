@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import tempfile
@@ -111,7 +112,7 @@ def _supervise(
             with _started([*command, ",".join(map(str, waiting))], errors) as process:
                 reason = _follow(process, waiting, limits, on_result)
             if waiting and reason is not None and limits.left > 0:
-                on_result(Failure(waiting.pop(0), f"{reason}: {_last_line(errors)}".rstrip(": ")))
+                on_result(Failure(waiting.pop(0), f"{reason}: {_error_line(errors)}".rstrip(": ")))
     return len(waiting)
 
 
@@ -168,7 +169,9 @@ def _started(command: list[str], errors: IO[str]) -> Any:
         process.wait()
 
 
-def _last_line(errors: IO[str]) -> str:
+def _error_line(errors: IO[str]) -> str:
+    """Return the last line that begins with an exception's name, or else the last line."""
     errors.seek(0)
     lines = [line.strip() for line in errors if line.strip()]
-    return lines[-1] if lines else ""
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return [*lines[-1:], *named][-1] if lines else ""
