@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from bn_lightning.data.batches import TensorBatches
 from bn_lightning.models.classifier import Classifier
@@ -31,12 +32,14 @@ def evaluate_stack(
     first = next(network.network.parameters())
     with _evaluating(network.network):
         for x, target in batches:
-            x, target = placed_batch(x, first), target.to(first.device)
             parts = [
                 network.map(lambda member, x: member(x), Placed(part, None))
-                for part in x.split(_SAMPLES)
+                for part in placed_batch(x, first).split(_SAMPLES)
             ]
-            for model, logits in zip(models, torch.cat(parts, 1), strict=True):
+            # All at once, because each copy waits for the device.
+            device = _device_of_metrics(models[0], name)
+            all_logits, target = torch.cat(parts, 1).to(device), target.to(device)
+            for model, logits in zip(models, all_logits, strict=True):
                 model.update_metrics(name, logits, target)
 
 
@@ -45,8 +48,9 @@ def evaluate_one(model: Classifier, name: str, batches: Iterable[Any]) -> None:
     first = next(model.network.parameters())
     with _evaluating(model.network):
         for x, target in batches:
-            logits = model.network(placed_batch(x, first))
-            model.update_metrics(name, logits, target.to(first.device))
+            device = _device_of_metrics(model, name)
+            logits = model.network(placed_batch(x, first)).to(device)
+            model.update_metrics(name, logits, target.to(device))
 
 
 def same_evaluation(batches: Any, other: Any) -> bool:
@@ -61,6 +65,14 @@ def same_evaluation(batches: Any, other: Any) -> bool:
         and batches.targets is other.targets
         and batches.batch_size == other.batch_size
     )
+
+
+def _device_of_metrics(model: Classifier, name: str) -> torch.device:
+    """Return where the metrics are: on a GPU those of a Trainer, else on the CPU, which is faster.
+
+    The metrics of many members are many small operations.
+    """
+    return cast(MetricCollection, model.evaluations[name])["loss"].device
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bn_lightning.models.classifier import Classifier
@@ -25,6 +26,8 @@ def member_losses(
 
     def compute(member: Any, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         logits = member(x)
+        if logits.dtype is torch.bfloat16:
+            logits = logits.float()  # as autocast does for losses, but not inside vmap
         loss = model.loss(logits, target)
         if not measures:
             return (loss,)

@@ -91,6 +91,11 @@ class StackedOptimizer:
             self._numbers[name] = values[0] if same else torch.tensor(values, dtype=torch.float64)
 
     @property
+    def is_constant(self) -> bool:
+        """Whether a step does what the one before did: no rule reads the number of steps."""
+        return self._rule is _sgd
+
+    @property
     def update(self) -> Any:
         """What applies a step within the backward; None if the rule needs whole gradients."""
         if self._rule is not _sgd or self._flags.get("maximize") or self.clip_norm is not None:

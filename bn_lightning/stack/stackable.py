@@ -31,7 +31,9 @@ _CALLBACKS = {
     PROGRESS_BAR,
 }
 _TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer")
-PRECISIONS = ("32-true", "64-true")
+# Forwards under autocast to bf16.
+MIXED = ("bf16-mixed", "bf16")
+PRECISIONS = ("32-true", "64-true", *MIXED)
 # Arguments of the Trainer whose every value a stack follows, or that change no result.
 _FOLLOWED = {
     "_target_",

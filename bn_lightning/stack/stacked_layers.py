@@ -45,15 +45,25 @@ class StackedLinear(StackedLayer, nn.Linear):
 
     def compute(self, x: Placed) -> Placed:
         self.context.calls[id(self)] += 1
-        value = x.value
+        value, weight, bias = _autocast(x.value, self.weight, self.bias)
         if x.dim is None:
             shape = value.shape[:-1]
-            y = _Linear.apply(value.flatten(0, -2), self.weight, self.bias, self)  # (N, K, O)
+            y = _Linear.apply(value.flatten(0, -2), weight, bias, self)  # (N, K, O)
             return Placed(y.unflatten(0, shape), len(shape))
         x_K = value.movedim(x.dim, 0)
         shape = x_K.shape[1:-1]
-        y = _Linear.apply(x_K.flatten(1, -2), self.weight, self.bias, self)  # (K, N, O)
+        y = _Linear.apply(x_K.flatten(1, -2), weight, bias, self)  # (K, N, O)
         return Placed(y.unflatten(1, shape), 0)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    """Return tensors in the dtype in which autocast multiplies matrices, if it is on."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    device = first.device.type
+    if first.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return [*tensors]
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 class _Linear(torch.autograd.Function):

@@ -36,11 +36,13 @@ from bn_lightning.stack.rehearsal import rehearse
 from bn_lightning.stack.seed_batches import SeedBatches, loaded_data
 from bn_lightning.stack.stackable import (
     LOSS_GUARD,
+    MIXED,
     OPTUNA_PRUNING,
     PROBE,
     PROGRESS_BAR,
     stack_key,
 )
+from bn_lightning.stack.step_graph import StepGraph, recordable
 from bn_lightning.sweeps.engine.environment import STUDY_VARIABLE
 
 if TYPE_CHECKING:
@@ -122,8 +124,10 @@ class StackTraining:
         self._datamodule = loaded_data(first["data"])
         seeds = [config["data"].get("seed", 0) for config in configs]
         self.batches = SeedBatches(self._datamodule, seeds)
-        device = _device(self._trainer["accelerator"])
-        dtype = torch.float64 if self._trainer.get("precision") == "64-true" else torch.float32
+        device = self._device = _device(self._trainer["accelerator"])
+        precision = self._trainer.get("precision")
+        dtype = torch.float64 if precision == "64-true" else torch.float32
+        self._is_mixed = precision in MIXED
         self.members: list[Member] = []
         builder = Builder()
         for config in configs:
@@ -144,6 +148,9 @@ class StackTraining:
         parameters = list(self.network.network.parameters())
         clip = self._trainer.get("gradient_clip_val")
         self.optimizer = StackedOptimizer(parameters, optimizers, clip or None)
+        self._graph: StepGraph | None = None
+        if device.type == "cuda" and self.optimizer.is_constant and not self._schedulers:
+            self._graph = StepGraph(lambda x, target: self._train(x, target, logs=False)[0])
         nodes = {node["_target_"]: node for node in first["callbacks"].values() if node}
         # As in a run of its own, the callback prunes.
         self._rungs = rungs if OPTUNA_PRUNING in nodes else None
@@ -179,8 +186,9 @@ class StackTraining:
             member.planned_steps = self._last_step()
             member.record.update(data=info, stack={"size": len(self.runs), "index": index})
         try:
-            self._fit()
-            self._test()
+            with recordable(self._device):
+                self._fit()
+                self._test()
         except BaseException as error:
             for member in self.members:
                 with suppress(OSError):  # as on a full disk, of which the first error tells
@@ -239,8 +247,10 @@ class StackTraining:
         """Train a step, log, validate, and let members leave, in the order of a run."""
         every = self._trainer["log_every_n_steps"]
         logs = bool(every) and step % every == 0
-        losses, accuracies = self._gradients(x, target, logs)
-        self.optimizer.step()
+        if self._graph is None or logs:
+            losses, accuracies = self._train(x, target, logs)
+        else:
+            losses, accuracies = self._graph(x, target), None
         for scheduler in self._schedulers:
             scheduler.step()
         if self._schedulers:
@@ -266,23 +276,32 @@ class StackTraining:
                 self._leave(k, is_diverged=k in diverged, is_pruned=k in pruned)
             self._take([k for k in range(len(self.members)) if k not in leaving])
 
-    def _gradients(self, x: Placed, target: Placed, logs: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the losses (K,), and accuracies (K,) if they are logged; leave gradients."""
-        self.network.context.update = self.optimizer.update
-        losses, accuracies = member_losses(self.network, self.members[0].model, x, target, logs)
+    def _train(self, x: Placed, target: Placed, logs: bool) -> tuple[Tensor, Tensor | None]:
+        """Step the optimizer; return the losses (K,), and accuracies (K,) if they are logged."""
+        # An update needs a gradient in the dtype of the parameter.
+        self.network.context.update = None if self._is_mixed else self.optimizer.update
+        with self._autocast():
+            losses, accuracies = member_losses(self.network, self.members[0].model, x, target, logs)
         losses.backward(torch.ones_like(losses))
+        self.optimizer.step()
         return losses.detach(), accuracies
+
+    def _autocast(self) -> torch.autocast:
+        """Return the context of a forward, as the Trainer's precision has it."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_mixed)
 
     def _validate(self) -> None:
         models = [member.model for member in self.members]
-        for name, batches in self._validation():
-            evaluate_stack(self.network, models, name, batches)
+        with self._autocast():
+            for name, batches in self._validation():
+                evaluate_stack(self.network, models, name, batches)
         for k in range(len(self.members)):
             self._end_validation(k)
 
     def _validate_one(self, k: int) -> None:
-        for name, batches in self._validation():
-            evaluate_one(self._alone(k), name, batches)
+        with self._autocast():
+            for name, batches in self._validation():
+                evaluate_one(self._alone(k), name, batches)
         self._end_validation(k)
 
     def _end_validation(self, k: int) -> None:
@@ -330,7 +349,8 @@ class StackTraining:
             member.end("pruned", pruned_at=member.steps, prune_reason=reason)
         else:
             if not self._has_tested(member):
-                evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
+                with self._autocast():
+                    evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
             self._end_tested(member)
 
     def _test(self) -> None:
@@ -339,7 +359,8 @@ class StackTraining:
             return
         if not all(map(self._has_tested, self.members)):
             models = [member.model for member in self.members]
-            evaluate_stack(self.network, models, "test", self._datamodule.test_dataloader())
+            with self._autocast():
+                evaluate_stack(self.network, models, "test", self._datamodule.test_dataloader())
         for k, member in enumerate(self.members):
             self._save(k)
             self._end_tested(member)
@@ -399,6 +420,8 @@ class StackTraining:
         self.network.take(members)
         self.optimizer.take(members, self.network.network.parameters())
         self.batches.take(members)
+        if self._graph is not None:
+            self._graph.forget()
         if self._schedulers:
             self._schedulers = [self._schedulers[k] for k in members]
         if self._watch is not None:

@@ -158,6 +158,34 @@ def test_a_member_that_diverges_reaches_no_other():
     assert torch.isnan(logged["member_1/val/loss"]) and torch.isfinite(logged["member_0/val/loss"])
 
 
+def test_mixed_precision_of_the_trainer():
+    """Parameters stay in fp32, and the first losses differ as bf16 rounds."""
+    data = batches(50, 0)
+    loader = TensorBatches(data.inputs.float(), data.targets, 10)
+    fitted_losses = []
+    for precision in ("bf16-mixed", "32-true"):
+        stack = StackedClassifier([classifier(k, torch.optim.SGD) for k in range(2)])
+        made = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=1,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        made.fit(stack.float(), loader, loader)
+        assert {p.dtype for p in stack.parameters()} == {torch.float32}
+        fitted_losses.append(
+            torch.stack([made.callback_metrics[f"member_{k}/train/loss"] for k in range(2)])
+        )
+    mixed, full = fitted_losses
+    assert not torch.equal(mixed, full)
+    torch.testing.assert_close(mixed, full, rtol=2e-2, atol=0)
+
+
 def test_the_test_of_each_member():
     made = partial(classifier, optimizer=torch.optim.SGD)
     stack = StackedClassifier([made(0).float(), made(1).float()])  # the Trainer makes it double

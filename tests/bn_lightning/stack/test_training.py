@@ -15,8 +15,8 @@ from bn_lightning.models.mlp import MLP
 from bn_lightning.runs.checkpoint import TrainedCheckpoint, load_checkpoint
 from bn_lightning.runs.metrics_csv import read_metrics
 from bn_lightning.runs.record import read_run
-from bn_lightning.stack.evaluation import evaluate_stack
-from bn_lightning.stack.network import NotStackableError
+from bn_lightning.stack.evaluation import evaluate_one, evaluate_stack
+from bn_lightning.stack.network import NotStackableError, StackedNetwork
 from bn_lightning.stack.stackable import stack_key
 from bn_lightning.stack.training import train_stack
 from bn_lightning.train import train
@@ -153,7 +153,7 @@ def changed(config, key, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("trainer.precision", "bf16-mixed"),
+        ("trainer.precision", "16-mixed"),
         ("trainer.accumulate_grad_batches", 2),
         ("trainer.val_check_interval", 0.5),
         ("trainer.check_val_every_n_epoch", 1),
@@ -294,6 +294,45 @@ def test_other_runs_in_double_precision(tmp_path, shared):
             # Adam makes a step of the rate out of a gradient that is nothing but rounding.
             limit = 1e-6 * max(1.0, float(value.abs().max()))
             torch.testing.assert_close(weights[key], value, rtol=0, atol=limit)
+
+
+def test_mixed_precision_is_the_trainers(tmp_path):
+    """A member follows its own run as closely as bf16 can, and closer than a run in fp32 does."""
+    shared = ["norm=batch", "trainer.max_steps=6", "trainer.val_check_interval=6"]
+    shared += ["callbacks.early_stopping=null", "trainer.log_every_n_steps=1"]
+    members = [["seed=1", "optimizer.lr=0.1"], ["seed=2", "optimizer.lr=0.5"]]
+    mixed = [*shared, "trainer.precision=bf16-mixed"]
+    pairs, _, _ = train_both(tmp_path, mixed, members)
+    for k, (stacked, single) in enumerate(pairs):
+        full = tmp_path / f"full{k}"
+        train(composed(full, *shared, *members[k]))
+        losses = [dict(read_metrics(d)["train/loss"]) for d in (stacked, single, full)]
+        found, expected, other = (torch.tensor([*of.values()]) for of in losses)
+        assert (found[0] - expected[0]).abs() < 1e-3 * expected[0]
+        assert (expected[0] - other[0]).abs() > 0
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+        validated = [read_metrics(d)["val/loss"][0][1] for d in (stacked, single)]
+        assert validated[0] == pytest.approx(validated[1], rel=2e-2)
+        saved = load_checkpoint(str(stacked / "checkpoints" / "last.ckpt"))["state_dict"]
+        assert {w.dtype for w in saved.values() if w.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("evaluate", [evaluate_stack, evaluate_one])
+def test_metrics_need_not_be_on_the_device_of_the_network(monkeypatch, evaluate):
+    """On a GPU those of a stack stay on the CPU; here the other device is one without memory."""
+    devices = []
+    monkeypatch.setattr(
+        Classifier,
+        "update_metrics",
+        lambda model, name, *tensors: devices.extend(tensor.device.type for tensor in tensors),
+    )
+    network = MLP(3, [4], 2, "relu", None, "before")
+    model = Classifier(network, torch.optim.SGD, num_classes=2)
+    model.evaluations.to("meta")
+    batches = [(torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))]
+    whole = {evaluate_stack: (StackedNetwork([network]), [model]), evaluate_one: (model,)}
+    evaluate(*whole[evaluate], "val", batches)
+    assert devices == ["meta", "meta"]
 
 
 @pytest.mark.parametrize("curve", [True, False], ids=["with_test_curve", "without"])
