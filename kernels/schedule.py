@@ -377,7 +377,8 @@ def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regi
 
     One launch is enough for tensors below `SINGLE_LAUNCH_BYTES`, and for those with a block of
     channels for nearly each program, whose channels are so short that what the programs read and
-    write fits L2.
+    write fits L2, in blocks as wide as without this limit: 256x2048x7x7 in bf16, in blocks of 2
+    channels and not of 8, took an H200 3.6 times as long as `two_pass`.
     """
     s = Shape(N, C, L, itemsize)
     if s.numel * s.itemsize <= SINGLE_LAUNCH_BYTES:
@@ -385,7 +386,7 @@ def choose_regime(N: int, C: int, L: int, itemsize: int, device: Device) -> Regi
     most = _most_channels(s, device)
     group = max(1, ROW_BYTES // s.itemsize)
     if s.L > 1:
-        group, _ = _group(s, most, False) if most else (1, 0)
+        group, _ = _group(s, s.C, False)
     enough = PROGRAMS_AT_WORK * device.processors * 7 // 8
     if group <= most and cdiv(s.C, group) >= enough:
         return Regime.SINGLE_LAUNCH

@@ -363,7 +363,7 @@ def test_a_plan_runs_on_its_device(monkeypatch: pytest.MonkeyPatch, device: str)
     plan.forward = dataclasses.replace(
         plan.forward,
         current_device=lambda: current[0],
-        stream=lambda index: used.append((index, current[0])),
+        stream=lambda index: used.append((index, current[0])) or 0,
         empty_strided=allocate,
     )
     assert torch.equal(_ours(x=t["x"], training=True), _op(x=t["x"], training=True))

@@ -361,6 +361,10 @@ def test_compiles_without_a_graph_break(backend: str, training: bool, device: st
     eager, ours = (
         _run(f, t, dy, training=training, backend=backend) for f in (batch_norm, compiled)
     )
+    if device == "cuda" and backend == "native":
+        # cuDNN computes eager ones, ATen's kernels compiled ones.
+        torch.testing.assert_close(ours, eager)
+        return
     assert all(torch.equal(eager[k], ours[k]) for k in eager)
 
 

@@ -303,7 +303,8 @@ def test_wide_begins_below_2_to_the_31() -> None:
 
 REGIMES = {
     "mnist_mlp": ((60, 100), False, Regime.SINGLE_LAUNCH),
-    "small_maps": ((256, 2048, 7, 7), False, Regime.SINGLE_LAUNCH),
+    "small_maps": ((64, 2048, 7, 7), False, Regime.SINGLE_LAUNCH),
+    "small_maps_of_many": ((256, 2048, 7, 7), False, Regime.TWO_PASS),
     "large_maps": ((256, 64, 56, 56), False, Regime.TWO_PASS),
     "long_channels": ((256, 512, 56, 56), False, Regime.TWO_PASS),
     "channels_last": ((256, 2048, 7, 7), True, Regime.TWO_PASS),
