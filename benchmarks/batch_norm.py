@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from bn_lightning.kernels.cost import backward_passes, forward_passes
 from bn_lightning.kernels.dispatch import schedule_of
 from bn_lightning.kernels.measurements import DTYPES, Fusion
-from bn_lightning.kernels.schedule import Regime, forced_regime
+from bn_lightning.kernels.schedule import Regime
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.runs.machine import git_commit
 
@@ -282,20 +282,16 @@ def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -
 
 
 @capturable()
-def time_on_gpu(case: Case, repeats: int, persistent: bool = True) -> list[dict[str, Any]]:
-    """Time one case; `ours_persistent` forces that regime, unless `persistent` is False."""
+def time_on_gpu(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """Time one case."""
     torch.compiler.reset()
     # Inductor would otherwise free what `backward` needs the next time.
     functorch_config.donated_buffer = False
     inputs = case.inputs("cuda")
     dy = torch.randn_like(inputs[0])
     rows = []
-    modules = make_modules(case, "cuda", "triton")
-    for who, module in modules.items():
+    for who, module in make_modules(case, "cuda", "triton").items():
         rows += _time_steps(case, who, module, inputs, dy, repeats)
-    if persistent:
-        with forced_regime(Regime.PERSISTENT):
-            rows += _time_steps(case, "ours_persistent", modules["ours"], inputs, dy, repeats)
     for direction in ("forward", "backward", "both", "inference"):
         # A copy reads half of the bytes and writes half.
         source = torch.randn(int(case.bytes(direction, Regime.TWO_PASS)) // 8, device="cuda")
@@ -316,7 +312,6 @@ def _time_steps(
         peak = torch.cuda.max_memory_allocated()
         host = percentiles(host_milliseconds(step, repeats))[1]
         times = device_milliseconds(step, repeats)
-        # Inside `forced_regime` that one; with a mask the schedule may refuse it.
         regime = schedule_of(inputs[0], case.channels_last).regime
         counted = case.bytes(direction, regime)
         rows.append(

@@ -57,7 +57,6 @@ from gpu.workers import Failure, Limits, print_rows, run_in_workers
 from bn_lightning.kernels import measurements
 from bn_lightning.kernels.dispatch import machine_of
 from bn_lightning.kernels.measurements import read_table
-from bn_lightning.kernels.schedule import Regime
 from bn_lightning.runs.atomic_write import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu_day"
@@ -127,7 +126,7 @@ def compare(case: batch_norm.Case, without: Collection[str]) -> list[dict[str, A
     """Run a case of batch_norm.py."""
     if SMALL:
         return batch_norm.time_on_cpu(case, 2)
-    return batch_norm.time_on_gpu(case, 20, Regime.PERSISTENT.value not in without)
+    return batch_norm.time_on_gpu(case, 20)
 
 
 def time_case(timed: regimes.Timed, without: Collection[str]) -> list[dict[str, Any]]:
@@ -137,8 +136,8 @@ def time_case(timed: regimes.Timed, without: Collection[str]) -> list[dict[str, 
 
 # The seconds are for what is used most, on an H200 with 16 cores: all checks take 78 s, and a
 # minute is enough to compile 200 cases, or to time 30 of `host`, 19 of `compare` or 85 of
-# `regimes`. The numbers of workers are multiples of three, so that each checks one regime, and one
-# that hangs stops no other.
+# `regimes`. The numbers of workers are even, so that each checks one regime, and one that hangs
+# stops no other.
 PARTS = {
     "checks": Part(115, 40, 12, "checks", lambda: checks.checks(SMALL), check),
     "warm": Part(70, 60, 12, None, warm_cases, warm),

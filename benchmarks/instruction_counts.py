@@ -13,7 +13,7 @@ loops over tiles is counted by kind. For one tile of one program, in cycles of a
 
 The columns are divided by `dram`. Above 1 the loads wait for the instructions. A program with one
 tile has no loop. `whole` is the issue of the whole program, with what is outside of the loops, rare
-paths included. A tile that `single_launch` and `persistent` read twice comes from DRAM once.
+paths included. A tile that `single_launch` reads twice comes from DRAM once.
 
 A row is a compiled variant, at the shape of all that use it where its loops cost most. Prints what
 exceeds a bar, has a stack, or has too many registers.

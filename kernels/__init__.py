@@ -19,7 +19,6 @@ The files in reading order:
     normalize.py      y = act((x - mean) * rstd * weight + bias + residual)
     backward.py       dweight and dbias, then dx and dresidual
     single_launch.py  a forward or a backward in one launch, for small tensors
-    persistent.py     the same in one launch that reads each element from memory once
     launch.py         a forward or a backward in the regime of its schedule
     checks.py         errors for wrong arguments
     autograd.py       the gradient of the ops, and the gradient of that

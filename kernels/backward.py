@@ -127,11 +127,10 @@ def sum_partials(
     dweight = tl.zeros(offs_c.shape, dtype=tl.float32)
     dbias = dweight
     for first in range(0, S, BLOCK_S):
-        # L1 is bypassed, because other programs may have written the partials in this launch.
         offsets, mask = locate_splits(first, offs_c, mask_c, S, C, BLOCK_S)
-        part = tl.load(partials.dweight + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        part = tl.load(partials.dweight + offsets, mask=mask, other=0.0)
         dweight += tl.sum(part, axis=0)
-        part = tl.load(partials.dbias + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        part = tl.load(partials.dbias + offsets, mask=mask, other=0.0)
         dbias += tl.sum(part, axis=0)
     return Sums(dweight, dbias)
 

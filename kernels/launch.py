@@ -23,7 +23,6 @@ from bn_lightning.kernels.backward import (
 from bn_lightning.kernels.dispatch import check_device, schedule_of
 from bn_lightning.kernels.layout import is_channels_last
 from bn_lightning.kernels.normalize import launch_evaluation, launch_normalize
-from bn_lightning.kernels.persistent import backward_persistent, forward_persistent
 from bn_lightning.kernels.schedule import Regime
 from bn_lightning.kernels.single_launch import backward_single_launch, forward_single_launch
 from bn_lightning.kernels.stats import compute_partials, finish_statistics
@@ -77,8 +76,6 @@ def run_forward(
             )
         elif schedule.regime is Regime.SINGLE_LAUNCH:
             y, mask, mean, rstd = forward_single_launch(call, dense, eps, schedule)
-        elif schedule.regime is Regime.PERSISTENT:
-            y, mask, mean, rstd = forward_persistent(call, dense, eps, schedule)
         else:
             partials = compute_partials(call.x, schedule, dense.num_batches_tracked)
             mean, rstd = finish_statistics(partials, dense, eps, schedule)
@@ -110,8 +107,6 @@ def run_backward(
             dx, dresidual, dweight, dbias = evaluation_gradients(call, needs, schedule)
         elif schedule.regime is Regime.SINGLE_LAUNCH:
             dx, dresidual, dweight, dbias = backward_single_launch(call, needs, schedule)
-        elif schedule.regime is Regime.PERSISTENT:
-            dx, dresidual, dweight, dbias = backward_persistent(call, needs, schedule)
         else:
             dweight, dbias = affine_gradients(call, schedule)
             dx, dresidual = input_gradients(call, needs, dweight, dbias, schedule)

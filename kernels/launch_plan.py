@@ -5,8 +5,7 @@ a noted launch is one of those given to the call, in one of its results, or scra
 keeps for each argument of each kernel which of these it is, and at which offset. It knows no
 kernel's parameters. A repetition allocates the results and computes addresses, and nothing else.
 
-Scratch memory is not initialized. A tensor that must be made in its own way for every call comes
-from `make_anew`.
+Scratch memory is not initialized.
 """
 
 import contextlib
@@ -49,12 +48,10 @@ class Recording:
 
     Attributes:
         launches: in order.
-        made_anew: the tensors of `make_anew`, and what made them.
     """
 
     def __init__(self) -> None:
         self.launches: list[_Launch] = []
-        self.made_anew: list[tuple[Tensor, Callable[[], Tensor]]] = []
 
 
 class _Current(threading.local):
@@ -87,19 +84,6 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         _current.recording.launches.append(_Launch(kernel, compiled, grid, arguments))
 
 
-def make_anew(make: Callable[[], Tensor]) -> Tensor:
-    """Return `make()`, and call `make` again for every repetition of the launch.
-
-    Args:
-        make: returns a tensor of the same size and dtype each time. A plan keeps it, so it must not
-            hold a tensor of this call.
-    """
-    tensor = make()
-    if _current.recording is not None:
-        _current.recording.made_anew.append((tensor, make))
-    return tensor
-
-
 class Result(NamedTuple):
     """A tensor that a repetition allocates and returns.
 
@@ -126,8 +110,8 @@ class LaunchPlan:
     """The launches of a call, ready to be repeated.
 
     The addresses of a repetition are, in this order: those of the tensors given to the call and of
-    its results; those of the tensors that are made anew; that of the scratch memory, if there is
-    any; those at an offset from one before. The values are the addresses, then the constants.
+    its results; that of the scratch memory, if there is any; those at an offset from one before.
+    The values are the addresses, then the constants.
 
     Attributes:
         index: of the device on which the kernels are loaded.
@@ -137,7 +121,6 @@ class LaunchPlan:
         empty_strided: size, strides, dtype -> a tensor on the current device.
         results: size, strides and dtype of each.
         scratch_bytes: size of the scratch memory.
-        makers: of the tensors that are made anew.
         bases: picks from the addresses those before the ones at an offset.
         offsets: bytes from there.
         constants: the arguments of all launches that are not addresses.
@@ -152,7 +135,6 @@ class LaunchPlan:
     empty_strided: Callable[..., Tensor]
     results: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     scratch_bytes: int
-    makers: tuple[Callable[[], Tensor], ...]
     bases: Callable[[Sequence[int]], tuple[int, ...]]
     offsets: tuple[int, ...]
     constants: tuple[Any, ...]
@@ -173,9 +155,6 @@ class LaunchPlan:
                 return self.launch(addresses)
         results = [*itertools.starmap(self.empty_strided, self.results)]
         values = [*addresses, *map(_data_ptr, results)]
-        if self.makers:
-            made = [make() for make in self.makers]
-            values += map(_data_ptr, made)
         if self.scratch_bytes:
             scratch = self.empty_strided((self.scratch_bytes,), (1,), torch.uint8)
             values.append(scratch.data_ptr())
@@ -231,9 +210,7 @@ def make_plan(
         parts += [_Part(*_span(tensor), place, offset) for tensor, offset in result.parts]
     if not all(any(_find(pointer, [part]) for pointer in pointers) for part in parts):
         return None
-    known = len(tensors) + len(results) + len(recording.made_anew)
-    for place, (tensor, _) in enumerate(recording.made_anew, len(tensors) + len(results)):
-        parts.append(_Part(*_span(tensor), place, 0))
+    known = len(tensors) + len(results)
     if any(a.end > b.begin for a, b in itertools.pairwise(sorted(parts))):
         return None
     scratch_bytes = 0
@@ -268,7 +245,6 @@ def make_plan(
         empty_strided=empty_strided,
         results=tuple(result[:3] for result in results),
         scratch_bytes=scratch_bytes,
-        makers=tuple(make for _, make in recording.made_anew),
         bases=picker([place for place, _ in offsets]),
         offsets=tuple(more for _, more in offsets),
         constants=tuple(constants),

@@ -3,14 +3,12 @@
 Shapes: N batch, C channels, L flattened space, M = N * L values per channel. A channels-last tensor
 is (N * L, C, 1): its channels are neighbours in memory, as those of a plain (N, C) are.
 
-Three regimes:
+Two regimes:
 
     single_launch  one launch forward, one backward; a program does all the work for its channels.
                    For tensors whose channels fit the L2 cache while programs work on them.
     two_pass       two passes over the tensor and a small kernel between; the second pass goes
                    backwards, so it starts with what the first left in the cache.
-    persistent     one launch of programs that take work items one after another; each element is
-                   read from memory once (persistent.py).
 
 A reduction goes through the tiles of a block of channels, and a split is the run of tiles of one
 program. The elementwise pass of `two_pass` has blocks of its own, which may cross channels.
@@ -25,7 +23,7 @@ from enum import Enum
 
 from bn_lightning.kernels.walk import Shape, Walk, cdiv, next_power_of_2
 
-# The sizes below are derived from the hardware. None has been measured on a GPU.
+# The sizes below are derived from the hardware; benchmarks/results/gpu_day has what they give.
 
 # Bytes of a tensor in a tile: one load of 16 bytes for each thread in the elementwise pass, and two
 # in a reduction, which has more to do for each tile.
@@ -55,10 +53,6 @@ FINISH_ELEMENTS = 2048
 # Below this a launch costs more than the traffic: 1 MB takes 0.5 us at an H200's 4.3 TB/s, and a
 # launch about 3 us.
 SINGLE_LAUNCH_BYTES = 1 << 20
-# The share of L2 for data that will be read again; the rest is for data read or written once.
-CACHE_SHARE = 0.5
-# Bytes that one item of `persistent` reads: many for the cost of a ticket, few for the L2 cache.
-PERSISTENT_ITEM_BYTES = 1 << 15
 
 
 class Regime(Enum):
@@ -66,7 +60,6 @@ class Regime(Enum):
 
     SINGLE_LAUNCH = "single_launch"
     TWO_PASS = "two_pass"
-    PERSISTENT = "persistent"
 
 
 @dataclass(frozen=True)
@@ -97,18 +90,14 @@ class Schedule:
     Attributes:
         regime: which kernels run.
         shape: of the tensor in memory.
-        reduction: of kernels that reduce; in `single_launch` and `persistent` of all.
+        reduction: of kernels that reduce; in `single_launch` of all.
         elementwise: of kernels that do not.
-        lag: of `persistent`: blocks of channels between the two readings of a block.
-        programs: of `persistent`.
     """
 
     regime: Regime
     shape: Shape
     reduction: Walk
     elementwise: Walk
-    lag: int
-    programs: int
 
     @property
     def C(self) -> int:
@@ -183,8 +172,6 @@ def make_schedule(
 ) -> Schedule:
     """Choose regime, tiles and splits for a dense tensor that is not empty.
 
-    `persistent` is used only where it was measured to be best, and inside `forced_regime`.
-
     Args:
         shape: (N, C) or (N, C, ...).
         itemsize: bytes of an element.
@@ -239,21 +226,10 @@ def _make_schedule(
     elementwise = elementwise.split(
         _fill(elementwise, ELEMENTWISE_AT_WORK * device.processors, elementwise.tiles)
     )
-    at_work = PROGRAMS_AT_WORK * device.processors
-    if regime is Regime.PERSISTENT:
-        items = reduction.tiles * reduction.block_r * reduction.block_p * itemsize
-        reduction = reduction.split(min(items // PERSISTENT_ITEM_BYTES, MAX_SPLITS))
-    elif regime is Regime.TWO_PASS:
+    if regime is Regime.TWO_PASS:
+        at_work = PROGRAMS_AT_WORK * device.processors
         reduction = reduction.split(_fill(reduction, at_work, MAX_SPLITS))
-    programs = min(at_work, 2 * reduction.blocks * reduction.splits)
-    return Schedule(
-        regime=regime,
-        shape=s,
-        reduction=reduction,
-        elementwise=elementwise,
-        lag=_lag(reduction, programs, device),
-        programs=programs,
-    )
+    return Schedule(regime=regime, shape=s, reduction=reduction, elementwise=elementwise)
 
 
 def _reduction(s: Shape, regime: Regime, device: Device, *, writes_mask: bool = False) -> Walk:
@@ -346,20 +322,6 @@ def _fill(walk: Walk, resident: int, most: int) -> int:
         return cdiv(walk.blocks * splits, resident) * (cdiv(walk.tiles, splits) + 1)
 
     return min((c for c in choices if 1 <= c <= most), key=lambda c: (time(c), c))
-
-
-def _lag(walk: Walk, programs: int, device: Device) -> int:
-    """Choose the blocks between the two readings of a block.
-
-    The programs hold so many tickets at once, of 2 * splits a block. An item of the second reading
-    then finds the items that it waits for finished, unless dy, x and dx of so many blocks, and of
-    the two that are worked on, would not stay in L2. tests/kernels/test_cache_order.py simulates
-    both.
-    """
-    s = walk.shape
-    block = 3 * walk.rows * min(walk.span, walk.row) * s.itemsize
-    fits = int(CACHE_SHARE * device.cache_bytes / block) - 2
-    return max(1, min(cdiv(programs, 2 * walk.splits) + 1, fits))
 
 
 def _most_channels(s: Shape, device: Device) -> int:

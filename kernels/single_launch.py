@@ -53,7 +53,7 @@ def _bn_forward_single_launch_kernel(
     tiles = count_tiles(tiling)
     moments = walk_statistics(tensors.x_ptr, block, 0, tiles, tiling)
     offs_c, mask_c = locate_channels(block, tiling)
-    rstd = finish_channels(moments, channels, running, offs_c, mask_c, total, eps, COUNTED=False)
+    rstd = finish_channels(moments, channels, running, offs_c, mask_c, total, eps)
     count_batch(running.num_batches_tracked, block == 0)
     mean = spread_channels(moments.mean, tiling)
     owner, mask, _ = locate_columns(block, tiling)

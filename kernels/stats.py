@@ -216,24 +216,23 @@ def combine_partials(
     BLOCK_S: tl.constexpr,
 ) -> Moments:
     """Return the statistics of all values of some channels."""
-    # L1 is bypassed, because other programs may have written the partials in this launch. Splits
-    # past S have a count of 0, which takes them out of both sums.
+    # Splits past S have a count of 0, which takes them out of both sums.
     # The sum of means minus that of the first split cannot overflow and keeps its digits.
-    mean_0 = tl.load(partials.mean_ptr + offs_c, mask=mask_c, other=0.0, cache_modifier=".cg")
+    mean_0 = tl.load(partials.mean_ptr + offs_c, mask=mask_c, other=0.0)
     mean = tl.zeros_like(mean_0)
     for first in range(0, S, BLOCK_S):
         offsets, mask = locate_splits(first, offs_c, mask_c, S, C, BLOCK_S)
-        count = tl.load(partials.count_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-        means = tl.load(partials.mean_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        count = tl.load(partials.count_ptr + offsets, mask=mask, other=0.0)
+        means = tl.load(partials.mean_ptr + offsets, mask=mask, other=0.0)
         mean += tl.sum((means - mean_0[None, :]) * (count / total), axis=0)
     mean += mean_0
     m2 = tl.zeros_like(mean)
     exponent = tl.full(mean.shape, 0x3F800000, dtype=tl.int32)
     for first in range(0, S, BLOCK_S):
         offsets, mask = locate_splits(first, offs_c, mask_c, S, C, BLOCK_S)
-        count = tl.load(partials.count_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-        means = tl.load(partials.mean_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-        roots = tl.load(partials.root_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        count = tl.load(partials.count_ptr + offsets, mask=mask, other=0.0)
+        means = tl.load(partials.mean_ptr + offsets, mask=mask, other=0.0)
+        roots = tl.load(partials.root_ptr + offsets, mask=mask, other=0.0)
         between = tl.where(count > 0.0, tl.abs(means - mean[None, :]) * _sqrt(count), 0.0)
         # The unit is a power of two in [1, 2^126], at most the largest root, so that squares fit
         # fp32.
@@ -258,7 +257,6 @@ def finish_channels(
     mask_c: tl.tensor,
     total: tl.tensor,  # M
     eps: tl.tensor,
-    COUNTED: tl.constexpr,  # whether num_batches_tracked includes this batch already
 ) -> tl.tensor:
     """Store mean and rstd, update the running statistics, and return rstd."""
     unit = moments.unit
@@ -267,8 +265,8 @@ def finish_channels(
     tl.store(channels.rstd_ptr + offs_c, rstd, mask=mask_c)
     if running.mean is not None:
         if running.momentum is None:
-            batches = tl.load(running.num_batches_tracked)
-            momentum = 1.0 / (batches if COUNTED else batches + 1).to(tl.float32)
+            # It includes this batch.
+            momentum = 1.0 / tl.load(running.num_batches_tracked).to(tl.float32)
         else:
             momentum = running.momentum
         old_mean = tl.load(running.mean + offs_c, mask=mask_c, other=0.0).to(tl.float32)
@@ -321,7 +319,7 @@ def _bn_forward_finish_statistics_kernel(
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     moments = combine_partials(partials, offs_c, mask_c, S, C, total, BLOCK_S)
-    finish_channels(moments, channels, running, offs_c, mask_c, total, eps, COUNTED=True)
+    finish_channels(moments, channels, running, offs_c, mask_c, total, eps)
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def bars(day: Day) -> list[Bar]:
     wrong = sum(row["status"] != "ok" for row in day.checks) if day.checks else math.nan
     speeds = [
         Bar(
-            "persistent: share of copy bandwidth, NCHW of 100 MB or more",
+            "share of copy bandwidth, NCHW of 100 MB or more",
             0.85,
             False,
             _share_of_copy(day.compared),
@@ -99,8 +99,8 @@ def _share_of_copy(compared: Sequence[dict[str, Any]]) -> float:
             key = tuple(row[c] for c in ("shape", "dtype", "fusion", "direction"))
             if row["gb_per_s"]:
                 rates.setdefault(key, {})[row["who"]] = float(row["gb_per_s"])
-    found = [r for r in rates.values() if {"ours_persistent", "copy"} <= r.keys()]
-    return min((r["ours_persistent"] / r["copy"] for r in found), default=math.nan)
+    found = [r for r in rates.values() if {"ours", "copy"} <= r.keys()]
+    return min((r["ours"] / r["copy"] for r in found), default=math.nan)
 
 
 def _fusion(name: str, training: bool = True) -> Fusion:

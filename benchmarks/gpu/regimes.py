@@ -136,9 +136,7 @@ def _time_contender(
 
 
 def _timed_regimes(without: Collection[str]) -> list[Regime]:
-    """List the regimes; on AMD without `persistent`, which has not been shown to be right there."""
-    hidden = {*without, *([Regime.PERSISTENT.value] if torch.version.hip else [])}
-    return [regime for regime in Regime if regime.value not in hidden]
+    return [regime for regime in Regime if regime.value not in without]
 
 
 def first_device(device: str) -> torch.device:

@@ -58,8 +58,7 @@ def _moved(launches: list[Any], x: torch.Tensor) -> float:
     return passes
 
 
-# `single_launch` moves what `persistent` does.
-@pytest.mark.parametrize("regime", [Regime.TWO_PASS, Regime.PERSISTENT], ids=lambda r: r.value)
+@pytest.mark.parametrize("regime", Regime, ids=lambda r: r.value)
 @pytest.mark.parametrize("fusion", FUSIONS.values(), ids=FUSIONS.keys())
 def test_passes_and_launches_are_those_of_the_kernels(
     fusion: Fusion, regime: Regime, monkeypatch: pytest.MonkeyPatch, device: str

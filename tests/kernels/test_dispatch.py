@@ -35,15 +35,3 @@ def test_a_layout_is_copied_to_where_it_differs_and_kept_where_not(channels_last
     assert torch.equal(found, plain) and is_channels_last(found) is channels_last
     assert (found.data_ptr() == plain.data_ptr()) is not channels_last
     assert as_layout(found, channels_last).data_ptr() == found.data_ptr()
-
-
-@pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
-@pytest.mark.parametrize(
-    ("stream_id", "is_torchs"),
-    [(0, True), (35, True), (2, False), (0x7F12_3456_7890, False)],
-    ids=["default", "pool", "per_thread_default", "external"],
-)
-def test_which_streams_have_counters_of_their_own(stream_id: int, is_torchs: bool) -> None:
-    from bn_lightning.kernels.persistent import is_torchs_stream
-
-    assert is_torchs_stream(stream_id) is is_torchs

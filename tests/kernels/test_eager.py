@@ -38,7 +38,7 @@ RUNNING = ("running_mean", "running_var")
 @pytest.fixture(autouse=True)
 def no_plans_and_small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget all plans, and cut tiles to 128 elements."""
-    for name, value in {"REDUCTION_BYTES": 512, "PERSISTENT_ITEM_BYTES": 256}.items():
+    for name, value in {"REDUCTION_BYTES": 512}.items():
         monkeypatch.setattr(schedule, name, value)
     schedule._make_schedule.cache_clear()
     eager._plans.clear()
@@ -170,9 +170,8 @@ def _assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
 CASES = {
     "single_launch": Case(regime=Regime.SINGLE_LAUNCH),
     "two_pass": Case(regime=Regime.TWO_PASS, activation="relu", missing=()),
-    "persistent": Case(regime=Regime.PERSISTENT, activation="silu", missing=()),
+    "single_launch_silu": Case(regime=Regime.SINGLE_LAUNCH, activation="silu", missing=()),
     "several_splits": Case((9, 3, 4, 4), regime=Regime.TWO_PASS, activation="tanh", missing=()),
-    "persistent_splits": Case((9, 3, 4, 4), regime=Regime.PERSISTENT, activation="gelu"),
     "channels_last": Case(layout=_channels_last, activation="relu", missing=()),
     "rows_fp16": Case((9, 10), dtype=torch.float16, activation="hardswish"),
     "bf16": Case(dtype=torch.bfloat16, activation="relu", missing=()),
@@ -200,7 +199,7 @@ CASES = {
 
 
 # Of the fast tests; the others differ in one respect from one of them.
-FAST = ("two_pass", "persistent", "channels_last", "cumulative", "evaluation", "odd_address")
+FAST = ("two_pass", "channels_last", "cumulative", "evaluation", "odd_address")
 FAST += ("expanded_gradient", "strided", "bf16_parameters", "odd_address_bf16")
 
 
@@ -304,7 +303,7 @@ def test_a_repetition_is_the_planned_call(training: bool, repeated: Plans, devic
         )
     assert repeat(fields(x[:, :, :1])) is None
     assert repeat(fields(x, residual=torch.ones_like(x))) is None
-    with forced_regime(Regime.PERSISTENT):
+    with forced_regime(Regime.TWO_PASS):
         assert repeat(fields(x)) is None
 
 

@@ -324,7 +324,7 @@ def test_only_the_residuals_gradient(device: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("regime", ["single_launch", "two_pass", "persistent"])
+@pytest.mark.parametrize("regime", ["single_launch", "two_pass"])
 def test_cuda_graph_capture_and_replay(regime: str) -> None:
     from bn_lightning.kernels.schedule import Regime, forced_regime
 

@@ -125,8 +125,8 @@ def test_the_regime_is_the_fastest_over_the_fusions(tmp_path: Path) -> None:
     table = read_table(
         _write(
             tmp_path / "measured.csv",
-            *_regimes("bn", eager=1, single_launch=5, two_pass=9, persistent=4),
-            *_regimes("bn_relu", single_launch=5, two_pass=5, persistent=7),
+            *_regimes("bn", eager=1, single_launch=5, two_pass=4),
+            *_regimes("bn_relu", single_launch=5, two_pass=7),
             # A fusion that lacks a regime is not counted.
             *_regimes("bn_add_relu", two_pass=1),
             {"shape": "9x9"},
@@ -140,15 +140,15 @@ def test_the_regime_is_the_fastest_over_the_fusions(tmp_path: Path) -> None:
 def test_the_schedule_takes_the_measured_regime(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    rows = _regimes("bn", single_launch=5, two_pass=9, persistent=4)
+    rows = _regimes("bn", single_launch=5, two_pass=4)
     table = read_table(_write(tmp_path / "measured.csv", *rows))
     monkeypatch.setattr(dispatch, "load_table", lambda: table)
     x = torch.ones(4, 8, 8)
     monkeypatch.setattr(dispatch, "device_name", lambda device: "interpreter")
-    assert dispatch.schedule_of(x, False).regime is Regime.PERSISTENT
+    assert dispatch.schedule_of(x, False).regime is Regime.TWO_PASS
     assert dispatch.schedule_of(x.half(), False).regime is Regime.SINGLE_LAUNCH
-    with forced_regime(Regime.TWO_PASS):
-        assert dispatch.schedule_of(x, False).regime is Regime.TWO_PASS
+    with forced_regime(Regime.SINGLE_LAUNCH):
+        assert dispatch.schedule_of(x, False).regime is Regime.SINGLE_LAUNCH
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5, 2), (1, 3, 5, 2), (4, 1, 5, 2), (4, 3, 1, 1), (4, 3)])

@@ -50,7 +50,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "ELEMENTWISE_BYTES": 256,
         "MOST_COLUMNS": 64,
         "ROW_BYTES": 32,
-        "PERSISTENT_ITEM_BYTES": 256,
     }
     for name, value in sizes.items():
         monkeypatch.setattr(schedule, name, value)
@@ -177,9 +176,8 @@ def test_the_mask_has_one_layout_in_every_regime(name: str, regime: Regime, devi
     assert mask is not None and torch.equal(mask, reference.pack_mask(y > 0, channels_last))
 
 
-# `single_launch` computes an activation as `persistent` does.
 @pytest.mark.slow
-@pytest.mark.parametrize("regime", [Regime.TWO_PASS, Regime.PERSISTENT], ids=lambda r: r.value)
+@regimes
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str, has_residual: bool, regime: Regime, device: str) -> None:
@@ -267,23 +265,6 @@ def test_a_mean_1e5_times_the_deviation(regime: Regime, device: str) -> None:
     )
     # One unit in the last place of the mean, 2^-7, is 0.008 deviations.
     assert error <= max(torch_error, 2**-7)
-
-
-def test_persistent_counters_are_zero_after_a_launch(
-    monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    from bn_lightning.kernels import persistent
-
-    used: list[Tensor] = []
-    make = persistent._counters
-    monkeypatch.setattr(
-        persistent, "_counters", lambda *arguments: (used.append(make(*arguments)), used[-1])[1]
-    )
-    t = _tensors((3, 8, 5, 3), True, torch.float32, device)
-    with forced_regime(Regime.PERSISTENT):
-        _run(batch_norm, t, False, training=True, activation="relu", backend="triton")
-    assert len(used) == 2
-    assert all(counters.count_nonzero() == 0 for counters in used)
 
 
 def test_evaluation_launches_no_more_than_it_needs(

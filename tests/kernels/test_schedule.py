@@ -6,7 +6,6 @@ import math
 import pytest
 
 from bn_lightning.kernels.schedule import (
-    CACHE_SHARE,
     FINISH_ELEMENTS,
     INTERPRETER,
     MAX_SPLITS,
@@ -186,18 +185,12 @@ CUTS = [
     ("maps", (256, 1024, 14, 14), 2, False, Regime.TWO_PASS, (4, 1024, 5), 4, 205, (5, 13)),
     # 13 tiles along L and 16 along N; four programs for each of 64 channels.
     ("large_maps", (256, 64, 56, 56), 2, False, Regime.TWO_PASS, (16, 256, 1), 8, 64, (4, 52)),
-    # 208 tiles of 8 KB in items of 32 KB.
-    ("large_maps", (256, 64, 56, 56), 2, False, Regime.PERSISTENT, (16, 256, 1), 8, 64, (52, 4)),
     # 12,544 rows in tiles of 64, 64 channels to a line; eight programs for each of 32 blocks.
     ("rows", (256, 2048, 7, 7), 2, True, Regime.TWO_PASS, (64, 64, 64), 8, 32, (8, 25)),
-    ("rows", (256, 2048, 7, 7), 2, True, Regime.PERSISTENT, (64, 64, 64), 8, 32, (49, 4)),
-    # One block of channels has items of 200 KB: 512 splits at most.
-    ("long_rows", (256, 64, 56, 56), 2, True, Regime.PERSISTENT, (64, 64, 64), 8, 1, (502, 25)),
     # 4097 channels begin anywhere.
     ("odd_rows", (65536, 4097), 2, False, Regime.TWO_PASS, (64, 64, 64), 1, 65, (4, 256)),
     # 9 tiles of 512 hold 4097 with little padding.
     ("tail", (2, 3, 4097), 4, False, Regime.TWO_PASS, (2, 512, 1), 1, 3, (9, 1)),
-    ("one_sample", (1, 3, 50_001), 2, False, Regime.PERSISTENT, (1, 4096, 1), 1, 3, (3, 5)),
     # One channel is one row, whatever the layout.
     ("one_channel", (64, 1, 100), 4, True, Regime.SINGLE_LAUNCH, (1, 1024, 1), 8, 1, (1, 7)),
     # 3 channels take 4; 245 programs of 4 tiles.
@@ -370,24 +363,6 @@ def test_programs_fill_their_waves(shape: tuple[int, ...], channels_last: bool) 
         assert programs >= 0.75 * waves * at_work * H200.processors
 
 
-def test_persistent_keeps_its_blocks_in_the_cache() -> None:
-    with forced_regime(Regime.PERSISTENT):
-        s = make_schedule((256, 64, 56, 56), 2, False, H200)
-    assert s.programs == PROGRAMS_AT_WORK * H200.processors
-    # All programs hold tickets at once, and each block has two for each split.
-    assert s.lag * 2 * s.splits >= s.programs
-    # dy, x and dx of the blocks between first and second reading and of two more: what
-    # docs/performance.md says of 24 MB.
-    block = s.reduction.group * s.values_per_channel * 2
-    assert 3 * (s.lag + 2) * block == 24_084_480 <= CACHE_SHARE * H200.cache_bytes
-    with forced_regime(Regime.PERSISTENT):
-        # Where blocks are small, one more, so that no program waits.
-        small = make_schedule((256, 256, 14, 14), 2, False, H200)
-        assert small.lag == math.ceil(small.programs / (2 * small.splits)) + 1
-        # Where one is larger than L2, no distance helps.
-        assert make_schedule((256, 64, 56, 56), 2, True, H200).lag == 1
-
-
 def test_programs_share_the_registers() -> None:
     device = dataclasses.replace(H200, registers=1 << 16)
     for regime in Regime:
@@ -414,7 +389,7 @@ def test_the_interpreter_runs_few_programs_and_chooses_as_an_h200() -> None:
 def test_schedule_is_frozen() -> None:
     s = make_schedule((4, 3), 4, False, H200)
     with pytest.raises(AttributeError):
-        s.lag = 2  # type: ignore[misc]
+        s.shape = s.shape  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

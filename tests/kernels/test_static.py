@@ -110,7 +110,7 @@ class _Call(NamedTuple):
     activation: str
     has_residual: bool
     training: bool
-    regimes: tuple[str, ...] = ("single_launch", "two_pass", "persistent")
+    regimes: tuple[str, ...] = ("single_launch", "two_pass")
 
 
 # Each kernel once.
@@ -127,7 +127,7 @@ BRANCHES = (
     _Call("small_maps", torch.bfloat16, "leaky_relu", True, True, ("two_pass",)),
     _Call("rows", torch.float32, "sigmoid", False, True, ("single_launch",)),
     # A cumulative average of channels that have one split each.
-    _Call("many_channels", torch.float16, "identity", False, True, ("two_pass", "persistent")),
+    _Call("many_channels", torch.float16, "identity", False, True, ("two_pass",)),
 )
 
 
@@ -135,8 +135,8 @@ def _wanted(which: str) -> Iterator[_Call]:
     """List what is compiled.
 
     With "--kernels" each kernel once, with "--branches" each branch; with "--activations" also each
-    activation, with and without a residual, in `two_pass` and one other regime, in alternating
-    layouts; with "--all" each of them in every combination.
+    activation, with and without a residual, in alternating layouts; with "--all" each of them in
+    every combination.
     """
     from bn_lightning.kernels.activations import ACTIVATIONS
 
@@ -147,10 +147,9 @@ def _wanted(which: str) -> Iterator[_Call]:
     fusions = list(product(ACTIVATIONS, (True, False)))
     if which == "--activations":
         for i, (activation, has_residual) in enumerate(fusions):
-            # The steps have no common factor, so that layout, dtype and regime mix.
+            # The steps have no common factor, so that layout and dtype mix.
             layout, dtype = list(LAYOUTS)[i % 5], dtypes[i % 7 % 2]
-            other = ("single_launch", "persistent")[i % 3 % 2]
-            yield _Call(layout, dtype, activation, has_residual, True, ("two_pass", other))
+            yield _Call(layout, dtype, activation, has_residual, True)
         return
     for layout, dtype, (activation, has_residual) in product(LAYOUTS, dtypes, fusions):
         yield _Call(layout, dtype, activation, has_residual, dtype != torch.float16)
