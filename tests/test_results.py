@@ -27,7 +27,15 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FOLDERS, reason=f"no sweep is committed under {RESULTS.name} yet")
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder",
+    [
+        # The largest; what it has is in the others, too.
+        pytest.param(path, marks=[pytest.mark.soak] if path.name == "lr_init" else [])
+        for path in FOLDERS
+    ],
+    ids=lambda path: path.name,
+)
 def test_a_committed_report_is_made_again_from_its_table(folder: Path, tmp_path: Path) -> None:
     from bn_lightning.sweeps.report.write_report import write_report
 
