@@ -34,13 +34,16 @@ KEYS = ("params/seed", "params/init.std", "params/optimizer.lr", "params/norm")
 
 
 class OneUlp(Callback):
-    """Moves the first weight of the network by one unit in its last place before training."""
+    """Moves a weight of the last layer by one unit in its last place before training.
+
+    One of the first layer may belong to a pixel that is always 0.
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move it."""
         with torch.no_grad():
-            first = next(pl_module.parameters()).view(-1)[:1]
-            first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+            weight = [p for p in pl_module.parameters() if p.dim() > 1][-1].view(-1)[:1]
+            weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
 
 
 def run(name: str, folder: Path, jobs: int) -> dict[tuple[str, ...], bool]:
