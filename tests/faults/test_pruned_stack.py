@@ -19,7 +19,7 @@ SWEEP = (
     "-m",
     *SMALL[:3],
     "trainer.val_check_interval=20",
-    "trainer.max_steps=600",
+    "trainer.max_steps=2000",  # a signal comes before the end on a fast machine, too
     "~callbacks.activation_percentiles",
     "extras.figures=false",
     f"optimizer.lr={','.join(map(str, RATES))}",
@@ -80,4 +80,4 @@ def test_nothing_is_lost_or_counted_twice(tmp_path, signals, batch, lost):
             assert trial.user_attrs["pruned_at"] == trial.last_step == record["pruned_at"]
             assert trial.value == trial.intermediate_values[trial.last_step]
         else:
-            assert record["status"] == "completed" and record["steps"] == 600
+            assert record["status"] == "completed" and record["steps"] == 2000
