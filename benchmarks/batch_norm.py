@@ -14,12 +14,11 @@ channels-last, eager torch runs cuDNN. Requires torch, Triton on a GPU, and matp
 """
 
 import argparse
-import contextlib
 import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +36,7 @@ from bn_lightning.kernels.measurements import DTYPES, Fusion
 from bn_lightning.kernels.schedule import Regime
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_lightning.runs.machine import git_commit
+from bn_lightning.stack.step_graph import recordable
 
 RESULTS = Path(__file__).parent / "results" / "batch_norm.csv"
 FUSIONS = ("bn", "bn_relu", "bn_add_relu")
@@ -170,20 +170,6 @@ class _Eager(nn.Module):
         return F.relu(z) if self.relu else z
 
 
-@contextlib.contextmanager
-def capturable() -> Iterator[None]:
-    """Work on a stream that a CUDA graph can record.
-
-    A backward waits for the stream on which each of its tensors was first used, and a graph of one
-    stream cannot wait for another. So all tensors of a case are made and used here.
-    """
-    if not torch.cuda.is_available():
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.Stream()):
-        yield
-
-
 def steps(module: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Callable[[], Any]]:
     """Return the functions to time; `backward` uses one retained graph every time.
 
@@ -210,7 +196,7 @@ def steps(module: Any, inputs: list[Tensor], dy: Tensor) -> dict[str, Callable[[
 def device_milliseconds(step: Callable[[], Any], repeats: int) -> list[float]:
     """Time replays of a CUDA graph of `step`, with the L2 cache overwritten before each.
 
-    Inside `capturable`.
+    Inside `recordable`, as all that has made or used the tensors.
     """
     for _ in range(3):
         step()
@@ -287,7 +273,7 @@ def row(case: Case, direction: str, who: str, times: list[float], **more: Any) -
     }
 
 
-@capturable()
+@recordable(torch.device("cuda"))
 def time_on_gpu(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Time one case."""
     torch.compiler.reset()

@@ -58,6 +58,7 @@ from bn_lightning.kernels import measurements
 from bn_lightning.kernels.dispatch import machine_of
 from bn_lightning.kernels.measurements import read_table
 from bn_lightning.runs.atomic_write import write_atomically
+from bn_lightning.stack.step_graph import recordable
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu_day"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,7 +132,8 @@ def compare(case: batch_norm.Case, without: Collection[str]) -> list[dict[str, A
 
 def time_case(timed: regimes.Timed, without: Collection[str]) -> list[dict[str, Any]]:
     """Run a case of gpu/regimes.py."""
-    return regimes.time_case(timed, DEVICE, without)
+    with recordable(regimes.first_device(DEVICE)):
+        return regimes.time_case(timed, DEVICE, without)
 
 
 # The seconds are for what is used most, on an H200 with 16 cores: all checks take 78 s, and a

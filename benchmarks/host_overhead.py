@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rows import append_rows
+from rows import append_rows, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +35,6 @@ from bn_lightning.kernels import batch_norm, dispatch, launch
 from bn_lightning.kernels.arguments import BatchNormArguments
 from bn_lightning.kernels.schedule import Device
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d
-from bn_lightning.runs.machine import git_commit, hardware, package_versions
 
 RESULTS = Path(__file__).parent / "results" / "host_overhead.csv"
 SHAPES = [(2, 8), (60, 100), (64, 64, 8, 8)]
@@ -264,10 +263,7 @@ def main() -> None:
         return
     about = {
         "driver": torch.cuda.get_device_name() if on_gpu else "none",
-        "processor": hardware()["processor"],
-        "torch": package_versions()["torch"],
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git_commit(),
+        **provenance(),
     }
     rows = []
     for case in all_cases():

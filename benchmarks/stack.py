@@ -30,14 +30,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rows import append_rows
+from rows import append_rows, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bn_lightning.models.initialization import initialize, normal
 from bn_lightning.models.mlp import MLP
 from bn_lightning.models.normalization import batch_norm
-from bn_lightning.runs.machine import git_commit, hardware, package_versions
 from bn_lightning.stack.context import Placed
 from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer
@@ -268,16 +267,6 @@ def sweep_seconds(*overrides: str) -> float:
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-
-
-def provenance() -> dict[str, object]:
-    """Columns that say where and by what a row was measured."""
-    return {
-        "processor": hardware()["processor"],
-        "torch": package_versions()["torch"],
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git_commit(),
-    }
 
 
 def main() -> None:

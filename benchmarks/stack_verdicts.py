@@ -14,14 +14,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rows import append_rows
-
-from bn_lightning.runs.machine import git_commit, hardware, package_versions
+from rows import append_rows, provenance
 
 RESULTS = Path(__file__).parent / "results" / "stack_verdicts.csv"
 SWEEPS = {
@@ -83,13 +80,7 @@ def main() -> None:
                 row[f"{name}_{arm}_{measure}"] = text
     for key, value in row.items():
         print(f"{key:32} {value}")
-    about = {
-        "processor": hardware()["processor"],
-        "torch": package_versions()["torch"],
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git_commit(),
-    }
-    append_rows(RESULTS, [row | about])
+    append_rows(RESULTS, [row | provenance()])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from batch_norm import (
     ROWS,
     UNET3D,
     Case,
-    capturable,
     device_milliseconds,
     host_milliseconds,
     make_modules,
@@ -75,11 +74,11 @@ def _each(
             yield from (Case(shape, dtype, channels_last, fusion) for fusion in FUSIONS)
 
 
-@capturable()
 def time_case(timed: Timed, device: str, without: Collection[str]) -> list[dict[str, Any]]:
     """Time a case, a row for each contender and mode: the columns of the table.
 
-    The rows of torch.compile and of `backend="auto"` are for the bars only.
+    The rows of torch.compile and of `backend="auto"` are for the bars only. On a GPU inside
+    `recordable`.
 
     Args:
         timed: what to time.

@@ -45,7 +45,7 @@ class StackedLinear(StackedLayer, nn.Linear):
 
     def compute(self, x: Placed) -> Placed:
         self.context.calls[id(self)] += 1
-        value, weight, bias = _autocast(x.value, self.weight, self.bias)
+        value, weight, bias = _cast_by_autocast(x.value, self.weight, self.bias)
         if x.dim is None:
             shape = value.shape[:-1]
             y = _Linear.apply(value.flatten(0, -2), weight, bias, self)  # (N, K, O)
@@ -56,7 +56,7 @@ class StackedLinear(StackedLayer, nn.Linear):
         return Placed(y.unflatten(1, shape), 0)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
+def _cast_by_autocast(*tensors: Tensor | None) -> list[Any]:
     """Return tensors in the dtype in which autocast multiplies matrices, if it is on."""
     first = next(tensor for tensor in tensors if tensor is not None)
     device = first.device.type

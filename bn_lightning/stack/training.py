@@ -291,23 +291,29 @@ class StackTraining:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_mixed)
 
     def _validate(self) -> None:
-        models = [member.model for member in self.members]
-        with self._autocast():
-            for name, batches in self._validation():
-                evaluate_stack(self.network, models, name, batches)
+        for name, batches in self._validation():
+            self._evaluate(name, batches)
         for k in range(len(self.members)):
             self._end_validation(k)
 
     def _validate_one(self, k: int) -> None:
-        with self._autocast():
-            for name, batches in self._validation():
-                evaluate_one(self._alone(k), name, batches)
+        for name, batches in self._validation():
+            self._evaluate_one(k, name, batches)
         self._end_validation(k)
 
     def _end_validation(self, k: int) -> None:
         member = self.members[k]
         member.log(logged_numbers(member.model.take_metrics()))
         member.end_validation(lambda: self.network.member_state(k))
+
+    def _evaluate(self, name: str, batches: Any) -> None:
+        models = [member.model for member in self.members]
+        with self._autocast():
+            evaluate_stack(self.network, models, name, batches)
+
+    def _evaluate_one(self, k: int, name: str, batches: Any) -> None:
+        with self._autocast():
+            evaluate_one(self._alone(k), name, batches)
 
     def _validation(self) -> list[tuple[str, Any]]:
         loaders = self._datamodule.val_dataloader()
@@ -349,8 +355,7 @@ class StackTraining:
             member.end("pruned", pruned_at=member.steps, prune_reason=reason)
         else:
             if not self._has_tested(member):
-                with self._autocast():
-                    evaluate_one(self._alone(k), "test", self._datamodule.test_dataloader())
+                self._evaluate_one(k, "test", self._datamodule.test_dataloader())
             self._end_tested(member)
 
     def _test(self) -> None:
@@ -358,9 +363,7 @@ class StackTraining:
         if not self.members:
             return
         if not all(map(self._has_tested, self.members)):
-            models = [member.model for member in self.members]
-            with self._autocast():
-                evaluate_stack(self.network, models, "test", self._datamodule.test_dataloader())
+            self._evaluate("test", self._datamodule.test_dataloader())
         for k, member in enumerate(self.members):
             self._save(k)
             self._end_tested(member)

@@ -42,17 +42,16 @@ def classifier(k, optimizer, scheduler=None, norm=BATCH, dropout=0.0):
 
 
 def trainer(epochs, **options):
+    usual = {"precision": "64-true", "log_every_n_steps": 2}
     return Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
-        precision="64-true",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=2,
-        **options,
+        **(usual | options),
     )
 
 
@@ -165,17 +164,7 @@ def test_mixed_precision_of_the_trainer():
     fitted_losses = []
     for precision in ("bf16-mixed", "32-true"):
         stack = StackedClassifier([classifier(k, torch.optim.SGD) for k in range(2)])
-        made = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=1,
-            precision=precision,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            log_every_n_steps=1,
-        )
+        made = trainer(1, max_steps=1, precision=precision, log_every_n_steps=1)
         made.fit(stack.float(), loader, loader)
         assert {p.dtype for p in stack.parameters()} == {torch.float32}
         fitted_losses.append(
