@@ -203,7 +203,7 @@ class StackedOptimizer:
             else:
                 dy = dy * rate
             if x.dim() == 2:
-                weights = parameter.flatten(0, 1)  # a view: both are contiguous
+                weights = parameter.flatten(0, 1)  # a view, of a range of inputs, too
                 weights.addmm_(dy.flatten(1).t(), x, alpha=alpha)
             else:
                 parameter.baddbmm_(dy.transpose(1, 2), x, alpha=alpha)
