@@ -22,6 +22,7 @@ WARM_UP = 3
 class StepGraph:
     """Trains steps; from the fourth on they are replayed.
 
+    What is recorded is the step of a batch like the one before, so not an epoch's short last one.
     A batch of another shape, and a step that cannot be recorded because it reads what is on the
     GPU, are trained kernel by kernel.
 
@@ -40,16 +41,19 @@ class StepGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._losses = torch.empty(0)
         self._batch: tuple[Placed, ...] = ()
+        self._kinds: list[_Kind] = []  # of the last step's batch
         self._left = WARM_UP
 
     def __call__(self, x: Placed, target: Placed) -> Tensor:
         """Train on a batch, inside `recordable`; return the losses, which the next call changes."""
+        kinds = [_kind(x), _kind(target)]
+        is_repeated, self._kinds = kinds == self._kinds, kinds
         if self._left or not self._is_recordable:
             self._left = max(0, self._left - 1)
             return self._step(x, target)
-        if self._graph is None and not self._record(x, target):
+        if self._graph is None and not (is_repeated and self._record(x, target)):
             return self._step(x, target)
-        if [*map(_kind, self._batch)] != [*map(_kind, (x, target))]:
+        if kinds != [*map(_kind, self._batch)]:
             return self._step(x, target)
         for mine, given in zip(self._batch, (x, target), strict=True):
             mine.value.copy_(given.value)
@@ -72,7 +76,10 @@ class StepGraph:
         return True
 
 
-def _kind(part: Placed) -> tuple[torch.Size, torch.dtype, int | None]:
+_Kind = tuple[torch.Size, torch.dtype, int | None]
+
+
+def _kind(part: Placed) -> _Kind:
     return part.value.shape, part.value.dtype, part.dim
 
 

@@ -50,7 +50,7 @@ def test_steps_are_replayed_after_the_warm_up_on_the_batch_they_get(monkeypatch)
 
     graph = StepGraph(step)
     for number in range(WARM_UP):
-        graph(*batch(4, number))
+        graph(*batch(4, float(number)))
     assert (recorder.recorded, recorder.replayed, len(seen)) == (0, 0, WARM_UP)
     graph(*batch(4, 7.0))
     graph(*batch(4, 8.0))
@@ -70,6 +70,17 @@ def test_another_batch_is_trained_without_the_graph(monkeypatch, other):
         graph(*batch(4))
     graph(*other)
     assert recorder.replayed == 1 and seen[-1] is other[0]
+
+
+def test_a_short_last_batch_is_not_what_is_recorded(monkeypatch):
+    recorder, seen = Recorder(monkeypatch), []
+    graph = StepGraph(lambda x, target: seen.append(x) or x.value)
+    for _ in range(2):
+        for size in (4,) * WARM_UP + (3,):  # the first step after the warm-up is an epoch's last
+            graph(*batch(size))
+    # The second epoch begins after a batch of another size; its second step is recorded.
+    assert (recorder.recorded, recorder.replayed) == (1, WARM_UP - 1)
+    assert [len(x.value) for x in seen[-3:]] == [4, 4, 3]
 
 
 def test_a_step_that_cannot_be_recorded_is_trained_and_named_once(monkeypatch, caplog):
