@@ -32,6 +32,7 @@ class SlotCounts:
         pruned: slots whose trial was pruned.
         lost: slots without a result whose retries are used up.
         running: running trials.
+        failures: failed trials of slots without a result before, each retry counted.
     """
 
     total: int
@@ -40,6 +41,7 @@ class SlotCounts:
     pruned: int
     lost: int
     running: int
+    failures: int
 
     @property
     def settled(self) -> int:
@@ -83,7 +85,7 @@ class Slots:
         self._all_read = 0  # trials before this number have ended and are read
         self._read: set[int] = set()  # later trials that have ended and are read
         self._live: dict[int, int] = {}  # slot: number of its first trial that waits or runs
-        self._complete = self._pruned = self._diverged = self._lost = 0
+        self._complete = self._pruned = self._diverged = self._lost = self._failures = 0
         self.waiting: list[FrozenTrial] = []
         self.running: list[FrozenTrial] = []
         self._new: list[tuple[FrozenTrial, SlotCounts]] = []
@@ -149,10 +151,11 @@ class Slots:
         found = [slot.result for slot in self._slots.values() if slot.result is not None]
         return sorted(found, key=lambda trial: trial.number)
 
-    def lost(self) -> list[FrozenTrial]:
-        """Return the last trial of each lost slot."""
+    def failed(self, *, lost: bool = False) -> list[FrozenTrial]:
+        """Return the last trial of each slot whose last trial failed, or of each lost slot."""
         slots = [slot for _, slot in sorted(self._slots.items()) if slot.result is None]
-        return [slot.last_failed for slot in slots if slot.is_lost and slot.last_failed]
+        trials = [slot.last_failed for slot in slots if slot.is_lost or not lost]
+        return [trial for trial in trials if trial and not trial.user_attrs.get(INTERRUPTED)]
 
     def counts(self) -> SlotCounts:
         """Return the counts as of the last update."""
@@ -163,6 +166,7 @@ class Slots:
             pruned=self._pruned,
             lost=self._lost,
             running=len(self.running),
+            failures=self._failures,
         )
 
     def _take(self, slot: int, trial: FrozenTrial) -> None:
@@ -173,6 +177,7 @@ class Slots:
             found.last_failed = trial
             if not trial.user_attrs.get(INTERRUPTED) and not found.is_settled:
                 found.failures += 1
+                self._failures += 1
                 is_hopeless = bool(trial.user_attrs.get(HOPELESS))
                 found.is_lost = is_hopeless or found.failures > self._max_retries
                 self._lost += found.is_lost

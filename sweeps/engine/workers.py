@@ -44,7 +44,7 @@ def run_trials(
         run: runs a batch of trials. An `Exception` is the outcome of all of them. Any other
             `BaseException` interrupts them and is raised again.
         stop: checked between two batches.
-        on_refresh: called each time the study was read.
+        on_refresh: called each time the study was read, before and after a batch.
         batch_size: most trials in a batch.
         pause: seconds to wait if no trial waits.
     """
@@ -67,6 +67,7 @@ def run_trials(
             raise
         ended = zip(batch, outcomes, strict=True)
         study.finish({trial.number: stop.corrected(outcome) for trial, outcome in ended})
+        on_refresh()
 
 
 class Workers:

@@ -13,6 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.bn_optuna._settings import Location, Settings
 from hydra_plugins.bn_optuna._trial_runner import RecordedTask, TrialRunner
 from omegaconf import DictConfig, OmegaConf, open_dict
+from optuna.trial import FrozenTrial
 
 from bn_lightning.sweeps.engine.best import best_trials
 from bn_lightning.sweeps.engine.creation import create_study
@@ -47,6 +48,8 @@ OWN_LAUNCHERS = (BASIC_LAUNCHER, STACK_LAUNCHER)  # which run in the sweeper's o
 
 # Seconds between two checks of a study whose trials run in other processes.
 CHECK_INTERVAL = 1.0
+# A sweep of more trials is given up after so many failures and no result: the rest would fail, too.
+FIRST_FAILURES = 10
 
 
 def run_sweep(
@@ -122,8 +125,8 @@ def run_sweep(
                 _begin(study, config)
                 if notice := sharing_notice(variables_of_workers):
                     print(notice, flush=True)
-                _run(study, runner, config, stop, variables_of_workers)
-                _end(study, plan, settings.max_failure_rate, stop)
+                is_given_up = _run(study, runner, config, stop, variables_of_workers)
+                _end(study, plan, settings.max_failure_rate, stop, is_given_up)
         finally:
             study.close()
     return place
@@ -135,20 +138,39 @@ def _run(
     config: DictConfig,
     stop: StopRequest,
     variables_of_workers: list[dict[str, str]],
-) -> None:
+) -> bool:
+    """Run trials until the sweep is over, is asked to stop, or is given up.
+
+    Returns:
+        Whether it was given up: `FIRST_FAILURES` trials failed and none has a result.
+    """
+    before = study.refresh().failures
+    tolerates_all = config.hydra.sweeper.max_failure_rate == 1
+    is_given_up = False
+
+    def update() -> None:
+        nonlocal is_given_up
+        display.update()
+        counts = study.slots.counts()
+        fails = counts.failures - before >= FIRST_FAILURES and not counts.complete + counts.pruned
+        if fails and counts.total > FIRST_FAILURES and not tolerates_all:
+            is_given_up = True
+            stop.set()
+
     with Display(study.name, study.slots, study.directions) as display:
         if variables_of_workers:
             with Workers(study, variables_of_workers) as workers:
                 while workers.check(stop):
-                    display.update()
+                    update()
                     time.sleep(CHECK_INTERVAL)
         elif _stacks(config) or config.hydra.launcher._target_ not in OWN_LAUNCHERS:
             size = _batch_size(config, study)
-            run_trials(study, runner.launch, stop, display.update, batch_size=size)
+            run_trials(study, runner.launch, stop, update, batch_size=size)
         else:
-            run_trials(study, runner.run, stop, display.update)
+            run_trials(study, runner.run, stop, update)
         study.refresh()
         display.update()
+    return is_given_up
 
 
 def _has_workers(config: DictConfig) -> bool:
@@ -192,7 +214,13 @@ def _begin(study: SweepStudy, config: DictConfig) -> None:
     )
 
 
-def _end(study: SweepStudy, plan: SamplingPlan, max_failure_rate: float, stop: StopRequest) -> None:
+def _end(
+    study: SweepStudy,
+    plan: SamplingPlan,
+    max_failure_rate: float,
+    stop: StopRequest,
+    is_given_up: bool,
+) -> None:
     counts = study.refresh()
     complete = [trial for trial in study.slots.results() if trial.state.name == "COMPLETE"]
     best = best_trials(complete, study.directions)
@@ -203,21 +231,34 @@ def _end(study: SweepStudy, plan: SamplingPlan, max_failure_rate: float, stop: S
         for trial in best
     }
     print_sweep_summary(best, counts, commands, study.directory)
+    lost = study.slots.failed(lost=True)
+    if is_given_up:
+        raise SweepError(
+            f"expected one of the first {counts.failures} trials to have a result, got only "
+            f"failures; {_last_failure(study.slots.failed(), lost)}"
+        )
     if stop.is_set() and counts.settled < counts.total:
         print("stopped; the same command resumes the sweep", flush=True)
         sys.exit(130)
-    lost = study.slots.lost()
     if lost and len(lost) / counts.total > max_failure_rate:
-        last = lost[-1]
-        advice = "remove the cause, then hydra.sweeper.restart=fresh begins a new study"
-        if not all(trial.user_attrs.get(HOPELESS) for trial in lost):
-            advice += ", or a larger hydra.sweeper.max_retries repeats them"
         raise SweepError(
             f"expected at most a share of `max_failure_rate`={max_failure_rate:g} of the trials to "
-            f"fail, got {len(lost)} of {counts.total}; trial {last.number}: "
-            f"{last_line(last.user_attrs.get(ERROR, ''))} (see {last.user_attrs[DIRECTORY]}); "
-            f"{advice}"
+            f"fail, got {len(lost)} of {counts.total}; {_last_failure(lost, lost)}"
         )
+
+
+def _last_failure(failed: list[FrozenTrial], lost: list[FrozenTrial]) -> str:
+    """Return the error of the last failed trial, and what to do about it."""
+    last = failed[-1]
+    error = last_line(last.user_attrs.get(ERROR, ""))
+    advice = "remove the cause, then "
+    if not lost:
+        advice += "the same command tries again"
+    else:
+        advice += "hydra.sweeper.restart=fresh begins a new study"
+        if not all(trial.user_attrs.get(HOPELESS) for trial in lost):
+            advice += ", or a larger hydra.sweeper.max_retries repeats them"
+    return f"trial {last.number}: {error} (see {last.user_attrs[DIRECTORY]}); {advice}"
 
 
 def _check_first_trial(runner: TrialRunner, plan: SamplingPlan, settings: Settings) -> None:

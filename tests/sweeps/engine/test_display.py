@@ -19,7 +19,7 @@ from bn_lightning.sweeps.engine.slots import SlotCounts, Slots
 from bn_lightning.sweeps.engine.stored_names import SLOT
 
 MIN, MAX = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
-COUNTS = SlotCounts(total=6, complete=3, pruned=1, diverged=2, lost=1, running=1)
+COUNTS = SlotCounts(total=6, complete=3, pruned=1, diverged=2, lost=1, running=1, failures=0)
 
 
 def trial(number, values=None, state=TrialState.COMPLETE, params=None, **attributes):

@@ -56,12 +56,19 @@ class TestSlots:
         assert slots.is_open(0) is is_open
         assert slots.is_over() is not is_open
         assert slots.last_failed(0).number == 1
-        assert [trial.number for trial in slots.lost()] == ([] if is_open else [1])
+        assert [trial.number for trial in slots.failed(lost=True)] == ([] if is_open else [1])
 
     def test_an_interruption_is_no_failure(self):
         interrupted = {INTERRUPTED: True}
         slots = slots_of(*[(0, FAIL, interrupted)] * 3, n_slots=1, max_retries=0)
         assert slots.open_slots() == [0]
+        assert slots.counts().failures == 0 and slots.failed() == []
+
+    def test_failures_are_counted_with_their_retries(self):
+        slots = slots_of((0, FAIL), (1, FAIL), (0, FAIL), (2, DONE))
+        assert slots.counts().failures == 3
+        assert [trial.number for trial in slots.failed()] == [2, 1]
+        assert [trial.number for trial in slots.failed(lost=True)] == [2]
 
     def test_a_hopeless_failure_is_not_repeated(self):
         assert slots_of((0, FAIL, {HOPELESS: True}), n_slots=1).is_over()

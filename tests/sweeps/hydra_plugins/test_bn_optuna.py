@@ -201,6 +201,31 @@ class TestFailures:
         assert done.returncode == 0, done.stderr
         assert "1 complete (0 of them diverged), 0 pruned, 1 failed" in done.stdout
 
+    @pytest.mark.parametrize(
+        "how", [(), pytest.param(("hydra.sweeper.n_jobs=2",), marks=pytest.mark.slow)], ids=str
+    )
+    def test_a_sweep_whose_first_trials_all_fail_is_given_up(self, program, how):
+        command = ("-m", "act=raise", "hydra/sweeper/sampler=grid", *how)
+        points = f"x={','.join(map(str, range(40)))}"
+        done = program.run(*command, points)
+        assert done.returncode == 1
+        assert "expected one of the first 1" in done.stderr
+        assert "RuntimeError: asked to fail (see " in done.stderr
+        assert "the same command tries again" in done.stderr
+        found = states(program.folder / "sweep")
+        assert 10 <= found.count("FAIL") <= 14
+        # The same command tries the next ones.
+        assert program.run(*command, points).returncode == 1
+        assert 20 <= states(program.folder / "sweep").count("FAIL") <= 28
+
+    def test_a_sweep_that_may_fail_goes_on(self, program):
+        done = program.run(
+            *("-m", "act=raise", "hydra/sweeper/sampler=grid", "hydra.sweeper.max_retries=0"),
+            *(f"x={','.join(map(str, range(12)))}", "hydra.sweeper.max_failure_rate=1"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert states(program.folder / "sweep") == ["FAIL"] * 12
+
     @pytest.mark.slow
     def test_a_worker_that_dies_of_its_trial(self, program):
         """The trial is lost after its retries, and the other trials complete."""
