@@ -45,6 +45,7 @@ from bn_lightning.cli.command import quiet_lightning
 from bn_lightning.data.errors import DataFallbackWarning
 from bn_lightning.data.protocol import data_info
 from bn_lightning.runs.atomic_write import json_values, write_atomically, write_json
+from bn_lightning.runs.freed_memory import keep_freed_memory
 from bn_lightning.runs.interruption import Interrupted
 from bn_lightning.runs.machine import package_versions
 from bn_lightning.runs.record import data_sentence
@@ -244,6 +245,7 @@ def _results(parts: Sequence[Part], n_jobs: int) -> Generator[_Results]:
 def _begin_worker() -> None:
     # Ctrl-C in the terminal reaches all processes; the main process ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     torch.set_num_threads(1)
 
 

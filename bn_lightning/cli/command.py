@@ -27,6 +27,7 @@ from bn_lightning.cli.error_line import FULL_ERROR, format_error, one_line_error
 from bn_lightning.cli.job import remove_empty_multirun, run_task
 from bn_lightning.cli.run_lock import RunRefusedError
 from bn_lightning.runs.directory import hydra_directory, run_directory, sweep_directory
+from bn_lightning.runs.freed_memory import keep_freed_memory
 from bn_lightning.runs.interruption import Interrupted, handle_signals, raise_interrupted
 from bn_lightning.runs.machine import package_versions
 from bn_lightning.sweeps.engine.environment import in_trial
@@ -231,6 +232,8 @@ def devices_per_job(accelerator: str, devices: Any) -> int | None:
 def run_with_exit_code(body: Callable[[], Any], full_error: bool = False) -> None:
     """Run the body of a command, and end the process with an exit code if it fails.
 
+    What it frees stays in the process (`keep_freed_memory`).
+
     Args:
         body: the body.
         full_error: let errors through, with their traceback.
@@ -239,6 +242,7 @@ def run_with_exit_code(body: Callable[[], Any], full_error: bool = False) -> Non
         # Paths may contain bytes that are not UTF-8. Print them as they are.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="surrogateescape")
+    keep_freed_memory()
     try:
         with handle_signals(raise_interrupted):
             body()
