@@ -71,6 +71,7 @@ class FailurePolicy:
         heartbeat: seconds between two beats of a worker, above 0.
         stale_after: seconds without a beat after which a worker on another machine counts as dead,
             at least twice `heartbeat`.
+        first_failures: how many trials may fail before one has a result; None for any number.
 
     Raises:
         SweepError: a value is out of range.
@@ -79,6 +80,7 @@ class FailurePolicy:
     max_retries: int
     heartbeat: float
     stale_after: float
+    first_failures: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_retries < 0:
@@ -131,6 +133,8 @@ class SweepStudy:
         self._detector = StaleTrialDetector(policy.heartbeat, policy.stale_after)
         self._n_open: int | None = None
         self._n_open_since = 0.0
+        self._first_failures = policy.first_failures
+        self._failures_before: int | None = None  # when this process read the study first
         self.slots = Slots(plan.n_trials, policy.max_retries, plan.following)
 
     @property
@@ -150,7 +154,21 @@ class SweepStudy:
     def refresh(self) -> SlotCounts:
         """Read all trials of the study, and return the counts of its slots."""
         self.slots.update(self._study.get_trials(deepcopy=False))
-        return self.slots.counts()
+        counts = self.slots.counts()
+        if self._failures_before is None:
+            self._failures_before = counts.failures
+        return counts
+
+    def is_given_up(self) -> bool:
+        """Return whether no further trial should start, because the first ones have all failed.
+
+        A sweep of no more trials than `FailurePolicy.first_failures` is never given up. Failures
+        from before this process do not count, so that the same command tries again.
+        """
+        counts, limit = self.slots.counts(), self._first_failures
+        if limit is None or counts.total <= limit or counts.complete or counts.pruned:
+            return False
+        return counts.failures - (self._failures_before or 0) >= limit
 
     def fill(self, *, take_over: bool = False) -> None:
         """Enqueue a trial for each slot that has none, unless another process is doing it.

@@ -37,18 +37,18 @@ def run_trials(
     batch_size: int = 1,
     pause: float = 0.5,
 ) -> None:
-    """Claim, run and finish trials until the sweep is over or is asked to stop.
+    """Claim, run and finish trials until the sweep is over, is given up, or is asked to stop.
 
     Args:
         study: whose trials to run.
         run: runs a batch of trials. An `Exception` is the outcome of all of them. Any other
             `BaseException` interrupts them and is raised again.
         stop: checked between two batches.
-        on_refresh: called each time the study was read, before and after a batch.
+        on_refresh: called each time the study was read.
         batch_size: most trials in a batch.
         pause: seconds to wait if no trial waits.
     """
-    while not stop.is_set():
+    while not (stop.is_set() or study.is_given_up()):
         batch = study.claim(batch_size)
         on_refresh()
         if not batch:
@@ -67,7 +67,6 @@ def run_trials(
             raise
         ended = zip(batch, outcomes, strict=True)
         study.finish({trial.number: stop.corrected(outcome) for trial, outcome in ended})
-        on_refresh()
 
 
 class Workers:
@@ -118,7 +117,7 @@ class Workers:
         """
         counts = self._study.refresh()
         self._remove_ended()
-        if stop.is_set() or self._study.slots.is_over():
+        if stop.is_set() or self._study.slots.is_over() or self._study.is_given_up():
             for process in self._running.values():
                 if process.stdin is not None:
                     process.stdin.close()

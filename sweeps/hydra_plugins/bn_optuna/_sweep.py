@@ -48,7 +48,7 @@ OWN_LAUNCHERS = (BASIC_LAUNCHER, STACK_LAUNCHER)  # which run in the sweeper's o
 
 # Seconds between two checks of a study whose trials run in other processes.
 CHECK_INTERVAL = 1.0
-# A sweep of more trials is given up after so many failures and no result: the rest would fail, too.
+# More trials of a sweep would fail as these did.
 FIRST_FAILURES = 10
 
 
@@ -83,7 +83,12 @@ def run_sweep(
             "sweep; give KEY=A,B or KEY=interval(A,B)"
         )
     plan = SamplingPlan(settings.sampler, space, settings.n_trials)
-    policy = FailurePolicy(settings.max_retries, settings.heartbeat, settings.stale_after)
+    policy = FailurePolicy(
+        settings.max_retries,
+        settings.heartbeat,
+        settings.stale_after,
+        first_failures=FIRST_FAILURES if settings.max_failure_rate < 1 else None,
+    )
     pruner = make_pruner(settings.pruner)
     place = settings.location()
     with open_dict(config):
@@ -125,8 +130,8 @@ def run_sweep(
                 _begin(study, config)
                 if notice := sharing_notice(variables_of_workers):
                     print(notice, flush=True)
-                is_given_up = _run(study, runner, config, stop, variables_of_workers)
-                _end(study, plan, settings.max_failure_rate, stop, is_given_up)
+                _run(study, runner, config, stop, variables_of_workers)
+                _end(study, plan, settings.max_failure_rate, stop)
         finally:
             study.close()
     return place
@@ -138,39 +143,20 @@ def _run(
     config: DictConfig,
     stop: StopRequest,
     variables_of_workers: list[dict[str, str]],
-) -> bool:
-    """Run trials until the sweep is over, is asked to stop, or is given up.
-
-    Returns:
-        Whether it was given up: `FIRST_FAILURES` trials failed and none has a result.
-    """
-    before = study.refresh().failures
-    tolerates_all = config.hydra.sweeper.max_failure_rate == 1
-    is_given_up = False
-
-    def update() -> None:
-        nonlocal is_given_up
-        display.update()
-        counts = study.slots.counts()
-        fails = counts.failures - before >= FIRST_FAILURES and not counts.complete + counts.pruned
-        if fails and counts.total > FIRST_FAILURES and not tolerates_all:
-            is_given_up = True
-            stop.set()
-
+) -> None:
     with Display(study.name, study.slots, study.directions) as display:
         if variables_of_workers:
             with Workers(study, variables_of_workers) as workers:
                 while workers.check(stop):
-                    update()
+                    display.update()
                     time.sleep(CHECK_INTERVAL)
         elif _stacks(config) or config.hydra.launcher._target_ not in OWN_LAUNCHERS:
             size = _batch_size(config, study)
-            run_trials(study, runner.launch, stop, update, batch_size=size)
+            run_trials(study, runner.launch, stop, display.update, batch_size=size)
         else:
-            run_trials(study, runner.run, stop, update)
+            run_trials(study, runner.run, stop, display.update)
         study.refresh()
         display.update()
-    return is_given_up
 
 
 def _has_workers(config: DictConfig) -> bool:
@@ -214,13 +200,7 @@ def _begin(study: SweepStudy, config: DictConfig) -> None:
     )
 
 
-def _end(
-    study: SweepStudy,
-    plan: SamplingPlan,
-    max_failure_rate: float,
-    stop: StopRequest,
-    is_given_up: bool,
-) -> None:
+def _end(study: SweepStudy, plan: SamplingPlan, max_failure_rate: float, stop: StopRequest) -> None:
     counts = study.refresh()
     complete = [trial for trial in study.slots.results() if trial.state.name == "COMPLETE"]
     best = best_trials(complete, study.directions)
@@ -232,7 +212,7 @@ def _end(
     }
     print_sweep_summary(best, counts, commands, study.directory)
     lost = study.slots.failed(lost=True)
-    if is_given_up:
+    if study.is_given_up():
         raise SweepError(
             f"expected one of the first {counts.failures} trials to have a result, got only "
             f"failures; {_last_failure(study.slots.failed(), lost)}"
