@@ -117,8 +117,9 @@ class _Linear(torch.autograd.Function):
 def _used_columns(x: Tensor) -> slice:
     """Return a range of inputs outside of which all samples (N, I) are 0, as at an image's edges.
 
-    It begins at a multiple of 16: from another address, the product of the rest takes longer than
-    that of all.
+    The others are not multiplied, so that a weight of theirs that is not finite is not noticed. The
+    range begins at a multiple of 16: from another address, its product takes longer than that of
+    all inputs.
     """
     used = x.detach().abs().amax(0).nonzero()
     if not len(used):

@@ -154,8 +154,12 @@ class Slots:
     def failed(self, *, lost: bool = False) -> list[FrozenTrial]:
         """Return the last trial of each slot whose last trial failed, or of each lost slot."""
         slots = [slot for _, slot in sorted(self._slots.items()) if slot.result is None]
-        trials = [slot.last_failed for slot in slots if slot.is_lost or not lost]
-        return [trial for trial in trials if trial and not trial.user_attrs.get(INTERRUPTED)]
+        return [
+            slot.last_failed
+            for slot in slots
+            if slot.last_failed
+            and (slot.is_lost or not (lost or slot.last_failed.user_attrs.get(INTERRUPTED)))
+        ]
 
     def counts(self) -> SlotCounts:
         """Return the counts as of the last update."""

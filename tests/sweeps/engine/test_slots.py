@@ -70,6 +70,10 @@ class TestSlots:
         assert [trial.number for trial in slots.failed()] == [2, 1]
         assert [trial.number for trial in slots.failed(lost=True)] == [2]
 
+    def test_a_lost_slot_stays_lost_if_another_trial_of_it_is_interrupted(self):
+        slots = slots_of((0, FAIL), (0, FAIL, {INTERRUPTED: True}), n_slots=1, max_retries=0)
+        assert slots.counts().lost == len(slots.failed(lost=True)) == 1
+
     def test_a_hopeless_failure_is_not_repeated(self):
         assert slots_of((0, FAIL, {HOPELESS: True}), n_slots=1).is_over()
 
