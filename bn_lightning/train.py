@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from bn_lightning.cli.batch_norm_table import print_batch_norms
 from bn_lightning.cli.command import (
-    freeze_libraries,
     hydra_command,
     in_sweep,
     is_typed,
@@ -117,7 +116,6 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     from bn_lightning.models.protocol import NetworkModel, check_model
     from bn_lightning.runs.checkpoint import CONFIG_KEY
 
-    freeze_libraries()
     quiet_lightning()
     seed_everything(config.seed, workers=True, verbose=False)
     datamodule = instantiate(config.data)

@@ -32,7 +32,7 @@ from bn_lightning.runs.interruption import Interrupted, handle_signals, raise_in
 from bn_lightning.runs.machine import package_versions
 from bn_lightning.sweeps.engine.environment import in_trial
 from bn_lightning.sweeps.engine.passwords import refuse_typed_password
-from bn_lightning.sweeps.engine.processes import called_as
+from bn_lightning.sweeps.engine.processes import called_as, is_called
 
 _CONFIGURATIONS = "bn_lightning.conf"
 _ONE_LINE = "BN_LIGHTNING_ONE_LINE"  # tells the ranks of a run that nobody asked for tracebacks
@@ -257,7 +257,12 @@ def run_with_exit_code(body: Callable[[], Any], full_error: bool = False) -> Non
 
 
 def quiet_lightning() -> None:
-    """Silence Lightning's tips, and warnings that its user can do nothing about."""
+    """Silence Lightning's tips, and warnings that its user can do nothing about.
+
+    What is imported by then is left out of garbage collections, unless this process is another
+    program: it lives as long as the process, and to look at it takes a third of a second each time,
+    at the end of the process, too.
+    """
     import lightning.pytorch  # noqa: F401  importing it sets the level of its log
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -270,11 +275,7 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
     # A resumed run writes to the folder of its checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-
-
-def freeze_libraries() -> None:
-    """Leave what a multirun has imported out of garbage collections, because it outlives them."""
-    if in_sweep() and gc.get_freeze_count() == 0:
+    if HydraConfig.initialized() and not is_called() and gc.get_freeze_count() == 0:
         gc.freeze()
 
 

@@ -35,12 +35,11 @@ def train_jobs(
         For each job a function that does the rest of it, and returns or raises what `train` would;
         None for a job that has to be trained alone.
     """
-    from bn_lightning.cli.command import freeze_libraries, quiet_lightning
+    from bn_lightning.cli.command import quiet_lightning
     from bn_lightning.stack.memory import StackSizeError
     from bn_lightning.stack.network import NotStackableError
     from bn_lightning.stack.stackable import stack_key
 
-    freeze_libraries()
     quiet_lightning()
     groups: dict[str, list[dict[str, Any]]] = {}
     alone: dict[str, int] = {}

@@ -1,24 +1,34 @@
 """Errors in one line and exit codes: what the commands share."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-from bn_lightning.cli.command import devices_per_job, run_with_exit_code, several_processes
+from bn_lightning.cli.command import (
+    devices_per_job,
+    quiet_lightning,
+    run_with_exit_code,
+    several_processes,
+)
 from bn_lightning.cli.error_line import format_error, print_error
 from bn_lightning.data.errors import DataError
 from bn_lightning.runs.interruption import Interrupted
+from bn_lightning.sweeps.engine.processes import called_as
 
 
 def error_of(function: Any, *arguments: Any) -> Exception:
@@ -341,3 +351,21 @@ class TestHydraCommand:
 def test_devices_per_job(accelerator: str, devices: Any, expected: int | None) -> None:
     config = OmegaConf.create({"devices": devices})
     assert devices_per_job(accelerator, config.devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("is_job", "is_foreign", "expected"),
+    [(True, False, 1), (True, True, 0), (False, False, 0)],
+    ids=["command", "called_from_python", "function"],
+)
+def test_a_command_leaves_its_libraries_out_of_collections(
+    is_job, is_foreign, expected, monkeypatch
+):
+    frozen: list[None] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(None))
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: len(frozen))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: is_job)
+    with warnings.catch_warnings(), called_as("a", []) if is_foreign else nullcontext():
+        quiet_lightning()
+        quiet_lightning()
+    assert len(frozen) == expected
