@@ -13,7 +13,8 @@ CUDA graphs, the loop too; the batches are on the GPU, and the time is that of t
 runs a part of `+sweep=lr_init`, 33 trials of one arm, by the command that people type, one by one
 and as a stack. `overhead` runs 33 and 99 trials of one step each on the digits. It prints what each
 of the 66 further trials takes, with its step, its three evaluations and its files.
-The other times are of the processor; on a shared machine only ratios mean something. Rows are
+The other times are of the processor; on a shared machine only ratios mean something. The process
+keeps freed memory, as those of the commands do (`bn_lightning.runs.freed_memory`). Rows are
 appended to results/stack_step.csv, stack_gpu.csv, stack_sweep.csv and stack_overhead.csv.
 """
 
@@ -37,6 +38,7 @@ from torch.nn import functional as F
 from bn_lightning.models.initialization import initialize, normal
 from bn_lightning.models.mlp import MLP
 from bn_lightning.models.normalization import batch_norm
+from bn_lightning.runs.freed_memory import keep_freed_memory
 from bn_lightning.stack.context import Placed
 from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer
@@ -93,9 +95,10 @@ def stacked_loop(arm: str, size: int, device: str = "cpu") -> Step:
         stack.context.calls.clear()
         stack.context.update = None if mixed else optimizer.update
         with torch.autocast(device, torch.bfloat16, enabled=mixed):
+            logits = stack(Placed(x, None))
             losses = stack.map(
-                lambda net, x, y: F.cross_entropy(net(x).float(), y),
-                Placed(x, None),
+                lambda _, logits, y: F.cross_entropy(logits.float(), y),
+                logits,
                 Placed(target, None),
             )
         losses.backward(torch.ones_like(losses))
@@ -277,6 +280,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     if arguments.what == "step":
         measure_steps(arguments.rounds or 5, arguments.steps or 60)
     elif arguments.what == "gpu":

@@ -15,7 +15,7 @@ from bn_lightning.models.layers import (
 from bn_lightning.models.normalization import NormFactory
 
 
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     """Multilayer perceptron: flatten, optional input normalization, hidden layers, linear output.
 
     The network of Ioffe & Szegedy 2015, section 4.1, is `MLP(784, [100, 100, 100], 10, "sigmoid",
@@ -54,6 +54,7 @@ class MLP(nn.Module):
                 f"expected `norm_position` to be before or after, got {norm_position!r}"
             )
         super().__init__()
+        self.flatten = nn.Flatten()
         self.input_norm = nn.Identity() if input_norm is None else input_norm(in_features)
         features = [in_features, *widths]
         self.hidden = nn.Sequential(
@@ -65,4 +66,5 @@ class MLP(nn.Module):
         self.output = nn.Linear(features[-1], out_features)
 
     def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N K"]:
-        return self.output(self.hidden(self.input_norm(x.flatten(1))))
+        # torch's `compile()` does nothing for a module that inherits its forward from torch.
+        return super().forward(x)

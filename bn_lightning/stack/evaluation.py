@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 
 from bn_lightning.data.batches import TensorBatches
 from bn_lightning.models.classifier import Classifier
-from bn_lightning.stack.context import Placed
+from bn_lightning.stack.context import Placed, leading
 from bn_lightning.stack.network import StackedNetwork
 
 # Samples that pass the network at once: with a large batch, the activations of all members leave
@@ -33,7 +33,7 @@ def evaluate_stack(
     with _evaluating(network.network):
         for x, target in batches:
             parts = [
-                network.map(lambda member, x: member(x), Placed(part, None))
+                leading(network(Placed(part, None)), network.size)
                 for part in placed_batch(x, first).split(_SAMPLES)
             ]
             # All at once, because each copy waits for the device.

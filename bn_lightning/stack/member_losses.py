@@ -24,8 +24,7 @@ def member_losses(
     """
     network.context.calls.clear()
 
-    def compute(member: Any, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        logits = member(x)
+    def compute(_: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         if logits.dtype is torch.bfloat16:
             logits = logits.float()  # as autocast does for losses, but not inside vmap
         loss = model.loss(logits, target)
@@ -34,5 +33,5 @@ def member_losses(
         right = model.predicted_classes(logits.detach()) == target
         return loss, right.float().mean()
 
-    losses, *accuracies = network.map(compute, x, target)
+    losses, *accuracies = network.map(compute, network(x), target)
     return losses, accuracies[0] if measures else None

@@ -71,6 +71,12 @@ class StackedNetwork(nn.Module):
         """Number of members K."""
         return self.context.size
 
+    def forward(self, x: Placed) -> Placed:
+        """Return the outputs of all members; without `torch.func.vmap` if each layer is known."""
+        if isinstance(self.network, StackedLayer):
+            return self.network.computed(x)
+        return Placed(self.map(lambda member, x: member(x), x), 0)
+
     def map(self, function: Callable[..., Any], *arguments: Placed) -> Any:
         """Call a function of one member for all members.
 

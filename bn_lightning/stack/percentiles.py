@@ -60,7 +60,7 @@ class StackPercentiles:
         context.watched, context.seen = self._layer, []
         try:
             with torch.no_grad(), self._network.preserved():
-                self._network.map(lambda network, x: network(x), Placed(self._probe, None))
+                self._network(Placed(self._probe, None))
         finally:
             context.watched = None
         inputs = leading(context.seen[-1], context.size).movedim(2, -1)  # (K, N, ..., C)

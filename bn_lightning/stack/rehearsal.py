@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.modules.preserve_state import preserve_state
 from bn_lightning.stack.context import Placed
+from bn_lightning.stack.member_losses import member_losses
 from bn_lightning.stack.network import NotStackableError, StackedNetwork
 
 # Largest difference of two losses relative to the larger one, or to 1. Rounding makes 1e-6 of it
@@ -39,14 +40,13 @@ def rehearse(
         NotStackableError: the network cannot run in a stack, keeps state in attributes, or a loss
             differs.
     """
-    loss_of = models[0].loss
     network.network.train()
     try:
         with torch.no_grad(), network.preserved():
-            losses = network.map(lambda member, x, y: loss_of(member(x), y), *batch).tolist()
+            losses = member_losses(network, models[0], *batch, measures=False)[0].tolist()
     except Exception as error:
         line = str(error).strip().partition("\n")[0]
-        raise NotStackableError(f"the network cannot run under torch.func.vmap: {line}") from error
+        raise NotStackableError(f"the network cannot run in a stack: {line}") from error
     for k, (model, loss) in enumerate(zip(models, losses, strict=True)):
         own = model.network.train()
         x, target = (part.value if part.dim is None else part.value[k] for part in batch)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bn_lightning.models.mlp import MLP
 from bn_lightning.modules.batch_norm import _BackendMixin
 from bn_lightning.stack.context import InVmap, Placed, StackContext, folded, leading
 
@@ -215,6 +216,17 @@ class StackedElementwise(StackedLayer):
         return Placed(replaced.forward(x.value), x.dim)
 
 
+class StackedFlatten(StackedLayer, nn.Flatten):
+    """Flattens dimensions of each member's tensor."""
+
+    def compute(self, x: Placed) -> Placed:
+        if x.dim is None:
+            return Placed(super(StackedLayer, self).forward(x.value), None)
+        x_K = x.value.movedim(x.dim, 0)
+        first, last = (d + 1 if d >= 0 else d for d in (self.start_dim, self.end_dim))
+        return Placed(x_K.flatten(first, last), 0)
+
+
 _BY_TYPE: dict[type[nn.Module], type[StackedLayer]] = {
     nn.Linear: StackedLinear,
     nn.Dropout: StackedDropout,
@@ -222,6 +234,7 @@ _BY_TYPE: dict[type[nn.Module], type[StackedLayer]] = {
     nn.BatchNorm2d: StackedBatchNorm,
     nn.BatchNorm3d: StackedBatchNorm,
     nn.ELU: StackedElementwise,
+    nn.Flatten: StackedFlatten,
     nn.GELU: StackedElementwise,
     nn.Hardswish: StackedElementwise,
     nn.Identity: StackedElementwise,
@@ -258,7 +271,7 @@ def stack_layer(module: nn.Module, same: list[nn.Module], context: StackContext)
     kind = type(module)
     if isinstance(module, _BackendMixin) and kind.forward is _BackendMixin.forward:
         base: type[StackedLayer] | None = StackedOwnBatchNorm
-    elif kind.forward is nn.Sequential.forward and len(module._modules):
+    elif kind.forward in (nn.Sequential.forward, MLP.forward) and len(module._modules):
         is_known = all(isinstance(child, StackedLayer) for child in module.children())
         base = StackedSequential if is_known else None
     else:

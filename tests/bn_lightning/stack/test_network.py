@@ -14,7 +14,8 @@ from bn_lightning.models.inception import Inception
 from bn_lightning.models.mlp import MLP
 from bn_lightning.models.normalization import batch_norm, ghost_batch_norm, torch_batch_norm
 from bn_lightning.models.resnet import CIFARResNet
-from bn_lightning.stack.context import DropoutStreams, Placed
+from bn_lightning.stack import network as network_module
+from bn_lightning.stack.context import DropoutStreams, Placed, leading
 from bn_lightning.stack.network import NotStackableError, StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer
 
@@ -52,6 +53,17 @@ def inception(norm):
         3,
         64,
         64,
+    )
+
+
+def flat(norm):
+    """Flattens before and after layers that put the members elsewhere."""
+    norms = [] if norm is None else [norm(3)]
+    flatten, linear = [nn.Flatten(2), nn.Flatten(-2)], [nn.Linear(4, 6), nn.Linear(18, 4)]
+    return nn.Sequential(flatten[0], linear[0], *norms, nn.Sigmoid(), flatten[1], linear[1]), (
+        3,
+        2,
+        2,
     )
 
 
@@ -122,7 +134,7 @@ def train_stacked(networks, factories, batches, clip=None):
     for x, target in batches:
         stacked.context.calls.clear()
         stacked.context.update = optimizer.update
-        loss = stacked.map(lambda net, x, y: F.cross_entropy(net(x), y), x, target)
+        loss = stacked.map(lambda _, logits, y: F.cross_entropy(logits, y), stacked(x), target)
         loss.backward(torch.ones_like(loss))
         optimizer.step()
         losses.append(loss.detach())
@@ -174,7 +186,7 @@ def compare(networks, factories, batches, tolerance, clip=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("norm", list(NORMS))
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-@pytest.mark.parametrize("make", [mlp, mlp_after, cnn], ids=["mlp", "after", "cnn"])
+@pytest.mark.parametrize("make", [mlp, mlp_after, cnn, flat], ids=["mlp", "after", "cnn", "flat"])
 def test_one_step_of_each_network(make, own, norm, dtype):
     if norm == "ghost" and dtype == torch.float32:
         pytest.skip("variances of three samples multiply rounding; double precision shows it")
@@ -183,6 +195,21 @@ def test_one_step_of_each_network(make, own, norm, dtype):
     compare(
         networks, [partial(torch.optim.SGD, lr=r) for r in (0.1, 0.5)], batches, ONE_STEP[dtype]
     )
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(("make", "is_known"), [(mlp, True), (flat, True), (cnn, False)])
+def test_a_network_of_known_layers_needs_no_vmap(make, is_known, own, monkeypatch):
+    networks, shape = members_of(make, 2, torch.float64)
+    ((x, _),) = batches_of(shape, 1, torch.float64, 2 if own else None)
+    stacked = StackedNetwork(networks)
+    mapped = stacked.map(lambda member, x: member(x), x)
+    monkeypatch.setattr(network_module, "vmap", None)
+    if is_known:
+        torch.testing.assert_close(leading(stacked(x), 2), mapped, rtol=0, atol=1e-12)
+    else:
+        with pytest.raises(TypeError, match="NoneType"):
+            stacked(x)
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
