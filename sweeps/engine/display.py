@@ -149,6 +149,7 @@ def write_results(directory: Path, best: Sequence[FrozenTrial], n_directions: in
 def print_sweep_summary(
     best: Sequence[FrozenTrial],
     counts: SlotCounts,
+    n_again: int,
     commands: Mapping[int, str],
     directory: Path,
     console: Console | None = None,
@@ -158,13 +159,15 @@ def print_sweep_summary(
     Args:
         best: the best trials.
         counts: of the sweep.
+        n_again: number of failed trials that the same command would run again.
         commands: from the number of a trial to the command that repeats it.
         directory: of the sweep, printed last.
         console: where to print; standard output by default.
     """
+    again = f", {n_again} to be tried again" if n_again else ""
     lines = [
         f"{counts.settled} of {counts.total} trials: {counts.complete} complete "
-        f"({counts.diverged} of them diverged), {counts.pruned} pruned, {counts.lost} failed"
+        f"({counts.diverged} of them diverged), {counts.pruned} pruned, {counts.lost} failed{again}"
     ]
     for trial in best:
         lines += [

@@ -210,12 +210,12 @@ def _end(study: SweepStudy, plan: SamplingPlan, max_failure_rate: float, stop: S
         trial.number: as_typed(run_command([*plan.space.fixed, *to_overrides(trial.params)]))
         for trial in best
     }
-    print_sweep_summary(best, counts, commands, study.directory)
-    lost = study.slots.failed(lost=True)
+    failed, lost = study.slots.failed(), study.slots.failed(lost=True)
+    print_sweep_summary(best, counts, len(failed) - len(lost), commands, study.directory)
     if study.is_given_up():
         raise SweepError(
             f"expected one of the first {counts.failures} trials to have a result, got only "
-            f"failures; {_last_failure(study.slots.failed(), lost)}"
+            f"failures; {_last_failure(failed, lost)}"
         )
     if stop.is_set() and counts.settled < counts.total:
         print("stopped; the same command resumes the sweep", flush=True)

@@ -91,14 +91,22 @@ class TestDisplay:
 
 
 class TestSummary:
-    def test_it_prints_the_command_of_the_best_trial(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("n_again", "expected"), [(0, "1 failed\n"), (2, "1 failed, 2 to be tried again\n")]
+    )
+    def test_it_prints_the_command_of_the_best_trial(self, n_again, expected, tmp_path):
         output = io.StringIO()
         best = trial(3, [0.5], params={"lr": 0.1}, directory="/sweep/3")
         print_sweep_summary(
-            [best], COUNTS, {3: "python train.py lr=0.1"}, tmp_path, Console(file=output)
+            [best],
+            COUNTS,
+            n_again,
+            {3: "python train.py lr=0.1"},
+            tmp_path,
+            Console(file=output, soft_wrap=True),
         )
         text = output.getvalue()
-        assert "5 of 6 trials: 3 complete (2 of them diverged), 1 pruned, 1 failed" in text
+        assert "5 of 6 trials: 3 complete (2 of them diverged), 1 pruned, " + expected in text
         assert "best: 0.5 in trial 3  lr=0.1\n  /sweep/3\n  python train.py lr=0.1\n" in text
         assert text.replace("\n", "").endswith(str(tmp_path))
 
