@@ -35,11 +35,13 @@ from rows import append_rows, provenance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bn_lightning.models.classifier import Classifier
 from bn_lightning.models.initialization import initialize, normal
 from bn_lightning.models.mlp import MLP
 from bn_lightning.models.normalization import batch_norm
 from bn_lightning.runs.freed_memory import keep_freed_memory
 from bn_lightning.stack.context import Placed
+from bn_lightning.stack.member_losses import member_losses
 from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer
 from bn_lightning.stack.step_graph import WARM_UP, StepGraph, recordable
@@ -90,17 +92,13 @@ def stacked_loop(arm: str, size: int, device: str = "cpu") -> Step:
     pairs = zip(networks, rates, strict=True)
     optimizers = [torch.optim.SGD(made.parameters(), lr=rate) for made, rate in pairs]
     optimizer = StackedOptimizer(stack.network.parameters(), optimizers)
+    model = Classifier(networks[0], torch.optim.SGD, num_classes=10)
 
     def step(x: Tensor, target: Tensor, mixed: bool = False) -> Tensor:
-        stack.context.calls.clear()
         stack.context.update = None if mixed else optimizer.update
         with torch.autocast(device, torch.bfloat16, enabled=mixed):
-            logits = stack(Placed(x, None))
-            losses = stack.map(
-                lambda _, logits, y: F.cross_entropy(logits.float(), y),
-                logits,
-                Placed(target, None),
-            )
+            batch = Placed(x, None), Placed(target, None)
+            losses, _ = member_losses(stack, model, *batch, measures=False)
         losses.backward(torch.ones_like(losses))
         optimizer.step()
         return losses.detach()
