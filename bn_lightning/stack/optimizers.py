@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.stack.network import NotStackableError
+from bn_lightning.stack.shared_linear import add_weight_gradient
 
 Number = float | Tensor
 """The same number for all members, or one for each, in a shape that broadcasts."""
@@ -203,8 +204,7 @@ class StackedOptimizer:
             else:
                 dy = dy * rate
             if x.dim() == 2:
-                weights = parameter.flatten(0, 1)  # a view, of a range of inputs, too
-                weights.addmm_(dy.flatten(1).t(), x, alpha=alpha)
+                add_weight_gradient(parameter.flatten(0, 1), dy.flatten(1), x, alpha)
             else:
                 parameter.baddbmm_(dy.transpose(1, 2), x, alpha=alpha)
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_lightning.models.mlp import MLP
 from bn_lightning.modules.batch_norm import _BackendMixin
 from bn_lightning.stack.context import InVmap, Placed, StackContext, folded, leading
+from bn_lightning.stack.shared_linear import shared_linear
 
 
 class StackedLayer(nn.Module):
@@ -76,13 +77,9 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x, weight_KOI, bias_KO)
-        ctx.columns = slice(None)
         if x.dim() == 2:
-            weights = weight_KOI.flatten(0, 1).t()  # (I, K * O)
-            if x.device.type == "cpu":
-                ctx.columns = _used_columns(x)
-                x, weights = x[:, ctx.columns], weights[ctx.columns]
-            y = x @ weights if bias_KO is None else torch.addmm(bias_KO.flatten(), x, weights)
+            bias = None if bias_KO is None else bias_KO.flatten()
+            y = shared_linear(x, weight_KOI.flatten(0, 1), bias)
             return y.unflatten(1, weight_KOI.shape[:2])
         weights = weight_KOI.transpose(1, 2)
         if bias_KO is None:
@@ -103,29 +100,16 @@ class _Linear(torch.autograd.Function):
             if needs_bias:
                 update(bias, dy.sum(0 if shares else 1))
             if needs_weight:
-                update(weight[..., ctx.columns], dy, x[..., ctx.columns])
+                update(weight, dy, x)
             return dx, None, None, None
         if needs_weight:
             if shares:
-                dw = (dy.flatten(1).t() @ x).view_as(weight)
+                dw = shared_linear(dy.flatten(1).t(), x.t()).view_as(weight)
             else:
                 dw = torch.bmm(dy.transpose(1, 2), x)
         if needs_bias:
             db = dy.sum(0 if shares else 1)
         return dx, dw, db, None
-
-
-def _used_columns(x: Tensor) -> slice:
-    """Return a range of inputs outside of which all samples (N, I) are 0, as at an image's edges.
-
-    The others are not multiplied, so that a weight of theirs that is not finite is not noticed. The
-    range begins at a multiple of 16: from another address, its product takes longer than that of
-    all inputs.
-    """
-    used = x.detach().abs().amax(0).nonzero()
-    if not len(used):
-        return slice(0)
-    return slice(int(used[0]) // 16 * 16, int(used[-1]) + 1)
 
 
 class StackedBatchNorm(StackedLayer, _BatchNorm):

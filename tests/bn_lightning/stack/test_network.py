@@ -238,21 +238,6 @@ def test_four_steps_of_each_optimizer(name):
     compare(networks, factories, batches_of(shape, 4, torch.float64), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["sgd", "sgd_rates", "momentum"])
-@pytest.mark.parametrize(
-    "first", [nn.Linear(40, 5), nn.Linear(40, 5, bias=False)], ids=["bias", "no_bias"]
-)
-def test_inputs_that_are_0_in_all_samples(name, first):
-    networks = [
-        nn.Sequential(copy.deepcopy(first), nn.Tanh(), nn.Linear(5, 4)).double() for _ in range(2)
-    ]
-    batches = batches_of((40,), 4, torch.float64)
-    for (x, _), (start, end) in zip(batches, [(18, 29), (0, 0), (3, 20), (33, 40)], strict=True):
-        x.value[:, :start] = x.value[:, end:] = 0
-    factories = [OPTIMIZERS[name][k % len(OPTIMIZERS[name])] for k in range(2)]
-    compare(networks, factories, batches, 1e-12)
-
-
 @pytest.mark.parametrize("norm", ["batch", "none"])
 @pytest.mark.parametrize("name", ["sgd_rates", "nesterov", "adam", "adamw", "adagrad"])
 def test_one_step_in_single_precision_errs_as_torch_does(name, norm):
