@@ -36,14 +36,24 @@ def member_losses(
     logits = network(x)
     if logits.value.dtype is torch.bfloat16:
         logits = Placed(logits.value.float(), logits.dim)  # as autocast does for losses
-    is_plain = type(model).loss is Classifier.loss and logits.value.is_cpu
-    if is_plain and logits.value.dim() == 3 and logits.value.shape[2] == model.num_classes:
+    if _is_plain(model, logits, target):
         losses = _cross_entropies(logits, target, network.size)
     else:
         losses = network.map(loss, logits, target)
     if not measures:
         return losses, None
     return losses, network.map(accuracy, Placed(logits.value.detach(), logits.dim), target)
+
+
+def _is_plain(model: Classifier, logits: Placed, target: Placed) -> bool:
+    """Return whether the loss is torch's cross-entropy of classes, on a CPU."""
+    return (
+        type(model).loss is Classifier.loss
+        and logits.value.is_cpu
+        and logits.value.dim() == 3
+        and logits.value.shape[2] == model.num_classes
+        and not target.value.is_floating_point()  # probabilities of the classes
+    )
 
 
 def _cross_entropies(logits: Placed, target: Placed, size: int) -> Tensor:

@@ -97,3 +97,16 @@ def test_a_member_whose_targets_are_all_ignored_has_no_loss():
     losses, _ = member_losses(StackedNetwork([network] * SIZE), model, x, target, measures=False)
     assert losses.isnan().tolist() == [False, True, False]
     assert model.loss(network(x.value[1]), target.value[1]).isnan()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_targets_may_be_probabilities(own):
+    networks = [nn.Linear(FEATURES, CLASSES).double() for _ in range(SIZE)]
+    model = Classifier(networks[0], torch.optim.SGD, num_classes=CLASSES)
+    x, classes = drawn(own)
+    target = Placed(F.one_hot(classes.value, CLASSES).double() * 0.7 + 0.075, classes.dim)
+    losses, _ = member_losses(StackedNetwork(networks), model, x, target, measures=False)
+    for k, network in enumerate(networks):
+        own_x, own_target = (p.value if p.dim is None else p.value[k] for p in (x, target))
+        expected = model.loss(network(own_x), own_target)
+        torch.testing.assert_close(losses[k], expected, rtol=0, atol=1e-14)
