@@ -67,7 +67,7 @@ class Classifier(LightningModule):
             # A convolution computes in the memory format of its weights, not of its input.
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
-            network.compile()
+            _compile(network)
         self.network = network
         self.optimizer_factory = optimizer
         self.scheduler_factory = scheduler
@@ -249,6 +249,18 @@ def evaluation_name(dataloader_idx: int) -> str:
             f"{dataloader_idx + 1} or more"
         )
     return ("val", "test")[dataloader_idx]
+
+
+def _compile(network: nn.Module) -> None:
+    """Compile a network at its first call."""
+    if not network.forward.__module__.startswith("torch."):
+        return network.compile()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return network._call_impl(*args, **kwargs)
+
+    # torch.compile skips code of torch.nn: of nn.Sequential, `compile()` compiles nothing (2.13).
+    network._compiled_call_impl = torch.compile(call)
 
 
 def _call_factory(name: str, factory: Callable[[Any], Any], argument: Any) -> Any:

@@ -1,5 +1,6 @@
 """Classifier in a plain script: a Trainer and torch's DataLoader, no Hydra."""
 
+import copy
 import math
 from functools import partial
 from pathlib import Path
@@ -274,13 +275,21 @@ class TestSpeed:
         assert got.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(got, expected)
 
+    @pytest.mark.parametrize("kind", ["mlp", "sequential"])
     def test_a_compiled_network_has_the_same_checkpoints(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Backend eager, because generating code takes half a minute.
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         torch.compiler.reset()
-        plain, compiled = classifier(), classifier(compile=True)
+        torch._dynamo.utils.counters.clear()
+        network: nn.Module = mlp()
+        if kind == "sequential":
+            network = nn.Sequential(
+                nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)
+            )
+        plain = classifier(network=copy.deepcopy(network))
+        compiled = classifier(network=network, compile=True)
         for module in (plain, compiled):
             trainer(tmp_path, max_steps=3).fit(module, loader(8))
         counters = torch._dynamo.utils.counters["stats"]
