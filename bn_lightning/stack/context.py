@@ -43,12 +43,12 @@ class DropoutStreams:
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Restore the state of all streams when the context ends."""
-        states = [generator.get_state() for generator in self.generators]
+        generators = [generator.clone_state() for generator in self.generators]
+        stream_of = list(self.stream_of)
         try:
             yield
         finally:
-            for generator, state in zip(self.generators, states, strict=True):
-                generator.set_state(state)
+            self.generators, self.stream_of = generators, stream_of
 
     def masks(self, like: Tensor, p: Sequence[float]) -> Tensor:
         """Draw the scaled masks of one dropout layer, as `torch.nn.functional.dropout` does.
@@ -63,16 +63,31 @@ class DropoutStreams:
             (K, *shape).
         """
         keep = [1 - value for value in p]
+        self._part([value not in (0, 1) for value in p])
         drawn: dict[tuple[int, float], Tensor] = {}
         for stream, generator in enumerate(self.generators):
             chances = {keep[k] for k, of in enumerate(self.stream_of) if of == stream}
+            if chances <= {0, 1}:
+                drawn |= {(stream, c): torch.full_like(like, c) for c in chances}
+                continue
             # Each probability starts where the single run of the stream would.
             before = generator.get_state()
             for chance in sorted(chances):
                 generator.set_state(before)
                 mask = torch.empty_like(like, device="cpu").bernoulli_(chance, generator=generator)
-                drawn[stream, chance] = (mask / chance if chance else mask).to(like.device)
+                drawn[stream, chance] = (mask / chance).to(like.device)
         return torch.stack([drawn[of, keep[k]] for k, of in enumerate(self.stream_of)])
+
+    def _part(self, draws: Sequence[bool]) -> None:
+        """Part the members that draw nothing from a stream that others draw from."""
+        drawn_from = {of for of, is_drawn in zip(self.stream_of, draws, strict=True) if is_drawn}
+        parted: dict[int, int] = {}
+        for k, of in enumerate(self.stream_of):
+            if not draws[k] and of in drawn_from:
+                if of not in parted:
+                    parted[of] = len(self.generators)
+                    self.generators.append(self.generators[of].clone_state())
+                self.stream_of[k] = parted[of]
 
 
 @dataclass
@@ -86,6 +101,7 @@ class StackContext:
         update: takes a parameter and two factors whose product is its gradient, and applies the
             step of an optimizer at once; None if gradients are to be returned.
         calls: how often the current step called each layer, by `id`.
+        is_mapped: whether `torch.func.vmap` runs a forward.
         watched: a layer whose inputs are kept in `seen`.
         seen: inputs of `watched`.
     """
@@ -95,6 +111,7 @@ class StackContext:
     streams: DropoutStreams | None = None
     update: Callable[..., None] | None = None
     calls: Counter[int] = field(default_factory=Counter)
+    is_mapped: bool = False
     watched: nn.Module | None = None
     seen: list[Placed] = field(default_factory=list)
 

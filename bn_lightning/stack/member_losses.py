@@ -48,7 +48,7 @@ def member_losses(
 def _is_plain(model: Classifier, logits: Placed, target: Placed) -> bool:
     """Return whether the loss is torch's cross-entropy of classes, on a CPU."""
     return (
-        type(model).loss is Classifier.loss
+        getattr(model.loss, "__func__", None) is Classifier.loss
         and logits.value.is_cpu
         and logits.value.dim() == 3
         and logits.value.shape[2] == model.num_classes

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,23 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from bn_lightning.modules.preserve_state import preserve_state
+from bn_lightning.stack.alike import check_alike
 from bn_lightning.stack.context import Placed, StackContext
 from bn_lightning.stack.stacked_layers import StackedLayer, stack_layer
-
-
-class NotStackableError(ValueError):
-    """Something of a run that cannot be stacked.
-
-    Attributes:
-        reason: what, as the end of a sentence.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"expected runs that can be one stack, got some that cannot: {reason}; train each by"
-            " `bn_lightning.train`"
-        )
-        self.reason = reason
 
 
 class StackedNetwork(nn.Module):
@@ -41,13 +28,12 @@ class StackedNetwork(nn.Module):
         networks: the members, at least one; they are not changed.
 
     Raises:
-        NotStackableError: the members differ in their modules or in the shape of a tensor, have
-            hooks, or are compiled.
+        NotStackableError: see `check_alike`.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        _check_alike(networks)
+        check_alike(networks)
         device = next(iter(_tensors(networks[0])), torch.empty(0)).device
         size = len(networks)
         self.context = StackContext(size, torch.arange(size, device=device))
@@ -94,13 +80,15 @@ class StackedNetwork(nn.Module):
             context.index = index
             if not tensors:
                 return function(self.network, *values)
-            return function(lambda x: functional_call(self.network, tensors, (x,)), *values)
+            call = partial(functional_call, self.network, tensors, tie_weights=False)
+            return function(call, *values)
 
         dims = (0, 0, *(argument.dim for argument in arguments))
+        context.is_mapped = True
         try:
             return vmap(member, in_dims=dims)(index, tensors, *(a.value for a in arguments))
         finally:
-            context.index = index
+            context.index, context.is_mapped = index, False
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -137,37 +125,23 @@ class StackedNetwork(nn.Module):
         state = self.network.state_dict()
         return {name: tensor[member].clone() for name, tensor in state.items()}
 
+    def load_member(self, network: nn.Module, member: int) -> None:
+        """Copy a member's parameters and buffers to a network of its own."""
+        network.load_state_dict(self.member_state(member))
+        for own, buffer in zip(network.buffers(), self.network.buffers(), strict=True):
+            own.copy_(buffer[member])  # those that are not in a state_dict, too
+
     def _generic_tensors(self) -> dict[str, Tensor]:
         if not self._generic:
             return {}
-        found = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
-        return {name: found[name] for name in self._generic if name in found}
+        parameters = self.network.named_parameters(remove_duplicate=False)
+        found = dict([*parameters, *self.network.named_buffers(remove_duplicate=False)])
+        return {name: found[name] for name in self._generic}
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:
     yield from network.parameters()
     yield from network.buffers()
-
-
-def _check_alike(networks: Sequence[nn.Module]) -> None:
-    first = networks[0]
-    kinds = {name: type(module) for name, module in first.named_modules()}
-    shapes = {name: (t.shape, t.dtype) for name, t in first.state_dict(keep_vars=True).items()}
-    for name, module in first.named_modules():
-        where = f"`{name}`" if name else "the network"
-        if any(len(getattr(module, hooks)) for hooks in _HOOKS):
-            raise NotStackableError(f"{where} has hooks, which would see all members as one")
-        if module._compiled_call_impl is not None:
-            raise NotStackableError(f"{where} is compiled")
-    for other in networks[1:]:
-        if {name: type(module) for name, module in other.named_modules()} != kinds:
-            raise NotStackableError("the networks differ in their modules")
-        own = {name: (t.shape, t.dtype) for name, t in other.state_dict(keep_vars=True).items()}
-        if own != shapes:
-            raise NotStackableError("the networks differ in the shapes of their parameters")
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _names_of_shared(network: nn.Module) -> set[str]:
@@ -196,7 +170,9 @@ def _stack_tensors(module: nn.Module, same: Sequence[nn.Module], stacked: dict[i
 
 
 def _stacked(tensors: Sequence[Any]) -> Tensor:
-    """Stack tensors along a new first dimension, each in its own memory format."""
+    """Stack tensors along a new first dimension; images in their own memory format."""
+    if tensors[0].dim() < 4:
+        return torch.stack([t.detach() for t in tensors]).contiguous()
     order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
     back = [0, *(1 + order.index(dim) for dim in range(len(order)))]
     return torch.stack([t.detach().permute(order) for t in tensors]).permute(back)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bn_lightning.models.classifier import Classifier
-from bn_lightning.stack.network import NotStackableError
+from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.shared_linear import add_weight_gradient
 
 Number = float | Tensor
@@ -54,7 +54,7 @@ class StackedOptimizer:
 
     Raises:
         NotStackableError: the optimizers are of a class or have an option that has no rule here, or
-            differ in more than numbers.
+            differ in more than numbers, or take other parameters than the network's.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class StackedOptimizer:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.members = list(members)
         self.clip_norm = clip_norm
-        self.steps = 0
         self.state: dict[int, dict[str, Tensor]] = {}  # by place in `parameters`
+        self._steps = [0] * len(self.parameters)  # with a gradient, of each
         first = self.members[0]
         if type(first) not in _RULES:
             known = ", ".join(kind.__name__ for kind in _RULES)
@@ -79,6 +79,11 @@ class StackedOptimizer:
                 raise NotStackableError("the optimizers differ in more than numbers")
         if refused := [name for name in _REFUSED if self._flags.get(name)]:
             raise NotStackableError(f"`optimizer.{refused[0]}` has no rule for a stack")
+        shapes = [tuple(p.shape[1:]) for p in self.parameters]
+        for k in range(len(self.members)):
+            own = [tuple(p.shape) for p in self._own_parameters(k) if p.requires_grad]
+            if own != shapes:
+                raise NotStackableError("the optimizer does not take all parameters of the network")
         self.read_numbers()
 
     def read_numbers(self) -> None:
@@ -106,7 +111,6 @@ class StackedOptimizer:
 
     def step(self) -> None:
         """Apply a step to all parameters that have a gradient, and remove the gradients."""
-        self.steps += 1
         if self.clip_norm is not None:
             clip_members([p.grad for p in self.parameters if p.grad is not None], self.clip_norm)
         with torch.no_grad():
@@ -116,7 +120,9 @@ class StackedOptimizer:
                     continue
                 if self._flags.get("maximize"):
                     gradient = gradient.neg_()
-                self._rule(self, parameter, gradient, self.state.setdefault(place, {}))
+                self._steps[place] += 1
+                state = self.state.setdefault(place, {})
+                self._rule(self, parameter, gradient, state, self._steps[place])
 
     def take(self, members: Sequence[int], parameters: Iterable[nn.Parameter]) -> None:
         """Keep the given members only.
@@ -142,8 +148,8 @@ class StackedOptimizer:
         for place, tensors in self.state.items():
             if tensors and group.get("momentum") != 0:  # torch keeps no buffer for a momentum of 0
                 own = {name: tensor[member].clone() for name, tensor in tensors.items()}
-                counted = {} if self._rule is _sgd else {"step": torch.tensor(float(self.steps))}
-                state[places[place]] = counted | own
+                steps = torch.tensor(float(self._steps[place]))
+                state[places[place]] = own if self._rule is _sgd else {"step": steps} | own
         return optimizer.state_dict() | {"state": state}
 
     def load_members(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -162,7 +168,7 @@ class StackedOptimizer:
                 stacked = torch.stack([tensors.get(name, zero) for tensors in own])
                 self.state.setdefault(place, {})[name] = stacked.to(parameter)
             steps = [int(tensors["step"]) for tensors in own if "step" in tensors]
-            self.steps = max(steps, default=self.steps)
+            self._steps[place] = max(steps, default=0)
         self.read_numbers()
 
     def number(self, name: str, like: Tensor) -> Number:
@@ -209,7 +215,9 @@ class StackedOptimizer:
                 parameter.baddbmm_(dy.transpose(1, 2), x, alpha=alpha)
 
 
-def _sgd(o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+def _sgd(
+    o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, Tensor], steps: int
+) -> None:
     decay, momentum = o.number("weight_decay", p), o.number("momentum", p)
     if _any(decay):
         _add(gradient, p, decay)
@@ -224,7 +232,9 @@ def _sgd(o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, Tens
     _add(p, gradient, o.number("lr", p), -1.0)
 
 
-def _adam(o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+def _adam(
+    o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, Tensor], steps: int
+) -> None:
     decay = o.number("weight_decay", p)
     if _any(decay):
         if o._flags["decoupled_weight_decay"]:
@@ -240,13 +250,15 @@ def _adam(o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, Ten
         squares.addcmul_(gradient, gradient, value=1 - beta2.item())
     else:
         squares.add_(gradient.square().mul_(_view(1 - beta2, p)))
-    correction1, correction2 = 1 - beta1**o.steps, 1 - beta2**o.steps
+    correction1, correction2 = 1 - beta1**steps, 1 - beta2**steps
     size = o.whole("lr") / correction1
     denominator = squares.sqrt().div_(_view(correction2.sqrt(), p)).add_(o.number("eps", p))
     _add_quotient(p, state["exp_avg"], denominator, size)
 
 
-def _adagrad(o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+def _adagrad(
+    o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, Tensor], steps: int
+) -> None:
     decay = o.number("weight_decay", p)
     if _any(decay):
         _add(gradient, p, decay)
@@ -254,7 +266,7 @@ def _adagrad(o: StackedOptimizer, p: Tensor, gradient: Tensor, state: dict[str, 
         start = o.number("initial_accumulator_value", p)
         state["sum"] = torch.zeros_like(p).add_(start)
     squares = state["sum"].addcmul_(gradient, gradient)
-    rate = o.whole("lr") / (1 + (o.steps - 1) * o.whole("lr_decay"))
+    rate = o.whole("lr") / (1 + (steps - 1) * o.whole("lr_decay"))
     _add_quotient(p, gradient, squares.sqrt().add_(o.number("eps", p)), rate)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule
 
 from bn_lightning.models.classifier import Classifier
-from bn_lightning.stack.network import NotStackableError
+from bn_lightning.stack.alike import NotStackableError
 
 RUN_CHECKPOINTS = "bn_lightning.callbacks.RunCheckpoints"
 LOSS_GUARD = "bn_lightning.callbacks.DivergenceGuard"
@@ -92,7 +92,8 @@ def check_module(module: object) -> Classifier:
     """Return a LightningModule whose training a stack repeats.
 
     Raises:
-        NotStackableError: it is no Classifier, or trains in its own way.
+        NotStackableError: it is no Classifier, trains in its own way, or has tensors besides those
+            of its network and metrics.
     """
     kind = type(module)
     if not isinstance(module, Classifier):
@@ -101,6 +102,9 @@ def check_module(module: object) -> Classifier:
         is_step = name.startswith("on_") or name.endswith("_step") or name in _OWN_WAY
         if is_step and getattr(kind, name, None) is not getattr(Classifier, name, None):
             raise NotStackableError(f"`model` is {kind.__name__}, which has a `{name}` of its own")
+    for name in module.state_dict():
+        if not name.startswith(("network.", "evaluations.")):
+            raise NotStackableError(f"`model` is {kind.__name__}, which has a tensor `{name}`")
     return module
 
 

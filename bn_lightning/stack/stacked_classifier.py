@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bn_lightning.models.classifier import Batch, Classifier, evaluation_name
+from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.context import DropoutStreams, Placed
 from bn_lightning.stack.evaluation import evaluate_stack
 from bn_lightning.stack.member_losses import member_losses
-from bn_lightning.stack.network import NotStackableError, StackedNetwork
+from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer, clip_members, member_optimizers
 from bn_lightning.stack.rehearsal import rehearse
 from bn_lightning.stack.stackable import check_module
@@ -24,8 +25,8 @@ class StackedClassifier(LightningModule):
 
     Each member equals the classifier that the Trainer would train alone on these batches, up to
     rounding. A NaN of one member does not reach another. The loss that callbacks see is the sum of
-    the members'. Before the first batch, its losses in training mode are compared with those of
-    each member alone.
+    the members'. Before the first batch, its losses, gradients, buffers and evaluation are
+    compared with those of each member alone.
 
     Logs what `Classifier` logs, with `member_K/` before each name: `member_0/train/loss`,
     `member_0/val/accuracy`, `member_0/test/loss`. Rates of the members are not logged, and
@@ -123,7 +124,7 @@ class StackedClassifier(LightningModule):
         first = next(self.stack.parameters())
         with torch.inference_mode(False):  # in a validation, too, so that the member can be trained
             model.network.to(first.device, first.dtype)
-            model.network.load_state_dict(self.stack.member_state(k))
+            self.stack.load_member(model.network, k)
         return model
 
     def _begin(self, x: Placed, target: Placed) -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.models.mlp import MLP
 from bn_lightning.modules.batch_norm import _BackendMixin
+from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.context import InVmap, Placed, StackContext, folded, leading
 from bn_lightning.stack.shared_linear import shared_linear
 
@@ -38,6 +39,13 @@ class StackedLayer(nn.Module):
     def take(self, members: list[int]) -> None:
         """Keep what is neither parameter nor buffer for the given members only."""
 
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if isinstance(value, Tensor) and self.context.is_mapped:
+            kind = type(self).__name__.removeprefix("Stacked")
+            raise NotStackableError(f"the network reads the `{name}` of a {kind} by itself")
+        return value
+
 
 class StackedLinear(StackedLayer, nn.Linear):
     """K linear layers: one GEMM where the members share the input, else a batched one.
@@ -47,11 +55,12 @@ class StackedLinear(StackedLayer, nn.Linear):
 
     def compute(self, x: Placed) -> Placed:
         self.context.calls[id(self)] += 1
-        value, weight, bias = _cast_by_autocast(x.value, self.weight, self.bias)
+        own = self._parameters
+        value, weight, bias = _cast_by_autocast(x.value, own["weight"], own["bias"])
         if x.dim is None:
             shape = value.shape[:-1]
-            y = _Linear.apply(value.flatten(0, -2), weight, bias, self)  # (N, K, O)
-            return Placed(y.unflatten(0, shape), len(shape))
+            y = _Linear.apply(value.flatten(0, -2), weight, bias, self)  # (N, K * O)
+            return Placed(y.unflatten(1, weight.shape[:2]).unflatten(0, shape), len(shape))
         x_K = value.movedim(x.dim, 0)
         shape = x_K.shape[1:-1]
         y = _Linear.apply(x_K.flatten(1, -2), weight, bias, self)  # (K, N, O)
@@ -79,8 +88,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight_KOI, bias_KO)
         if x.dim() == 2:
             bias = None if bias_KO is None else bias_KO.flatten()
-            y = shared_linear(x, weight_KOI.flatten(0, 1), bias)
-            return y.unflatten(1, weight_KOI.shape[:2])
+            return shared_linear(x, weight_KOI.flatten(0, 1), bias)
         weights = weight_KOI.transpose(1, 2)
         if bias_KO is None:
             return torch.bmm(x, weights)
@@ -94,7 +102,10 @@ class _Linear(torch.autograd.Function):
         shares = x.dim() == 2
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = dy.flatten(1) @ weight.flatten(0, 1) if shares else torch.bmm(dy, weight)
+            dx = dy @ weight.flatten(0, 1) if shares else torch.bmm(dy, weight)
+        dy_MN = dy.t() if shares else None
+        if shares:
+            dy = dy.unflatten(1, weight.shape[:2])
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
         if update is not None:
             if needs_bias:
@@ -103,8 +114,10 @@ class _Linear(torch.autograd.Function):
                 update(weight, dy, x)
             return dx, None, None, None
         if needs_weight:
-            if shares:
-                dw = shared_linear(dy.flatten(1).t(), x.t()).view_as(weight)
+            if dy_MN is not None:
+                # oneDNN's product has no gradient of its own.
+                dw = dy_MN @ x if torch.is_grad_enabled() else shared_linear(dy_MN, x.t())
+                dw = dw.view_as(weight)
             else:
                 dw = torch.bmm(dy.transpose(1, 2), x)
         if needs_bias:
@@ -117,8 +130,8 @@ class StackedBatchNorm(StackedLayer, _BatchNorm):
 
     def compute(self, x: Placed) -> Placed:
         x_folded = folded(x, self.context.size)
-        mean, var = self.running_mean, self.running_var
-        count = self.num_batches_tracked
+        own = {**self._parameters, **self._buffers}
+        mean, var, count = own["running_mean"], own["running_var"], own["num_batches_tracked"]
         training = self.training and not getattr(self, "stats_frozen", False)
         if not training:
             training, count = mean is None and var is None, None
@@ -130,7 +143,9 @@ class StackedBatchNorm(StackedLayer, _BatchNorm):
         if momentum is None:
             # All members have counted the same batches.
             momentum = 0.0 if count is None else 1.0 / count[0].item()
-        state = [None if t is None else t.flatten() for t in (mean, var, self.weight, self.bias)]
+        state = [
+            None if t is None else t.flatten() for t in (mean, var, own["weight"], own["bias"])
+        ]
         y = self.normalize(x_folded, state, training, momentum)
         return Placed(y.unflatten(1, (self.context.size, -1)), 1)
 
@@ -264,6 +279,10 @@ def stack_layer(module: nn.Module, same: list[nn.Module], context: StackContext)
         return False
     module.__class__ = _stacked_class(base, kind)
     module.context = context  # type: ignore[assignment]
+    if isinstance(module, StackedBatchNorm) and module.momentum is None:
+        count = module.num_batches_tracked
+        if count is not None and (count != count[0]).any():
+            raise NotStackableError("the BatchNorms have counted different numbers of batches")
     if isinstance(module, StackedDropout):
         module.probabilities = [float(getattr(other, "p", 0.0)) for other in same]
     return True

@@ -15,6 +15,7 @@ from bn_lightning.callbacks.same_data import SameData
 from bn_lightning.data.protocol import data_info
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.runs.record import logged_numbers, run_outcome
+from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.builder import Builder
 from bn_lightning.stack.context import DropoutStreams, Placed
 from bn_lightning.stack.evaluation import (
@@ -28,7 +29,7 @@ from bn_lightning.stack.loss_watch import LossWatch
 from bn_lightning.stack.member import Member
 from bn_lightning.stack.member_losses import member_losses
 from bn_lightning.stack.memory import StackSizeError, fitting_members
-from bn_lightning.stack.network import NotStackableError, StackedNetwork
+from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer, member_optimizers
 from bn_lightning.stack.percentiles import StackPercentiles
 from bn_lightning.stack.progress import StackProgress
@@ -323,7 +324,7 @@ class StackTraining:
     def _alone(self, k: int) -> Classifier:
         """Return a member's own module, with the state that it has in the stack."""
         model = self.members[k].model
-        model.network.load_state_dict(self.network.member_state(k))
+        self.network.load_member(model.network, k)
         return model
 
     def _judge(self, step: int) -> set[int]:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from bn_lightning.stack import shared_linear as module
+from bn_lightning.stack.context import Placed
+from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.shared_linear import add_weight_gradient, shared_linear
 
 SHAPES = [(1, 1, 1), (7, 12, 35), (60, 30, 330), (0, 4, 6)]
@@ -51,3 +54,21 @@ def test_products(shape, dtype, gaps):
     expected = weight64 - 0.3 * dy64.t() @ x64
     add_weight_gradient(weight, dy, x, -0.3)
     check(weight, expected, weight64.abs() + dy64.t().abs() @ x64.abs())
+
+
+@pytest.mark.parametrize("dtype", list(ERROR), ids=str)
+@pytest.mark.usefixtures("kernels")
+def test_second_derivatives(dtype):
+    networks = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)) for _ in range(2)]
+    stacked = StackedNetwork([network.to(dtype) for network in networks])
+    x, _, _, _ = drawn((7, 6, 5), dtype, gaps=False)
+
+    def penalties(outputs, parameters):
+        (gradient,) = torch.autograd.grad(outputs.sum(), parameters[:1], create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), parameters[:1])[0]
+
+    found = penalties(stacked(Placed(x, None)).value, list(stacked.parameters()))
+    for k, network in enumerate(networks):
+        expected = penalties(network(x), list(network.parameters()))
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(found[k], expected, rtol=0, atol=30 * ERROR[dtype] * largest)

@@ -12,7 +12,7 @@ from bn_lightning.data.batches import TensorBatches
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.models.mlp import MLP
 from bn_lightning.models.normalization import batch_norm
-from bn_lightning.stack.network import NotStackableError
+from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.stacked_classifier import StackedClassifier, member_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
@@ -191,6 +191,12 @@ class OwnStep(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+class OwnTensor(Classifier):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("class_weights", torch.ones(4))
+
+
 class Noisy(MLP):
     def forward(self, x):
         return super().forward(x) + torch.rand(1, device=x.device)
@@ -201,6 +207,9 @@ def test_what_cannot_be_stacked_is_refused():
     own = OwnStep(network(), torch.optim.SGD, num_classes=4)
     with pytest.raises(NotStackableError, match="training_step"):
         StackedClassifier([own])
+    weighted = OwnTensor(network(), torch.optim.SGD, num_classes=4)
+    with pytest.raises(NotStackableError, match="class_weights"):
+        StackedClassifier([weighted])
     unlike = Classifier(nn.Linear(12, 4), torch.optim.SGD, num_classes=4)
     with pytest.raises(NotStackableError, match="differ"):
         StackedClassifier([classifier(0, torch.optim.SGD), unlike])
@@ -218,3 +227,92 @@ def test_arguments_are_checked(count, seeds, named):
     members = [classifier(k, torch.optim.SGD) for k in range(count)]
     with pytest.raises(ValueError, match=f"expected `{named}`"):
         StackedClassifier(members, seeds)
+
+
+class ShortBatchLayer(nn.Module):
+    """Has a layer that only a short batch passes, and a mean that no state_dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.between = nn.Linear(12, 7), nn.Linear(7, 7)
+        self.output = nn.Linear(7, 4)
+        self.register_buffer("mean", torch.zeros(12), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        x = self.first(x - self.mean).tanh()
+        return self.output(self.between(x) if self.training and len(x) < 10 else x)
+
+
+def in_place():
+    return nn.Sequential(nn.Linear(12, 7), nn.ReLU(inplace=True), nn.Linear(7, 4))
+
+
+def twice():
+    layer = nn.Linear(12, 12)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.LayerNorm(12), nn.Linear(12, 4))
+
+
+def transposed():
+    network = nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 4))
+    network[0].weight = nn.Parameter(torch.randn(12, 7).t())
+    return network
+
+
+def with_dropout(k):
+    """In one member the first dropout draws nothing."""
+    dropout = nn.Dropout([0.0, 0.3, 1.0][k])
+    return nn.Sequential(dropout, nn.Linear(12, 7), nn.Dropout(0.5), nn.Linear(7, 4))
+
+
+@pytest.mark.parametrize("seeds", [None, [1, 1, 2]], ids=["one stream", "streams"])
+@pytest.mark.parametrize(
+    "make", [in_place, twice, transposed, with_dropout, ShortBatchLayer], ids=lambda f: f.__name__
+)
+def test_unusual_networks_equal_those_alone(make, seeds):
+    if make is with_dropout and seeds is None:
+        seeds = [1, 1, 1]
+
+    def member(k):
+        torch.manual_seed(k)
+        network = (make(k) if make is with_dropout else make()).double()
+        optimizer = torch.optim.Adam if make is ShortBatchLayer else torch.optim.SGD
+        return Classifier(network, partial(optimizer, lr=0.1), num_classes=4)
+
+    def fit(model):
+        torch.manual_seed(1)
+        loaders = batches(46, 0), [batches(30, 1)]
+        trainer(2).fit(model, *loaders)
+
+    stack = StackedClassifier([member(k) for k in range(3)], seeds)
+    fit(stack)
+    for k in range(3):
+        alone = member(k)
+        if seeds is not None:
+            torch.manual_seed(seeds[k])
+        trainer(2).fit(alone, batches(46, 0), [batches(30, 1)])
+        assert_same(
+            dict(stack.member(k).network.named_buffers()), dict(alone.network.named_buffers())
+        )
+        assert_same(stack.member(k).network.state_dict(), alone.network.state_dict())
+
+
+def test_a_loss_of_the_instance_is_the_members_own():
+    def member():
+        model = classifier(0, torch.optim.SGD)
+        model.loss = partial(nn.functional.cross_entropy, label_smoothing=0.3)
+        return model
+
+    stack, alone = StackedClassifier([member()]), member()
+    for model in (stack, alone):
+        fitted(model)
+    assert_same(stack.member(0).network.state_dict(), alone.network.state_dict())
+
+
+def test_an_optimizer_of_some_parameters_is_refused():
+    network = nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 4))
+    weights = lambda ps, lr: torch.optim.SGD([p for p in ps if p.dim() > 1], lr)  # noqa: E731
+    model = Classifier(network.double(), partial(weights, lr=0.1), num_classes=4)
+    with pytest.raises(NotStackableError, match="does not take all parameters"):
+        fitted(StackedClassifier([model]))
