@@ -76,10 +76,12 @@ def compose_trials(
         folder: of the runs.
 
     Raises:
-        ValueError: an override or a value cannot be used, the budget is too short, the claim is
-            about another network, or an arm has not the BatchNorms that its name promises.
+        ValueError: an override or a value cannot be used, or is of what the claim varies, the
+            budget is too short, the claim is about another network, or an arm has not the
+            BatchNorms that its name promises.
     """
     register()
+    _check_typed(claim, budget, typed)
     found: Configurations = {}
     with hydra_configurations():
         for arm, own in claim.arms.items():
@@ -199,13 +201,38 @@ def seconds_of_training(config: dict[str, Any]) -> float:
     return (time.perf_counter() - begin) / _TIMED_STEPS * config["trainer"]["max_steps"]
 
 
+def _check_typed(claim: Claim, budget: str, typed: Sequence[str]) -> None:
+    """Raise a ValueError if an override would make equal what the claim compares."""
+    points = [
+        _by_key((*own, *setting.overrides))
+        for arm, own in claim.arms.items()
+        for setting in claim.settings_of(budget, arm).values()
+    ]
+    for key, override in _by_key(typed).items():
+        if key == "seed":
+            raise ValueError(
+                f"expected `seed` to be left to the claim {claim.name}, got {override}; ask for a "
+                "number of seeds by seeds=N"
+            )
+        if key != "trainer.max_steps" and len({point.get(key) for point in points}) > 1:
+            raise ValueError(
+                f"expected `{key}` to be left to the claim {claim.name}, which varies it, got "
+                f"{override}; leave out the override or the claim"
+            )
+
+
+def _by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the overrides by the key or group that each changes."""
+    return {text.lstrip("+~").partition("=")[0].partition("@")[0]: text for text in overrides}
+
+
 def _with_values(config: DictConfig, overrides: Sequence[str], typed: Sequence[str]) -> DictConfig:
     """Return a copy with values of keys that there are; a key that is typed keeps its value.
 
     Composing anew would take thirty times as long.
     """
     changed = copy.deepcopy(config)
-    keys = {text.lstrip("+").partition("=")[0] for text in typed}
+    keys = _by_key(typed)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.key_or_group not in keys:
             OmegaConf.update(changed, override.key_or_group, override.value())

@@ -107,7 +107,10 @@ def test_scale_invariance_is_measured(tmp_path):
 def test_the_gradient_grows_with_batch_norm(tmp_path):
     """At width 50 and depth 10; the theory is of infinite width."""
     widths = f"model.network.widths={[50] * 10}".replace(" ", "")
-    claim, found = networks("depth_plain", tmp_path, widths)
+    (claim,) = find_claims(["depth_plain"])
+    claim = dataclasses.replace(claim, settings=lambda budget: {"10": Setting((widths,), 10.0)})
+    composed = compose_trials(claim, "quick", [1], ["data=digits"], tmp_path)
+    found = {key.arm: MeasuredNetwork(config) for key, config in composed.items()}
     with_, without = claim.measure(found["batch"]), claim.measure(found["none"])
     assert 1.1 < with_["growth"] < 1.3
     assert 0.9 < without["growth"] < 1.1

@@ -203,13 +203,19 @@ class NormlessMLP(MLP):
         ({"seeds": 0}, "`seeds`"),
         ({"n_jobs": 0}, "`n_jobs`"),
         ({"overrides": (*TINY, "trainer.max_steps=1")}, "`trainer.max_steps`"),
-        ({"overrides": (*TINY, "optimizer.lr=-1")}, "`optimizer.lr`"),
+        ({"overrides": (*TINY, "trainer.max_steps=none")}, "`trainer.max_steps`"),
+        ({"overrides": (*TINY, "optimizer.lr=0.1")}, "`optimizer.lr` to be left to the claim tiny"),
+        ({"overrides": (*TINY, "norm=none")}, "`norm` to be left to the claim tiny"),
+        ({"overrides": (*TINY, "seed=5")}, "seeds=N"),
         (
             {"overrides": (*TINY, "model.network._target_=normless.NormlessMLP")},
             "a BatchNorm in the arm 'batch'",
         ),
     ],
-    ids=["unknown", "budget", "seeds", "n_jobs", "short", "value", "no_batch_norm"],
+    ids=[
+        *("unknown", "budget", "seeds", "n_jobs", "short", "value"),
+        *("varied_value", "varied_group", "seed", "no_batch_norm"),
+    ],
 )
 def test_refusals(tmp_path, monkeypatch, changes, message):
     # The import mode of the tests leaves their modules out.
