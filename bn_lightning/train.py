@@ -109,7 +109,7 @@ def train(config: DictConfig) -> dict[str, Any]:
 def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoint | None) -> None:
     from hydra.utils import instantiate
     from lightning import seed_everything
-    from lightning.pytorch.callbacks import ProgressBar
+    from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
     from bn_lightning.data.protocol import check_data_module
     from bn_lightning.models.initialization import DefaultScheme, initialize_as_configured
@@ -137,13 +137,15 @@ def _fit_and_test(config: DictConfig, record: RunRecord, resume_point: ResumePoi
     # Lightning stores hyperparameters in every checkpoint. evaluate.py builds from them.
     model.save_hyperparameters({CONFIG_KEY: record.content["config"]}, logger=False)
     callbacks = _build_callbacks(config, record.path.parent, resume_point)
+    writes = any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer = build_trainer(
         config.trainer,
         record.path.parent,
         callbacks=callbacks,
         logger=_build_loggers(config.logger),
-        # True would make Lightning add a bar of its own.
+        # True would make Lightning add a bar, or checkpoints, of its own.
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        enable_checkpointing=config.trainer.get("enable_checkpointing", writes),
     )
     _apply_typed_budget(trainer, config.trainer)
     if in_sweep() and trainer.world_size > 1:

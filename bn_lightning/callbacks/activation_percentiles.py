@@ -77,7 +77,7 @@ class ActivationPercentiles(Callback):
         self._name = self.layer or last_activation(pl_module)
         with preserve_state(pl_module):  # a DataLoader draws a seed when iterated
             probe = first_inputs(trainer.val_dataloaders, self.probe_size)
-        self._probe = probe.to(pl_module.device)
+        self._probe = trainer.precision_plugin.convert_input(probe).to(pl_module.device)
         if trainer.global_step == 0:
             self._log(pl_module)
 

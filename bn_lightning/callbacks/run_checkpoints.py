@@ -5,7 +5,6 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -18,7 +17,7 @@ from bn_lightning.plugins.checkpoint_io import AtomicCheckpointIO
 from bn_lightning.runs.atomic_write import UNFINISHED
 from bn_lightning.runs.checkpoint import METRICS_KEY, SECONDS_KEY
 from bn_lightning.runs.directory import make_newest
-from bn_lightning.runs.interruption import Interrupted, handle_signals
+from bn_lightning.runs.interruption import Interrupted, LateInterrupt, handle_signals
 from bn_lightning.runs.record import logged_numbers
 
 
@@ -59,7 +58,7 @@ class RunCheckpoints(ModelCheckpoint):
         self._pending_path = Path(dirpath) / f".last.ckpt{UNFINISHED}"
         self._is_pending = False
         self._last_step_saved = -1
-        self._signum: int | None = None
+        self._interrupt = LateInterrupt()
         self._pending_signum: int | None = None  # raised once last.ckpt is in place
         self._handlers = ExitStack()
         self._started = time.perf_counter()
@@ -107,11 +106,11 @@ class RunCheckpoints(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._signum = None
+        self._interrupt = LateInterrupt()
         self._is_pending = False
         # Not earlier, because Lightning installs its own handlers just before this hook.
         if self.handles_signals and threading.current_thread() is threading.main_thread():
-            self._handlers.enter_context(handle_signals(self._on_signal))
+            self._handlers.enter_context(handle_signals(self._interrupt))
 
     @override
     def on_train_batch_start(
@@ -151,19 +150,14 @@ class RunCheckpoints(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._handlers.close()
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None:
-            raise Interrupted(signum)
-        self._signum = signum
-
     def _agreed_signal(self, trainer: Trainer) -> int | None:
         """Return the signal, the same on every rank, because saving is a collective operation."""
         if trainer.world_size == 1:
-            return self._signum
+            return self._interrupt.signum
         every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]  # 0 for no logs
         if trainer.global_step % every:
             return None
-        return trainer.strategy.broadcast(self._signum)
+        return trainer.strategy.broadcast(self._interrupt.signum)
 
     def _save_last(self, trainer: Trainer, signum: int | None) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector

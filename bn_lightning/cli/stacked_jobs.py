@@ -54,12 +54,17 @@ def train_jobs(
         except ValueError:
             pass  # the job raises it again
     for group in groups.values():
-        most = size
+        whole, most = len(group), size
         while group:
             part = group[:most]
             own = [places[config["paths"]["output_dir"]] for config in part]
             try:
-                reason = _train(part, ends, None if rungs is None else rungs.part(own))
+                if len(part) > 1:
+                    reason = _train(part, ends, None if rungs is None else rungs.part(own))
+                elif whole > 1:
+                    reason = f"stacks of {most} leave no other job for it"
+                else:
+                    reason = "no other job of this batch differs in seeds and numbers only"
             except StackSizeError as error:
                 if error.fits == 1:
                     alone[error.reason] = len(group)
@@ -85,8 +90,6 @@ def _train(configs: Sequence[dict[str, Any]], ends: _Ends, rungs: "Rungs | None"
     from bn_lightning.stack.memory import StackSizeError
     from bn_lightning.stack.training import StackTraining
 
-    if len(configs) == 1:
-        return "no other job of this batch differs in seeds and numbers only"
     try:
         if configs[0]["trainer"].get("accelerator") == "cpu" and _has_convolutions(configs[0]):
             return "convolutions gain nothing in a stack on a CPU"

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bn_lightning.runs.directory import RUN_FILE
 from bn_lightning.runs.trust import UntrustedError, check_plain, check_trusted
 
 CONFIG_KEY = "config"
@@ -108,6 +109,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if Path(path).is_dir():
             best = Path(path, "best.ckpt")
             found = "a directory; give " + (str(best) if best.exists() else "that of a run")
+            if Path(path, RUN_FILE).exists():
+                found = "a run that wrote none"
         raise CheckpointError(f"expected `ckpt_path` to be a checkpoint file, got {path}: {found}")
     try:
         with open(path, "rb") as file:

@@ -44,7 +44,7 @@ def resumed_checkpoint(ckpt_path: str, directory: Path) -> Path:
     """
     if ckpt_path in _NAMED:
         return directory / _NAMED[ckpt_path]
-    return directory / LAST if (Path(ckpt_path) / RUN_FILE).exists() else Path(ckpt_path)
+    return Path(ckpt_path, LAST) if Path(ckpt_path, RUN_FILE).exists() else Path(ckpt_path)
 
 
 def trained_checkpoint(ckpt_path: str, logs: str) -> str:

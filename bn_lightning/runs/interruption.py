@@ -1,6 +1,7 @@
 """Exceptions for what ends a run from outside: SIGINT, SIGTERM, the end of another rank."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -33,6 +34,27 @@ class RankLostError(RuntimeError):
 def raise_interrupted(signum: int, frame: FrameType | None) -> NoReturn:
     """Raise `Interrupted`; a signal handler."""
     raise Interrupted(signum)
+
+
+class LateInterrupt:
+    """A signal handler that waits until the state is complete; a second signal is raised at once.
+
+    Attributes:
+        signum: of the signal that came, to be raised as `Interrupted`; None for none.
+    """
+
+    signum: int | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise Interrupted(signum)
+        self.signum = signum
+
+
+def raises_interrupted() -> bool:
+    """Return whether a signal would raise `Interrupted` in this thread, as in a command."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and signal.getsignal(signal.SIGINT) is raise_interrupted
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class NotStackableError(ValueError):
@@ -30,8 +31,8 @@ def check_alike(networks: Sequence[nn.Module]) -> None:
 
     Raises:
         NotStackableError: they differ in more, or one has what a stack does not follow: hooks,
-            state that is not in tensors, a module that is compiled or in evaluation mode,
-            parameters of several dtypes or without a shape.
+            parametrizations, state that is not in tensors, a module that is compiled or in
+            evaluation mode, parameters of several dtypes or without a shape.
     """
     for network in networks:
         _check_parameters(network)
@@ -91,6 +92,8 @@ def _check_modules(network: nn.Module) -> None:
             raise NotStackableError(f"{where} is compiled")
         if not module.training:
             raise NotStackableError(f"{where} is in evaluation mode")
+        if is_parametrized(module):
+            raise NotStackableError(f"{where} has a parametrization")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise NotStackableError(f"{where} has state that is not in tensors")
 

@@ -23,18 +23,22 @@ class Placed(NamedTuple):
 
 
 class DropoutStreams:
-    """The random numbers of the members' dropout: one stream for each seed.
+    """The random numbers of the members' dropout: one stream for members of one state.
 
     Args:
-        states: of a CPU generator, one for each stream.
-        stream_of: index of each member's stream.
+        states: of a CPU generator, one for each member.
     """
 
-    def __init__(self, states: Sequence[Tensor], stream_of: Sequence[int]) -> None:
-        self.generators = [torch.Generator() for _ in states]
-        for generator, state in zip(self.generators, states, strict=True):
-            generator.set_state(state)
-        self.stream_of = list(stream_of)
+    def __init__(self, states: Sequence[Tensor]) -> None:
+        places: dict[bytes, int] = {}
+        self.generators: list[torch.Generator] = []
+        self.stream_of: list[int] = []
+        for state in states:
+            key = state.numpy().tobytes()
+            if key not in places:
+                places[key] = len(self.generators)
+                self.generators.append(torch.Generator().set_state(state))
+            self.stream_of.append(places[key])
 
     def take(self, members: Sequence[int]) -> None:
         """Keep the given members only."""

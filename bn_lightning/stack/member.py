@@ -72,7 +72,7 @@ class Member:
             for name in (STEPS_TO_ACCURACY, EARLY_STOPPING)
             if name in targets
         ]
-        self._logger = MetricsCSVLogger(self.directory) if config["logger"] else None
+        self._logger = MetricsCSVLogger(self.directory) if any(config["logger"].values()) else None
 
     def log(self, values: Mapping[str, float], *, kept: bool = True) -> None:
         """Log metrics at the current step; `kept` ones are metrics of the run, too."""
@@ -215,6 +215,7 @@ class Member:
             should_stop=False,
             state=SimpleNamespace(fn=TrainerFn.FITTING),
             strategy=SimpleNamespace(reduce_boolean_decision=lambda stop, all: stop),
+            world_size=1,
         )
 
 

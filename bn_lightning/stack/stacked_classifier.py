@@ -59,12 +59,10 @@ class StackedClassifier(LightningModule):
         self.stack = StackedNetwork([member.network for member in members])
         # The Trainer moves the metrics.
         self.evaluations = nn.ModuleList([member.evaluations for member in members])
-        states = [torch.get_rng_state()]
+        self._random_states = [torch.get_rng_state()] * len(members)
         if seeds is not None:
-            states = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
-        stream_of = range(len(members)) if seeds is not None else [0] * len(members)
-        self.stack.context.streams = DropoutStreams(states, stream_of)
-        self._random_states = [states[place] for place in stream_of]
+            self._random_states = [torch.Generator().manual_seed(s).get_state() for s in seeds]
+        self.stack.context.streams = DropoutStreams(self._random_states)
         self._is_rehearsed = False
 
     @override

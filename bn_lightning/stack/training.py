@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,12 @@ from bn_lightning.callbacks.divergence_guard import DivergenceGuard
 from bn_lightning.callbacks.same_data import SameData
 from bn_lightning.data.protocol import data_info
 from bn_lightning.models.classifier import Classifier
+from bn_lightning.runs.interruption import (
+    Interrupted,
+    LateInterrupt,
+    handle_signals,
+    raises_interrupted,
+)
 from bn_lightning.runs.record import logged_numbers, run_outcome
 from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.builder import Builder
@@ -143,12 +149,14 @@ class StackTraining:
             member.trial = trial
         self.runs = list(self.members)  # those that left, too
         self.network = StackedNetwork([member.model.network for member in self.members])
-        self.network.context.streams = _streams(self.members)
+        states = [member.random_state for member in self.members]
+        self.network.context.streams = DropoutStreams(states)
         models = [member.model for member in self.members]
         optimizers, self._schedulers = member_optimizers(models)
         parameters = list(self.network.network.parameters())
         clip = self._trainer.get("gradient_clip_val")
         self.optimizer = StackedOptimizer(parameters, optimizers, clip or None)
+        self._interrupt = LateInterrupt()  # of a command, which lets the step end
         self._graph: StepGraph | None = None
         if device.type == "cuda" and self.optimizer.is_constant and not self._schedulers:
             self._graph = StepGraph(lambda x, target: self._train(x, target, logs=False)[0])
@@ -177,7 +185,6 @@ class StackTraining:
             # A sweep has a table in the terminal.
             is_live = STUDY_VARIABLE not in os.environ
             self._progress = StackProgress(self._last_step(), is_live=is_live)
-        states = [member.random_state for member in self.members]
         rehearse(self.network, models, states, self._first_batch())
 
     def run(self) -> list[dict[str, Any]]:
@@ -188,7 +195,8 @@ class StackTraining:
             member.record.update(data=info, stack={"size": len(self.runs), "index": index})
         try:
             with recordable(self._device):
-                self._fit()
+                with handle_signals(self._interrupt) if raises_interrupted() else nullcontext():
+                    self._fit()
                 self._test()
         except BaseException as error:
             for member in self.members:
@@ -236,6 +244,10 @@ class StackTraining:
                 self._step(step, self._placed(x), self._placed(target))
                 if self._progress is not None:
                     self._progress.update(step, running)
+                if self._interrupt.signum is not None:
+                    for k in range(len(self.members)):
+                        self._save(k)
+                    raise Interrupted(self._interrupt.signum)
                 if step == last or not self.members:
                     break
             epoch += 1
@@ -435,10 +447,3 @@ class StackTraining:
 def _device(accelerator: str) -> torch.device:
     is_gpu = accelerator != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if is_gpu else "cpu")
-
-
-def _streams(members: Sequence[Member]) -> DropoutStreams:
-    states = {member.random_state.numpy().tobytes(): member.random_state for member in members}
-    places = {key: place for place, key in enumerate(states)}
-    stream_of = [places[member.random_state.numpy().tobytes()] for member in members]
-    return DropoutStreams(list(states.values()), stream_of)

@@ -450,6 +450,14 @@ def test_a_multirun_trains_each_arm_in_its_own_directory(command):
     assert norms[1]["_target_"].endswith("batch_norm")
 
 
+def test_precision_and_callbacks_may_be_others(command):
+    result = command(main, *SHORT, "trainer.precision=64-true")
+    assert result.code == 0, result.err
+    result = command(main, *SHORT, "callbacks=none")
+    assert result.code == 0, result.err
+    assert not list(result.directory.rglob("*.ckpt"))
+
+
 SWEEP = ("-m", "hydra/sweeper=bn_optuna", "hydra/sweeper/sampler=grid", *SHORT, *BARE)
 
 

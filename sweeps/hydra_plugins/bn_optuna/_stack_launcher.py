@@ -57,6 +57,9 @@ def launch_together(
 
     Returns:
         What each job returned or raised. `cfg` and `hydra_cfg` are None for a computed job.
+
+    Raises:
+        ValueError: two jobs have the same directory.
     """
     context, task, sweep = program
     setup_globals()
@@ -64,11 +67,18 @@ def launch_together(
     Path(str(sweep.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     jobs = list(enumerate(job_overrides, initial_job_idx))
     ends: Sequence[Callable[[], Any] | None] = [None] * len(jobs)
-    configs, trials = [], []
+    configs, trials, directories = [], [], set()
     for number, overrides in jobs:
         with composer.composed(overrides, number) as job:
             configs.append(job.resolved())
             trials.append(job.config.hydra.job.env_set.get(TRIAL_VARIABLE))
+            directory = job.config.hydra.runtime.output_dir
+        if directory in directories:
+            raise ValueError(
+                "expected `hydra.sweep.subdir` to differ from job to job, got several in "
+                f"{directory}; let it follow ${{hydra.job.num}}"
+            )
+        directories.add(directory)
     try:
         rungs = _rungs(sweep, trials)
     except ValueError as error:

@@ -1,7 +1,13 @@
 """`hydra/launcher=bn_stack`, by the command that people type."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import optuna
 import pytest
+import torch
 
 from bn_lightning.runs.record import read_run
 from bn_lightning.sweeps.engine.storage import open_storage, storage_url
@@ -18,6 +24,7 @@ SHORT = (
     "extras.figures=false",
     "hydra/launcher=bn_stack",
 )
+WITH_CALLBACKS = tuple(text for text in SHORT if text != "callbacks=none")
 
 
 def test_hydras_own_sweeper_gets_stacks(command, tmp_path):
@@ -33,13 +40,12 @@ def test_hydras_own_sweeper_gets_stacks(command, tmp_path):
 
 
 def test_the_best_checkpoint_of_a_member_is_not_resumed(command, tmp_path):
-    given = [text for text in SHORT if text != "callbacks=none"]
-    command(main, "-m", *given, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'there'}")
+    command(main, "-m", *WITH_CALLBACKS, "seed=1,2", f"hydra.sweep.dir={tmp_path / 'there'}")
     member = tmp_path / "there" / "1"
     before = (member / "run.json").read_bytes()
     result = command(
         main,
-        *given[:-1],
+        *WITH_CALLBACKS[:-1],
         "seed=2",
         "trainer.max_steps=8",
         f"ckpt_path={member}/checkpoints/best.ckpt",
@@ -84,6 +90,80 @@ def test_jobs_that_share_nothing_run_one_by_one_and_say_why(command, tmp_path):
 def test_a_size_that_no_stack_can_have_is_refused(command, size):
     result = command(main, "-m", *SHORT, f"hydra.launcher.size={size}", "seed=1,2")
     assert result.code == 1 and "hydra.launcher.size" in result.err
+
+
+def test_the_job_that_stacks_leave_over_says_so(command, tmp_path):
+    command_line = ("-m", *SHORT, f"hydra.sweep.dir={tmp_path / 'there'}", "seed=1,2,3")
+    result = command(main, *command_line, "hydra.launcher.size=2")
+    assert result.code == 0, result.err
+    assert "2 jobs as one stack" in result.out
+    assert "1 job one by one: stacks of 2 leave no other job for it" in result.out
+
+
+def test_jobs_in_one_directory_are_refused(command, tmp_path):
+    folder = tmp_path / "there"
+    result = command(
+        main, "-m", *SHORT, "seed=1,2", f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=same"
+    )
+    assert result.code == 1 and "`hydra.sweep.subdir` to differ" in result.err
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("launcher", ["basic", "bn_stack"])
+def test_a_multirun_does_not_write_over_another(command, tmp_path, launcher):
+    folder = tmp_path / "there"
+    words = ("-m", *SHORT, f"hydra.sweep.dir={folder}", f"hydra/launcher={launcher}")
+    assert command(main, *words, "seed=1,2").code == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = command(main, *words, "seed=3,4")
+    assert result.code == 1 and "`hydra.sweep.dir` to be a directory without runs" in result.err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_run_has_not_a_member_has_not(command, tmp_path):
+    folder = tmp_path / "there"
+    result = command(
+        main,
+        *("-m", *WITH_CALLBACKS, "seed=1,2", f"hydra.sweep.dir={folder}", "logger.csv=null"),
+        *("+callbacks=early_stopping", "+callbacks.early_stopping.verbose=true"),
+    )
+    assert result.code == 0, result.err
+    assert "2 jobs as one stack" in result.out
+    assert not list(folder.rglob("metrics.csv"))
+
+
+def test_an_interrupted_stack_ends_after_a_step_and_its_members_go_on(tmp_path):
+    folder = tmp_path / "there"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "bn_lightning.train", "-m", "+experiment=mnist_bn"),
+            *("data=digits", "trainer.max_steps=100000", "trainer.val_check_interval=50"),
+            *("extras.figures=false", "hydra/launcher=bn_stack", "seed=1,2"),
+            f"hydra.sweep.dir={folder}",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    )
+    files = [folder / str(k) / "metrics.csv" for k in range(2)]
+    while process.poll() is None and not all(file.exists() for file in files):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    for k in range(2):
+        record = read_run(folder / str(k))
+        state = torch.load(folder / str(k) / "checkpoints" / "last.ckpt", weights_only=True)
+        assert record["status"] == "interrupted"
+        assert record["steps"] == state["global_step"] > 0
+
+
+def test_members_go_on_in_a_multirun(command, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ("-m", *WITH_CALLBACKS, "seed=1", "hydra/launcher=basic")
+    assert command(main, *words, f"hydra.sweep.dir={first}").code == 0
+    more = ("trainer.max_steps=9", f"ckpt_path={first / '0'}", f"hydra.sweep.dir={second}")
+    result = command(main, *words, *more)
+    assert result.code == 0, result.err
+    assert read_run(second / "0")["resumed_at"] == [read_run(first / "0")["steps"]]
 
 
 RATES = "optimizer.lr=1,1e-6,0.3,1e-5"

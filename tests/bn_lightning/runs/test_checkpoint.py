@@ -57,6 +57,9 @@ class TestLoad:
     def test_no_such_file(self, tmp_path: Path) -> None:
         assert "no such file" in refused(tmp_path / "nowhere.ckpt")
         assert refused(tmp_path).endswith(f"got {tmp_path}: a directory; give that of a run")
+        (tmp_path / "run.json").touch()
+        assert refused(tmp_path).endswith(f"got {tmp_path}: a run that wrote none")
+        (tmp_path / "run.json").unlink()
         best = tmp_path / "best.ckpt"
         best.touch()
         assert refused(tmp_path).endswith(f"a directory; give {best}")

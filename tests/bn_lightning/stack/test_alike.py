@@ -64,6 +64,10 @@ def without_shape(network):
     network[3] = nn.LazyLinear(4)
 
 
+def parametrized(network):
+    nn.utils.parametrizations.weight_norm(network[3])
+
+
 def compiled(network):
     network[3]._compiled_call_impl = network[3]._call_impl
 
@@ -82,6 +86,7 @@ def compiled(network):
         (extra_state, "modules|`3` has state"),
         (without_shape, "`3.weight` has no shape"),
         (compiled, "`3` is compiled"),
+        (parametrized, "`3` has a parametrization"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

@@ -333,7 +333,7 @@ def test_dropout_draws_the_masks_of_each_seed():
         states.append(torch.get_rng_state())
     alone = copy.deepcopy(networks)
     stacked = StackedNetwork(networks)
-    stacked.context.streams = DropoutStreams(states, [0, 1, 1, 0])
+    stacked.context.streams = DropoutStreams([states[k] for k in (0, 1, 1, 0)])
     batches = batches_of((6,), 2, torch.float64)
     found = [stacked.map(lambda net, x: net(x), x) for x, _ in batches]
     for k, seed in enumerate([3, 4, 4, 3]):

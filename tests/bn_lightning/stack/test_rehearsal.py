@@ -167,7 +167,7 @@ def stack_of(network=Network, kind=Classifier, change=lambda member, k: None, si
     target = torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
     state = torch.get_rng_state()
     stacked = StackedNetwork([model.network for model in models])
-    stacked.context.streams = DropoutStreams([state], [0] * size)
+    stacked.context.streams = DropoutStreams([state] * size)
     return stacked, models, [state] * size, (Placed(x, None), Placed(target, None))
 
 
