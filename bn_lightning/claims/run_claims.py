@@ -306,6 +306,8 @@ def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:
             }
         )
     verdict = verdict_of(conditions, numbers)
+    typed = dict.fromkeys(text for setup in table.setups for text in setup["overrides"])
+    but = f" Where {' '.join(typed)} differs from this, it was used." if typed else ""
     return {
         "sentence": claim.sentence,
         "source": claim.source,
@@ -313,7 +315,7 @@ def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:
         "text": verdict.text,
         "conditions": conditions,
         "numbers": numbers,
-        "not_varied": claim.not_varied,
+        "not_varied": claim.not_varied + but,
         "would_change": claim.would_change,
         "seconds": round(seconds, 1),
     }

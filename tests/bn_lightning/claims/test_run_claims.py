@@ -186,6 +186,9 @@ def test_what_cannot_be_stacked_is_trained_alone(tmp_path, capsys, monkeypatch, 
     content = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert content["claims"]["tiny"]["text"] == "not decided by this: 1 seed, fewer than 3"
     assert content["claims"]["tiny"]["conditions"][0]["reason"] == "1 seed, fewer than 3"
+    typed = " ".join((*TINY, "+trainer.gradient_clip_algorithm=value"))
+    not_varied = f"Everything. Where {typed} differs from this, it was used."
+    assert content["claims"]["tiny"]["not_varied"] == not_varied
 
 
 class NormlessMLP(MLP):
