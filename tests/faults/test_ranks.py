@@ -62,9 +62,12 @@ def test_a_rank_is_killed(tmp_path):
             f"rank {rank} killed: all exited after {seconds:.1f} s, exit code {process.returncode}"
         )
         print(err)
-        assert process.returncode == (1 if rank else -signal.SIGKILL), err
+        # Every five seconds Lightning looks for killed children, and kills the rest.
+        is_first = rank == 1 and "Forcefully terminating" not in err
+        assert process.returncode == (1 if is_first else -signal.SIGKILL), err
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "another rank" in lines[0], err
+        if is_first or rank == 0:
+            assert len(lines) == 1 and "another rank" in lines[0], err
         (directory,) = folder.glob("logs/*/runs/*")
         check_whole(directory)
         goes_on = ("ckpt_path=last",)
