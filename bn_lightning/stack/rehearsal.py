@@ -148,7 +148,8 @@ def _copied_buffers(network: nn.Module) -> dict[str, Tensor]:
 
 def _other_random_states() -> tuple[Any, ...]:
     """Return the random states of Python and NumPy."""
-    return random.getstate(), repr(np.random.get_state(legacy=False))
+    state = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), state["key"].tobytes(), state["pos"]
 
 
 def _compare(stacked: _Rehearsed, alone: _Rehearsed) -> None:
