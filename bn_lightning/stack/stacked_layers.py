@@ -103,7 +103,6 @@ class _Linear(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.flatten(0, 1) if shares else torch.bmm(dy, weight)
-        dy_MN = dy.t() if shares else None
         if shares:
             dy = dy.unflatten(1, weight.shape[:2])
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
@@ -114,7 +113,8 @@ class _Linear(torch.autograd.Function):
                 update(weight, dy, x)
             return dx, None, None, None
         if needs_weight:
-            if dy_MN is not None:
+            if shares:
+                dy_MN = dy.flatten(1).t()
                 # oneDNN's product has no gradient of its own.
                 dw = dy_MN @ x if torch.is_grad_enabled() else shared_linear(dy_MN, x.t())
                 dw = dw.view_as(weight)
