@@ -112,20 +112,22 @@ def call_with_retries(call: Callable[[], _T], patience: float, url: str) -> _T:
 
     Args:
         call: uses the storage; called again only after an error for which `is_unreachable` is true.
-        patience: seconds after which to give up.
+        patience: seconds after its first failure after which to give up.
         url: of the storage, for messages, which never show its password.
 
     Raises:
         SweepError: the storage did not answer in time.
     """
-    pause, started = FIRST_PAUSE, time.monotonic()
+    pause, first_failure = FIRST_PAUSE, None
     while True:
         try:
             return call()
         except Exception as error:
             if not is_unreachable(error):
                 raise
-            waited = time.monotonic() - started
+            if first_failure is None:
+                first_failure = time.monotonic()
+            waited = time.monotonic() - first_failure
             reason = redacted(reason_of(error), url)
             if waited >= patience:
                 raise SweepError(

@@ -145,6 +145,20 @@ class TestPatience:
         assert pauses[:8] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10])
         assert sum(pauses) == pytest.approx(60, abs=0.2)
 
+    def test_a_call_slower_than_the_patience_is_repeated(self, monkeypatch):
+        clock, answers = [0.0], iter([OSError("away"), "here"])
+        monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+
+        def call():
+            clock[0] += 1
+            answer = next(answers)
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+        assert call_with_retries(call, 0.3, "journal:///x") == "here"
+
     def test_other_errors_come_out_at_once(self):
         with pytest.raises(ValueError, match="wrong"):
             call_with_retries(lambda: int("wrong"), 60, "journal:///x")
