@@ -117,15 +117,23 @@ def _of_member(model: Classifier, random_state: Tensor, x: Tensor, target: Tenso
         own.eval()
         with torch.no_grad():
             outputs = own(x)
-            parts = torch.cat([own(part) for part in x.split(max(1, len(x) // 2))])
+            parts = _in_parts(own, x)
     if (name := first_difference(attributes, attributes_of(own))) is not None:
         raise NotStackableError(f"the network keeps state in the attribute `{name}`")
     for name, parameter in own.named_parameters():
         if parameter._version != versions[name]:
             raise NotStackableError(f"the network changes its parameter `{name}`")
-    if _differ({"outputs": parts}, {"outputs": outputs}):
+    if parts is None or _differ({"outputs": parts}, {"outputs": outputs}):
         raise NotStackableError("an evaluation depends on the other samples of its batch")
     return _Rehearsed(loss.detach(), gradients, buffers, outputs)
+
+
+def _in_parts(network: nn.Module, x: Tensor) -> Tensor | None:
+    """Return the outputs of a batch computed in halves, None if a half cannot be computed."""
+    try:
+        return torch.cat([network(part) for part in x.split(max(1, len(x) // 2))])
+    except Exception:  # as a BatchNorm without running statistics raises for one sample
+        return None
 
 
 def _gradients(losses: Tensor, network: nn.Module) -> dict[str, Tensor]:

@@ -155,7 +155,9 @@ class ByWeights(Classifier):
         return self.criterion(logits, target)
 
 
-def stack_of(network=Network, kind=Classifier, change=lambda member, k: None, size=2):
+def stack_of(
+    network=Network, kind=Classifier, change=lambda member, k: None, size=2, samples=SAMPLES
+):
     """The arguments of `rehearse`."""
     models = []
     for k in range(size):
@@ -163,8 +165,8 @@ def stack_of(network=Network, kind=Classifier, change=lambda member, k: None, si
         models.append(kind(network(), partial(torch.optim.SGD, lr=0.1), num_classes=CLASSES))
         change(models[-1], k)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SAMPLES, FEATURES, generator=generator)
-    target = torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
+    x = torch.randn(samples, FEATURES, generator=generator)
+    target = torch.randint(0, CLASSES, (samples,), generator=generator)
     state = torch.get_rng_state()
     stacked = StackedNetwork([model.network for model in models])
     stacked.context.streams = DropoutStreams([state] * size)
@@ -194,6 +196,15 @@ def stack_of(network=Network, kind=Classifier, change=lambda member, k: None, si
 def test_networks_that_a_stack_would_change_are_refused(network, named, size):
     with pytest.raises(NotStackableError, match=named):
         rehearse(*stack_of(network, size=size))
+
+
+def test_an_evaluation_that_takes_no_single_sample_is_refused():
+    def network():
+        norm = nn.BatchNorm1d(5, track_running_stats=False)
+        return nn.Sequential(nn.Linear(FEATURES, 5), norm, nn.Linear(5, CLASSES))
+
+    with pytest.raises(NotStackableError, match="other samples"):
+        rehearse(*stack_of(network, samples=3))
 
 
 def other_number(member, k):
