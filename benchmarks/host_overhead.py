@@ -15,6 +15,7 @@ dispatcher, which compilers, modes and functorch take.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import subprocess
@@ -173,9 +174,11 @@ def measure(case: Case, bursts: int, device: str) -> dict[str, Any]:
 class _Pairs(nn.Module):
     """BatchNorms in a row, each with what follows it."""
 
-    def __init__(self, follow: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, norm: Callable[[], nn.Module], follow: Callable[[Tensor], Tensor], device: str
+    ) -> None:
         super().__init__()
-        self.norms = nn.ModuleList([BatchNorm1d(100, backend="triton") for _ in range(PAIRS)])
+        self.norms = nn.ModuleList([norm() for _ in range(PAIRS)]).to(device)
         self.follow = follow
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,19 +188,28 @@ class _Pairs(nn.Module):
 
 
 def measure_pairs(device: str, bursts: int) -> None:
-    """Print the microseconds of a BatchNorm and what follows, as two calls and deferred."""
-    r = torch.randn(60, 100, device=device).requires_grad_()
+    """Print the microseconds of a BatchNorm and what follows, as two calls and deferred.
+
+    The two calls are torch's, and this project's without fusion.
+    """
+    N, C = SHAPES[0]
+    r = torch.randn(N, C, device=device).requires_grad_()
     follows: dict[str, Callable[[Tensor], Tensor]] = {
         "relu": F.relu,
         "relu in place": lambda y: F.relu(y, inplace=True),
         "add, relu": lambda y: F.relu(y + r),
         "softplus (not fused)": F.softplus,
     }
+    ours = functools.partial(BatchNorm1d, C, backend="triton")
     for name, follow in follows.items():
-        models = {"two calls": _Pairs(follow).to(device), "deferred": _Pairs(follow).to(device)}
+        models = {
+            "torch": _Pairs(functools.partial(nn.BatchNorm1d, C), follow, device),
+            "unfused": _Pairs(ours, follow, device),
+            "deferred": _Pairs(ours, follow, device),
+        }
         convert_batchnorm(models["deferred"], fuse=True, backend="triton")
         for kind in ("training step", "training forward", "evaluation"):
-            x = torch.randn(60, 100, device=device).requires_grad_(kind != "evaluation")
+            x = torch.randn(N, C, device=device).requires_grad_(kind != "evaluation")
             dy = torch.randn_like(x)
             calls = {}
             for label, model in models.items():
@@ -212,8 +224,12 @@ def measure_pairs(device: str, bursts: int) -> None:
                 calls[label] = call
             with torch.set_grad_enabled(kind != "evaluation"):
                 times = time_in_turns(calls, bursts, warm_up=2, count=1)
-            a, b = (value / PAIRS for value in times.values())
-            print(f"{name:22}{kind:18}{a:7.1f} {b:7.1f} us, ratio {b / a:.2f}", flush=True)
+            torchs, unfused, deferred = (value / PAIRS for value in times.values())
+            print(
+                f"{name:22}{kind:18}{torchs:7.1f} {unfused:7.1f} {deferred:7.1f} us, "
+                f"{deferred / torchs:.2f} of torch's, {deferred / unfused:.2f} of unfused",
+                flush=True,
+            )
 
 
 def use_noop_driver() -> None:

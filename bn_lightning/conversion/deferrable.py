@@ -51,6 +51,11 @@ class CallPlan(NamedTuple):
             and not is_observed()
         )
 
+    def versions(self, x: Tensor) -> list[int | None]:
+        """Return `versions_of` x and what else a call now must not see changed."""
+        own = None if x.is_inference() else x._version
+        return [own, *[t._version for t in self.attributes["watched"]]]
+
 
 class Site:
     """What is known of a module's calls in training, or of those in evaluation.
@@ -110,7 +115,7 @@ def may_wait(
         # So does reentrant checkpointing, which must not return a tensor without values.
         or (options["training"] and not torch.is_grad_enabled())
         # What is computed after a checkpointed part is not run again with it.
-        or (updates_in_recomputation() and _saved_tensors_hooks(True) is not None)
+        or (updates_in_recomputation() and saved_tensors_hooks_now(True) is not None)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -169,13 +174,13 @@ def versions_of(tensors: Sequence[Tensor | None]) -> list[int | None]:
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference_mode_enabled = torch.is_inference_mode_enabled
 # Non-reentrant checkpointing uses them; there is no public function for them.
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+saved_tensors_hooks_now = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def modes_for(x: Tensor) -> tuple[Any, ...]:
     """Return gradient mode, inference mode, innermost hooks on saved tensors and stream."""
     grad = _is_grad_enabled()
-    hooks = _saved_tensors_hooks(True) if grad else None
+    hooks = saved_tensors_hooks_now(True) if grad else None
     return grad, _is_inference_mode_enabled(), hooks, current_stream(x) if x.is_cuda else None
 
 

@@ -26,12 +26,13 @@ content. Before the outermost module of a conversion returns, all of them do (ou
 import threading
 import weakref
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bn_lightning.conversion.deferrable import ALL, NOTHING, Site, may_wait
+from bn_lightning.conversion.deferrable import ALL, NOTHING, CallPlan, Site, may_wait, modes_for
 from bn_lightning.conversion.deferred_call import DeferredCall, Value
 from bn_lightning.conversion.fusable import (
     ADDITIONS,
@@ -91,11 +92,26 @@ class Deferral:
             return None
         if thread.latest:
             self._finish_earlier()
-        value = Value(DeferredCall.planned(plan, module, x))
-        is_ahead = plan.is_summand is None
-        made = _made(value, value.expect().requires_grad) if is_ahead else _defer(value)
+        versions = plan.versions(x)
+        if plan.is_summand is not None:
+            value = Value(DeferredCall.planned(plan, module, x, versions))
+            made = _defer(value)
+            if x.is_inference():
+                value.call.keep_input()
+            return made
+        activation: Any = plan.activation
+        result = plan.repeat((x, None, *plan.fields)) if plan.repeat else None
+        if result is None:
+            call = DeferredCall.planned(plan, module, x, versions)
+            result = call.run(None, *activation[:2])
+        else:
+            self.fused += 1
+        made = _make_subclass(Deferred, plan.attributes["blank"], result.requires_grad)
+        made._planned = plan, module, x, versions
+        made._waiting = activation, result, x, plan.attributes["modes"]
         if x.is_inference():
-            value.call.keep_input()
+            made._value.call.keep_input()
+        _note(made)
         return made
 
     def __call__(
@@ -143,34 +159,48 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.outermost: Any = None
-        self.latest: dict[int, weakref.ref[Tensor]] = {}
-        self.made: list[weakref.ref[Tensor]] = []
+        self.latest: dict[int, weakref.ref[Any]] = {}
+        self.made: list[weakref.ref[Any]] = []
 
 
 thread = _Thread()
 
 
 class Deferred(Tensor):
-    """The output of a BatchNorm, not computed yet; made by `Deferral`."""
+    """The output of a BatchNorm, not computed yet; made by `Deferral`.
 
-    _value: Value
+    Attributes:
+        _waiting: the activation planned to follow, its result, and x and modes of the call; or
+            None, also after it has followed.
+        _planned: the arguments of `DeferredCall.planned`, if the call was computed as planned.
+    """
+
+    _waiting: Any = None
+    _planned: tuple[CallPlan, Any, Tensor, list[int | None]]
+
+    @cached_property
+    def _value(self) -> Value:
+        """What it stands for. Of a call computed as planned, few are asked."""
+        call = DeferredCall.planned(*self._planned)
+        call.is_done = True
+        value = Value(call)
+        value.owner = weakref.ref(self)
+        return value
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if args and type(args[0]) is cls:
-            value: Any = args[0]._value
-            expected = value.expected
+        if args and type(args[0]) is cls and args[0]._waiting is not None:
+            expected, result, x, modes = args[0]._waiting
             if (
-                expected is not None
-                and func is expected.function
+                func is expected.function
                 and args[1:] == expected.args
                 and kwargs == expected.kwargs
-                and value.call.is_current()
+                and modes_for(x) == modes
             ):
-                result, value.result, value.expected = value.result, None, None
+                args[0]._waiting = None
                 return _replaced(args[0], result) if expected.in_place else result
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -214,7 +244,9 @@ def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
         is_use: whether an operation reads it.
     """
     value = tensor._value
-    value.expect_nothing()
+    if tensor._waiting is not None:
+        tensor._waiting = None
+        value.compute_alone()
     value.note_read(is_use)
     content = value.compute() if value.tensor is None else value.tensor
     with torch._C.DisableTorchFunctionSubclass():
@@ -243,7 +275,8 @@ def _become(tensor: Deferred, content: Tensor) -> bool:
         content = content.view_as(content)
     torch._C._swap_tensor_impl(tensor, content)
     tensor.__class__ = Tensor  # type: ignore[assignment]
-    del tensor._value
+    for name in ("_value", "_planned", "_waiting"):
+        tensor.__dict__.pop(name, None)
     return True
 
 
@@ -270,10 +303,16 @@ def _made(value: Value, requires_grad: bool) -> Deferred:
     """Return a tensor that stands for a value."""
     made: Any = _make_subclass(Deferred, value.call.blank, requires_grad)
     made._value = value
-    value.owner = weakref.ref(made)
-    if thread.outermost is not None:
-        thread.made.append(value.owner)
+    value.owner = _note(made)
     return made
+
+
+def _note(made: Deferred) -> "weakref.ref[Deferred]":
+    """Let the hooks of the outermost module compute a tensor; return a reference to it."""
+    reference = weakref.ref(made)
+    if thread.outermost is not None:
+        thread.made.append(reference)
+    return reference
 
 
 def _activate(y: Deferred, activation: FusableActivation) -> Tensor | None:
@@ -324,11 +363,14 @@ def _add(in_place: bool, left: Any, right: Any) -> Tensor | None:
             return _replaced(y, summed.run()) if in_place else summed.run()
         else:
             call.check_unchanged()
-            made = _made(summed, summed.expect().requires_grad)
+            activation: Any = plan.activation
+            result = call.run(other, *activation[:2])
+            made = _made(summed, result.requires_grad)
+            made._waiting = activation, result, call.input, call.modes
         if not in_place:
             return made
         torch._C._swap_tensor_impl(y, made)
-        y._value, summed.owner = summed, value.owner
+        y._value, y._waiting, summed.owner = summed, made._waiting, value.owner
         return y
     return None
 

@@ -72,12 +72,11 @@ class DeferredCall(BatchNormCall):
         torch._C._set_throw_on_mutable_data_ptr(self.blank)
 
     @classmethod
-    def planned(cls, plan: CallPlan, module: Any, x: Tensor) -> Self:
+    def planned(cls, plan: CallPlan, module: Any, x: Tensor, versions: list[int | None]) -> Self:
         """Return a call that is like an earlier one, without `snapshot`."""
         call = cls.__new__(cls)
         call.__dict__.update(plan.attributes)
-        call.plan, call.module, call.input = plan, module, x
-        call.versions = versions_of((x, *call.watched))
+        call.plan, call.module, call.input, call.versions = plan, module, x, versions
         return call
 
     def keep_input(self) -> None:
@@ -219,14 +218,11 @@ class Value:
         tensor: the value, once computed.
         owner: the deferred tensor.
         is_shared: whether an operation on it used its value while it could still be read.
-        expected: the activation that `result` is of, computed before it is called.
     """
 
     owner: "weakref.ref[Any]"
     tensor: Tensor | None = None
     is_shared = False
-    expected: FusableActivation | None = None
-    result: Tensor | None = None
 
     def __init__(
         self,
@@ -269,18 +265,8 @@ class Value:
                 self.tensor = self.inner.tensor + self.residual
         return self.tensor
 
-    def expect(self) -> Tensor:
-        """Compute and return the activation of it that is planned to follow."""
-        activation: Any = self.call.plan.activation  # type: ignore[union-attr]
-        self.expected = activation
-        self.result = self.call.run(self.residual, *activation[:2])
-        return self.result
-
-    def expect_nothing(self) -> None:
-        """Compute what it stands for, if something else follows than was planned."""
-        if self.expected is None:
-            return
-        self.expected = self.result = None
+    def compute_alone(self) -> None:
+        """Compute it, because something else follows than the activation that was planned."""
         self.call.site.miss()
         if self.residual is None:
             self.call.deferral.fused -= 1
