@@ -84,6 +84,8 @@ def is_batchnorm(module: nn.Module) -> bool:
     """Return whether a module is one of torch's BatchNorms, or has running statistics like one."""
     if isinstance(module, _BatchNorm):
         return True
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # TorchScript has compiled what it computes
     mean, var = (module._buffers.get(name) for name in ("running_mean", "running_var"))
     return (
         mean is not None
@@ -105,7 +107,7 @@ def find_adapter(module: nn.Module) -> Adapter | None:
     """
     if isinstance(module, AdaptedBatchNorm):
         return module._adapter
-    if isinstance(module, LazyModuleMixin):
+    if isinstance(module, LazyModuleMixin | torch.jit.ScriptModule):
         return None
     cls = parametrize.type_before_parametrizations(module)
     owner = _owner_of_forward(cls)

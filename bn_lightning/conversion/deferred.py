@@ -192,6 +192,8 @@ class Deferred(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # an input of what is compiled
+            return _call_eagerly(func, args, kwargs)
         if args and type(args[0]) is cls and args[0]._waiting is not None:
             expected, result, x, modes = args[0]._waiting
             if (
@@ -236,6 +238,11 @@ def _replaced(y: Deferred, result: Tensor) -> Tensor:
     return read(y)
 
 
+@torch.compiler.disable
+def _call_eagerly(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return func(*compute_all(args), **compute_all(kwargs))
+
+
 def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
     """Make a deferred tensor plain, and return it.
 
@@ -272,7 +279,9 @@ def _become(tensor: Deferred, content: Tensor) -> bool:
     if tensor._use_count() > 1:  # type: ignore[attr-defined]
         return False
     if content._use_count() > 1:  # type: ignore[attr-defined]
-        content = content.view_as(content)
+        is_inference, is_differentiable = content.is_inference(), content.requires_grad
+        with torch.inference_mode(is_inference), torch.set_grad_enabled(is_differentiable):
+            content = content.view_as(content)
     torch._C._swap_tensor_impl(tensor, content)
     tensor.__class__ = Tensor  # type: ignore[assignment]
     for name in ("_value", "_planned", "_waiting"):

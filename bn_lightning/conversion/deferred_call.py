@@ -18,6 +18,7 @@ from bn_lightning.conversion.deferrable import (
     Site,
     current_stream,
     modes_for,
+    saved_tensors_hooks_now,
     settings_of,
     tensors_of,
     versions_of,
@@ -259,10 +260,10 @@ class Value:
             if inner is None or inner.tensor is None:
                 self.tensor = self.run()
             elif self.activation is not None:
-                self.tensor = self.activation.apply(inner.tensor)
+                self.tensor = _unshared(self.activation.apply(inner.tensor))
             else:
                 self.check_residual()
-                self.tensor = self.inner.tensor + self.residual
+                self.tensor = _unshared(self.inner.tensor + self.residual)
         return self.tensor
 
     def compute_alone(self) -> None:
@@ -286,7 +287,7 @@ class Value:
         y = call.run(self.addend, *(activation[:2] if activation else ()))
         if is_first:
             call.plan_next(activation, self.addend)
-        return y
+        return _unshared(y)
 
     def run_again(self, inputs: Sequence[Any]) -> Tensor:
         """Compute the value of other x, weight, bias and residual, without statistics."""
@@ -310,6 +311,14 @@ class Value:
         if was_fused or (self.is_shared and is_use):
             self.call.site.limit(NOTHING if self.residual is None else ADDITION)
         self.is_shared = False
+
+
+def _unshared(y: Tensor) -> Tensor:
+    """Return what was computed as an object that hooks on saved tensors do not have.
+
+    A deferred tensor takes the content of that object.
+    """
+    return y if saved_tensors_hooks_now(True) is None else y.view_as(y)
 
 
 def _put_in_place(y: Tensor, first: int, place: int) -> None:

@@ -247,12 +247,11 @@ def _foldable_norms(model: nn.Module) -> tuple[set[nn.Module], dict[nn.Module, s
 
 def _changeable(model: nn.Module) -> set[nn.Module]:
     """Return the modules without hooks whose weight and bias no other module has."""
-    owners = Counter(
-        id(parameter) for module in model.modules() for parameter in module._parameters.values()
-    )
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    owners = Counter(id(parameter) for m in modules for parameter in m._parameters.values())
     return {
         module
-        for module in model.modules()
+        for module in modules
         if module._parameters.get("weight") is not None
         and not _is_hooked(module)
         and all(p is None or owners[id(p)] == 1 for p in module._parameters.values())

@@ -191,10 +191,11 @@ def replace_tensors(value: Any, cls: type[Tensor], replace: Callable[[Any], Tens
     """
     if isinstance(value, cls):
         return replace(value)
-    if type(value) in (list, tuple):
+    if isinstance(value, list | tuple):
         items = [replace_tensors(item, cls, replace) for item in value]
-        changed = [a is not b for a, b in zip(items, value, strict=True)]
-        return type(value)(items) if any(changed) else value
+        if not any([a is not b for a, b in zip(items, value, strict=True)]):
+            return value
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
     if type(value) is dict:
         items = [replace_tensors(item, cls, replace) for item in value.values()]
         changed = [a is not b for a, b in zip(items, value.values(), strict=True)]

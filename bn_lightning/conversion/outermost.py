@@ -86,6 +86,8 @@ def add_hooks(model: nn.Module, is_temporary: bool) -> None:
 def remove_hooks(model: nn.Module) -> None:
     """Remove the hooks that `add_hooks` added to a model, or to one that it is a part of."""
     for module in model.modules():
+        if thread.outermost is module:  # after Ctrl-C, for which no hook runs
+            thread.outermost, thread.made = None, []
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
                 del hooks[key]

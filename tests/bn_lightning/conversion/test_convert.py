@@ -16,6 +16,7 @@ from bn_lightning import (
     BatchNorm1d,
     BatchNorm2d,
     convert_batchnorm,
+    fold_batchnorm,
     fusion_counts,
     revert_batchnorm,
 )
@@ -454,3 +455,17 @@ class TestParametrized:
         revert_batchnorm(bn)
         assert type(bn) is nn.BatchNorm1d
         self.check(bn, 2.0, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_part_is_left_as_it_is():
+    head = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), torch.jit.script(head)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    assert convert_batchnorm(model, fuse=True).converted == ("1",)
+    torch.testing.assert_close(model(x), expected)
+    revert_batchnorm(model)
+    folded = fold_batchnorm(model, x)
+    assert type(folded[1]) is nn.Identity
+    torch.testing.assert_close(folded(x), expected)

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -924,3 +924,104 @@ def test_wrong_inputs_raise_as_without() -> None:
         with pytest.raises((ValueError, RuntimeError)):
             module(x)
     assert module[0].num_batches_tracked == 0
+
+
+def level_of_an_activation(self, x):
+    h = F.relu(self.bn1(self.conv1(x)))
+    with torch.no_grad():
+        self.level = h.abs().mean()
+    return self.conv2(h)
+
+
+def level_after_an_activation(self, x):
+    y = self.bn1(self.conv1(x))
+    z = F.silu(y) * 2
+    with torch.no_grad():
+        self.level = y.abs().mean()
+    return z + y
+
+
+def level_in_inference_mode(self, x):
+    y = self.bn1(self.conv1(x))
+    z = torch.sigmoid(y)
+    with torch.inference_mode():
+        self.level = y.mean() + z.mean()
+    return z * y
+
+
+class Pair(NamedTuple):
+    """Two tensors."""
+
+    low: Tensor
+    high: Tensor
+
+
+class Tensors(list[Tensor]):
+    """A list of a class of its own."""
+
+
+def in_a_named_tuple(self, x):
+    return torch.cat(Pair(self.bn1(x), self.bn2(x)), 1) * 2
+
+
+def in_a_list_of_its_own_class(self, x):
+    return torch.cat(Tensors([self.bn1(x), self.bn2(x)]), 1) * 2
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(level_of_an_activation, level_after_an_activation, level_in_inference_mode),
+        *(in_a_named_tuple, in_a_list_of_its_own_class),
+    ],
+    ids=lambda forward: forward.__name__,
+)
+def test_reads(forward: Forward) -> None:
+    compared(forward)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.ReLU(), nn.Sigmoid()], ids=str)
+def test_hooks_that_keep_the_saved_tensors(activation: nn.Module) -> None:
+    def forward(self, x):
+        return self.conv2(activation(self.bn1(self.conv1(x))))
+
+    module, untouched = net(forward)
+    for seed in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            found, wanted = (run(m, seed, training=True) for m in (module, untouched))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_part_reads_it() -> None:
+    def forward(self, x):
+        return self.tail(self.bn1(self.conv1(x)))
+
+    module, untouched = net(forward)
+    for m in (module, untouched):
+        m.tail = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1)).double()
+    module.tail.load_state_dict(untouched.tail.state_dict())
+    module.tail.compile(backend="eager")
+    for seed, training in enumerate((True, True, True, True, False)):
+        found, wanted = (run(m, seed, training, twice=False) for m in (module, untouched))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
+
+
+def test_ctrl_c_in_a_forward_leaves_nothing_behind() -> None:
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        if self.is_interrupted:
+            raise KeyboardInterrupt
+        return y
+
+    module, _ = net(forward)
+    module.is_interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        run(module, 0, training=True)
+    revert_batchnorm(module)
+    reference = weakref.ref(module)
+    del module
+    gc.collect()
+    assert reference() is None
+    compared(only_kept)
