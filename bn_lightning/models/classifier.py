@@ -182,7 +182,8 @@ class Classifier(LightningModule):
             metrics = cast(MetricCollection, module)
             if metrics["loss"].update_called:
                 values |= metrics.compute()
-                metrics.reset()
+                with torch.inference_mode(False):  # a fit after a validation writes to the states
+                    metrics.reset()
         return values
 
     # Subclasses for other kinds of classification override the methods below.

@@ -58,9 +58,14 @@ class LossWatch:
                     found.append(member)
         return found
 
-    def member_state(self, member: int) -> dict[str, Any]:
-        """Return the state that the `DivergenceGuard` of a member that goes on would have."""
-        return {"diverged_at": None, "above_since": self._above_since[member]}
+    def member_state(self, member: int, diverged_at: int | None = None) -> dict[str, Any]:
+        """Return the state that the `DivergenceGuard` of a member would have.
+
+        Args:
+            member: its place in the stack.
+            diverged_at: the step at which it diverged, if it did.
+        """
+        return {"diverged_at": diverged_at, "above_since": self._above_since[member]}
 
     def take(self, members: Sequence[int]) -> None:
         """Keep the given members only."""

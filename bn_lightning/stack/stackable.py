@@ -81,8 +81,19 @@ def stack_key(config: Mapping[str, Any]) -> str:
     network = model.get("network")
     if isinstance(network, Mapping) and isinstance(network.get("dropout"), int | float):
         model["network"] = {**network, "dropout": _ANY_NUMBER}
-    text = json.dumps(shared, sort_keys=True, default=repr)
-    return text.replace(json.dumps(str(config["paths"]["output_dir"]))[1:-1], "")
+    shared = _without_directory(shared, str(config["paths"]["output_dir"]))
+    return json.dumps(shared, sort_keys=True, default=repr)
+
+
+def _without_directory(value: Any, directory: str) -> Any:
+    """Return a configuration in which the run's directory is "."."""
+    if isinstance(value, Mapping):
+        return {key: _without_directory(item, directory) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_directory(item, directory) for item in value]
+    if isinstance(value, str) and (value == directory or value.startswith(f"{directory}/")):
+        return "." + value[len(directory) :]
+    return value
 
 
 _FREE = {"ckpt_path", "init", "paths", "resume", "seed", "task_name"}

@@ -110,7 +110,7 @@ class StackedClassifier(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradients of each member as if it were alone."""
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+        if (gradient_clip_val or 0) > 0 and gradient_clip_algorithm in (None, "norm"):
             gradients = [p.grad for p in self.stack.parameters() if p.grad is not None]
             clip_members(gradients, gradient_clip_val)
         else:

@@ -197,6 +197,12 @@ class TestEvaluation:
                 assert series[4] == pytest.approx(value)
                 assert run.callback_metrics[f"{name}/{metric}"] == pytest.approx(value)
 
+    def test_it_is_fitted_after_an_evaluation(self, tmp_path: Path) -> None:
+        module = classifier()
+        for _ in range(2):
+            trainer(tmp_path).validate(module, loader(11), verbose=False)
+            trainer(tmp_path, max_epochs=1).fit(module, loader(8), loader(11))
+
     def test_each_evaluation_starts_anew(self, tmp_path: Path) -> None:
         module, recorder = classifier(optimizer=partial(SGD, lr=0.0)), Recorder()
         network = mlp().eval()

@@ -84,6 +84,7 @@ OPTIMIZERS = {
         partial(classifier, optimizer=torch.optim.Adam),
         {"gradient_clip_val": 0.1},
     ),
+    "sgd_not_clipped": (partial(classifier, optimizer=torch.optim.SGD), {"gradient_clip_val": -1}),
     "adagrad_accumulated": (
         partial(classifier, optimizer=torch.optim.Adagrad),
         {"accumulate_grad_batches": 2},

@@ -89,6 +89,14 @@ def test_outcomes_are_those_of_single_runs(relu_arms):
 
 
 @pytest.mark.parametrize("member", range(4))
+def test_a_resumed_run_knows_whether_it_has_diverged(relu_arms, member):
+    last = [load_checkpoint(str(d / "checkpoints/last.ckpt")) for d in relu_arms[0][member]]
+    found, expected = (checkpoint["callbacks"]["DivergenceGuard"] for checkpoint in last)
+    assert found == expected
+    assert found["diverged_at"] == relu_arms[1][member].get("diverged_at")
+
+
+@pytest.mark.parametrize("member", range(4))
 def test_files_are_those_of_single_runs(relu_arms, member):
     (stacked, single), *_ = [relu_arms[0][member]]
     names = [sorted(p.relative_to(d) for p in d.rglob("*")) for d in (stacked, single)]
@@ -193,6 +201,19 @@ def test_what_runs_of_a_stack_may_differ_in(config, key, value, is_same):
     assert (stack_key(changed(config, key, value)) == stack_key(config)) == is_same
 
 
+@pytest.mark.parametrize(
+    ("directories", "steps", "is_same"),
+    [(("37", "53"), (37, 53), False), (("a", "SGD"), (5, 5), True)],
+    ids=["a_number", "a_part_of_names"],
+)
+def test_directories_are_told_from_what_is_named_alike(config, directories, steps, is_same):
+    runs = [
+        changed(changed(config, "paths.output_dir", name), "trainer.max_steps", number)
+        for name, number in zip(directories, steps, strict=True)
+    ]
+    assert (stack_key(runs[0]) == stack_key(runs[1])) == is_same
+
+
 def test_dropout_may_differ(config):
     half, whole = (changed(config, "model.network.dropout", p) for p in (0.5, 1))
     assert stack_key(half) == stack_key(whole) != stack_key(config)
@@ -271,6 +292,7 @@ def test_all_members_may_diverge_at_once(config, tmp_path):
     [
         ["norm=batch"],
         ["norm=batch", "optimizer=adam", "trainer.gradient_clip_val=0.5"],
+        ["norm=none", "trainer.gradient_clip_val=-1"],
         [
             "optimizer=momentum",
             "+scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true,"
@@ -281,7 +303,7 @@ def test_all_members_may_diverge_at_once(config, tmp_path):
             marks=pytest.mark.soak,
         ),
     ],
-    ids=["norm", "adam_clipped", "momentum_scheduled", "cnn_dropout"],
+    ids=["norm", "adam_clipped", "not_clipped", "momentum_scheduled", "cnn_dropout"],
 )
 def test_other_runs_in_double_precision(tmp_path, shared):
     shared = [*shared, "trainer.precision=64-true", "callbacks.activation_percentiles=null"]
