@@ -110,9 +110,10 @@ class StackedClassifier(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradients of each member as if it were alone."""
-        if (gradient_clip_val or 0) > 0 and gradient_clip_algorithm in (None, "norm"):
+        limit = gradient_clip_val or 0
+        if limit > 0 and gradient_clip_algorithm in (None, "norm"):
             gradients = [p.grad for p in self.stack.parameters() if p.grad is not None]
-            clip_members(gradients, gradient_clip_val)
+            clip_members(gradients, limit)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -25,6 +25,7 @@ from bn_lightning.sweeps.engine.sweep_error import SweepError
 # Half a decade is typed as 0.001, 0.00316, 0.01, and is halved as often as half a decade.
 ROUNDING = 1.01
 DIGITS = 5  # significant digits of a rate that the grid does not have
+FINEST = 0.001  # decades, in which rates of so many digits differ
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class EdgeSearch(GridRefinement):
 
     Attributes:
         axis: key of the learning rate, whose choices are the rates of the grid.
-        resolution: decades, above 0; an interval of this width is not halved.
+        resolution: decades, at least `FINEST`; an interval of this width is not halved.
         threshold: a trial with this accuracy or more trains; None for `tolerance.TRAINED`.
 
     Raises:
-        SweepError: `resolution` is not above 0.
+        SweepError: `resolution` or `threshold` is no such number.
     """
 
     axis: str
@@ -49,10 +50,15 @@ class EdgeSearch(GridRefinement):
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.resolution > 0:
+        if not (_is_number(self.resolution) and self.resolution >= FINEST):
             raise SweepError(
-                f"expected `sampler.resolution` to be decades above 0, got {self.resolution}; set "
-                "hydra.sweeper.sampler.resolution=0.0625"
+                f"expected `sampler.resolution` to be decades, {FINEST} or more, got "
+                f"{self.resolution}; set hydra.sweeper.sampler.resolution=0.0625"
+            )
+        if self.threshold is not None and not _is_number(self.threshold):
+            raise SweepError(
+                "expected `sampler.threshold` to be an accuracy or null, got "
+                f"{self.threshold}; set hydra.sweeper.sampler.threshold=0.9"
             )
 
     def refine(self, space: Space) -> RefinedGrid:
@@ -93,6 +99,10 @@ class EdgeSearch(GridRefinement):
 
     def _with_axis(self, space: Space, distribution: BaseDistribution) -> Space:
         return replace(space, distributions={**space.distributions, self.axis: distribution})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 class _Halving:

@@ -171,6 +171,11 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
         links = _page_links(table, base, output)
         page = study_page(table, str(reason), figures, links, notes, (arms, texts))
         return _write(output, table, content, page, [f"no map of what trains: {reason}", *texts])
+    if counts["pruned"]:
+        notes.append(
+            f"{counts['pruned']:,} trials were pruned, the worst at their time: shares and widths "
+            "are those of the others. A map of what trains needs a sweep without a pruner."
+        )
     if trials.repeated:
         notes.append(f"{trials.repeated:,} trials repeat a point of another: the first counts.")
     if classes_of(table.about) is None:
@@ -197,6 +202,7 @@ def _report_study(table: TrialTable, base: Path, output: Path, options: ReportOp
     lines = [
         *sentences(found),
         *(edge_sentences(found, edges) if edges is not None else []),
+        *notes,
         f"A cell trains from an accuracy of {found.grid.levels.trained:.2f} on; "
         "--threshold asks for another.",
     ]

@@ -204,6 +204,16 @@ class TestSweep:
         write_report([str(tmp_path / "table")])
         assert summary(tmp_path / "table")["grid"]["seeds"] == [1]
 
+    def test_shares_of_a_pruned_sweep_are_called_what_they_are(
+        self, tmp_path: Path, make_study: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pruned = {"state": TrialState.PRUNED}
+        sweep = make_study(tmp_path, change=lambda n, p: pruned if p["seed"] == 3 else {})
+        write_report([str(sweep)])
+        words = "16 trials were pruned, the worst at their time: shares and widths are those of"
+        assert words in capsys.readouterr().out
+        assert words in summary(sweep)["notes"][0]
+
     def test_failed_trials_are_shown(self, tmp_path: Path, make_study: Callable[..., Path]) -> None:
         failed = {"state": TrialState.FAIL, "user_attrs": {"error": f"disk full {HOSTILE}"}}
         sweep = make_study(tmp_path, change=lambda n, p: [failed, {}] if n == 0 else {})

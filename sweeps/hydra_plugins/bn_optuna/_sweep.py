@@ -13,6 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.bn_optuna._settings import Location, Settings
 from hydra_plugins.bn_optuna._trial_runner import RecordedTask, TrialRunner
 from omegaconf import DictConfig, OmegaConf, open_dict
+from optuna.pruners import NopPruner
 from optuna.trial import FrozenTrial
 
 from bn_lightning.sweeps.engine.best import best_trials
@@ -90,6 +91,11 @@ def run_sweep(
         first_failures=FIRST_FAILURES if settings.max_failure_rate < 1 else None,
     )
     pruner = make_pruner(settings.pruner)
+    if plan.following is not None and not isinstance(pruner, NopPruner):
+        raise SweepError(
+            "expected no pruner for a sampler whose rounds follow from the results of all trials, "
+            f"got {type(pruner).__name__}; choose hydra/sweeper/pruner=none"
+        )
     place = settings.location()
     with open_dict(config):
         config.hydra.sweep.dir = str(place.directory)  # where launchers look

@@ -207,10 +207,15 @@ class TestBadInput:
         [
             ({"axis": "lr"}, "`lr`, the `sampler.axis`.* got nothing"),
             ({"axis": "norm"}, "`norm`.* got none, batch"),
-            ({"resolution": 0}, "`sampler.resolution` .* above 0"),
-            ({"resolution": -1}, "`sampler.resolution` .* above 0"),
+            ({"resolution": 0}, "`sampler.resolution` .* 0.001 or more, got 0"),
+            ({"resolution": -1}, "`sampler.resolution` .* got -1"),
+            ({"resolution": 1e-5}, "`sampler.resolution` .* got 1e-05"),
+            ({"resolution": "fine"}, "`sampler.resolution` .* got fine"),
+            ({"threshold": "abc"}, "`sampler.threshold` .* got abc"),
+            ({"threshold": True}, "`sampler.threshold` .* got True"),
+            ({"threshold": float("nan")}, "`sampler.threshold` .* got nan"),
         ],
-        ids=["not swept", "no numbers", "zero", "negative"],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
     )
     def test_keys(self, keys: dict[str, Any], words: str) -> None:
         space = parse_space(None, ["optimizer.lr=0.1,1", "norm=none,batch"])

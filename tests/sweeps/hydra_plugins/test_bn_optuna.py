@@ -117,6 +117,14 @@ class TestASweep:
         other = program.run(*arguments, "hydra.sweeper.sampler.threshold=4")
         assert "the study has sampler.threshold=5, this command sampler.threshold=4" in other.stderr
 
+    def test_a_pruner_is_refused_where_results_choose_the_trials(self, program):
+        edges = ("hydra/sweeper/sampler=edges", "hydra.sweeper.sampler.axis=x")
+        pruner = ("hydra.sweeper.n_trials=null", "hydra/sweeper/pruner=median")
+        done = program.run("-m", "x=1,2", *edges, *pruner)
+        assert done.returncode == 1
+        assert "got MedianPruner; choose hydra/sweeper/pruner=none" in done.stderr
+        assert not (program.folder / "sweep").exists()
+
     @pytest.mark.slow
     def test_fresh_makes_another_study_beside(self, program):
         program.run(*GRID)
