@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra_plugins.bn_optuna import register
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from bn_lightning.callbacks.running_statistics import batch_norms
 from bn_lightning.claims.design import Claim, Overrides
@@ -234,8 +235,15 @@ def _with_values(config: DictConfig, overrides: Sequence[str], typed: Sequence[s
     changed = copy.deepcopy(config)
     keys = _by_key(typed)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.key_or_group not in keys:
-            OmegaConf.update(changed, override.key_or_group, override.value())
+        key = override.key_or_group
+        if key not in keys:
+            try:
+                OmegaConf.update(changed, key, override.value())
+            except OmegaConfBaseException as error:
+                raise ValueError(
+                    f"expected `{key}`, which the claim varies, to be a key of the configuration, "
+                    f"got none with {' '.join(typed)}; leave out the override or the claim"
+                ) from error
     return changed
 
 

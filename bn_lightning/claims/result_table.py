@@ -91,9 +91,15 @@ class ResultTable:
         self.setup = self.setups.index(current)
 
     @property
+    def used_setups(self) -> list[dict[str, Any]]:
+        """The setups that there are results of."""
+        used = {result.setup for result in self.results.values()}
+        return [setup for number, setup in enumerate(self.setups) if number in used]
+
+    @property
     def is_mixed(self) -> bool:
         """Whether there are results of several setups."""
-        return len({result.setup for result in self.results.values()}) > 1
+        return len(self.used_setups) > 1
 
     def mixture(self) -> str:
         """Return how the first two setups differ, "" if there is one."""

@@ -8,8 +8,9 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -114,9 +115,11 @@ def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
     configurations = _composed(claims, options, count, output / "runs", notes)
     claims = [claim for claim in claims if claim.name in configurations]
     table = ResultTable(output, setup, options.allow_mixed)
-    if count < LEAST_SEEDS:
+    known = {key.seed for key in table.results if key.claim in configurations}
+    seeds = len(known.union(range(1, count + 1)))
+    if seeds < LEAST_SEEDS:
         notes.append(
-            f"{count} seed{'s' * (count > 1)}: there are no intervals with fewer than "
+            f"{seeds} seed{'s' * (seeds > 1)}: there are no intervals with fewer than "
             f"{LEAST_SEEDS}, so nothing is decided."
         )
     print(*notes, sep="\n", flush=True)
@@ -245,8 +248,17 @@ def _results(parts: Sequence[Part], n_jobs: int) -> Generator[_Results]:
 def _begin_worker() -> None:
     # Ctrl-C in the terminal reaches all processes; the main process ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the main process, which may be killed, and end this one."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _all_measured(part: Part) -> list[_Results]:
@@ -306,7 +318,7 @@ def judge(claim: Claim, budget: str, table: ResultTable) -> dict[str, Any]:
             }
         )
     verdict = verdict_of(conditions, numbers)
-    typed = dict.fromkeys(text for setup in table.setups for text in setup["overrides"])
+    typed = dict.fromkeys(text for setup in table.used_setups for text in setup["overrides"])
     but = f" Where {' '.join(typed)} differs from this, it was used." if typed else ""
     return {
         "sentence": claim.sentence,
@@ -328,7 +340,7 @@ def _write(claims: Sequence[Claim], budget: str, table: ResultTable, notes: Sequ
     content = {
         "schema_version": LEDGER_SCHEMA_VERSION,
         "budget": budget,
-        "setups": table.setups,
+        "setups": table.used_setups,
         "notes": list(notes),
         "claims": entries,
     }

@@ -141,8 +141,9 @@ def test_a_ledger_goes_on(folder, tmp_path):
     # Alone instead of in a stack, it differs by rounding, and in its time.
     assert sorted(map(key_of_line, again)) == sorted(map(key_of_line, lines))
     seen.clear()
-    run_claims(options(output))
+    run_claims(options(output, seeds=1))
     assert seen == []
+    assert "nothing is decided" not in (output / "claims.md").read_text(encoding="utf-8")
     entry = json.loads((output / "summary.json").read_text(encoding="utf-8"))["claims"]["tiny"]
     assert entry["text"] == "holds if: modules"
 
@@ -158,6 +159,15 @@ def test_results_of_other_options_are_not_mixed(folder, tmp_path, capsys):
     content = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     assert any(note.startswith("MIXED") for note in content["notes"])
     assert len(content["setups"]) == 2
+
+
+def test_options_that_nothing_was_measured_with_are_not_named(folder, tmp_path):
+    output = copied(folder, tmp_path)
+    run_claims(options(output, "optimizer.momentum=0.5", allow_mixed=True))
+    assert seen == []
+    content = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    assert len(content["setups"]) == 1
+    assert "momentum" not in (output / "claims.md").read_text(encoding="utf-8")
 
 
 def test_a_table_of_something_else_is_refused(folder, tmp_path):
@@ -239,6 +249,11 @@ def test_claims_about_another_network_are_left_out(tmp_path, monkeypatch, ledger
     for name in ("depth_plain", "depth_residual"):
         assert sum(note.startswith(f"{name} is left out") for note in content["notes"]) == 1
         assert said.index(f"{name} is left out") < said.index("tiny: 6 networks")
+    # `initialization` varies init.std, which this initialization has not.
+    monkeypatch.setattr(registry, "_claims", {"initialization": ledger["initialization"]} | claims)
+    run_claims(options(tmp_path / "he", "init=he", names=(), seeds=1))
+    said = capsys.readouterr().out
+    assert "initialization is left out: expected `init.std`, which the claim varies" in said
     # What suits no claim is refused.
     with pytest.raises(ValueError, match=r"`optimizer.lr`"):
         run_claims(options(tmp_path / "new", "optimizer.lr=-1", names=()))
@@ -337,7 +352,8 @@ def test_the_time_of_a_training_is_known_before():
 
 
 @pytest.mark.soak
-def test_sigterm_ends_the_processes_and_keeps_what_is_measured(tmp_path, ledger):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
+def test_a_signal_ends_the_processes_and_keeps_what_is_measured(tmp_path, ledger, number):
     """Two processes train for hours once the networks that are not trained are measured."""
     claim = ledger["smoothness"]
     initial = {
@@ -354,10 +370,11 @@ def test_sigterm_ends_the_processes_and_keeps_what_is_measured(tmp_path, ledger)
         while measured(tmp_path) != initial and time.monotonic() < deadline:
             time.sleep(0.1)
         assert measured(tmp_path) == initial
-        process.terminate()
+        process.send_signal(number)
         said, _ = process.communicate(timeout=30)
-        assert process.returncode == 143
-        assert said.splitlines()[-1].startswith(f"interrupted by SIGTERM: {tmp_path}; the same")
+        if number == signal.SIGTERM:
+            assert process.returncode == 143
+            assert said.splitlines()[-1].startswith(f"interrupted by SIGTERM: {tmp_path}; the same")
         while group_exists(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not group_exists(process.pid)
