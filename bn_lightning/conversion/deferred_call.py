@@ -4,7 +4,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +50,11 @@ class DeferredCall(BatchNormCall):
         versions: of x and those.
         snapshot: the values of x, if it has no version.
         blank: a tensor with the metadata of x, without memory.
+        lost_updates: the errors of calls that nobody has read and whose input was changed, to be
+            raised when the model returns.
     """
+
+    lost_updates: ClassVar[list[RuntimeError]] = []
 
     plan: CallPlan | None = None
     is_candidate = False
@@ -201,8 +205,12 @@ class DeferredCall(BatchNormCall):
             return
         if not sys.is_finalizing() and not is_recomputation():
             with self.as_called(), torch.no_grad():
-                self.check_unchanged()
-                self.run()
+                try:
+                    self.check_unchanged()
+                except RuntimeError as error:  # which nobody would see here
+                    DeferredCall.lost_updates.append(error)
+                else:
+                    self.run()
 
 
 class Value:

@@ -9,6 +9,7 @@ from torch import nn
 
 from bn_lightning.conversion.deferrable import Site
 from bn_lightning.conversion.deferred import Deferred, read, thread
+from bn_lightning.conversion.deferred_call import DeferredCall
 from bn_lightning.conversion.traced import compute_traced
 
 
@@ -41,6 +42,8 @@ class _Hook:
                 if type(tensor) is Deferred:
                     read(tensor, is_use=False)
             Site.passes += 1
+            if DeferredCall.lost_updates:
+                raise DeferredCall.lost_updates.pop()
         # Tensors of a compiled forward, or of torch.export, cannot become plain themselves.
         return compute_traced(output[0])
 

@@ -29,8 +29,8 @@ class StackedClassifier(LightningModule):
     compared with those of each member alone.
 
     Logs what `Classifier` logs, with `member_K/` before each name: `member_0/train/loss`,
-    `member_0/val/accuracy`, `member_0/test/loss`. Rates of the members are not logged, and
-    Lightning's `LearningRateMonitor` finds none.
+    `member_0/val/accuracy`, `member_0/test/loss`. Rates of the members are not logged:
+    `LearningRateMonitor` finds none, and `StochasticWeightAveraging`, which sets one, fails.
 
     Args:
         members: the classifiers, at least one, in their initial state. They are not trained

@@ -1008,6 +1008,23 @@ def test_a_compiled_part_reads_it() -> None:
     torch._dynamo.reset()
 
 
+def test_an_update_that_cannot_be_made_is_an_error_of_the_forward() -> None:
+    def forward(self, x):
+        h = self.conv1(x)
+        unread = self.bn1(h)
+        y = F.relu_(h)
+        del unread
+        return y
+
+    module, untouched = net(forward)
+    with pytest.raises(RuntimeError, match="unchanged until its output is read"):
+        run(module, 0, training=True)
+    for seed in range(1, 3):
+        found, wanted = (run(m, seed, training=True) for m in (module, untouched))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert module.bn1.num_batches_tracked == untouched.bn1.num_batches_tracked == 2
+
+
 def test_ctrl_c_in_a_forward_leaves_nothing_behind() -> None:
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
