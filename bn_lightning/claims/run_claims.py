@@ -115,8 +115,10 @@ def run_claims(options: LedgerOptions = LedgerOptions()) -> Path:
     configurations = _composed(claims, options, count, output / "runs", notes)
     claims = [claim for claim in claims if claim.name in configurations]
     table = ResultTable(output, setup, options.allow_mixed)
-    known = {key.seed for key in table.results if key.claim in configurations}
-    seeds = len(known.union(range(1, count + 1)))
+    of_claims = {name: set(range(1, count + 1)) for name in configurations}
+    for key in table.results:
+        of_claims.get(key.claim, set()).add(key.seed)
+    seeds = min(map(len, of_claims.values()))
     if seeds < LEAST_SEEDS:
         notes.append(
             f"{seeds} seed{'s' * (seeds > 1)}: there are no intervals with fewer than "

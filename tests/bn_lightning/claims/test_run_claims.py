@@ -148,6 +148,14 @@ def test_a_ledger_goes_on(folder, tmp_path):
     assert entry["text"] == "holds if: modules"
 
 
+def test_few_seeds_of_one_claim_are_said(folder, tmp_path, ledger):
+    output = copied(folder, tmp_path)
+    ledger["other"] = dataclasses.replace(TINY_CLAIM, name="other")
+    run_claims(options(output, names=("tiny", "other"), seeds=1))
+    content = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    assert any(note.startswith("1 seed:") for note in content["notes"])
+
+
 def test_results_of_other_options_are_not_mixed(folder, tmp_path, capsys):
     output = copied(folder, tmp_path)
     other = options(output, "optimizer.momentum=0.5", seeds=4)
