@@ -23,6 +23,7 @@ class LossWatch:
         self._guard = guard
         self._interval = 1 if device.type == "cpu" else guard.every_n_steps
         self._above_since: list[int | None] = [None] * size
+        self._diverged_at: list[int | None] = [None] * size
 
     def diverged(self, losses: Tensor, inputs: Tensor, step: int) -> list[int]:
         """Return the members that have diverged at this step.
@@ -35,8 +36,12 @@ class LossWatch:
         Raises:
             ValueError: the batch itself has NaN or infinite values.
         """
-        if step % self._interval:
-            return []
+        found = [] if step % self._interval else self._find(losses, inputs, step)
+        for member in found:
+            self._diverged_at[member] = step
+        return found
+
+    def _find(self, losses: Tensor, inputs: Tensor, step: int) -> list[int]:
         if math.isinf(self._guard.max_loss):
             finite = torch.isfinite(losses)
             if finite.all():
@@ -58,15 +63,14 @@ class LossWatch:
                     found.append(member)
         return found
 
-    def member_state(self, member: int, diverged_at: int | None = None) -> dict[str, Any]:
-        """Return the state that the `DivergenceGuard` of a member would have.
-
-        Args:
-            member: its place in the stack.
-            diverged_at: the step at which it diverged, if it did.
-        """
-        return {"diverged_at": diverged_at, "above_since": self._above_since[member]}
+    def member_state(self, member: int) -> dict[str, Any]:
+        """Return the state that the `DivergenceGuard` of a member would have."""
+        return {
+            "diverged_at": self._diverged_at[member],
+            "above_since": self._above_since[member],
+        }
 
     def take(self, members: Sequence[int]) -> None:
         """Keep the given members only."""
         self._above_since = [self._above_since[k] for k in members]
+        self._diverged_at = [self._diverged_at[k] for k in members]

@@ -343,8 +343,10 @@ def _add_quotient(p: Tensor, numerator: Tensor, denominator: Tensor, size: Tenso
 def clip_members(gradients: Sequence[Tensor], limit: float) -> None:
     """Scale gradients (K, ...) in place so that each member's norm is at most `limit`.
 
-    As `torch.nn.utils.clip_grad_norm_` does for one network.
+    As Lightning does for one network: with a limit of 0 or less nothing is clipped.
     """
+    if limit <= 0:
+        return
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
     factors = (limit / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:

@@ -110,10 +110,9 @@ class StackedClassifier(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradients of each member as if it were alone."""
-        limit = gradient_clip_val or 0
-        if limit > 0 and gradient_clip_algorithm in (None, "norm"):
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             gradients = [p.grad for p in self.stack.parameters() if p.grad is not None]
-            clip_members(gradients, limit)
+            clip_members(gradients, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

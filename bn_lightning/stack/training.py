@@ -154,8 +154,8 @@ class StackTraining:
         models = [member.model for member in self.members]
         optimizers, self._schedulers = member_optimizers(models)
         parameters = list(self.network.network.parameters())
-        clip = self._trainer.get("gradient_clip_val") or 0
-        self.optimizer = StackedOptimizer(parameters, optimizers, clip if clip > 0 else None)
+        clip = self._trainer.get("gradient_clip_val")
+        self.optimizer = StackedOptimizer(parameters, optimizers, clip or None)
         self._interrupt = LateInterrupt()  # of a command, which lets the step end
         self._graph: StepGraph | None = None
         if device.type == "cuda" and self.optimizer.is_constant and not self._schedulers:
@@ -358,7 +358,7 @@ class StackTraining:
         """End a member before the others."""
         member = self.members[k]
         member.end_epoch()
-        self._save(k, is_diverged)
+        self._save(k)
         if is_diverged:
             chance = member.model.chance_metrics()
             member.end("diverged", diverged_at=member.steps, metrics=chance)
@@ -394,19 +394,18 @@ class StackTraining:
         """Return whether the last validation has measured the test set with these weights."""
         return self._validates_test and member.validated_at == member.steps
 
-    def _save(self, k: int, is_diverged: bool = False) -> None:
+    def _save(self, k: int) -> None:
         member = self.members[k]
         state = self._datamodule.state_dict()
         data_state = {type(self._datamodule).__qualname__: state} if state else {}
-        member.save(self.network.member_state(k), self._state_of_run(k, is_diverged), data_state)
+        member.save(self.network.member_state(k), self._state_of_run(k), data_state)
 
-    def _state_of_run(self, k: int, is_diverged: bool) -> dict[str, Any]:
+    def _state_of_run(self, k: int) -> dict[str, Any]:
         """Return what a run needs that goes on from a member's checkpoint."""
         member = self.members[k]
         callbacks = {SameData.__qualname__: {"sha256": self._datamodule.info.get("sha256")}}
         if self._watch is not None:
-            diverged_at = member.steps if is_diverged else None
-            callbacks[DivergenceGuard.__qualname__] = self._watch.member_state(k, diverged_at)
+            callbacks[DivergenceGuard.__qualname__] = self._watch.member_state(k)
         schedulers = [self._schedulers[k]] if self._schedulers else []
         validated = Validated(member.validated_at, member.validations, self._validation_batches)
         return {
