@@ -52,9 +52,8 @@ class CallPlan(NamedTuple):
         )
 
     def versions(self, x: Tensor) -> list[int | None]:
-        """Return `versions_of` x and what else a call now must not see changed."""
-        own = None if x.is_inference() else x._version
-        return [own, *[t._version for t in self.attributes["watched"]]]
+        """Return `versions_of` all that a call now must not see changed."""
+        return versions_of((x, *self.attributes["watched"]))
 
 
 class Site:

@@ -94,24 +94,21 @@ class Deferral:
             self._finish_earlier()
         versions = plan.versions(x)
         if plan.is_summand is not None:
-            value = Value(DeferredCall.planned(plan, module, x, versions))
-            made = _defer(value)
-            if x.is_inference():
-                value.call.keep_input()
-            return made
-        activation: Any = plan.activation
-        result = plan.repeat((x, None, *plan.fields)) if plan.repeat else None
-        if result is None:
-            call = DeferredCall.planned(plan, module, x, versions)
-            result = call.run(None, *activation[:2])
+            made = _defer(Value(DeferredCall.planned(plan, module, x, versions)))
         else:
-            self.fused += 1
-        made = _make_subclass(Deferred, plan.attributes["blank"], result.requires_grad)
-        made._planned = plan, module, x, versions
-        made._waiting = activation, result, x, plan.attributes["modes"]
+            activation: Any = plan.activation
+            result = plan.repeat((x, None, *plan.fields)) if plan.repeat else None
+            if result is None:
+                call = DeferredCall.planned(plan, module, x, versions)
+                result = call.run(None, *activation[:2])
+            else:
+                self.fused += 1
+            made = _make_subclass(Deferred, plan.attributes["blank"], result.requires_grad)
+            made._planned = plan, module, x, versions
+            made._waiting = activation, result, x, plan.attributes["modes"]
+            _note(made)
         if x.is_inference():
             made._value.call.keep_input()
-        _note(made)
         return made
 
     def __call__(

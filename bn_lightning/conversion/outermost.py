@@ -36,14 +36,15 @@ class _Hook:
             return None
         made, thread.made, thread.outermost = thread.made, [], None
         thread.latest.clear()
+        lost, DeferredCall.lost_updates = DeferredCall.lost_updates, []
         if output[0] is not None or sys.exc_info()[0] is None:  # it has not failed
             for reference in made:
                 tensor = reference()
                 if type(tensor) is Deferred:
                     read(tensor, is_use=False)
             Site.passes += 1
-            if DeferredCall.lost_updates:
-                raise DeferredCall.lost_updates.pop()
+            if lost:
+                raise lost[0]
         # Tensors of a compiled forward, or of torch.export, cannot become plain themselves.
         return compute_traced(output[0])
 

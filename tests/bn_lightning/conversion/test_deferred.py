@@ -1011,7 +1011,7 @@ def test_a_compiled_part_reads_it() -> None:
 def test_an_update_that_cannot_be_made_is_an_error_of_the_forward() -> None:
     def forward(self, x):
         h = self.conv1(x)
-        unread = self.bn1(h)
+        unread = [self.bn1(h), self.bn2(h)]
         y = F.relu_(h)
         del unread
         return y
