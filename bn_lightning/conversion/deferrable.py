@@ -162,12 +162,15 @@ settings_of = operator.attrgetter(
 )
 
 
-def versions_of(tensors: Sequence[Tensor | None]) -> list[int | None]:
+_version_of = operator.attrgetter("_version")
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int | None]:
     """Return the numbers of changes in place."""
     try:
-        return [None if t is None else t._version for t in tensors]
+        return [*map(_version_of, tensors)]
     except RuntimeError:  # one is of inference mode, and has none
-        return [None if t is None or t.is_inference() else t._version for t in tensors]
+        return [None if t.is_inference() else t._version for t in tensors]
 
 
 _is_grad_enabled = torch.is_grad_enabled
