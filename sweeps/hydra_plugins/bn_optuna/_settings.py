@@ -30,6 +30,24 @@ class Location(NamedTuple):
     url: str
 
 
+_SECONDS = int | float, "a number of seconds"
+# Of values that are used as they are: their type, and how an error calls it.
+_TYPES: dict[str, tuple[Any, str]] = {
+    "sampler": (dict, "an option of hydra/sweeper/sampler"),
+    "pruner": (dict | None, "an option of hydra/sweeper/pruner"),
+    "params": (dict | None, "a mapping from keys to values"),
+    "metric": (str | list | None, "a name, a list of names or null"),
+    "isolate": (int, "true or false"),
+    "storage": (str, "journal or a URL"),
+    "study_name": (str, "a text, with a number in quotes"),
+    "dir": (str, "a path"),
+    "max_retries": (int, "an integer"),
+    "heartbeat": _SECONDS,
+    "stale_after": _SECONDS,
+    "storage_patience": _SECONDS,
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """The keys of `conf/hydra/sweeper/_bn_optuna.yaml`, which explains them.
@@ -60,6 +78,10 @@ class Settings:
     storage_patience: float
 
     def __post_init__(self) -> None:
+        for key, (types, words) in _TYPES.items():
+            value = getattr(self, key)
+            if not isinstance(value, types):
+                raise SweepError(f"expected `{key}` to be {words}, got {value!r}")
         for direction in self.directions:
             if direction not in ("minimize", "maximize"):
                 raise SweepError(
