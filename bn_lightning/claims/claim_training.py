@@ -215,7 +215,11 @@ def _check_typed(claim: Claim, budget: str, typed: Sequence[str]) -> None:
                 f"expected `seed` to be left to the claim {claim.name}, got {override}; ask for a "
                 "number of seeds by seeds=N"
             )
-        if key != "trainer.max_steps" and len({point.get(key) for point in points}) > 1:
+        varies = len({point.get(key) for point in points}) > 1
+        if key == "trainer.max_steps":  # often a budget, of which points differ otherwise, too
+            others = {frozenset({**point, key: ""}.values()) for point in points}
+            varies = len(others) < len(points)
+        if varies:
             raise ValueError(
                 f"expected `{key}` to be left to the claim {claim.name}, which varies it, got "
                 f"{override}; leave out the override or the claim"

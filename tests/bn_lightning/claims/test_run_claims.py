@@ -227,6 +227,10 @@ class NormlessMLP(MLP):
         ({"overrides": (*TINY, "trainer.max_steps=none")}, "`trainer.max_steps`"),
         ({"overrides": (*TINY, "optimizer.lr=0.1")}, "`optimizer.lr` to be left to the claim tiny"),
         ({"overrides": (*TINY, "norm=none")}, "`norm` to be left to the claim tiny"),
+        (
+            {"names": ("smoothness",)},
+            "`trainer.max_steps` to be left to the claim smoothness, which varies it",
+        ),
         ({"overrides": (*TINY, "seed=5")}, "seeds=N"),
         (
             {"overrides": (*TINY, "model.network._target_=normless.NormlessMLP")},
@@ -235,7 +239,7 @@ class NormlessMLP(MLP):
     ],
     ids=[
         *("unknown", "budget", "seeds", "n_jobs", "short", "value"),
-        *("varied_value", "varied_group", "seed", "no_batch_norm"),
+        *("varied_value", "varied_group", "varied_steps", "seed", "no_batch_norm"),
     ],
 )
 def test_refusals(tmp_path, monkeypatch, changes, message):
@@ -363,14 +367,14 @@ def test_the_time_of_a_training_is_known_before():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
 def test_a_signal_ends_the_processes_and_keeps_what_is_measured(tmp_path, ledger, number):
     """Two processes train for hours once the networks that are not trained are measured."""
-    claim = ledger["smoothness"]
+    claim = ledger["depth_plain"]
     initial = {
         (arm, label)
         for arm in claim.arms
         for label, setting in claim.settings_of("quick", arm).items()
         if not setting.is_trained
     }
-    typed = ["smoothness", "seeds=1", "n_jobs=2", *TINY[:2], "trainer.max_steps=10000000"]
+    typed = ["depth_plain", "seeds=1", "n_jobs=2", TINY[0], "trainer.max_steps=10000000"]
     command = [sys.executable, "-m", "bn_lightning.claims", *typed, "--output", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
