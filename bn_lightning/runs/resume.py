@@ -16,6 +16,9 @@ from bn_lightning.runs.trust import check_plain
 _FREE = {"callbacks", "ckpt_path", "extras", "logger", "paths", "resume", "task_name", "trainer"}
 _FREE |= {"trusted"}  # a key of version 0.1.0
 _FREE_DATA = {"root", "num_workers"}
+# A copied checkpoint may start a run of another configuration, but not where that would have no
+# effect: the checkpoint's state replaces what these make.
+_REPLACED = {"init", "optimizer", "scheduler"}
 
 _KEPT = ("started", "resumed_at", "data", "metrics", "stack", "steps", "seconds")
 
@@ -44,9 +47,10 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
     Raises:
         ValueError: the run has ended, the configuration is not the one that it began with, or the
             checkpoint lacks the optimizer's state, as the best.ckpt of a stack's member does.
-        UntrustedError: run.json contains interpolations, which would be evaluated.
+        UntrustedError: the configuration of the run contains interpolations, which would be
+            evaluated.
     """
-    from bn_lightning.runs.checkpoint import load_checkpoint
+    from bn_lightning.runs.checkpoint import CONFIG_KEY, load_checkpoint
 
     path = resumed_checkpoint(config.ckpt_path, directory)
     checkpoint = load_checkpoint(path)
@@ -60,9 +64,15 @@ def read_resume_point(config: DictConfig, record: RunRecord, directory: Path) ->
         )
     _refuse_ended(path, checkpoint["global_step"], config, before, directory)
     resume_point = ResumePoint(path, checkpoint, copy.deepcopy(before))
+    resolved = record.content["config"]
     if before is not None:
-        _restore_derived_values(config, record.content["config"], before, directory)
+        version = (before.get("versions") or {}).get("bn-lightning")
+        file = directory / RUN_FILE
+        _restore_derived_values(config, resolved, before["config"], file, version)
         record.content.update({key: before[key] for key in _KEPT if key in before})
+    elif CONFIG_KEY in checkpoint.get("hyper_parameters", {}):
+        begun = checkpoint["hyper_parameters"][CONFIG_KEY]
+        _restore_derived_values(config, resolved, begun, path)
     return resume_point
 
 
@@ -116,32 +126,51 @@ def _refuse_ended(
 
 
 def _restore_derived_values(
-    config: DictConfig, resolved: dict[str, Any], before: dict[str, Any], directory: Path
+    config: DictConfig,
+    resolved: dict[str, Any],
+    begun: dict[str, Any],
+    file: Path,
+    version: str | None = None,
 ) -> None:
-    begun = before["config"]
-    check_plain(begun, str(directory / RUN_FILE))
+    """Give values that are derived from the trainer's the ones that the run began with.
+
+    Args:
+        config: with which training continues.
+        resolved: the same, resolved.
+        begun: the configuration of the run.
+        file: which has that: the run's run.json, or a copied checkpoint.
+        version: of this package, which began the run, if that is known.
+
+    Raises:
+        ValueError: the configuration is another one.
+        UntrustedError: as for `read_resume_point`.
+    """
+    check_plain(begun, str(file))
     # Numbers and text only: a node in a stranger's run.json could name what to build.
     trainer = {k: v for k, v in begun["trainer"].items() if not isinstance(v, dict | list)}
     with_its_trainer = OmegaConf.merge(config, {"trainer": trainer})
     compared: Any = OmegaConf.to_container(with_its_trainer, resolve=True)
-    old, new = (
-        {key: value for key, value in content.items() if key not in _FREE}
-        for content in (begun, compared)
-    )
-    for part in (old, new):
-        # The files may have moved; their hashes are in the checkpoint.
-        part["data"] = {k: v for k, v in part["data"].items() if k not in _FREE_DATA}
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    keys = (begun.keys() | compared.keys()) - _FREE if file.name == RUN_FILE else _REPLACED
+    changed = [key for key in sorted(keys) if _fixed(begun, key) != _fixed(compared, key)]
     if changed:
-        version = (before.get("versions") or {}).get("bn-lightning")
-        is_old = version != bn_lightning.__version__
+        is_old = version not in (None, bn_lightning.__version__)
         raise ValueError(
-            f"expected `ckpt_path` to be resumed with the configuration that the run in "
-            f"{directory} began with, got another {', '.join(changed)}; "
+            f"expected `ckpt_path` to be resumed with the configuration that the run of {file} "
+            f"began with, got another {', '.join(changed)}; "
             + f"resume it with bn_lightning {version}, which wrote it, " * is_old
             + "repeat its overrides, or leave ckpt_path out to start a new run"
         )
-    for key in old.keys() - {"data"}:
+    for key in keys & begun.keys() - {"data"}:
         if resolved[key] != begun[key]:
-            resolved[key] = config[key] = begun[key]
+            config[key] = begun[key]
             print(f"{key} stays as the run began with it: {begun[key]}")
+    final: Any = OmegaConf.to_container(config, resolve=True)
+    resolved.update(final)
+
+
+def _fixed(config: dict[str, Any], key: str) -> Any:
+    """Return a value of a configuration, without what may change."""
+    if key == "data":
+        # The files may have moved; their hashes are in the checkpoint.
+        return {k: v for k, v in config["data"].items() if k not in _FREE_DATA}
+    return config.get(key)

@@ -730,6 +730,20 @@ def test_a_run_is_not_resumed_as_another(command):
     assert changed <= {"mnist_bn.log"}
 
 
+def test_a_copied_checkpoint_is_not_trained_by_another_optimizer(command):
+    """Its state would replace what was typed."""
+    run = command(main, *SHORT, *BARE).directory
+    elsewhere = Path("elsewhere.ckpt")
+    elsewhere.write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+    more = (*SHORT, *BARE, "trainer.max_steps=60", f"ckpt_path={elsewhere}")
+    refused = command(main, *more, "optimizer.lr=0.5", "init.std=0.5")
+    assert refused.code == 1
+    assert f"{elsewhere} began with, got another init, optimizer" in refused.err
+    result = command(main, *more)
+    assert result.code == 0, result.err
+    assert read_run(result.directory)["steps"] == 60
+
+
 def test_a_strangers_run_is_not_evaluated_when_resumed(command):
     """What a schedule derives from the trainer is taken from `run.json`, as a plain value."""
     experiment = ("+experiment=placement", "trainer.val_check_interval=5", *BARE)

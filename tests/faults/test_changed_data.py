@@ -1,6 +1,7 @@
 """Data that change between the start of a run and its resumption."""
 
 import os
+from pathlib import Path
 
 import pytest
 from image_folders import write_images
@@ -104,6 +105,12 @@ def test_a_schedule_over_all_steps_lets_a_run_have_more(command):
     assert "scheduler stays as the run began with it" in result.out
     record = read_run(directory)
     assert record["steps"] == 9 and record["config"]["scheduler"]["T_max"] == 6
+    copied = Path("copied.ckpt")
+    copied.write_bytes((directory / "checkpoints/last.ckpt").read_bytes())
+    again = command(main, *arguments, "trainer.max_steps=12", f"ckpt_path={copied}")
+    assert again.code == 0, again.err
+    config = read_run(again.directory)["config"]
+    assert config["scheduler"]["T_max"] == config["model"]["scheduler"]["T_max"] == 6
     changed = command(
         main, *arguments, "trainer.max_steps=12", "ckpt_path=last", "scheduler.T_max=7"
     )
