@@ -24,8 +24,8 @@ from bn_lightning.claims.measured_network import MeasuredNetwork
 from bn_lightning.claims.result_table import TrialKey
 from bn_lightning.cli.config_check import check_config
 from bn_lightning.runs.record import read_run
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.memory import StackSizeError
+from bn_lightning.stack.same_architecture import NotStackableError
 from bn_lightning.stack.stackable import stack_key
 from bn_lightning.stack.training import train_stack
 

@@ -36,8 +36,8 @@ def train_jobs(
         None for a job that has to be trained alone.
     """
     from bn_lightning.cli.command import quiet_lightning
-    from bn_lightning.stack.alike import NotStackableError
     from bn_lightning.stack.memory import StackSizeError
+    from bn_lightning.stack.same_architecture import NotStackableError
     from bn_lightning.stack.stackable import stack_key
 
     quiet_lightning()
@@ -86,8 +86,8 @@ def _train(configs: Sequence[dict[str, Any]], ends: _Ends, rungs: "Rungs | None"
     Raises:
         StackSizeError: the members do not fit into memory.
     """
-    from bn_lightning.stack.alike import NotStackableError
     from bn_lightning.stack.memory import StackSizeError
+    from bn_lightning.stack.same_architecture import NotStackableError
     from bn_lightning.stack.training import StackTraining
 
     try:

@@ -23,7 +23,7 @@ from bn_lightning.conversion.class_swap import (
     swap_class,
 )
 from bn_lightning.conversion.deferred import Deferral, FusionCount
-from bn_lightning.conversion.outermost import add_hooks, remove_hooks
+from bn_lightning.conversion.model_hooks import add_hooks, remove_hooks
 from bn_lightning.kernels.checks import check_backend
 from bn_lightning.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 

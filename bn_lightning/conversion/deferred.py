@@ -20,7 +20,7 @@ activation is computed with the call, or with the addition before it, and waits 
 something else reads the output then, the BatchNorm is computed again alone.
 
 A `Deferred` that is computed becomes a plain tensor: the same object, with another class and
-content. Before the outermost module of a conversion returns, all of them do (outermost.py).
+content. Before the outermost module of a conversion returns, all of them do (model_hooks.py).
 """
 
 import threading

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.modules.preserve_state import preserve_state
-from bn_lightning.stack.alike import NotStackableError
+from bn_lightning.stack.same_architecture import NotStackableError
 
 # Tensors as large as the parameters: those of the stack and of the member's own network, gradients,
 # and at most two of the optimizer's. Activations: saved, their gradients, and one in evaluation.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from bn_lightning.modules.preserve_state import preserve_state
-from bn_lightning.stack.alike import check_alike
 from bn_lightning.stack.context import Placed, StackContext
+from bn_lightning.stack.same_architecture import check_same_architecture
 from bn_lightning.stack.stacked_layers import StackedLayer, stack_layer
 
 
@@ -28,12 +28,12 @@ class StackedNetwork(nn.Module):
         networks: the members, at least one; they are not changed.
 
     Raises:
-        NotStackableError: see `check_alike`.
+        NotStackableError: see `check_same_architecture`.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        check_alike(networks)
+        check_same_architecture(networks)
         device = next(iter(_tensors(networks[0])), torch.empty(0)).device
         size = len(networks)
         self.context = StackContext(size, torch.arange(size, device=device))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bn_lightning.models.classifier import Classifier
-from bn_lightning.stack.alike import NotStackableError
+from bn_lightning.stack.same_architecture import NotStackableError
 from bn_lightning.stack.shared_linear import add_weight_gradient
 
 Number = float | Tensor

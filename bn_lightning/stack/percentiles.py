@@ -14,11 +14,11 @@ from bn_lightning.callbacks.activation_percentiles import (
     probe_steps,
     unit_percentiles,
 )
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.context import Placed, leading
 from bn_lightning.stack.evaluation import placed_batch
 from bn_lightning.stack.member import Member
 from bn_lightning.stack.network import StackedNetwork
+from bn_lightning.stack.same_architecture import NotStackableError
 from bn_lightning.stack.stacked_layers import StackedLayer
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from bn_lightning.data.batches import Batches
 from bn_lightning.data.protocol import check_data_module
 from bn_lightning.data.tensor_data_module import TensorDataModule
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.context import Placed
+from bn_lightning.stack.same_architecture import NotStackableError
 
 
 def loaded_data(config: Mapping[str, Any]) -> Any:

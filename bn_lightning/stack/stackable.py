@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule
 
 from bn_lightning.models.classifier import Classifier
-from bn_lightning.stack.alike import NotStackableError
+from bn_lightning.stack.same_architecture import NotStackableError
 
 RUN_CHECKPOINTS = "bn_lightning.callbacks.RunCheckpoints"
 LOSS_GUARD = "bn_lightning.callbacks.DivergenceGuard"

@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from bn_lightning.models.classifier import Batch, Classifier, evaluation_name
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.context import DropoutStreams, Placed
+from bn_lightning.stack.equivalence import check_equivalence
 from bn_lightning.stack.evaluation import evaluate_stack
 from bn_lightning.stack.member_losses import member_losses
 from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer, clip_members, member_optimizers
-from bn_lightning.stack.rehearsal import rehearse
+from bn_lightning.stack.same_architecture import NotStackableError
 from bn_lightning.stack.stackable import check_module
 
 
@@ -63,7 +63,7 @@ class StackedClassifier(LightningModule):
         if seeds is not None:
             self._random_states = [torch.Generator().manual_seed(s).get_state() for s in seeds]
         self.stack.context.streams = DropoutStreams(self._random_states)
-        self._is_rehearsed = False
+        self._is_checked = False
 
     @override
     def setup(self, stage: str) -> None:
@@ -130,12 +130,12 @@ class StackedClassifier(LightningModule):
         context = self.stack.context
         with torch.inference_mode(False):  # autograd reads it in the steps after a validation
             context.index = context.index.to(x.value.device)
-        if not self._is_rehearsed:
+        if not self._is_checked:
             mode = self.stack.training
             models = [self.member(k) for k in range(self.stack.size)]
-            rehearse(self.stack, models, self._random_states, (x, target))
+            check_equivalence(self.stack, models, self._random_states, (x, target))
             self.stack.train(mode)
-            self._is_rehearsed = True
+            self._is_checked = True
 
     def _evaluate(self, name: str, batch: Batch) -> None:
         x, target = batch

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_lightning.models.mlp import MLP
 from bn_lightning.modules.batch_norm import _BackendMixin
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.context import InVmap, Placed, StackContext, folded, leading
+from bn_lightning.stack.same_architecture import NotStackableError
 from bn_lightning.stack.shared_linear import shared_linear
 
 

@@ -21,9 +21,9 @@ from bn_lightning.runs.interruption import (
     raises_interrupted,
 )
 from bn_lightning.runs.record import logged_numbers, run_outcome
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.builder import Builder
 from bn_lightning.stack.context import DropoutStreams, Placed
+from bn_lightning.stack.equivalence import check_equivalence
 from bn_lightning.stack.evaluation import (
     evaluate_one,
     evaluate_stack,
@@ -39,7 +39,7 @@ from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer, member_optimizers
 from bn_lightning.stack.percentiles import StackPercentiles
 from bn_lightning.stack.progress import StackProgress
-from bn_lightning.stack.rehearsal import rehearse
+from bn_lightning.stack.same_architecture import NotStackableError
 from bn_lightning.stack.seed_batches import SeedBatches, loaded_data
 from bn_lightning.stack.stackable import (
     LOSS_GUARD,
@@ -185,7 +185,7 @@ class StackTraining:
             # A sweep has a table in the terminal.
             is_live = STUDY_VARIABLE not in os.environ
             self._progress = StackProgress(self._last_step(), is_live=is_live)
-        rehearse(self.network, models, states, self._first_batch())
+        check_equivalence(self.network, models, states, self._first_batch())
 
     def run(self) -> list[dict[str, Any]]:
         """Train and test all members, and return their outcomes."""

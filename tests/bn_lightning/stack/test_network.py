@@ -15,10 +15,10 @@ from bn_lightning.models.mlp import MLP
 from bn_lightning.models.normalization import batch_norm, ghost_batch_norm, torch_batch_norm
 from bn_lightning.models.resnet import CIFARResNet
 from bn_lightning.stack import network as network_module
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.context import DropoutStreams, Placed, leading
 from bn_lightning.stack.network import StackedNetwork
 from bn_lightning.stack.optimizers import StackedOptimizer
+from bn_lightning.stack.same_architecture import NotStackableError
 
 BATCH = partial(batch_norm, eps=1e-5, momentum=0.1, backend="auto")
 NORMS = {

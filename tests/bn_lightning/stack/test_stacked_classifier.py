@@ -12,7 +12,7 @@ from bn_lightning.data.batches import TensorBatches
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.models.mlp import MLP
 from bn_lightning.models.normalization import batch_norm
-from bn_lightning.stack.alike import NotStackableError
+from bn_lightning.stack.same_architecture import NotStackableError
 from bn_lightning.stack.stacked_classifier import StackedClassifier, member_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")

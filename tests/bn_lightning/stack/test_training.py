@@ -15,9 +15,9 @@ from bn_lightning.models.mlp import MLP
 from bn_lightning.runs.checkpoint import TrainedCheckpoint, load_checkpoint
 from bn_lightning.runs.metrics_csv import read_metrics
 from bn_lightning.runs.record import read_run
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.evaluation import evaluate_one, evaluate_stack
 from bn_lightning.stack.network import StackedNetwork
+from bn_lightning.stack.same_architecture import NotStackableError
 from bn_lightning.stack.stackable import stack_key
 from bn_lightning.stack.training import train_stack
 from bn_lightning.train import train

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.network import StackedNetwork
+from bn_lightning.stack.same_architecture import NotStackableError
 
 
 def members():

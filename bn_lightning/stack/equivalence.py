@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from bn_lightning.models.classifier import Classifier
 from bn_lightning.modules.preserve_state import preserve_state
-from bn_lightning.stack.alike import NotStackableError, attributes_of, first_difference
 from bn_lightning.stack.context import Placed, leading
 from bn_lightning.stack.member_losses import member_losses
 from bn_lightning.stack.network import StackedNetwork
+from bn_lightning.stack.same_architecture import NotStackableError, attributes_of, first_difference
 
 # Largest difference of two losses relative to the larger one, or to 1. Rounding makes 1e-6 of it
 # after the layers of a deep network; a member that got another's weights or mask makes all of it.
@@ -26,7 +26,7 @@ _TOLERANCE = 1e-3
 _OF_TENSOR, _OF_ALL = 1e-2, 1e-5
 
 
-def rehearse(
+def check_equivalence(
     network: StackedNetwork,
     models: Sequence[Classifier],
     random_states: Sequence[Tensor],

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bn_lightning.models.classifier import Classifier
-from bn_lightning.stack.alike import NotStackableError
 from bn_lightning.stack.context import DropoutStreams, Placed
+from bn_lightning.stack.equivalence import check_equivalence
 from bn_lightning.stack.network import StackedNetwork
-from bn_lightning.stack.rehearsal import rehearse
+from bn_lightning.stack.same_architecture import NotStackableError
 
 FEATURES, CLASSES, SAMPLES = 6, 4, 10
 
@@ -158,7 +158,7 @@ class ByWeights(Classifier):
 def stack_of(
     network=Network, kind=Classifier, change=lambda member, k: None, size=2, samples=SAMPLES
 ):
-    """The arguments of `rehearse`."""
+    """The arguments of `check_equivalence`."""
     models = []
     for k in range(size):
         torch.manual_seed(k)
@@ -195,7 +195,7 @@ def stack_of(
 @pytest.mark.parametrize("size", [1, 2])
 def test_networks_that_a_stack_would_change_are_refused(network, named, size):
     with pytest.raises(NotStackableError, match=named):
-        rehearse(*stack_of(network, size=size))
+        check_equivalence(*stack_of(network, size=size))
 
 
 def test_an_evaluation_that_takes_no_single_sample_is_refused():
@@ -204,7 +204,7 @@ def test_an_evaluation_that_takes_no_single_sample_is_refused():
         return nn.Sequential(nn.Linear(FEATURES, 5), norm, nn.Linear(5, CLASSES))
 
     with pytest.raises(NotStackableError, match="other samples"):
-        rehearse(*stack_of(network, samples=3))
+        check_equivalence(*stack_of(network, samples=3))
 
 
 def other_number(member, k):
@@ -232,7 +232,7 @@ def same_weights(member, k):
 )
 def test_losses_of_one_member_alone_are_refused(kind, change, named):
     with pytest.raises(NotStackableError, match=named):
-        rehearse(*stack_of(kind=kind, change=change or (lambda member, k: None)))
+        check_equivalence(*stack_of(kind=kind, change=change or (lambda member, k: None)))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_what_can_be_stacked_is_left_as_it_was(kind, change):
     modules = [stacked.network, *(model.network for model in models)]
     before = [{n: t.clone() for n, t in module.state_dict().items()} for module in modules]
     random_state = torch.get_rng_state()
-    rehearse(*arguments)
+    check_equivalence(*arguments)
     for module, state in zip(modules, before, strict=True):
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor, state[name]), name
@@ -265,9 +265,9 @@ def test_a_loss_that_only_the_stack_loses_is_refused():
     with torch.no_grad():
         arguments[0].network.output.bias.fill_(float("nan"))
     with pytest.raises(NotStackableError, match="loss of nan in the stack"):
-        rehearse(*arguments)
+        check_equivalence(*arguments)
 
 
 def test_members_that_diverge_at_once_are_no_difference():
     arguments = stack_of(change=lambda member, k: member.network.output.bias.data.fill_(torch.inf))
-    rehearse(*arguments)
+    check_equivalence(*arguments)

@@ -26,7 +26,7 @@ class NotStackableError(ValueError):
         self.reason = reason
 
 
-def check_alike(networks: Sequence[nn.Module]) -> None:
+def check_same_architecture(networks: Sequence[nn.Module]) -> None:
     """Check that networks differ in the values of parameters and buffers, and in dropout, only.
 
     Raises:
