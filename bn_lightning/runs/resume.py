@@ -132,7 +132,7 @@ def _restore_derived_values(
     file: Path,
     version: str | None = None,
 ) -> None:
-    """Give values that are derived from the trainer's the ones that the run began with.
+    """Give numbers that are derived from the trainer's the values that the run began with.
 
     Args:
         config: with which training continues.
@@ -146,12 +146,15 @@ def _restore_derived_values(
         UntrustedError: as for `read_resume_point`.
     """
     check_plain(begun, str(file))
-    # Numbers and text only: a node in a stranger's run.json could name what to build.
-    trainer = {k: v for k, v in begun["trainer"].items() if not isinstance(v, dict | list)}
-    with_its_trainer = OmegaConf.merge(config, {"trainer": trainer})
-    compared: Any = OmegaConf.to_container(with_its_trainer, resolve=True)
-    keys = (begun.keys() | compared.keys()) - _FREE if file.name == RUN_FILE else _REPLACED
-    changed = [key for key in sorted(keys) if _fixed(begun, key) != _fixed(compared, key)]
+    numbers = {k: v + 1 for k, v in config.trainer.items() if type(v) in (int, float)}
+    other_trainer = OmegaConf.merge(config, {"trainer": numbers})
+    other: Any = OmegaConf.to_container(other_trainer, resolve=True)
+    keys = (begun.keys() | resolved.keys()) - _FREE if file.name == RUN_FILE else _REPLACED
+    changed = [
+        key
+        for key in sorted(keys)
+        if not _is_same(_fixed(begun, key), _fixed(resolved, key), _fixed(other, key))
+    ]
     if changed:
         is_old = version not in (None, bn_lightning.__version__)
         raise ValueError(
@@ -166,6 +169,19 @@ def _restore_derived_values(
             print(f"{key} stays as the run began with it: {begun[key]}")
     final: Any = OmegaConf.to_container(config, resolve=True)
     resolved.update(final)
+
+
+def _is_same(begun: Any, now: Any, other: Any) -> bool:
+    """Return whether a value of the configuration is what it was when the run began.
+
+    A number that is derived from the trainer's is `other` with another trainer, and may differ. A
+    node in its place could name what to build.
+    """
+    if isinstance(begun, dict) and isinstance(now, dict):
+        keys = begun.keys()
+        return keys == now.keys() and all(_is_same(begun[k], now[k], other[k]) for k in keys)
+    is_derived = now != other and isinstance(begun, int | float)
+    return begun == now or is_derived
 
 
 def _fixed(config: dict[str, Any], key: str) -> Any:

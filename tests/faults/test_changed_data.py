@@ -105,6 +105,9 @@ def test_a_schedule_over_all_steps_lets_a_run_have_more(command):
     assert "scheduler stays as the run began with it" in result.out
     record = read_run(directory)
     assert record["steps"] == 9 and record["config"]["scheduler"]["T_max"] == 6
+    third = command(main, *arguments, "trainer.max_steps=10", "ckpt_path=last")
+    assert third.code == 0, third.err
+    assert read_run(directory)["config"]["scheduler"]["T_max"] == 6
     copied = Path("copied.ckpt")
     copied.write_bytes((directory / "checkpoints/last.ckpt").read_bytes())
     again = command(main, *arguments, "trainer.max_steps=12", f"ckpt_path={copied}")
@@ -112,7 +115,7 @@ def test_a_schedule_over_all_steps_lets_a_run_have_more(command):
     config = read_run(again.directory)["config"]
     assert config["scheduler"]["T_max"] == config["model"]["scheduler"]["T_max"] == 6
     changed = command(
-        main, *arguments, "trainer.max_steps=12", "ckpt_path=last", "scheduler.T_max=7"
+        main, *arguments, "trainer.max_steps=14", "ckpt_path=last", "scheduler.T_max=7"
     )
     assert changed.code == 1
     assert "another model, scheduler" in changed.err

@@ -80,10 +80,9 @@ class Chain:
         print(f"killed after {moment:.2f} s: at step {steps}, {parts} files not whole")
 
     def end(self) -> None:
-        """Lets the last run come to its end."""
-        if list(self.folder.glob("logs/*/runs/*")):
-            finish(self.start())
-            self.check_end()
+        """Lets the last run come to its end, or a new one if all were killed before they began."""
+        finish(self.start())
+        self.check_end()
 
     def check_end(self) -> None:
         (directory,) = (

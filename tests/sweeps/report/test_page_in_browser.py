@@ -66,7 +66,8 @@ class Opened:
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(path.absolute().as_uri())
-        self.page.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
+        # `wait_for_function` polls by eval, which the page's Content-Security-Policy forbids.
+        self.page.locator("html[data-drawn]").wait_for(state="attached", timeout=60_000)
 
     def check(self, readable: bool = True) -> None:
         """Check that all figures are drawn, without a message or a request but for the page."""
@@ -294,12 +295,12 @@ def test_a_window_made_narrow_does_not_scroll_sideways(open_page: Any, sweep_pag
     page = open_page(sweep_page).page
     # Read before plotly draws anew, which it does a moment later.
     page.evaluate(
-        "addEventListener('resize', () => { window.measured ??= "
-        "[document.documentElement.scrollWidth, innerWidth]; })"
+        "addEventListener('resize', () => { const page = document.documentElement; "
+        "page.dataset.measured ??= [page.scrollWidth, innerWidth]; })"
     )
     page.set_viewport_size({"width": 390, "height": 900})
-    page.wait_for_function("window.measured")
-    assert page.evaluate("window.measured") == [390, 390]
+    page.locator("html[data-measured]").wait_for(state="attached")
+    assert page.locator("html").get_attribute("data-measured") == "390,390"
 
 
 def test_a_page_without_figures(
