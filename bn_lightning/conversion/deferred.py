@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from bn_lightning.conversion.deferrable import ALL, NOTHING, CallPlan, Site, may_wait, modes_for
-from bn_lightning.conversion.deferred_call import DeferredCall, Value
+from bn_lightning.conversion.deferred_call import DeferredCall, Value, fill, unshared
 from bn_lightning.conversion.fusable import (
     ADDITIONS,
     IN_PLACE_ADDITIONS,
@@ -127,22 +127,21 @@ class Deferral:
             return trace(compute, input, state, options)
         if type(input) is Deferred:
             input = read(input)
-        site = self.sites[options["training"]]
-        if site.fuses != NOTHING:
+        if thread.latest:
             self._finish_earlier()
-            if may_wait(module, input, state, options) and site.begin():
-                call = DeferredCall(self, site, module, compute, input, state, options)
-                return _defer(Value(call))
+        site = self.sites[options["training"]]
+        if site.fuses != NOTHING and may_wait(module, input, state, options) and site.begin():
+            return _defer(Value(DeferredCall(self, site, module, compute, input, state, options)))
         self.separate += 1
         return compute(input, *state, **options)
 
     def _finish_earlier(self) -> None:
         """Compute the last call, so that the statistics are updated in the order of the calls."""
-        earlier = thread.latest.get(id(self))
-        before = None if earlier is None else earlier()
-        if type(before) is Deferred and not before._value.call.is_done:
-            before._value.call.is_candidate = True
-            before._value.compute()
+        for earlier in reversed(thread.latest.pop(id(self), ())):
+            before = earlier()
+            if type(before) is Deferred and not before._value.call.is_done:
+                before._value.call.is_candidate = True
+                before._value.compute()
 
 
 class _Thread(threading.local):
@@ -150,13 +149,13 @@ class _Thread(threading.local):
 
     Attributes:
         outermost: the module whose forward runs and will compute all, or None.
-        latest: id of a `Deferral` -> the last tensor that it deferred.
+        latest: id of a `Deferral` -> the tensors that stand for its last call.
         made: the tensors deferred in the forward of `outermost`.
     """
 
     def __init__(self) -> None:
         self.outermost: Any = None
-        self.latest: dict[int, weakref.ref[Any]] = {}
+        self.latest: dict[int, list[weakref.ref[Any]]] = {}
         self.made: list[weakref.ref[Any]] = []
 
 
@@ -240,46 +239,41 @@ def _call_eagerly(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return func(*compute_all(args), **compute_all(kwargs))
 
 
-def read(tensor: Deferred, *, is_use: bool = True) -> Tensor:
-    """Make a deferred tensor plain, and return it.
-
-    Args:
-        tensor: changed in place; if that cannot be, another tensor is returned.
-        is_use: whether an operation reads it.
-    """
+def read(tensor: Deferred) -> Tensor:
+    """Make a deferred tensor plain, and return it; another tensor, if that cannot be."""
     value = tensor._value
     if tensor._waiting is not None:
         tensor._waiting = None
         value.compute_alone()
-    value.note_read(is_use)
-    content = value.compute() if value.tensor is None else value.tensor
+    content = tensor if value.is_filled else value.tensor
+    value.note_read()
+    if content is None:
+        content = value.compute()
     with torch._C.DisableTorchFunctionSubclass():
         node = tensor.grad_fn
-        if node is not None and getattr(node, "value", None) is not value:
+        is_own = node is None or content is tensor or getattr(node, "value", None) is value
+        if not is_own:
             content = _Adopt.apply(tensor, content)  # an autograd.Function returned it
     if _become(tensor, content):
-        value.tensor = tensor
-        return tensor
-    # C++ has it, on behalf of an autograd.Function, TorchScript or an extension.
-    if node is None and content.requires_grad:
-        value.call.fail(
-            "the output of a BatchNorm to be read by an addition or activation, as in the forwards "
-            "before, got one that autograd knows by itself"
-        )
-    value.call.site.miss()
-    value.tensor = content
+        value.tensor = content = tensor
+    else:  # C++ has it, on behalf of an autograd.Function, TorchScript or an extension.
+        if node is None and content.requires_grad:
+            value.call.fail(
+                "the output of a BatchNorm to be read by an addition or activation, as in the "
+                "forwards before, got one that autograd knows by itself"
+            )
+        value.call.site.miss()
+        value.tensor, content = content, unshared(content)
+    for outer in value.outers:  # before the operation that reads this one changes it in place
+        if type(waiting := outer()) is Deferred:
+            read(waiting)
     return content
 
 
 def _become(tensor: Deferred, content: Tensor) -> bool:
     """Make a deferred tensor plain, unless C++ refers to it; return whether it is plain now."""
-    if tensor._use_count() > 1:  # type: ignore[attr-defined]
+    if tensor is not content and not fill(tensor, content):
         return False
-    if content._use_count() > 1:  # type: ignore[attr-defined]
-        is_inference, is_differentiable = content.is_inference(), content.requires_grad
-        with torch.inference_mode(is_inference), torch.set_grad_enabled(is_differentiable):
-            content = content.view_as(content)
-    torch._C._swap_tensor_impl(tensor, content)
     tensor.__class__ = Tensor  # type: ignore[assignment]
     for name in ("_value", "_planned", "_waiting"):
         tensor.__dict__.pop(name, None)
@@ -296,12 +290,15 @@ def _defer(value: Value) -> Deferred:
     call = value.call
     inputs = (*call.inputs, value.addend)
     needs_grad = call.grad and any([t is not None and t.requires_grad for t in inputs])
-    if needs_grad and not call.is_done and not call.place:
+    if needs_grad and not call.is_done:
         node: Any = torch._C._functions.UndefinedGrad()
-        call.place = node._sequence_nr()  # what an operation would have now
+        value.place = node._sequence_nr()  # what an operation would have now
+        call.place = call.place or value.place
     is_bridged = needs_grad and not call.site.is_known
     made = _Bridge.apply(value, *inputs) if is_bridged else _made(value, needs_grad)
-    thread.latest[id(call.deferral)] = value.owner
+    thread.latest.setdefault(id(call.deferral), []).append(value.owner)
+    if value.inner is not None:
+        value.inner.outers.append(value.owner)
     return made
 
 
@@ -384,8 +381,9 @@ def _add(in_place: bool, left: Any, right: Any) -> Tensor | None:
 def _add_to(x: Tensor, value: Value) -> Tensor | None:
     """Add bn(...) to a tensor in place, whose memory others may have."""
     if not value.call.site.is_known:
-        value.call.is_candidate = value.is_shared = True
-        return x.add_(value.compute())
+        y = value.share()
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.add_(y)
     if value.call.grad and x.is_leaf and x.requires_grad:
         return None  # torch raises
     summed = Value(value.call, residual=x).run()

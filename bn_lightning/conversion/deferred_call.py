@@ -226,11 +226,15 @@ class Value:
     Attributes:
         tensor: the value, once computed.
         owner: the deferred tensor.
-        is_shared: whether an operation on it used its value while it could still be read.
+        outers: those that stand for an addition or activation of this value.
+        place: as that of a call, of the addition or activation.
+        is_shared: whether an operation used it while it could still be read; then either its owner
+            has the values, or `tensor` has.
     """
 
     owner: "weakref.ref[Any]"
     tensor: Tensor | None = None
+    place = 0
     is_shared = False
 
     def __init__(
@@ -242,6 +246,7 @@ class Value:
     ) -> None:
         self.call, self.residual, self.activation = call, residual, activation
         self.inner: Any = inner
+        self.outers: list[weakref.ref[Any]] = []
         if residual is not None:
             self.versions = versions_of((residual,))
 
@@ -249,6 +254,11 @@ class Value:
     def is_pending(self) -> bool:
         """Whether an operation on it can still be fused."""
         return self.tensor is None and self.activation is None and not self.call.is_done
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether its owner has the values."""
+        return self.is_shared and self.tensor is None
 
     @property
     def addend(self) -> Tensor | None:
@@ -259,20 +269,37 @@ class Value:
         """Set and return `tensor`."""
         call, inner = self.call, self.inner
         with nullcontext() if call.is_current() else call.as_called():
-            # While it is not known whether what came before is read again, compute that first.
-            is_read_again = inner is not None and inner.owner() is not None
-            if is_read_again and inner.tensor is None and not call.site.is_known:
-                call.is_candidate = True
-                inner.compute()
-                inner.is_shared = True
-            if inner is None or inner.tensor is None:
+            z: Any = None if inner is None or inner.tensor is None else unshared(inner.tensor)
+            if inner is not None and z is None and (inner.is_shared or not call.site.is_known):
+                z = inner.share()  # because what came before may be read again
+            if z is None:
                 self.tensor = self.run()
-            elif self.activation is not None:
-                self.tensor = _unshared(self.activation.apply(inner.tensor))
             else:
                 self.check_residual()
-                self.tensor = _unshared(self.inner.tensor + self.residual)
+                with torch._C.DisableTorchFunctionSubclass():
+                    y = z + self.residual if self.activation is None else self.activation.apply(z)
+                self._put_in_place(y)
+                self.tensor = unshared(y)
         return self.tensor
+
+    def share(self) -> Any:
+        """Compute it for an operation and return it; None if nobody can read it any more.
+
+        The owner is filled, so that gradients go through it and reach its hooks.
+        """
+        owner = self.owner()
+        if owner is None or owner.__dict__.get("_value") is not self:
+            return None  # freed, or replaced by an operation in place
+        if not self.is_shared:
+            self.call.is_candidate = True
+            content = self.compute()
+            self.is_shared = True
+            with torch._C.DisableTorchFunctionSubclass():
+                is_own = getattr(owner.grad_fn, "value", self) is self
+                if not (is_own and fill(owner, content)):
+                    return unshared(content)
+            self.tensor = None
+        return owner
 
     def compute_alone(self) -> None:
         """Compute it, because something else follows than the activation that was planned."""
@@ -295,11 +322,22 @@ class Value:
         y = call.run(self.addend, *(activation[:2] if activation else ()))
         if is_first:
             call.plan_next(activation, self.addend)
-        return _unshared(y)
+        self._put_in_place(y)
+        return unshared(y)
+
+    def _put_in_place(self, y: Tensor) -> None:
+        """Give the nodes of activation and addition their places, as `_put_in_place` does."""
+        node: Any = y.grad_fn
+        for value in (self, self.inner):
+            if value is None or node is None or node._sequence_nr() == self.call.place:
+                break  # the last is that of the BatchNorm, with or without the others
+            if value.place:
+                node._set_sequence_nr(value.place)
+            node = node.next_functions[0][0]
 
     def run_again(self, inputs: Sequence[Any]) -> Tensor:
         """Compute the value of other x, weight, bias and residual, without statistics."""
-        if self.tensor is None:
+        if not self.call.is_done:
             self.compute()
         x, weight, bias, residual = inputs
         call = self.call
@@ -313,20 +351,34 @@ class Value:
         if self.residual is not None and versions_of((self.residual,)) != self.versions:
             self.call.fail(f"{_UNCHANGED}, got a change in place of what was added to it")
 
-    def note_read(self, is_use: bool) -> None:
+    def note_read(self) -> None:
         """Learn from a read: of two, the next forward fuses neither."""
-        was_fused = self.tensor is None and self.call.is_done
-        if was_fused or (self.is_shared and is_use):
+        if self.is_shared or (self.tensor is None and self.call.is_done):
             self.call.site.limit(NOTHING if self.residual is None else ADDITION)
-        self.is_shared = False
 
 
-def _unshared(y: Tensor) -> Tensor:
-    """Return what was computed as an object that hooks on saved tensors do not have.
+def fill(tensor: Tensor, content: Tensor) -> bool:
+    """Give a deferred tensor its content, unless C++ refers to it; return whether it has it."""
+    if tensor._use_count() > 1:  # type: ignore[attr-defined]
+        return False
+    if content._use_count() > 1:  # type: ignore[attr-defined]
+        content = _alias(content)
+    torch._C._swap_tensor_impl(tensor, content)
+    return True
 
-    A deferred tensor takes the content of that object.
+
+def unshared(y: Tensor) -> Tensor:
+    """Return a tensor as an object of its own, if hooks on saved tensors may keep the object.
+
+    A deferred tensor takes the content of what it was computed as.
     """
-    return y if saved_tensors_hooks_now(True) is None else y.view_as(y)
+    return y if saved_tensors_hooks_now(True) is None else _alias(y)
+
+
+def _alias(y: Tensor) -> Tensor:
+    is_inference, is_differentiable = y.is_inference(), y.requires_grad
+    with torch.inference_mode(is_inference), torch.set_grad_enabled(is_differentiable):
+        return y.view_as(y) if is_differentiable else y.detach()
 
 
 def _put_in_place(y: Tensor, first: int, place: int) -> None:

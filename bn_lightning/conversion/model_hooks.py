@@ -41,7 +41,7 @@ class _Hook:
             for reference in made:
                 tensor = reference()
                 if type(tensor) is Deferred:
-                    read(tensor, is_use=False)
+                    read(tensor)
             Site.passes += 1
             if lost:
                 raise lost[0]

@@ -643,20 +643,22 @@ def test_hooks_see_what_they_see_without(on: str, kind: str) -> None:
 
 
 class Branches(nn.Module):
-    """The input of three branches has three gradients, whose sum is rounded by their order."""
+    """The input of branches has as many gradients, whose sum is rounded by their order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3)
+        self.side = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
         self.skip = nn.BatchNorm2d(8)
         self.small = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
         self.large = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        skip = self.skip(x)  # deferred until after both convolutions
+        skip = self.skip(x)  # deferred until after all convolutions, as is the sum
+        total = x + self.side(x)
         small = self.small(x)
-        return torch.relu(self.large(x) + small + skip)
+        return torch.relu(self.large(x) + small + skip) + total.relu()
 
 
 def test_gradients_are_summed_in_the_order_of_the_calls() -> None:
@@ -968,9 +970,74 @@ def in_a_list_of_its_own_class(self, x):
     return torch.cat(Tensors([self.bn1(x), self.bn2(x)]), 1) * 2
 
 
+def changed_after_its_activation(self, x):
+    y = self.bn1(self.conv1(x))
+    positive = F.relu(y)
+    return torch.cat([positive, F.relu(y.neg_())], 1)
+
+
+def changed_after_its_sum(self, x):
+    y = self.bn1(self.conv1(x))
+    z = y + x
+    y *= 2
+    return z * y
+
+
+def replaced_after_its_activation(self, x):
+    y = self.bn1(self.conv1(x))
+    z = torch.tanh(y)
+    torch.sigmoid_(y)
+    return z + y
+
+
+def called_twice_before_the_sums_are_read(self, x):
+    y = self.bn1(self.conv1(x))
+    y += x
+    z = self.bn1(self.conv2(x))
+    z += x
+    return F.relu(z) - F.relu(y)
+
+
+def called_again_when_it_is_not_fused_any_more(self, x):
+    y = self.bn1(x)
+    z = F.elu(y)
+    level = z.mean()
+    unread = self.bn1(self.conv1(z))
+    y = self.bn1(self.conv2(y))
+    return y + level + unread
+
+
+def gradient_hook_after_the_activation_was_read(self, x):
+    y = self.bn1(self.conv1(x))
+    z = F.elu(y)
+    level = z.mean()
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient * 2)
+    return z + level
+
+
+def beside_a_checkpointed_branch(self, x):
+    y = self.bn1(self.conv1(x))
+    return y + checkpoint(self.conv2, F.silu(y), use_reentrant=False)
+
+
+def frozen_and_then_changed_in_place(self, x):
+    self.bn1.eval()
+    with torch.no_grad():
+        y = F.relu(self.bn1(self.conv1(x)) + x)
+        z = self.bn1(self.conv2(x))
+    y += self.conv2.bias.view(1, 3, 1, 1)
+    z *= self.conv1.bias.view(1, 3, 1, 1)
+    return y * z
+
+
 @pytest.mark.parametrize(
     "forward",
     [
+        *(changed_after_its_activation, changed_after_its_sum, replaced_after_its_activation),
+        *(called_twice_before_the_sums_are_read, called_again_when_it_is_not_fused_any_more),
+        *(gradient_hook_after_the_activation_was_read, beside_a_checkpointed_branch),
+        frozen_and_then_changed_in_place,
         *(level_of_an_activation, level_after_an_activation, level_in_inference_mode),
         *(in_a_named_tuple, in_a_list_of_its_own_class),
     ],
@@ -1023,6 +1090,32 @@ def test_an_update_that_cannot_be_made_is_an_error_of_the_forward() -> None:
         found, wanted = (run(m, seed, training=True) for m in (module, untouched))
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     assert module.bn1.num_batches_tracked == untouched.bn1.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("fused_before", [0, 3])
+def test_a_kept_output_has_a_gradient(fused_before: int) -> None:
+    def forward(self, x):
+        y = self.bn1(self.conv1(x))
+        z = F.relu(y)
+        if self.keeps:
+            self.kept = y
+        return self.conv2(z)
+
+    module, untouched = net(forward)
+    for step in range(fused_before + 3):
+        x, gradients = torch.randn(2, 3, 4, 4, dtype=torch.float64), []
+        for m in (module, untouched):
+            m.keeps = step >= fused_before
+            y = m(x)
+            if m.keeps:
+                m.kept.retain_grad()
+                y.square().sum().backward()
+                gradients.append(m.kept.grad)
+        if fused_before and step == fused_before:
+            assert gradients[0] is None  # documented
+        elif gradients:
+            torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert module.bn1.deferral.fused == fused_before  # but the first forward, and the exception
 
 
 def test_ctrl_c_in_a_forward_leaves_nothing_behind() -> None:
