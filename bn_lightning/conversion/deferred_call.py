@@ -139,7 +139,7 @@ class DeferredCall(BatchNormCall):
             y = super().run(residual, activation, slope)
         self.is_done = True
         if self.place:
-            _put_in_place(y, first, self.place)
+            self.place = _put_in_place(y, first, self.place)
         return y
 
     def plan_next(self, activation: FusableActivation | None, residual: Tensor | None) -> None:
@@ -327,7 +327,7 @@ class Value:
 
     def _put_in_place(self, y: Tensor) -> None:
         """Give the nodes of activation and addition their places, as `_put_in_place` does."""
-        node: Any = y.grad_fn
+        node: Any = y.grad_fn if self.call.place else None
         for value in (self, self.inner):
             if value is None or node is None or node._sequence_nr() == self.call.place:
                 break  # the last is that of the BatchNorm, with or without the others
@@ -381,8 +381,8 @@ def _alias(y: Tensor) -> Tensor:
         return y.view_as(y) if is_differentiable else y.detach()
 
 
-def _put_in_place(y: Tensor, first: int, place: int) -> None:
-    """Give the node of a BatchNorm the place that was reserved by its call.
+def _put_in_place(y: Tensor, first: int, place: int) -> int:
+    """Give the node of a BatchNorm the place that was reserved by its call; return its place.
 
     A backward takes nodes from the last place to the first. If x has three readers or more, the
     order decides the rounding of the sum of their gradients.
@@ -392,13 +392,15 @@ def _put_in_place(y: Tensor, first: int, place: int) -> None:
         first: the first place of the nodes made for that.
         place: the reserved one.
     """
-    node: Any = y.grad_fn if place + 1 < first else None
+    node: Any = y.grad_fn
     if node is None:
-        return
+        return place
     last = node._sequence_nr()
     while True:
         found = [n for n, _ in node.next_functions if n and first <= n._sequence_nr() < last]
         if not found:
             break
         node = min(found, key=lambda n: n._sequence_nr())
-    node._set_sequence_nr(place)
+    if place + 1 < first:
+        node._set_sequence_nr(place)
+    return int(node._sequence_nr())

@@ -837,6 +837,24 @@ def test_known_calls_of_the_kernels(forward: Forward) -> None:
     assert fusion_counts(module)["bn1"] == (5, 0)
 
 
+@pytest.mark.parametrize("forward", [relu_function, addition_relu])
+def test_a_fused_node_leaves_the_places_of_others(forward: Forward) -> None:
+    pytest.importorskip("triton")
+    module, _ = net(lambda self, x: forward(self, self.conv1(x)) * 1)
+    module.float()
+    convert_batchnorm(module, fuse=True, backend="triton")
+    seen: list[Any] = []
+    module.conv1.register_forward_hook(
+        lambda conv, args, y: seen.append((y.grad_fn, y.grad_fn._sequence_nr()))
+    )
+    for _ in range(3):
+        module(torch.randn(2, 3, 1, 2))
+        while seen:
+            node, place = seen.pop()
+            assert node._sequence_nr() == place
+    assert fusion_counts(module)["bn1"].fused == 3
+
+
 def test_known_calls_of_two_shapes() -> None:
     """The second call is made before the first one is computed."""
 
