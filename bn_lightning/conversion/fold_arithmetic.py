@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from bn_lightning.conversion.adapters import find_adapter
 from bn_lightning.kernels.activations import activate
 
-_TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FoldedPair:
         norm: the BatchNorm.
         layers: convolutions or linear layers, at least one.
         layers_first: whether they come before the BatchNorm.
-        rows_only: whether a BatchNorm1d follows a linear layer over (N, C).
+        rows_only: whether a BatchNorm1d beside a linear layer takes (N, C).
     """
 
     norm: nn.Module
@@ -126,7 +126,7 @@ def fold_pair(pair: FoldedPair) -> None:
 
 def _scale_output(layer: Any, scale: Tensor, shift: Tensor) -> None:
     old = layer.weight.double()
-    if isinstance(layer, _TRANSPOSED_CONVS):  # (inputs, outputs / groups, ...)
+    if isinstance(layer, TRANSPOSED_CONVS):  # (inputs, outputs / groups, ...)
         groups = old.unflatten(0, (layer.groups, -1))
         scales = scale.view(layer.groups, 1, -1, *(1 for _ in layer.kernel_size))
         new = (groups * scales).flatten(0, 1)

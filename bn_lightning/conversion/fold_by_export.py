@@ -19,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bn_lightning.conversion.fold_arithmetic import FoldedPair, normalize_in_evaluation
+from bn_lightning.conversion.fold_arithmetic import (
+    TRANSPOSED_CONVS,
+    FoldedPair,
+    normalize_in_evaluation,
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,9 @@ def find_pairs_in_export(
         norm.forward = functools.partial(normalize_in_evaluation, norm)
     for layer in layers:
         # A bias of zeros shows whether the forward would read one.
-        if isinstance(layer, _LAYERS) and layer.bias is None:
-            size: Any = getattr(layer, "out_channels", None) or layer.out_features
-            layer.bias = nn.Parameter(layer.weight.new_zeros(size))
+        if getattr(layer, "bias", layer) is None:
+            weight: Any = layer.weight
+            layer.bias = nn.Parameter(weight.new_zeros(getattr(layer, "out_channels", len(weight))))
     try:
         with torch.no_grad():  # then a region without gradients has no graph of its own
             program = torch.export.export(model, args, kwargs, strict=False)
@@ -191,7 +195,10 @@ class _Graph:
             if not _is_channel(1, calls[0], moves, dim):
                 return None
             layers.append(layer.module)
-        return FoldedPair(norm, tuple(layers), layers_first=False) if layers else None
+        if not layers:
+            return None
+        rows_only = _argument(calls[0], "input").meta["val"].dim() == 2
+        return FoldedPair(norm, tuple(layers), layers_first=False, rows_only=rows_only)
 
     def _layer_call(self, node: fx.Node) -> _LayerCall | None:
         weight, bias = _argument(node, "weight"), _argument(node, "bias")
@@ -202,10 +209,17 @@ class _Graph:
             return None
         if bias is None or self.tensors.get(bias) is not module._parameters.get("bias"):
             return None
+        # fold_pair goes by the class and its groups.
+        is_transposed = "transpose" in _name(node)
+        groups = _argument(node, "groups") or 1
+        if is_transposed != isinstance(module, TRANSPOSED_CONVS):
+            return None
+        if groups != getattr(module, "groups", 1):
+            return None
         spatial = None if _name(node) == "aten::linear" else self.tensors[weight].dim() - 2
         padding = _argument(node, "padding") or 0
         sizes = padding if isinstance(padding, list | tuple) else [padding]
-        pads = "transpose" in _name(node) or any(size not in (0, "valid") for size in sizes)
+        pads = is_transposed or any(size not in (0, "valid") for size in sizes)
         return _LayerCall(node, module, _argument(node, "input"), pads, spatial)
 
     def _owner(self, node: Any) -> nn.Module | None:
@@ -239,11 +253,10 @@ class _Graph:
         if node.op == "placeholder":
             return "an input of the model"
         if node.op == "call_function" and _name(node) in _LAYER_OPS:
-            return "a layer whose weights are computed, or shared,"
+            return "a layer whose weights are computed, or shared, or used unlike torch's layers,"
         return _name(node).removeprefix("aten::") if node.op == "call_function" else node.name
 
 
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _LAYER_OPS = {
     *(f"aten::conv{n}d" for n in (1, 2, 3)),
     *(f"aten::conv_transpose{n}d" for n in (1, 2, 3)),

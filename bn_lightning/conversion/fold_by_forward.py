@@ -29,7 +29,7 @@ class _ChildTracer(fx.Tracer):
 
 
 def find_pairs_in_forwards(
-    model: nn.Module, norms: set[nn.Module], layers: set[nn.Module]
+    model: nn.Module, norms: set[nn.Module], layers: set[nn.Module], advice: str
 ) -> tuple[list[FoldedPair], dict[nn.Module, str]]:
     """Find the pairs that can be folded.
 
@@ -37,6 +37,7 @@ def find_pairs_in_forwards(
         model: in evaluation mode; forwards may leave proxies on it, so give a copy.
         norms: its BatchNorms that may be folded.
         layers: its convolutions and linear layers that may get new weights.
+        advice: end of the reason where a forward is not known.
 
     Returns:
         The pairs, and BatchNorm -> reason for the others.
@@ -57,7 +58,7 @@ def find_pairs_in_forwards(
                     layer_before[module] = before
         except _UnknownForward as error:
             where = f"{type(caller).__name__}.forward of {name or 'the model itself'}"
-            unknown |= dict.fromkeys(inner, f"{where} {error}; give `example_inputs`")
+            unknown |= dict.fromkeys(inner, f"{where} {error}{advice}")
     pairs, skipped = [], {}
     for norm in norms:
         layer = layer_before.get(norm)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,6 +53,19 @@ class SamePadding(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(F.pad(input, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+class OwnLayer(nn.Module):
+    """Calls a function of torch with a weight of its own, and a bias or None."""
+
+    def __init__(self, function: Callable[..., Tensor], *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.bias = nn.Parameter(torch.randn(shape[0])) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input, self.weight, self.bias)
 
 
 class WithoutBias(nn.Conv2d):
@@ -157,6 +171,14 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: Network(chain, conv=conv(), bn=BatchNorm2d(4, activation="gelu")),
         {"bn": "conv"},
     ),
+    "a_class_of_its_own_without_bias": (
+        lambda: Network(chain, conv=OwnLayer(F.conv2d, 4, 4, 3, 3), bn=nn.BatchNorm2d(4)),
+        {"bn": "conv"},
+    ),
+    "in_a_list": (
+        lambda: Network(listed, conv=conv(), bn=nn.BatchNorm2d(4)),
+        {"bn": "conv"},
+    ),
     "before_convolutions": (
         lambda: Network(two_readers, bn=nn.BatchNorm2d(4), a=conv(groups=2), b=conv(bias=False)),
         {"bn": "a, b"},
@@ -188,6 +210,21 @@ def test_it_is_folded(make: Callable[[], nn.Module], wanted: dict[str, str]) -> 
     torch.testing.assert_close(folded(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def listed(self: Any, x: Tensor) -> Tensor:
+    if not hasattr(self, "layers"):
+        self.layers = list(self.children())
+    for layer in self.layers:
+        x = layer(x)
+    return x
+
+
+def test_a_batch_norm_before_a_linear_layer_takes_rows_only() -> None:
+    model = trained(Network(chain, bn=nn.BatchNorm1d(5), linear=nn.Linear(5, 3)))
+    folded = fold_batchnorm(model, images()[:, 0, :5, 0])
+    with pytest.raises(ValueError, match=r"shape \(N, C\)"):
+        folded(torch.randn(2, 5, 5, dtype=torch.float64))
+
+
 def wrong_dimension(self: Any, x: Tensor) -> Tensor:
     return self.bn(self.linear(x.flatten(2)))
 
@@ -214,6 +251,20 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ignores_a_bias": (
         lambda: Network(chain, conv=WithoutBias(4, 4, 3, bias=False), bn=nn.BatchNorm2d(4)),
         "a layer whose weights are computed",
+    ),
+    "transposed_by_its_own_class": (
+        lambda: Network(
+            chain, conv=OwnLayer(F.conv_transpose2d, 4, 4, 3, 3, bias=True), bn=nn.BatchNorm2d(4)
+        ),
+        "used unlike torch's layers",
+    ),
+    "grouped_by_its_own_class": (
+        lambda: Network(
+            chain,
+            bn=nn.BatchNorm2d(4),
+            conv=OwnLayer(partial(F.conv2d, groups=2), 4, 2, 3, 3, bias=True),
+        ),
+        "an input of the model comes before it",
     ),
     "computed_weights": (
         lambda: Network(chain, conv=Standardized(4, 4, 3), bn=nn.BatchNorm2d(4)),
@@ -250,7 +301,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "not_exportable": (
         lambda: Network(depends_on_values, conv=conv(), bn=nn.BatchNorm2d(4)),
-        "torch.export cannot export the model, and Network.forward of the model itself",
+        "torch.export cannot export the model, and Network.forward of the model itself cannot be "
+        "followed without inputs (GuardOnDataDependentSymNode: ",
     ),
 }
 
