@@ -1,12 +1,14 @@
 """Normalizes test inputs by their own statistics instead of the training data's."""
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,6 +29,8 @@ from bn_lightning.conversion.class_swap import restore_class, swap_class
 from bn_lightning.kernels.reference import batch_statistics
 
 _KEY = "adapt"
+# The layers that are adapted now: of two adaptations, the first to end would leave the other's.
+_adapted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def adapt_batchnorm(
@@ -57,8 +61,9 @@ def adapt_batchnorm(
 
     Args:
         model: any module.
-        loader: yields batches: the model's input (N, ...), or a list or tuple that starts with it.
-            Inputs are moved to the model's device. None for each batch by itself.
+        loader: yields batches: the model's input, (N, ...) or a dict of such tensors, or a list or
+            tuple that starts with it. Inputs are moved to the model's device. None for each batch
+            by itself.
         samples: number of inputs to take from `loader`, at least 2, rounded up to whole batches;
             None for all.
         mix: number of inputs that the running statistics count for, at least 0. 0 ignores them.
@@ -70,7 +75,8 @@ def adapt_batchnorm(
 
     Raises:
         ValueError: `samples` or `mix` is out of range, the model has no BatchNorm to adapt, or the
-            loader no batch; in a forward, one value per channel and `mix` 0.
+            loader no batch; the model is adapted already; in a forward, one value per channel and
+            `mix` 0.
 
     Source: Schneider et al. 2020, arXiv 2006.16971, equation 2, for `mix`; Nado et al. 2020, arXiv
     2006.10963, for each batch by itself.
@@ -82,8 +88,15 @@ def adapt_batchnorm(
             "expected `model` to have a BatchNorm with running statistics that are not frozen, got "
             f"{type(model).__name__} without one; there is nothing to adapt"
         )
+    if not _adapted.isdisjoint(layers):
+        raise ValueError(
+            "expected `model` to have the statistics of training, got a model that another "
+            "adapt_batchnorm or AdaptBatchNorm adapts; leave that first"
+        )
     with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         source = stack.enter_context(_own_statistics(layers))
+        stack.callback(_adapted.difference_update, layers)
+        _adapted.update(layers)
         if loader is None:
             for layer, mean, var in source:
                 stack.callback(restore_class, layer, _KEY)
@@ -93,7 +106,7 @@ def adapt_batchnorm(
         else:
             modes = {module: module in layers for module in model.modules()}
             device = source[0][1].device
-            inputs = (input_of(batch).to(device) for batch in loader)
+            inputs = (move_data_to_device(input_of(batch), device) for batch in loader)
             n = average_statistics(model, layers, inputs, num_samples=samples, modes=modes)
             if n == 0:
                 raise ValueError("expected `loader` to have a batch, got none; pass one that has")
@@ -224,15 +237,17 @@ class _BatchStatistics(ForwardOverride):
 
 @contextmanager
 def _own_statistics(layers: list[Any]) -> Iterator[list[tuple[Any, Tensor, Tensor]]]:
-    """Bind copies of the running statistics to `layers`, and yield each with the original two."""
-    source = [(layer, layer.running_mean, layer.running_var) for layer in layers]
+    """Bind copies of buffers to `layers`, and yield each with the original mean and variance."""
+    buffers = [dict(layer._buffers) for layer in layers]
     try:
-        for layer, mean, var in source:
-            layer.running_mean, layer.running_var = mean.clone(), var.clone()
-        yield source
+        for layer, own in zip(layers, buffers, strict=True):
+            for name, buffer in own.items():
+                layer._buffers[name] = None if buffer is None else buffer.clone()
+        source = zip(layers, buffers, strict=True)
+        yield [(layer, own["running_mean"], own["running_var"]) for layer, own in source]
     finally:
-        for layer, mean, var in source:
-            layer.running_mean, layer.running_var = mean, var
+        for layer, own in zip(layers, buffers, strict=True):
+            layer._buffers.update(own)
 
 
 def _adapted_layers(model: nn.Module) -> list[_BatchNorm]:

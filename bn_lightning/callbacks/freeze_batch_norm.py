@@ -41,8 +41,9 @@ class FreezeBatchNorm(Callback):
             optimizer step, so that the optimizer leaves them alone.
 
     Raises:
-        ValueError: `from_step` or `from_epoch` is negative, or both are given; at the start of
-            training, a name without BatchNorm, or a BatchNorm without running statistics.
+        ValueError: `from_step` or `from_epoch` is negative, or both are given; `modules` is one
+            name; at the start of training, a name without BatchNorm, or a BatchNorm without running
+            statistics.
     """
 
     def __init__(
@@ -60,6 +61,10 @@ class FreezeBatchNorm(Callback):
             raise ValueError(
                 "expected `from_epoch` to be None or at least 0 with `from_step`=0, got "
                 f"{from_epoch} with {from_step}; give one of them"
+            )
+        if isinstance(modules, str):
+            raise ValueError(
+                f"expected `modules` to be a list of names, got {modules!r}; give [{modules!r}]"
             )
         self.from_step = from_step
         self.from_epoch = from_epoch
@@ -93,7 +98,9 @@ class FreezeBatchNorm(Callback):
     ) -> None:
         if self.affine:
             for frozen in self._frozen:
-                for parameter in frozen.layer.parameters(recurse=False):
+                layer = frozen.layer
+                parametrized = getattr(layer, "parametrizations", nn.Module())
+                for parameter in (*layer.parameters(recurse=False), *parametrized.parameters()):
                     parameter.grad = None
 
     @override

@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from bn_lightning.modules.preserve_state import preserve_generators, preserve_state
@@ -30,7 +31,7 @@ def updates_statistics(layer: _BatchNorm) -> bool:
 def average_statistics(
     network: nn.Module,
     layers: list[_BatchNorm],
-    inputs: Iterable[Tensor],
+    inputs: Iterable[Any],
     *,
     num_samples: int | None,
     modes: Mapping[nn.Module, bool],
@@ -44,7 +45,7 @@ def average_statistics(
     Args:
         network: its forward takes an input.
         layers: BatchNorms of the network that update their statistics.
-        inputs: each (N, ...).
+        inputs: each (N, ...), or a dict of such tensors.
         num_samples: number of samples to use, rounded up to whole batches; None for all.
         modes: `training` of modules during the forwards.
 
@@ -62,7 +63,7 @@ def average_statistics(
                 layer.momentum = None
             for x in inputs:
                 network(x)
-                count += len(x)
+                count += next(len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
                 if num_samples is not None and count >= num_samples:
                     break
         finally:
@@ -121,7 +122,7 @@ def second_pass(
         yield _prepared_inputs(trainer, pl_module, _copied(loader))
 
 
-def input_of(batch: Any) -> Tensor:
+def input_of(batch: Any) -> Any:
     """Return the network's input of a batch: the batch, or its first element."""
     return batch[0] if isinstance(batch, list | tuple) else batch
 

@@ -55,9 +55,10 @@ class GhostBatchNorm2d(_GhostMixin, BatchNorm2d):
     the parts' means and unbiased variances. (The paper moves them once per part.) Evaluation,
     frozen statistics and the keys of the `state_dict` are those of BatchNorm.
 
-    Part p has the samples p, p + P, p + 2P, ... of the batch, so that for a contiguous input it
-    needs no copy. A channels-last input is copied once, and the result once. If P does not divide
-    N, the parts differ by one sample and take two calls. No part has fewer than
+    If P divides N, part p has the samples p, p + P, p + 2P, ... of the batch, so that a contiguous
+    input needs no copy. Otherwise the parts differ by one sample: the larger ones divide the first
+    samples in that way, the others the rest, in two calls. A channels-last input is copied once,
+    and the result once. No part has fewer than
     `ghost_size` samples, except for a smaller batch, which is one part.
 
     Args:

@@ -237,6 +237,44 @@ def test_close_and_errors_in_the_context_restore(loading: bool) -> None:
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("loading", [True, False], ids=["loader", "by_batch"])
+def test_training_in_the_context_leaves_no_buffer_changed(loading: bool) -> None:
+    model = network().train()
+    before = snapshot(model)
+    with adapt_batchnorm(model, inputs(8) if loading else None):
+        model(inputs(6)[0])
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("loading", [True, False], ids=["loader", "by_batch"])
+def test_a_model_is_adapted_once(loading: bool) -> None:
+    model = network()
+    before = snapshot(model)
+    batches = inputs(8) if loading else None
+    with adapt_batchnorm(model, batches):
+        with pytest.raises(ValueError, match="leave that first"):
+            adapt_batchnorm(model, batches)
+        adapt_batchnorm(copy.deepcopy(model), inputs(8)).close()
+    assert snapshot(model) == before
+    adapt_batchnorm(model, batches).close()
+
+
+def test_an_input_may_be_a_dict() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.network(batch["x"])
+
+    model, batches = ByName(), inputs(6, 6, 6)
+    expected = by_definition(model.network, batches[:2], 3.0, 12)
+    with adapt_batchnorm(model, [{"x": x, "mask": x > 0} for x in batches], samples=8, mix=3.0):
+        for name, value in expected.items():
+            assert torch.allclose(model.network.state_dict()[name], value, **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["torch", pytest.param("ours", marks=pytest.mark.slow)])
 def test_a_compiled_model(kind: str) -> None:
     """Code that was compiled before is adapted, too, without a graph break."""

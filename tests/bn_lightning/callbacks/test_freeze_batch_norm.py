@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from typing_extensions import override
 
 import bn_lightning
@@ -234,6 +235,15 @@ def test_a_shared_layer_by_its_second_name(tmp_path: Path) -> None:
     frozen = {k: v for k, v in before.items() if k.startswith("block.")}
     assert_same(frozen, {k: v for k, v in statistics(module).items() if k in frozen})
     assert type(module.block.bn1) is nn.BatchNorm1d
+
+
+def test_a_parametrized_weight(tmp_path: Path) -> None:
+    module = boring()
+    layer: Any = module.block.bn1
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    before = layer.parametrizations.weight.original.detach().clone()
+    trainer(tmp_path, [FreezeBatchNorm(affine=True)], max_epochs=1).fit(module, loader())
+    assert torch.equal(layer.parametrizations.weight.original, before)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
@@ -492,8 +502,8 @@ def test_what_cannot_be_frozen_is_named(
 @pytest.mark.parametrize(
     ("options", "name"),
     [({"from_step": -1}, "from_step"), ({"from_epoch": -1}, "from_epoch")]
-    + [({"from_step": 3, "from_epoch": 1}, "from_epoch")],
-    ids=["step", "epoch", "both"],
+    + [({"from_step": 3, "from_epoch": 1}, "from_epoch"), ({"modules": "block"}, "modules")],
+    ids=["step", "epoch", "both", "one_name"],
 )
 def test_wrong_arguments(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"expected `{name}` to be"):
