@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from bn_lightning.cli.checkpoint_path import checkpoint_path
@@ -72,6 +72,13 @@ def export(config: DictConfig) -> Path:
         raise ValueError(f"expected `output` to be the name of a file, got the folder {output}")
     if config.format == "onnx":
         _check_onnx()
+    shape = config.input_shape
+    is_shape = OmegaConf.is_list(shape) and all(type(size) is int and size > 0 for size in shape)
+    if shape is not None and not is_shape:
+        raise ValueError(
+            f"expected `input_shape` to be a list of sizes above 0, got {shape}; give [3,32,32],"
+            " for example"
+        )
     quiet_lightning()
     checkpoint = TrainedCheckpoint.read(checkpoint_path(config), config.trusted)
     datamodule = checkpoint.build_data()
@@ -79,7 +86,6 @@ def export(config: DictConfig) -> Path:
     # Compiling the network would take longer than exporting it.
     checkpoint.config["model"].pop("compile", None)
     network = network_of(checkpoint.build_model()).eval()
-    shape = config.input_shape
     if not shape and isinstance(datamodule, ShapedData):
         shape = datamodule.input_shape
     if shape is None:

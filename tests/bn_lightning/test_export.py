@@ -52,6 +52,9 @@ def test_a_folded_program_has_the_logits_of_the_network(command):
             assert not [name for name in targets if "norm" in name or "bn_lightning" in name]
     assert checkpoint.read_bytes() == before
 
+    for typed in ("5", "[0,3]", "[3,x]"):
+        result = command(export.main, f"ckpt_path={checkpoint}", f"input_shape={typed}")
+        assert result.code == 1 and "`input_shape` to be a list of sizes" in result.err
     # A network that takes other inputs than it is said to.
     result = command(export.main, f"ckpt_path={checkpoint}", "input_shape=[3]")
     assert result.code == 1 and result.err.count("\n") == 1
