@@ -293,6 +293,8 @@ class Value:
         if not self.is_shared:
             self.call.is_candidate = True
             content = self.compute()
+            if self.call.input.is_inference():
+                self.call.keep_input()  # for what else waits for this value
             self.is_shared = True
             with torch._C.DisableTorchFunctionSubclass():
                 is_own = getattr(owner.grad_fn, "value", self) is self

@@ -534,6 +534,21 @@ class TestOwnStep:
                     found.append(m(x + 0))
             assert torch.equal(*found)
 
+    def test_in_inference_mode_all_activations_are_of_the_values_before_the_change(self) -> None:
+        def forward(self, x):
+            y = self.bn1(x)
+            first, second = F.relu(y), torch.tanh(y)
+            level = first.sum()
+            del y
+            x.zero_()
+            return first + second + level
+
+        module, untouched = (m.eval() for m in net(forward))
+        for _ in range(3):
+            with torch.inference_mode():
+                x = torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 3, 4, 4)
+                assert torch.equal(module(x + 0), untouched(x + 0))
+
     def test_in_inference_mode_a_known_sum_is_of_the_values_before_the_change(self) -> None:
         module, untouched = (m.eval() for m in net(lambda self, x: self.use(self.bn1(x), x)))
 
