@@ -298,7 +298,7 @@ def _defer(value: Value) -> Deferred:
     made = _Bridge.apply(value, *inputs) if is_bridged else _made(value, needs_grad)
     thread.latest.setdefault(id(call.deferral), []).append(value.owner)
     if value.inner is not None:
-        value.inner.outers.append(value.owner)
+        value.inner.outers = (*value.inner.outers, value.owner)
     return made
 
 

@@ -234,6 +234,7 @@ class Value:
 
     owner: "weakref.ref[Any]"
     tensor: Tensor | None = None
+    outers: "tuple[weakref.ref[Any], ...]" = ()
     place = 0
     is_shared = False
 
@@ -246,7 +247,6 @@ class Value:
     ) -> None:
         self.call, self.residual, self.activation = call, residual, activation
         self.inner: Any = inner
-        self.outers: list[weakref.ref[Any]] = []
         if residual is not None:
             self.versions = versions_of((residual,))
 
@@ -394,6 +394,8 @@ def _put_in_place(y: Tensor, first: int, place: int) -> int:
         first: the first place of the nodes made for that.
         place: the reserved one.
     """
+    if place + 1 == first:
+        return first  # it has the place already
     node: Any = y.grad_fn
     if node is None:
         return place
@@ -403,6 +405,5 @@ def _put_in_place(y: Tensor, first: int, place: int) -> int:
         if not found:
             break
         node = min(found, key=lambda n: n._sequence_nr())
-    if place + 1 < first:
-        node._set_sequence_nr(place)
-    return int(node._sequence_nr())
+    node._set_sequence_nr(place)
+    return place
