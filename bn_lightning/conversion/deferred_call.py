@@ -104,7 +104,8 @@ class DeferredCall(BatchNormCall):
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
+            if saved_tensors_hooks_now(True) is not None:
+                stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
             if self.input.is_cuda and current_stream(self.input) != called_on:
                 device = self.input.device
                 stream = torch.cuda.ExternalStream(called_on, device=device)
@@ -380,7 +381,19 @@ def unshared(y: Tensor) -> Tensor:
 def _alias(y: Tensor) -> Tensor:
     is_inference, is_differentiable = y.is_inference(), y.requires_grad
     with torch.inference_mode(is_inference), torch.set_grad_enabled(is_differentiable):
-        return y.view_as(y) if is_differentiable else y.detach()
+        return _Alias.apply(y) if is_differentiable else y.detach()
+
+
+class _Alias(torch.autograd.Function):
+    """Returns the same values, not as a view, which would lose its hooks when it is changed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy
 
 
 def _put_in_place(y: Tensor, first: int, place: int) -> int:

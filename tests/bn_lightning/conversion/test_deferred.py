@@ -1049,6 +1049,19 @@ def gradient_hook_after_the_activation_was_read(self, x):
     return z + level
 
 
+def gradient_hook_and_a_change_in_place(self, x):
+    y = self.bn1(self.conv1(x))
+    with torch.no_grad():
+        self.level = y.abs().mean()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        z = self.bn2(self.conv2(x))
+    for tensor in (y, z):
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: gradient * 2)
+        tensor.mul_(3)
+    return y * z
+
+
 def beside_a_checkpointed_branch(self, x):
     y = self.bn1(self.conv1(x))
     return y + checkpoint(self.conv2, F.silu(y), use_reentrant=False)
@@ -1069,8 +1082,8 @@ def frozen_and_then_changed_in_place(self, x):
     [
         *(changed_after_its_activation, changed_after_its_sum, replaced_after_its_activation),
         *(called_twice_before_the_sums_are_read, called_again_when_it_is_not_fused_any_more),
-        *(gradient_hook_after_the_activation_was_read, beside_a_checkpointed_branch),
-        frozen_and_then_changed_in_place,
+        *(gradient_hook_after_the_activation_was_read, gradient_hook_and_a_change_in_place),
+        *(beside_a_checkpointed_branch, frozen_and_then_changed_in_place),
         *(level_of_an_activation, level_after_an_activation, level_in_inference_mode),
         *(in_a_named_tuple, in_a_list_of_its_own_class),
     ],
