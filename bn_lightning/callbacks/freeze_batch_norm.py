@@ -98,10 +98,9 @@ class FreezeBatchNorm(Callback):
     ) -> None:
         if self.affine:
             for frozen in self._frozen:
-                layer = frozen.layer
-                parametrized = getattr(layer, "parametrizations", nn.Module())
-                for parameter in (*layer.parameters(recurse=False), *parametrized.parameters()):
-                    parameter.grad = None
+                for name, parameter in frozen.layer.named_parameters():
+                    if name.partition(".")[0] in ("weight", "bias", "parametrizations"):
+                        parameter.grad = None
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -249,15 +249,14 @@ def read(tensor: Deferred) -> Tensor:
     value.note_read()
     if content is None:
         content = value.compute()
-    with torch._C.DisableTorchFunctionSubclass():
-        node = tensor.grad_fn
-        is_own = node is None or content is tensor or getattr(node, "value", None) is value
-        if not is_own:
-            content = _Adopt.apply(tensor, content)  # an autograd.Function returned it
+    if content is not tensor:
+        content = value.connect(tensor, content)
     if _become(tensor, content):
         value.tensor = content = tensor
     else:  # C++ has it, on behalf of an autograd.Function, TorchScript or an extension.
-        if node is None and content.requires_grad:
+        with torch._C.DisableTorchFunctionSubclass():
+            is_connected = tensor.grad_fn is not None
+        if content.requires_grad and not is_connected:
             value.call.fail(
                 "the output of a BatchNorm to be read by an addition or activation, as in the "
                 "forwards before, got one that autograd knows by itself"
@@ -424,15 +423,3 @@ class _Bridge(torch.autograd.Function):
         is_differentiated = torch.is_grad_enabled()
         gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=is_differentiated))
         return None, *(next(gradients) if is_needed else None for is_needed in needs)
-
-
-class _Adopt(torch.autograd.Function):
-    """Gives a computed value the place of its deferred tensor in the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, owner: Deferred, value: Tensor) -> Tensor:
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy, None

@@ -279,7 +279,7 @@ class Value:
                 self.check_residual()
                 with torch._C.DisableTorchFunctionSubclass():
                     y = z + self.residual if self.activation is None else self.activation.apply(z)
-                self._put_in_place(y)
+                self._order_nodes(y)
                 self.tensor = unshared(y)
         return self.tensor
 
@@ -293,16 +293,21 @@ class Value:
             return None  # freed, or replaced by an operation in place
         if not self.is_shared:
             self.call.is_candidate = True
-            content = self.compute()
+            content = self.connect(owner, self.compute())
             if self.call.input.is_inference():
                 self.call.keep_input()  # for what else waits for this value
             self.is_shared = True
-            with torch._C.DisableTorchFunctionSubclass():
-                is_own = getattr(owner.grad_fn, "value", self) is self
-                if not (is_own and fill(owner, content)):
-                    return unshared(content)
+            if not fill(owner, content):
+                return unshared(content)
             self.tensor = None
         return owner
+
+    def connect(self, owner: Tensor, content: Tensor) -> Tensor:
+        """Return the content with the node of an autograd.Function that returned the owner."""
+        with torch._C.DisableTorchFunctionSubclass():
+            node = owner.grad_fn
+            is_own = node is None or getattr(node, "value", None) is self
+            return content if is_own else _Adopt.apply(owner, content)
 
     def compute_alone(self) -> None:
         """Compute it, because something else follows than the activation that was planned."""
@@ -325,10 +330,10 @@ class Value:
         y = call.run(self.addend, *(activation[:2] if activation else ()))
         if is_first:
             call.plan_next(activation, self.addend)
-        self._put_in_place(y)
+        self._order_nodes(y)
         return unshared(y)
 
-    def _put_in_place(self, y: Tensor) -> None:
+    def _order_nodes(self, y: Tensor) -> None:
         """Give the nodes of activation and addition their places, as `_put_in_place` does."""
         node: Any = y.grad_fn if self.call.place else None
         for value in (self, self.inner):
@@ -381,19 +386,20 @@ def unshared(y: Tensor) -> Tensor:
 def _alias(y: Tensor) -> Tensor:
     is_inference, is_differentiable = y.is_inference(), y.requires_grad
     with torch.inference_mode(is_inference), torch.set_grad_enabled(is_differentiable):
-        return _Alias.apply(y) if is_differentiable else y.detach()
+        # Not a view, which would lose its hooks when it is changed.
+        return _Adopt.apply(y, y) if is_differentiable else y.detach()
 
 
-class _Alias(torch.autograd.Function):
-    """Returns the same values, not as a view, which would lose its hooks when it is changed."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.detach()
+class _Adopt(torch.autograd.Function):
+    """Returns values as an object of its own, with the place of another tensor in the graph."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return dy
+    def forward(ctx: Any, owner: Tensor, values: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
 
 
 def _put_in_place(y: Tensor, first: int, place: int) -> int:
